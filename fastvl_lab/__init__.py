@@ -1,0 +1,63 @@
+"""fastvl_lab: see, explain and close the time-to-first-token gap of Qwen2.5-VL and Qwen3-VL in PyTorch and Triton.
+
+`import fastvl_lab as fl`, then `fl.Lab`, `fl.Request`, `fl.Recipe`; names are loaded when first used.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from fastvl_lab.errors import (
+        CheckpointError,
+        DeviceError,
+        FastvlError,
+        ImageError,
+        MissingExtraError,
+        RecipeError,
+        RequestError,
+    )
+    from fastvl_lab.lab import Lab
+    from fastvl_lab.measure.compare import Comparison, compare
+    from fastvl_lab.measure.photo import photo
+    from fastvl_lab.measure.sweep import SweepSettings, sweep
+    from fastvl_lab.recipe import Recipe, toggles
+    from fastvl_lab.request import Chunk, Request
+    from fastvl_lab.run import Run
+    from fastvl_lab.trace import Trace
+
+# Public name -> the module that defines it.
+_PUBLIC = {
+    "Lab": "lab",
+    "Request": "request",
+    "Chunk": "request",
+    "Recipe": "recipe",
+    "toggles": "recipe",
+    "Run": "run",
+    "Trace": "trace",
+    "compare": "measure.compare",
+    "Comparison": "measure.compare",
+    "sweep": "measure.sweep",
+    "SweepSettings": "measure.sweep",
+    "photo": "measure.photo",
+    "FastvlError": "errors",
+    "RequestError": "errors",
+    "ImageError": "errors",
+    "RecipeError": "errors",
+    "CheckpointError": "errors",
+    "DeviceError": "errors",
+    "MissingExtraError": "errors",
+}
+
+__all__ = list(_PUBLIC)
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _PUBLIC:
+        raise AttributeError(f"module 'fastvl_lab' has no attribute {name!r}; the public names are {', '.join(_PUBLIC)}")
+    return getattr(importlib.import_module(f"fastvl_lab.{_PUBLIC[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

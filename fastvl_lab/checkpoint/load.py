@@ -1,0 +1,225 @@
+"""Load a checkpoint once: weights, tokenizer, image processor and limits, whatever its origin."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+import transformers
+from transformers import AutoConfig, AutoImageProcessor, AutoModelForImageTextToText, AutoTokenizer, GenerationConfig
+from transformers.utils import logging as transformers_logging
+
+from fastvl_lab.checkpoint import tiny
+from fastvl_lab.checkpoint.memory import available_bytes, gigabytes
+from fastvl_lab.checkpoint.random_weights import RANDOM_PREFIX, published, random_model, write_published_folder
+from fastvl_lab.errors import CheckpointError, DeviceError
+
+Family = Literal["qwen2_5_vl", "qwen3_vl"]
+FAMILIES: tuple[Family, ...] = ("qwen2_5_vl", "qwen3_vl")
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Checkpoint:
+    """A model in memory, ready for any engine.
+
+    `model` is the stock Transformers module in eval mode, whose parameters every engine shares. `image_processor` and `tokenizer`
+    are the checkpoint's own. `max_length` counts prompt and generated tokens (`max_position_embeddings`). `eos_token_ids`
+    end an answer (generation_config.json).
+    """
+
+    name: str
+    family: Family
+    model: Any
+    tokenizer: Any
+    image_processor: Any
+    eos_token_ids: tuple[int, ...]
+    max_length: int
+    device: torch.device
+    dtype: torch.dtype
+
+    @property
+    def config(self) -> Any:
+        return self.model.config
+
+    @property
+    def image_token_id(self) -> int:
+        return int(self.config.image_token_id)
+
+    @property
+    def merge_size(self) -> int:
+        """Patches along one side of a visual token (`spatial_merge_size`)."""
+        return int(self.config.vision_config.spatial_merge_size)
+
+    def pixel_limits(self, min_pixels: int | None, max_pixels: int | None) -> tuple[int, int]:
+        """The least and greatest area of a resized image: the request's where given, else the checkpoint's own."""
+        size = self.image_processor.size
+        least = size["shortest_edge"] if min_pixels is None else min_pixels
+        return least, size["longest_edge"] if max_pixels is None else max_pixels
+
+
+def load(name: str, *, device: str | torch.device | None = None, dtype: str | torch.dtype | None = None) -> Checkpoint:
+    """Load `name` onto a device in a dtype.
+
+    name: a folder in Hugging Face format, a hub id, "tiny-qwen2.5-vl", "tiny-qwen3-vl", or "random:<hub id>".
+    device: "cpu", "cuda", "cuda:1", …; by default CUDA where present. dtype: by default the checkpoint's own on CUDA and
+    float32 on a CPU. Raises `CheckpointError` and `DeviceError`.
+    """
+    on, of_type = _resolve_device(device), _resolve_dtype(dtype)
+    if name in tiny.NAMES:
+        with _quiet():
+            return _from_pretrained(name, str(tiny.folder(name)), on, of_type)
+    if name.startswith(RANDOM_PREFIX):
+        return _random(name, on, of_type)
+    path = Path(name).expanduser()
+    if path.is_dir():
+        _check_folder(name, path)
+        return _from_pretrained(name, str(path), on, of_type)
+    if path.exists() or name.startswith(("/", "./", "../", "~")) or not re.fullmatch(r"[\w.-]+/[\w.-]+", name):
+        raise CheckpointError(
+            f"checkpoint {name!r} is unknown; give a folder in Hugging Face format, a hub id such as "
+            f"Qwen/Qwen2.5-VL-3B-Instruct, one of {', '.join(tiny.NAMES)}, or random:<hub id> with one of {', '.join(published())}"
+        )
+    return _from_pretrained(name, name, on, of_type)
+
+
+def _from_pretrained(name: str, source: str, device: torch.device, dtype: torch.dtype | None) -> Checkpoint:
+    try:
+        config = AutoConfig.from_pretrained(source)
+        family = _family(name, config)
+        dtype = dtype or (torch.float32 if device.type == "cpu" else getattr(config, "dtype", None) or torch.bfloat16)
+        _check_memory(name, config, device, dtype)
+        # SDPA is Transformers' own default; named, so that a changed default can't change the bar.
+        model = AutoModelForImageTextToText.from_pretrained(source, dtype=dtype, attn_implementation="sdpa")
+        return _checkpoint(name, family, model.to(device), source)
+    except (OSError, json.JSONDecodeError) as error:
+        first_line = str(error).strip().splitlines()[0]
+        raise CheckpointError(
+            f"checkpoint {name!r} cannot be loaded: {first_line} Give a complete folder, a hub id that can be reached, or one of "
+            f"{', '.join(tiny.NAMES)}"
+        ) from error
+
+
+def _random(name: str, device: torch.device, dtype: torch.dtype | None) -> Checkpoint:
+    """The real geometry with random weights made on the device; nothing of their size touches the disk."""
+    hub_id = name.removeprefix(RANDOM_PREFIX)
+    if hub_id not in published():
+        raise CheckpointError(f"no geometry is published here for {hub_id!r}; the choices are {', '.join(published())}")
+    dtype = dtype or (torch.float32 if device.type == "cpu" else torch.bfloat16)
+    with _quiet():
+        source = str(write_published_folder(hub_id))
+        config = AutoConfig.from_pretrained(source)
+        _check_memory(name, config, device, dtype)
+        model = random_model(config, device=device, dtype=dtype, seed=0)
+        return _checkpoint(name, _family(name, config), model, source)
+
+
+def _checkpoint(name: str, family: Family, model: Any, source: str) -> Checkpoint:
+    """Gather what stands beside the weights; `source` holds tokenizer, image processor and generation config."""
+    tokenizer = AutoTokenizer.from_pretrained(source)
+    if tokenizer.chat_template is None:
+        raise CheckpointError(f"checkpoint {name!r} has no chat template; the lab writes prompts with the checkpoint's own")
+    eos_token_ids = _eos_token_ids(source, model.config, tokenizer)
+    # Greedy and nothing else: the published generation configs carry sampling settings and a repetition penalty.
+    model.generation_config = GenerationConfig(do_sample=False, pad_token_id=tokenizer.pad_token_id)
+    return Checkpoint(
+        name=name,
+        family=family,
+        model=model.eval().requires_grad_(False),
+        tokenizer=tokenizer,
+        image_processor=AutoImageProcessor.from_pretrained(source),
+        eos_token_ids=eos_token_ids,
+        max_length=int(model.config.get_text_config().max_position_embeddings),
+        device=next(model.parameters()).device,
+        dtype=model.dtype,
+    )
+
+
+def _eos_token_ids(source: str, config: Any, tokenizer: Any) -> tuple[int, ...]:
+    """The tokens that end an answer: generation_config.json's, else config.json's, else the tokenizer's."""
+    try:
+        eos = GenerationConfig.from_pretrained(source).eos_token_id
+    except OSError:  # the file is optional
+        eos = None
+    if eos is None:
+        eos = config.get_text_config().eos_token_id
+    if eos is None:
+        eos = tokenizer.eos_token_id
+    return tuple(eos) if isinstance(eos, list | tuple) else (int(eos),)
+
+
+def _check_folder(name: str, path: Path) -> None:
+    """Refuse a folder that is no Qwen-VL checkpoint before anything large is read."""
+    try:
+        model_type = json.loads((path / "config.json").read_text()).get("model_type")
+    except FileNotFoundError:
+        raise CheckpointError(f"folder {name!r} has no config.json; it is no checkpoint in Hugging Face format") from None
+    except json.JSONDecodeError as error:
+        raise CheckpointError(f"folder {name!r} has a broken config.json: {error}") from None
+    if model_type not in FAMILIES:
+        raise CheckpointError(f"folder {name!r} holds a {model_type!r} model; the lab runs {' and '.join(FAMILIES)}")
+
+
+def _family(name: str, config: Any) -> Family:
+    for family in FAMILIES:
+        if config.model_type == family:
+            return family
+    raise CheckpointError(f"checkpoint {name!r} is a {config.model_type!r} model; the lab runs {' and '.join(FAMILIES)}")
+
+
+def _resolve_device(device: str | torch.device | None) -> torch.device:
+    if device is None:
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        resolved = torch.device(device)
+    except RuntimeError:
+        raise DeviceError(f"device {device!r} is unknown; the choices are 'cpu' and 'cuda' (or 'cuda:1', …)") from None
+    if resolved.type not in ("cpu", "cuda"):
+        raise DeviceError(f"device {device!r} is not supported; the choices are 'cpu' and 'cuda'")
+    if resolved.type == "cuda" and not torch.cuda.is_available():
+        raise DeviceError("device 'cuda' was asked for, and torch sees no CUDA device; choose device='cpu'")
+    if resolved.type == "cuda" and (resolved.index or 0) >= torch.cuda.device_count():
+        raise DeviceError(f"device {device!r} was asked for, and torch sees {torch.cuda.device_count()} CUDA device(s)")
+    return resolved
+
+
+def _resolve_dtype(dtype: str | torch.dtype | None) -> torch.dtype | None:
+    if dtype is None or isinstance(dtype, torch.dtype):
+        if dtype is None or dtype in DTYPES.values():
+            return dtype
+        dtype = str(dtype).removeprefix("torch.")
+    if dtype not in DTYPES:
+        raise CheckpointError(f"dtype is {dtype!r}; the choices are {', '.join(DTYPES)}, or None for the default")
+    return DTYPES[dtype]
+
+
+def _check_memory(name: str, config: Any, device: torch.device, dtype: torch.dtype) -> None:
+    """Raise `DeviceError` if the weights alone cannot fit; activations and cache come on top."""
+    with torch.device("meta"):
+        empty = AutoModelForImageTextToText.from_config(config, dtype=dtype)
+    needed = sum(p.numel() * p.element_size() for p in empty.parameters())
+    available = available_bytes(device)
+    if available is not None and needed > available:
+        raise DeviceError(
+            f"checkpoint {name!r} needs {gigabytes(needed)} for its weights in {str(dtype).removeprefix('torch.')}, and "
+            f"{device} has {gigabytes(available)} free; choose a smaller checkpoint or dtype, or another device"
+        )
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """No progress bars for checkpoints that load in a moment."""
+    shown = transformers_logging.is_progress_bar_enabled()
+    transformers.logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            transformers.logging.enable_progress_bar()

@@ -1,0 +1,45 @@
+"""The user's cache folder, and folders in it that are either whole or absent."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+
+from fastvl_lab.errors import CheckpointError
+
+
+def cache_root() -> Path:
+    """`$XDG_CACHE_HOME/fastvl_lab`, by default `~/.cache/fastvl_lab` (XDG Base Directory Specification)."""
+    base = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
+    return Path(base).expanduser() / "fastvl_lab"
+
+
+def whole_folder(name: str, write: Callable[[Path], None]) -> Path:
+    """The folder `name` in the cache, made by `write` on first use.
+
+    It is written aside and renamed when complete, so that a folder under its name is never half-written, also when the process
+    dies or two processes start at once.
+    """
+    target = cache_root() / name
+    if target.is_dir():
+        return target
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        aside = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
+    except OSError as error:
+        raise CheckpointError(
+            f"the cache folder {target.parent} cannot be written ({error.strerror}); set XDG_CACHE_HOME to a folder that can"
+        ) from None
+    try:
+        write(aside)
+        aside.chmod(0o755)
+        aside.rename(target)
+    except OSError:
+        if not target.is_dir():  # a rename onto a folder that another process has just completed is no failure
+            raise
+    finally:
+        shutil.rmtree(aside, ignore_errors=True)
+    return target

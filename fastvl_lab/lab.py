@@ -1,0 +1,172 @@
+"""A checkpoint loaded once, and any recipe or peer run on it."""
+
+from __future__ import annotations
+
+import queue
+import threading
+from collections.abc import Iterator
+
+import torch
+
+from fastvl_lab import checkpoint as checkpoints
+from fastvl_lab import peers
+from fastvl_lab.errors import DeviceError, RecipeError
+from fastvl_lab.pipeline import Engine, Outcome, Pipeline
+from fastvl_lab.recipe import Recipe
+from fastvl_lab.request import Chunk, Request
+from fastvl_lab.run import Kind, Run
+from fastvl_lab.streaming import Deliver
+from fastvl_lab.trace import Level, Tracer
+
+EngineName = Recipe | str
+
+# Chunks that may wait for a slow consumer before the engine waits too.
+_STREAM_BOUND = 64
+
+
+class _CancelledError(Exception):
+    """The consumer of a stream has gone."""
+
+
+class Lab:
+    """A checkpoint on a device, and the engines bound to it.
+
+    name: a folder, a hub id, "tiny-qwen2.5-vl", "tiny-qwen3-vl", or "random:<hub id>" (see `checkpoint.load`). One request runs
+    at a time; a second caller waits before its clock starts.
+    """
+
+    def __init__(self, name: str, *, device: str | torch.device | None = None, dtype: str | torch.dtype | None = None) -> None:
+        self.checkpoint = checkpoints.load(name, device=device, dtype=dtype)
+        self._engines: dict[EngineName, Engine] = {}
+        self._seen: set[tuple[object, ...]] = set()
+        self._lock = threading.Lock()
+
+    @property
+    def device(self) -> torch.device:
+        return self.checkpoint.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.checkpoint.dtype
+
+    def __repr__(self) -> str:
+        return f"Lab({self.checkpoint.name!r}, device={str(self.device)!r}, dtype={_dtype_name(self.dtype)!r})"
+
+    def run(self, request: Request, engine: EngineName | None = None, *, trace: Level = "stages") -> Run:
+        """Serve a request to the end and report on it.
+
+        engine: a `Recipe`, a recipe's text such as "fastest, vit.tower=lean", or a peer's name; by default the baseline.
+        trace: "off", "stages", or "layers" to also time ViT blocks and decoder layers. Raises `FastvlError`s.
+        """
+        key = self._key(engine)
+        bound, tracer, chunks = self._bind(key), Tracer(self.device, trace), []
+
+        def deliver(text: str, tokens: tuple[int, ...]) -> None:
+            chunks.append(Chunk(text=text, tokens=tokens, time=tracer.delivered()))
+
+        with self._lock:
+            tracer.start()
+            outcome = self._serve(bound, request, tracer, deliver)
+            finished = tracer.finish()
+            kind = self._kind(key, outcome)
+        return Run(
+            engine=engine if isinstance(engine, str) else str(key),
+            recipe=key if isinstance(key, Recipe) else None,
+            checkpoint=self.checkpoint.name,
+            device=device_name(self.device),
+            dtype=_dtype_name(self.dtype),
+            kind=kind,
+            n_prompt=outcome.n_prompt,
+            shapes=outcome.shapes,
+            tokens=outcome.tokens,
+            chunks=tuple(chunks),
+            trace=finished,
+            logits=outcome.logits.cpu(),
+        )
+
+    def stream(self, request: Request, engine: EngineName | None = None) -> Iterator[Chunk]:
+        """Yield text as it is made; leaving the loop early stops the engine at its next chunk."""
+        key = self._key(engine)
+        bound, tracer = self._bind(key), Tracer(self.device, "off")
+        ready: queue.Queue[tuple[str, tuple[int, ...]] | BaseException | None] = queue.Queue(maxsize=_STREAM_BOUND)
+        gone = threading.Event()
+
+        def put(item: tuple[str, tuple[int, ...]] | BaseException | None) -> None:
+            while not gone.is_set():
+                try:
+                    return ready.put(item, timeout=0.1)
+                except queue.Full:
+                    continue
+            raise _CancelledError
+
+        def produce() -> None:
+            try:
+                with self._lock:
+                    tracer.start()
+                    self._kind(key, self._serve(bound, request, tracer, lambda text, tokens: put((text, tokens))))
+                put(None)
+            except _CancelledError:
+                pass
+            except BaseException as error:  # handed to the consumer, whose call it is
+                if not gone.is_set():
+                    put(error)
+
+        producer = threading.Thread(target=produce, name="fastvl-stream", daemon=True)
+        producer.start()
+        try:
+            while (item := ready.get()) is not None:
+                if isinstance(item, BaseException):
+                    raise item
+                yield Chunk(text=item[0], tokens=item[1], time=tracer.delivered())
+        finally:
+            gone.set()
+            producer.join()
+
+    def _key(self, engine: EngineName | None) -> EngineName:
+        """A recipe, or the name of a peer."""
+        if engine is None:
+            return Recipe.baseline()
+        return engine if isinstance(engine, Recipe) else parse_engine(engine, self.device)
+
+    def _bind(self, key: EngineName) -> Engine:
+        if key not in self._engines:
+            bound = Pipeline(self.checkpoint, key) if isinstance(key, Recipe) else peers.bind(key, self.checkpoint)
+            self._engines[key] = bound
+        return self._engines[key]
+
+    def _serve(self, engine: Engine, request: Request, tracer: Tracer, deliver: Deliver) -> Outcome:
+        try:
+            return engine.run(request, tracer, deliver)
+        except (torch.OutOfMemoryError, MemoryError) as error:
+            raise DeviceError(
+                f"{device_name(self.device)} ran out of memory ({str(error).splitlines()[0] if str(error) else 'no detail'}); "
+                f"set a smaller max_pixels or max_new_tokens, or load a smaller checkpoint or dtype"
+            ) from error
+
+    def _kind(self, key: EngineName, outcome: Outcome) -> Kind:
+        """Whether this was the first run of its engine and shape; the decode steps of any length share one shape."""
+        shape = (key, outcome.n_prompt, *(s.grid for s in outcome.shapes), len(outcome.tokens) > 1)
+        first = shape not in self._seen
+        self._seen.add(shape)
+        return "cold" if first else "warm"
+
+
+def parse_engine(text: str, device: torch.device | str = "cpu") -> EngineName:
+    """A peer's name as it is, or the recipe that the text describes; raises `RecipeError` naming the choices."""
+    if text in peers.PEERS:
+        return text
+    try:
+        return Recipe.parse(text, device)
+    except RecipeError as error:
+        raise RecipeError(f"{error}; or a peer: {', '.join(peers.PEERS)}") from None
+
+
+def device_name(device: torch.device) -> str:
+    """What ran: the GPU's name, or the CPU with its thread count."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return f"CPU ({torch.get_num_threads()} threads)"
+
+
+def _dtype_name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")

@@ -1,0 +1,1 @@
+"""The decoder both families share: merge, prefill, sample, and one decode step."""

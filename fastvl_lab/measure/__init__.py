@@ -1,0 +1,1 @@
+"""Repeat, compare and keep: every number with its samples, its interval and its parity check."""

@@ -1,0 +1,168 @@
+"""Several engines on one request, side by side: interleaved rounds, paired ratios, and parity before any speed-up."""
+
+from __future__ import annotations
+
+import dataclasses
+import random
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from fastvl_lab.errors import FastvlError, RequestError, require
+from fastvl_lab.lab import EngineName, Lab
+from fastvl_lab.measure.statistics import Interval, median_interval
+from fastvl_lab.peers import PEERS
+from fastvl_lab.request import Request
+from fastvl_lab.run import Run
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Sample:
+    """One run of one engine; warm-up rounds have negative numbers."""
+
+    engine: str
+    round: int
+    run: Run
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Comparison:
+    """What `compare` measured.
+
+    reference: the label that parity and speed-ups refer to (a peer where one ran, else the first engine). failures: label ->
+    the sentence of the error that took an engine out.
+    """
+
+    samples: tuple[Sample, ...]
+    reference: str
+    failures: Mapping[str, str]
+
+    @property
+    def engines(self) -> tuple[str, ...]:
+        return tuple(dict.fromkeys(sample.engine for sample in self.samples))
+
+    def runs(self, engine: str, *, warm: bool = True) -> list[Run]:
+        """The timed runs of an engine that were warm; with warm=False the cold ones, warm-up rounds included."""
+        if warm:
+            return [s.run for s in self.samples if s.engine == engine and s.round >= 0 and s.run.kind == "warm"]
+        return [s.run for s in self.samples if s.engine == engine and s.run.kind == "cold"]
+
+    def representative(self, engine: str) -> Run:
+        """The run whose TTFT is the (lower) median of the warm ones; the cold run where there is no other."""
+        runs = sorted(self.runs(engine) or self.runs(engine, warm=False), key=lambda run: run.ttft)
+        return runs[(len(runs) - 1) // 2]
+
+    def parity(self, engine: str) -> bool:
+        """Whether every run of the engine made the reference's tokens."""
+        expected = next(s.run.tokens for s in self.samples if s.engine == self.reference)
+        return all(s.run.tokens == expected for s in self.samples if s.engine == engine)
+
+    def speedup(self, engine: str) -> Interval | None:
+        """Reference TTFT over the engine's, paired by round; None where parity fails or nothing is warm in both."""
+        warm = {(s.engine, s.round): s.run.ttft for s in self.samples if s.round >= 0 and s.run.kind == "warm"}
+        rounds = [number for name, number in warm if name == engine and (self.reference, number) in warm]
+        if not rounds or not self.parity(engine):
+            return None
+        return median_interval([warm[self.reference, number] / warm[engine, number] for number in rounds])
+
+    def summary(self) -> list[dict[str, Any]]:
+        """One row an engine: TTFT and TPOT medians over warm runs (ms), the cold TTFT, parity, and the paired speed-up."""
+        rows = []
+        for engine in self.engines:
+            warm, cold, shown = self.runs(engine), self.runs(engine, warm=False), self.representative(engine)
+            ttft = median_interval([run.ttft * 1e3 for run in warm]) if warm else None
+            tpots = [run.tpot * 1e3 for run in warm if run.tpot is not None]
+            speedup = self.speedup(engine)
+            row = {
+                "engine": engine,
+                "visual_tokens": shown.visual_tokens,
+                "warm_runs": len(warm),
+                "ttft_ms": ttft.median if ttft else None,
+                "ttft_low_ms": ttft.low if ttft else None,
+                "ttft_high_ms": ttft.high if ttft else None,
+                "cold_ttft_ms": cold[0].ttft * 1e3 if cold else None,
+                "tpot_ms": median_interval(tpots).median if tpots else None,
+                "tokens_equal": self.parity(engine),
+                "speedup": speedup.median if speedup else None,
+                "speedup_low": speedup.low if speedup else None,
+                "speedup_high": speedup.high if speedup else None,
+            }
+            rows.append(row)
+        return rows
+
+    def findings(self) -> list[str]:
+        """One sentence an engine: where its TTFT goes, and how it stands against the reference."""
+        lines = []
+        for engine in self.engines:
+            run, speedup = self.representative(engine), self.speedup(engine)
+            stages = run.trace.stages()
+            largest = max(stages, key=lambda stage: stages[stage])
+            line = f"{engine} spends {stages[largest] / 1e9 / run.ttft:.0%} of its TTFT in {largest}"
+            if engine != self.reference:
+                line += f"; {_against(speedup, self.reference, self.parity(engine))}"
+            lines.append(line)
+        return lines
+
+    def frame(self) -> Any:
+        """The summary as a pandas DataFrame; needs the extra "notebooks"."""
+        return require("pandas", "notebooks").DataFrame(self.summary())
+
+    def waterfall(self) -> Any:
+        """The representative runs under one another on one axis, as a plotly figure; needs the extra "notebooks"."""
+        from fastvl_lab.view import waterfall
+
+        return waterfall([self.representative(engine) for engine in self.engines])
+
+
+def compare(
+    lab: Lab,
+    request: Request,
+    engines: Mapping[str, EngineName],
+    *,
+    repeats: int = 20,
+    warm_up: int = 1,
+    seed: int = 0,
+    on_run: Callable[[str], object] | None = None,
+    keep_going: bool = False,
+) -> Comparison:
+    """Run every engine on the request `warm_up + repeats` times, in rounds whose order is shuffled by `seed`.
+
+    engines: label -> recipe, recipe text, or peer. on_run is called after each run with its label. keep_going records the error of
+    an engine in `failures` and goes on without it; otherwise errors are raised.
+    """
+    if not engines:
+        raise RequestError("engines is empty; name at least one recipe or peer")
+    if repeats < 0 or warm_up < 0 or repeats + warm_up < 1:
+        raise RequestError(f"repeats is {repeats} and warm_up {warm_up}; both must be 0 or more, and one of them at least 1")
+    order, samples, failures = list(engines), [], {}
+    shuffled = random.Random(seed)
+    for number in range(-warm_up, repeats):
+        shuffled.shuffle(order)
+        for label in [name for name in order if name not in failures]:
+            try:
+                run = dataclasses.replace(lab.run(request, engines[label]), engine=label)
+                samples.append(Sample(engine=label, round=number, run=run))
+            except FastvlError as error:
+                if not keep_going:
+                    raise
+                failures[label] = str(error)
+            if on_run is not None:
+                on_run(label)
+    alive = [label for label in engines if any(s.engine == label for s in samples)]
+    samples = [s for label in alive for s in samples if s.engine == label]
+    peers = [label for label in alive if engines[label] in PEERS]
+    return Comparison(samples=tuple(samples), reference=next(iter(peers + alive), ""), failures=failures)
+
+
+def _against(speedup: Interval | None, reference: str, parity: bool) -> str:
+    """A speed-up in words, and no claim that its interval does not bear."""
+    if not parity:
+        return f"its tokens differ from {reference}'s, so its time is not compared"
+    if speedup is None:
+        return f"no warm rounds to compare with {reference}"
+    text = f"{speedup.median:.2f}× as fast as {reference}"
+    if speedup.low != speedup.low:
+        return f"{text} (too few rounds for an interval)"
+    if speedup.low <= 1 <= speedup.high:
+        return f"no difference from {reference} shown ({text}, 95% CI {speedup.low:.2f} to {speedup.high:.2f})"
+    return f"{text} (95% CI {speedup.low:.2f} to {speedup.high:.2f})"

@@ -1,0 +1,150 @@
+"""Transformers end to end: the oracle for tokens and the bar to beat in time.
+
+It runs at its normal best: the checkpoint's default image processor, SDPA attention, `generate` with its dynamic cache and a
+streamer, logits of the last token only. Its streamer hands text on by the same rule as the lab's pipeline, since Transformers' own
+holds each word back until the next begins. Stages are timed through hooks on its modules; what `generate` does between them is
+`unaccounted`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from transformers import GenerationConfig
+from transformers.generation.streamers import BaseStreamer
+
+from fastvl_lab.checkpoint import Checkpoint
+from fastvl_lab.pipeline import Outcome
+from fastvl_lab.preprocessor import stock
+from fastvl_lab.preprocessor.decode_image import decode_with_pillow
+from fastvl_lab.request import Grid, Request
+from fastvl_lab.streaming import Deliver, Emitter, TokenBytes
+from fastvl_lab.tokenizer import chat_text, check_length
+from fastvl_lab.trace import Tracer, module_spans
+
+
+class TransformersPeer:
+    """Transformers over a checkpoint's stock model."""
+
+    def __init__(self, checkpoint: Checkpoint) -> None:
+        self.checkpoint = checkpoint
+        self.token_bytes = TokenBytes.of(checkpoint.tokenizer)
+
+    @torch.inference_mode()
+    def run(self, request: Request, tracer: Tracer, deliver: Deliver) -> Outcome:
+        """Serve one request with `generate`; raises `RequestError` for one that cannot be served."""
+        checkpoint, pixels = self.checkpoint, None
+        if request.images:
+            with tracer.span("decode_image"):
+                images = decode_with_pillow(request.images)
+            with tracer.span("preprocess"):
+                pixels = stock.preprocess(images, request, checkpoint)
+        with tracer.span("tokenize"):
+            inputs = self._tokenize(request, pixels.grids if pixels else ())
+        with tracer.span("upload"):
+            if pixels is not None:
+                inputs["pixel_values"] = pixels.patches
+                inputs["image_grid_thw"] = torch.tensor(pixels.grids)
+            inputs = {name: tensor.to(checkpoint.device) for name, tensor in inputs.items()}
+
+        n_prompt = inputs["input_ids"].shape[1]
+        settings = GenerationConfig(
+            max_new_tokens=request.max_new_tokens,
+            do_sample=False,
+            eos_token_id=None if request.ignore_eos else list(checkpoint.eos_token_ids),
+            pad_token_id=checkpoint.tokenizer.pad_token_id,
+        )
+        streamer = _Streamer(Emitter(self.token_bytes, deliver), tracer, settings)
+        with _stage_spans(checkpoint.model, tracer, has_images=pixels is not None) as seen:
+            output = checkpoint.model.generate(**inputs, generation_config=settings, streamer=streamer)
+        return Outcome(
+            tokens=tuple(output[0, n_prompt:].tolist()),
+            n_prompt=n_prompt,
+            shapes=pixels.shapes if pixels else (),
+            logits=seen["logits"][0, -1].float(),
+        )
+
+    def _tokenize(self, request: Request, grids: tuple[Grid, ...]) -> dict[str, torch.Tensor]:
+        """What Transformers' processor makes of text: placeholders expanded in the string, then tokenized.
+
+        The processor class itself needs torchvision for its video part, so its few lines of text handling are done here.
+        """
+        checkpoint = self.checkpoint
+        text, placeholder = chat_text(request, checkpoint), checkpoint.tokenizer.decode([checkpoint.image_token_id])
+        visual_tokens = [grid.t * grid.h * grid.w // checkpoint.merge_size**2 for grid in grids]
+        pieces = text.split(placeholder)
+        text = pieces[0] + "".join(placeholder * n + piece for n, piece in zip(visual_tokens, pieces[1:], strict=True))
+        inputs = dict(checkpoint.tokenizer(text, add_special_tokens=False, return_tensors="pt"))
+        check_length(inputs["input_ids"].shape[1], request, checkpoint, visual_tokens=sum(visual_tokens))
+        if grids:
+            inputs["mm_token_type_ids"] = (inputs["input_ids"] == checkpoint.image_token_id).int()
+        return inputs
+
+
+class _Streamer(BaseStreamer):
+    """Receives each token from `generate` and emits its text."""
+
+    def __init__(self, emitter: Emitter, tracer: Tracer, settings: GenerationConfig) -> None:
+        self._emitter, self._tracer = emitter, tracer
+        self._left = settings.max_new_tokens
+        self._ends = set(settings.eos_token_id or ())
+        self._prompt_seen = False
+
+    def put(self, value: torch.Tensor) -> None:
+        if not self._prompt_seen:  # generate sends the prompt first
+            self._prompt_seen = True
+            return
+        self._tracer.end("sample")
+        self._left -= 1
+        token = int(value)
+        with self._tracer.span("emit"):
+            self._emitter.emit(token, last=self._left == 0 or token in self._ends)
+
+    def end(self) -> None:
+        pass
+
+
+@contextmanager
+def _stage_spans(model: Any, tracer: Tracer, *, has_images: bool) -> Iterator[dict[str, torch.Tensor]]:
+    """Open and close the model's stages from hooks; yields a dict that will hold the first step's logits."""
+    seen: dict[str, torch.Tensor] = {}
+
+    def before_model(*_: Any) -> None:
+        if not seen and not has_images:
+            tracer.begin("merge")
+
+    def before_vision(*_: Any) -> None:
+        tracer.begin("vit")
+
+    def after_vision(*_: Any) -> None:
+        tracer.end("vit")
+        tracer.begin("merge")
+
+    def before_decoder(*_: Any) -> None:
+        tracer.end("merge")
+        tracer.begin("decode" if seen else "prefill")
+
+    def after_head(_module: Any, _inputs: Any, logits: torch.Tensor) -> None:
+        tracer.end("decode" if seen else "prefill")
+        seen.setdefault("logits", logits)
+        tracer.begin("sample")
+
+    inner = model.model
+    handles = [
+        inner.register_forward_pre_hook(before_model),
+        inner.visual.register_forward_pre_hook(before_vision),
+        inner.visual.register_forward_hook(after_vision),
+        inner.language_model.register_forward_pre_hook(before_decoder),
+        model.lm_head.register_forward_hook(after_head),
+    ]
+    layers = {f"vit.block.{i}": block for i, block in enumerate(inner.visual.blocks)}
+    layers |= {f"language.layer.{i}": layer for i, layer in enumerate(inner.language_model.layers)}
+    try:
+        with module_spans(layers, tracer.inner):
+            yield seen
+    finally:
+        for handle in handles:
+            handle.remove()

@@ -1,0 +1,314 @@
+"""The catalogue: every slot, every toggle, every option, with what it does, who does it, and what it needs.
+
+A slot is a frozen dataclass; its fields are the toggles; a field's metadata carries the options, and its default is the first of
+them. A `Recipe` holds one of each slot. The panel, the sweep's grid, the parity tests, the README's table and the error that
+lists the choices all read these fields: no list of options is written anywhere else. Options are named by value; no slot is
+imported here.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.util
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from fastvl_lab.errors import RecipeError
+
+OptionValue = str | int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Option:
+    """One way to do the work of a toggle.
+
+    `exact` options give the same tokens as Transformers up to rounding. `needs` names "cuda" or packages. `decides` names the
+    other toggles of the slot that this option takes over: they must stay at their first option, or the recipe means nothing.
+    """
+
+    value: OptionValue
+    does: str
+    exact: bool = True
+    needs: tuple[str, ...] = ()
+    decides: tuple[str, ...] = ()
+
+    def unavailable(self, device: torch.device) -> str | None:
+        """Why this option cannot run on the device here, or None if it can."""
+        for need in self.needs:
+            if need == "cuda":
+                if device.type != "cuda":
+                    return f"it needs a CUDA device, and the lab runs on {device.type}"
+            elif importlib.util.find_spec(need) is None:
+                return f"it needs the package {need}, which is not installed"
+        return None
+
+
+def _toggle(*options: Option) -> Any:
+    return dataclasses.field(default=options[0].value, metadata={"options": options})
+
+
+@dataclass(frozen=True, kw_only=True)
+class Preprocessor:
+    """Image bytes to patches."""
+
+    decode: str = _toggle(
+        Option(value="pillow", does="Pillow decodes each image in full; Transformers, vLLM and SGLang do so by default"),
+    )
+    resize: str = _toggle(
+        Option(
+            value="transformers",
+            does="the checkpoint's stock image processor resizes, rescales, normalises and patchifies; Transformers, vLLM, SGLang",
+            decides=("patchify",),
+        ),
+        Option(value="pillow", does="Pillow's bicubic resize on the decoded image, with no copy through float or channels-first"),
+    )
+    patchify: str = _toggle(
+        Option(
+            value="numpy",
+            does="rescale, normalise and patchify as numpy passes over a float32 image; Transformers' Pillow backend",
+        ),
+        Option(
+            value="torch",
+            does="the same in torch, as one float conversion and one copy into patch order; Transformers' torchvision backend",
+        ),
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Vit:
+    """Patches to visual tokens: the vision tower and its merger."""
+
+    tower: str = _toggle(
+        Option(
+            value="transformers",
+            does="the stock module, called as it is; LMDeploy's TurboMind backend ran it so (InternLM/lmdeploy issue 4195)",
+            decides=("patch_embed",),
+        ),
+        Option(value="lean", does="our own forward over the same weights, with every step below a toggle"),
+    )
+    patch_embed: str = _toggle(
+        Option(value="conv3d", does="Conv3d whose kernel is its stride; the published modelling code"),
+        Option(value="linear", does="the same product as one matrix multiply; vLLM 27418, SGLang 19788, Transformers 45041"),
+    )
+    attention: str = _toggle(
+        Option(value="per_window", does="one attention call a window or frame, in a Python loop; Transformers with SDPA"),
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Attention:
+    """The decoder's attention."""
+
+    prefill: str = _toggle(
+        Option(value="eager", does="scores, mask and softmax written out, scores kept in memory; Transformers' eager attention"),
+        Option(value="sdpa", does="torch's scaled_dot_product_attention with its causal kernel; Transformers' default"),
+    )
+    decode: str = _toggle(
+        Option(value="eager", does="one query against all keys, written out; Transformers' eager attention"),
+        Option(value="sdpa", does="torch's scaled_dot_product_attention with grouped heads; Transformers' default"),
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Cache:
+    """What is kept between steps."""
+
+    kv: str = _toggle(
+        Option(value="concat", does="keys and values grow by concatenation at every step; Transformers' DynamicCache"),
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Capture:
+    """How a stage is executed."""
+
+    vit: str = _toggle(Option(value="eager", does="one kernel launch an operation, from Python"))
+    prefill: str = _toggle(Option(value="eager", does="one kernel launch an operation, from Python"))
+    decode: str = _toggle(Option(value="eager", does="one kernel launch an operation, from Python"))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Streaming:
+    """How tokens leave."""
+
+    steps_per_round: int = _toggle(Option(value=1, does="every decode step may send its token; vLLM, SGLang"))
+    gate: str = _toggle(Option(value="open", does="a token leaves as soon as it is made; LMDeploy since 0.12.0 (PR 4265)"))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Toggle:
+    """One row of the catalogue: `slot.name` and its options, the first of which is the baseline."""
+
+    slot: str
+    name: str
+    options: tuple[Option, ...]
+
+    @property
+    def path(self) -> str:
+        return f"{self.slot}.{self.name}"
+
+    @property
+    def values(self) -> tuple[OptionValue, ...]:
+        return tuple(option.value for option in self.options)
+
+    def option(self, value: OptionValue) -> Option:
+        """The option of that value; raises `RecipeError` naming the choices."""
+        for option in self.options:
+            if option.value == value and type(option.value) is type(value):
+                return option
+        raise RecipeError(f"{self.path} is {value!r}; the choices are {', '.join(map(repr, self.values))}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Recipe:
+    """One choice for every toggle; immutable and hashable.
+
+    `Recipe()` is the baseline. Raises `RecipeError` on an unknown value or a combination without meaning; whether the options
+    can run on a device is asked by `check`.
+    """
+
+    preprocessor: Preprocessor = Preprocessor()
+    vit: Vit = Vit()
+    attention: Attention = Attention()
+    cache: Cache = Cache()
+    capture: Capture = Capture()
+    streaming: Streaming = Streaming()
+
+    def __post_init__(self) -> None:
+        for slot_field in dataclasses.fields(self):
+            slot, expected = getattr(self, slot_field.name), type(slot_field.default)
+            if not isinstance(slot, expected):
+                raise RecipeError(f"{slot_field.name} is {slot!r}; it must be a {expected.__name__}")
+        for toggle in toggles():
+            option = toggle.option(self.value(toggle.path))
+            for other in option.decides:
+                path, first = f"{toggle.slot}.{other}", _toggle_at(f"{toggle.slot}.{other}").values[0]
+                if self.value(path) != first:
+                    raise RecipeError(
+                        f"{path} is {self.value(path)!r}, but {toggle.path}={option.value} does that step itself; "
+                        f"leave it at {first!r} or choose another {toggle.path}: "
+                        f"{', '.join(repr(v) for v in toggle.values if v != option.value)}"
+                    )
+
+    @classmethod
+    def baseline(cls) -> Recipe:
+        """What a straightforward PyTorch backend does: the first option everywhere."""
+        return cls()
+
+    @classmethod
+    def fastest(cls, device: torch.device | str = "cpu") -> Recipe:
+        """The best exact recipe known for the device type, from side-by-side measurements.
+
+        On CPU: `make sweep`, both built-in checkpoints. On CUDA nothing is measured yet, so it is the CPU's.
+        """
+        torch.device(device)
+        return cls(
+            preprocessor=Preprocessor(resize="pillow", patchify="torch"),
+            vit=Vit(tower="lean", patch_embed="linear"),
+            attention=Attention(prefill="sdpa", decode="sdpa"),
+        )
+
+    @classmethod
+    def parse(cls, text: str, device: torch.device | str = "cpu") -> Recipe:
+        """Read "baseline" or "fastest", then changes: "fastest, vit.patch_embed=conv3d". Raises `RecipeError`."""
+        name, *changes = [part.strip() for part in text.split(",")]
+        presets: dict[str, Callable[[], Recipe]] = {"baseline": cls.baseline, "fastest": lambda: cls.fastest(device)}
+        if name not in presets:
+            raise RecipeError(
+                f"recipe {text!r} starts with {name!r}; the choices are {', '.join(presets)}, "
+                f"each optionally followed by changes such as ', vit.tower=lean'"
+            )
+        changed: dict[str, OptionValue] = {}
+        for change in changes:
+            path, equals, value = change.partition("=")
+            if not equals:
+                raise RecipeError(f"recipe {text!r} has {change!r}; a change reads slot.toggle=value")
+            toggle = _toggle_at(path.strip())
+            value = value.strip()
+            changed[toggle.path] = next((v for v in toggle.values if str(v) == value), value)
+        return presets[name]().replace(changed)
+
+    def value(self, path: str) -> OptionValue:
+        """The value at "slot.toggle"; raises `RecipeError` naming the toggles."""
+        toggle = _toggle_at(path)
+        value: OptionValue = getattr(getattr(self, toggle.slot), toggle.name)
+        return value
+
+    def replace(self, path: str | Mapping[str, OptionValue], value: OptionValue | None = None) -> Recipe:
+        """A new recipe with one toggle changed, or several at once: `replace({"vit.tower": "lean", …})`."""
+        changes: Mapping[str, Any] = path if isinstance(path, Mapping) else {path: value}
+        data = self.to_dict()
+        for at, new in changes.items():
+            toggle = _toggle_at(at)
+            data[toggle.slot][toggle.name] = new
+        return Recipe.from_dict(data)
+
+    def to_dict(self) -> dict[str, dict[str, OptionValue]]:
+        """Plain nested data, ready for JSON and YAML."""
+        return dataclasses.asdict(self)
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Mapping[str, OptionValue]]) -> Recipe:
+        """Read `to_dict`'s form; a toggle left out is at its baseline, an unknown key or value is a `RecipeError`."""
+        slots: dict[str, Any] = {field.name: type(field.default) for field in dataclasses.fields(cls)}
+        values = {}
+        for slot, choices in data.items():
+            if slot not in slots:
+                raise RecipeError(f"slot {slot!r} is unknown; the choices are {', '.join(slots)}")
+            for name in choices:
+                _toggle_at(f"{slot}.{name}")
+            values[slot] = slots[slot](**choices)
+        return cls(**values)
+
+    def changes(self) -> dict[str, OptionValue]:
+        """The toggles that differ from the baseline, by path."""
+        return {t.path: self.value(t.path) for t in toggles() if self.value(t.path) != t.values[0]}
+
+    def check(self, device: torch.device) -> None:
+        """Raise `RecipeError` for the first option that cannot run on the device, with the reason."""
+        for toggle in toggles():
+            option = toggle.option(self.value(toggle.path))
+            if (reason := option.unavailable(device)) is not None:
+                raise RecipeError(f"{toggle.path}={option.value} cannot run here: {reason}")
+
+    @property
+    def exact(self) -> bool:
+        """Whether every option promises the same tokens as Transformers."""
+        return all(toggle.option(self.value(toggle.path)).exact for toggle in toggles())
+
+    def __str__(self) -> str:
+        changes = self.changes()
+        return ", ".join(["baseline", *(f"{path}={value}" for path, value in changes.items())])
+
+
+def toggles() -> tuple[Toggle, ...]:
+    """The whole catalogue, in the order a request meets it."""
+    return tuple(_walk())
+
+
+def _walk() -> Iterator[Toggle]:
+    for slot in dataclasses.fields(Recipe):
+        for field in dataclasses.fields(slot.default):  # type: ignore[arg-type]
+            yield Toggle(slot=slot.name, name=field.name, options=field.metadata["options"])
+
+
+def _toggle_at(path: str) -> Toggle:
+    for toggle in toggles():
+        if toggle.path == path:
+            return toggle
+    raise RecipeError(f"toggle {path!r} is unknown; the choices are {', '.join(t.path for t in toggles())}")
+
+
+def catalogue_markdown() -> str:
+    """The catalogue as a Markdown table, one row an option; the README's section is this text."""
+    lines = ["| toggle | option | exact | what it does; who does it |", "|---|---|---|---|"]
+    for toggle in toggles():
+        for option in toggle.options:
+            first = f"`{toggle.path}`" if option is toggle.options[0] else ""
+            needs = f" (needs {', '.join(option.needs)})" if option.needs else ""
+            exact = "yes" if option.exact else "no"
+            lines.append(f"| {first} | `{option.value}`{needs} | {exact} | {option.does} |")
+    return "\n".join(lines)

@@ -1,0 +1,174 @@
+"""One finished run: what it made, how long each stage took, and how it shows itself."""
+
+from __future__ import annotations
+
+import html
+import json
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+
+from fastvl_lab.errors import MissingExtraError
+from fastvl_lab.recipe import Recipe
+from fastvl_lab.request import Chunk, Grid, ImageShape
+from fastvl_lab.trace import Trace
+
+if TYPE_CHECKING:
+    import plotly.graph_objects as go
+
+Kind = Literal["cold", "warm", "cache_hit"]
+
+_BAR_WIDTH = 40
+_EIGHTHS = " ▏▎▍▌▋▊▉"
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Run:
+    """What one engine did with one request.
+
+    `kind` is "cold" for the first run of its engine and shape (JIT, capture and autotune included), "warm" after that, "cache_hit"
+    when something was reused from an earlier request. `logits` are those of the last prompt token, float32 [vocab] on the host.
+    """
+
+    engine: str
+    recipe: Recipe | None
+    checkpoint: str
+    device: str
+    dtype: str
+    kind: Kind
+    n_prompt: int
+    shapes: tuple[ImageShape, ...]
+    tokens: tuple[int, ...]
+    chunks: tuple[Chunk, ...]
+    trace: Trace
+    logits: torch.Tensor
+
+    @property
+    def ttft(self) -> float:
+        """Seconds from the request's bytes to the first text in the consumer's hands."""
+        return self.trace.first_chunk_ns / 1e9
+
+    @property
+    def tpot(self) -> float | None:
+        """Seconds per token after the first chunk, or None when everything came at once."""
+        later = sum(len(chunk.tokens) for chunk in self.chunks[1:])
+        return (self.chunks[-1].time - self.chunks[0].time) / later if later else None
+
+    @property
+    def text(self) -> str:
+        return "".join(chunk.text for chunk in self.chunks)
+
+    @property
+    def visual_tokens(self) -> int:
+        return sum(shape.visual_tokens for shape in self.shapes)
+
+    def subtitle(self) -> str:
+        """What became of the images: decoded size, resized size, patches, visual tokens."""
+        if not self.shapes:
+            return f"text only → {self.n_prompt} prompt tokens"
+        first, more = self.shapes[0], len(self.shapes) - 1
+        patches = sum(shape.grid.t * shape.grid.h * shape.grid.w for shape in self.shapes)
+        others = f" and {more} more" if more else ""
+        return (
+            f"image {first.width}×{first.height}{others} → resized {first.resized_width}×{first.resized_height} → "
+            f"{patches} patches → {self.visual_tokens} visual tokens → {self.n_prompt} prompt tokens"
+        )
+
+    def title(self) -> str:
+        return f"{self.checkpoint} · {self.engine} · {self.device} {self.dtype} · {self.kind}"
+
+    def stage_table(self) -> list[dict[str, Any]]:
+        """One row a stage, then `unaccounted` and `TTFT`: name, host ms, device ms (CUDA only), share of TTFT."""
+        device = self.trace.stages("device")
+        rows: list[dict[str, Any]] = [
+            {"stage": name, "host_ms": ns / 1e6, "device_ms": device[name] / 1e6 if name in device else None}
+            for name, ns in self.trace.stages().items()
+        ]
+        rows.append({"stage": "unaccounted", "host_ms": self.trace.unaccounted_ns / 1e6, "device_ms": None})
+        rows.append({"stage": "TTFT", "host_ms": self.ttft * 1e3, "device_ms": None})
+        return [row | {"share": row["host_ms"] / (self.ttft * 1e3)} for row in rows]
+
+    def waterfall(self) -> go.Figure:
+        """The TTFT waterfall as a plotly figure; needs the extra "notebooks"."""
+        from fastvl_lab.view import waterfall
+
+        return waterfall([self])
+
+    def to_record(self) -> dict[str, Any]:
+        """Everything but the logits as JSON-ready data; `from_record` reads it back."""
+        return {
+            "engine": self.engine,
+            "recipe": None if self.recipe is None else self.recipe.to_dict(),
+            "checkpoint": self.checkpoint,
+            "device": self.device,
+            "dtype": self.dtype,
+            "kind": self.kind,
+            "n_prompt": self.n_prompt,
+            "shapes": [{**vars(shape), "grid": list(shape.grid)} for shape in self.shapes],
+            "tokens": list(self.tokens),
+            "chunks": [{"text": c.text, "tokens": list(c.tokens), "time": c.time} for c in self.chunks],
+            "trace": self.trace.to_record(),
+        }
+
+    @classmethod
+    def from_record(cls, record: dict[str, Any]) -> Run:
+        """Read `to_record`'s form; the logits are empty."""
+        data = dict(record)
+        data["recipe"] = None if record["recipe"] is None else Recipe.from_dict(record["recipe"])
+        data["shapes"] = tuple(ImageShape(**{**shape, "grid": Grid(*shape["grid"])}) for shape in record["shapes"])
+        data["tokens"] = tuple(record["tokens"])
+        data["chunks"] = tuple(Chunk(**{**chunk, "tokens": tuple(chunk["tokens"])}) for chunk in record["chunks"])
+        data["trace"] = Trace.from_record(record["trace"])
+        return cls(**data, logits=torch.empty(0))
+
+    def _bar(self, intervals: list[tuple[int, int]]) -> str:
+        """Intervals of TTFT in nanoseconds as a bar of block characters, at the place where they happened."""
+        scale = _BAR_WIDTH * 8 / max(self.trace.first_chunk_ns, 1)
+        cells = [0] * _BAR_WIDTH
+        for start, end in intervals:
+            for eighth in range(round(start * scale), max(round(end * scale), round(start * scale) + 1)):
+                if eighth // 8 < _BAR_WIDTH:
+                    cells[eighth // 8] += 1
+        return "".join("█" if filled >= 8 else _EIGHTHS[filled] for filled in cells)
+
+    def _rows_with_bars(self) -> list[tuple[str, float, float, str]]:
+        intervals: dict[str, list[tuple[int, int]]] = {"unaccounted": list(self.trace.gaps())}
+        for span in self.trace.within_ttft():
+            intervals.setdefault(span.name, []).append((span.start_ns, span.end_ns))
+        return [
+            (row["stage"], row["host_ms"], row["share"], self._bar(intervals.get(row["stage"], []))) for row in self.stage_table()
+        ]
+
+    def _summary(self) -> str:
+        per_token = "" if self.tpot is None else f", TPOT {self.tpot * 1e3:.2f} ms"
+        return f"TTFT {self.ttft * 1e3:.1f} ms{per_token}, {len(self.tokens)} tokens in {len(self.chunks)} chunks"
+
+    def __repr__(self) -> str:
+        lines = [self.title(), self.subtitle(), self._summary()]
+        lines += [f"{stage:<13} {ms:9.3f} ms {share:6.1%} {bar}".rstrip() for stage, ms, share, bar in self._rows_with_bars()]
+        return "\n".join(lines)
+
+    def _html(self) -> str:
+        rows = "".join(
+            f"<tr><td>{stage}</td><td align='right'>{ms:.3f}</td><td align='right'>{share:.1%}</td><td><code>"
+            f"{bar.replace(' ', '&nbsp;')}</code></td></tr>"
+            for stage, ms, share, bar in self._rows_with_bars()
+        )
+        heading = "<br>".join(html.escape(line) for line in (self.title(), self.subtitle(), self._summary()))
+        return (
+            f"<p>{heading}</p><table><thead><tr><th>stage</th><th>ms</th><th>share</th><th>when</th></tr></thead>"
+            f"<tbody>{rows}</tbody></table>"
+        )
+
+    def _repr_mimebundle_(self, include: Any = None, exclude: Any = None) -> dict[str, Any]:
+        """A figure where plotly can be shown, a table where only HTML can, and text in a terminal."""
+        bundle: dict[str, Any] = {"text/plain": repr(self), "text/html": self._html()}
+        try:
+            figure = self.waterfall()
+        except MissingExtraError:  # without plotly, the table is what there is
+            return bundle
+        from fastvl_lab.view.style import CONFIG
+
+        shown = json.loads(figure.to_json())
+        return bundle | {"application/vnd.plotly.v1+json": shown | {"config": CONFIG}}

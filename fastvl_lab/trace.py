@@ -1,0 +1,244 @@
+"""The clock at every door: spans on a host lane and a device lane, on one time axis, without a sync inside a request.
+
+A `Tracer` records while a request runs; `Tracer.finish` turns what it saw into a frozen `Trace`. The host lane holds
+`time.perf_counter_ns` intervals. The device lane (CUDA only) holds pairs of CUDA events, read after the request has ended and
+placed on the host's axis through an anchor event recorded while the device was idle. A device span reaches from the first to
+the last kernel its stage enqueued; idle time between those kernels is inside it.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+
+Lane = Literal["host", "device"]
+Level = Literal["off", "stages", "layers"]
+
+LEVELS: tuple[Level, ...] = ("off", "stages", "layers")
+
+# Stage -> the file or folder of the package that does the work, in the order a request meets them.
+STAGES: dict[str, str] = {
+    "decode_image": "preprocessor/decode_image.py",
+    "preprocess": "preprocessor/",
+    "tokenize": "tokenizer.py",
+    "upload": "preprocessor/upload.py",
+    "vit": "vit/",
+    "merge": "language/merge.py",
+    "prefill": "language/prefill.py",
+    "sample": "language/sample.py",
+    "emit": "streaming.py",
+    "decode": "language/decode.py",
+}
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Span:
+    """One timed interval: nanoseconds since the request was handed over; depth 0 is a stage, deeper is inside one."""
+
+    name: str
+    lane: Lane
+    depth: int
+    start_ns: int
+    end_ns: int
+
+    @property
+    def duration_ns(self) -> int:
+        return self.end_ns - self.start_ns
+
+
+@dataclass(frozen=True, kw_only=True)
+class Trace:
+    """Every span of one run, and the two instants that frame it.
+
+    `first_chunk_ns` is TTFT: when the first text chunk was in the consumer's hands. `end_ns` is when the engine returned.
+    """
+
+    spans: tuple[Span, ...]
+    first_chunk_ns: int
+    end_ns: int
+
+    def within_ttft(self, lane: Lane = "host") -> tuple[Span, ...]:
+        """The stages (depth 0) of one lane that began before the first chunk, cut off at it, in order of start."""
+        cut = [
+            Span(name=s.name, lane=lane, depth=0, start_ns=s.start_ns, end_ns=min(s.end_ns, self.first_chunk_ns))
+            for s in self.spans
+            if s.lane == lane and s.depth == 0 and s.start_ns < self.first_chunk_ns
+        ]
+        return tuple(sorted(cut, key=lambda s: s.start_ns))
+
+    def stages(self, lane: Lane = "host") -> dict[str, int]:
+        """Nanoseconds of TTFT spent in each stage, in order of first start; a stage that did not run is absent."""
+        totals: dict[str, int] = {}
+        for span in self.within_ttft(lane):
+            totals[span.name] = totals.get(span.name, 0) + span.duration_ns
+        return totals
+
+    def gaps(self, lane: Lane = "host") -> tuple[tuple[int, int], ...]:
+        """The intervals of TTFT, in nanoseconds, that no stage of the lane covers.
+
+        They are measured as the complement of the union of spans, not as TTFT less a sum: spans that overlapped would make
+        stages and gaps add up to more than TTFT, and so be found.
+        """
+        gaps, reached = [], 0
+        for span in self.within_ttft(lane):
+            if span.start_ns > reached:
+                gaps.append((reached, span.start_ns))
+            reached = max(reached, span.end_ns)
+        if reached < self.first_chunk_ns:
+            gaps.append((reached, self.first_chunk_ns))
+        return tuple(gaps)
+
+    @property
+    def unaccounted_ns(self) -> int:
+        """Nanoseconds of TTFT in no host stage."""
+        return sum(end - start for start, end in self.gaps())
+
+    @property
+    def has_device_lane(self) -> bool:
+        return any(span.lane == "device" for span in self.spans)
+
+    def to_chrome(self, label: str = "fastvl_lab") -> dict[str, Any]:
+        """The trace in the Trace Event format that chrome://tracing and Perfetto open: one track a lane, microseconds.
+
+        Format: "Trace Event Format", https://docs.google.com/document/d/1CvAClvFfyA5R-PhYUmn5OOQtYMH4h6I0nSsKchNAySU
+        """
+        tracks = {"host": 1, "device": 2}
+        events: list[dict[str, Any]] = [{"ph": "M", "pid": 1, "name": "process_name", "args": {"name": label}}]
+        for lane, track in tracks.items():
+            if lane == "host" or self.has_device_lane:
+                events.append({"ph": "M", "pid": 1, "tid": track, "name": "thread_name", "args": {"name": lane}})
+        for span in self.spans:
+            event = {"ph": "X", "pid": 1, "tid": tracks[span.lane], "name": span.name, "cat": "stage"}
+            event |= {"ts": span.start_ns / 1e3, "dur": span.duration_ns / 1e3}
+            if span.depth > 0:
+                event["cat"] = "layer"
+            elif span.name in STAGES:
+                event["args"] = {"file": f"fastvl_lab/{STAGES[span.name]}"}
+            events.append(event)
+        events.append({"ph": "i", "s": "g", "pid": 1, "tid": 1, "name": "first chunk (TTFT)", "ts": self.first_chunk_ns / 1e3})
+        return {"traceEvents": events, "displayTimeUnit": "ms"}
+
+    def to_record(self) -> dict[str, Any]:
+        """The trace as JSON-ready data; `from_record` reads it back."""
+        spans = [[s.name, s.lane, s.depth, s.start_ns, s.end_ns] for s in self.spans]
+        return {"spans": spans, "first_chunk_ns": self.first_chunk_ns, "end_ns": self.end_ns}
+
+    @classmethod
+    def from_record(cls, record: dict[str, Any]) -> Trace:
+        fields = ("name", "lane", "depth", "start_ns", "end_ns")
+        spans = tuple(Span(**dict(zip(fields, row, strict=True))) for row in record["spans"])
+        return cls(spans=spans, first_chunk_ns=record["first_chunk_ns"], end_ns=record["end_ns"])
+
+
+class Tracer:
+    """Records the spans of one run; level "off" records none, "stages" the stages, "layers" also blocks and layers.
+
+    Usage: `start()`, then `with span("vit"):` at each stage, `delivered()` at the consumer, then `finish()`. Synchronises the
+    device in `start` and `finish` only, both outside the request.
+    """
+
+    def __init__(self, device: torch.device, level: Level = "stages") -> None:
+        if level not in LEVELS:
+            raise ValueError(f"trace is {level!r}; the choices are {', '.join(LEVELS)}")
+        self.level = level
+        self._cuda = device.type == "cuda"
+        self._device = device
+        self._open: list[tuple[str, int, Any]] = []
+        self._closed: list[tuple[str, int, int, int, Any, Any]] = []
+        self._anchor: Any = None
+        self._started_ns = 0
+        self._first_chunk_ns: int | None = None
+
+    def start(self) -> None:
+        """Start the clock: what follows is the request."""
+        if self._cuda:
+            torch.cuda.synchronize(self._device)
+            self._anchor = self._event()
+        self._started_ns = time.perf_counter_ns()
+
+    def delivered(self) -> float:
+        """Stamp a chunk that has just reached the consumer: seconds since `start`; the first one ends TTFT."""
+        now = time.perf_counter_ns()
+        if self._first_chunk_ns is None:
+            self._first_chunk_ns = now - self._started_ns
+        return (now - self._started_ns) / 1e9
+
+    def span(self, name: str) -> AbstractContextManager[None]:
+        """A stage."""
+        return nullcontext() if self.level == "off" else self._record(name)
+
+    def inner(self, name: str) -> AbstractContextManager[None]:
+        """A block or layer inside a stage; recorded at level "layers" only."""
+        return self._record(name) if self.level == "layers" else nullcontext()
+
+    def begin(self, name: str) -> None:
+        """Open a span from a hook; close it with `end`. A name already open stays open."""
+        if self.level != "off":
+            self._open.append((name, time.perf_counter_ns(), self._event() if self._cuda else None))
+
+    def end(self, name: str) -> None:
+        """Close the innermost open span, if it is `name`."""
+        if self._open and self._open[-1][0] == name:
+            _, start_ns, start_event = self._open.pop()
+            end_event = self._event() if self._cuda else None
+            self._closed.append((name, len(self._open), start_ns, time.perf_counter_ns(), start_event, end_event))
+
+    @contextmanager
+    def _record(self, name: str) -> Iterator[None]:
+        self.begin(name)
+        try:
+            yield
+        finally:
+            self.end(name)
+
+    def _event(self) -> Any:
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()
+        return event
+
+    def finish(self) -> Trace:
+        """Stop the clock, wait for the device, and put both lanes on one axis."""
+        end_ns = time.perf_counter_ns() - self._started_ns
+        if self._cuda:
+            torch.cuda.synchronize(self._device)
+        spans = []
+        for name, depth, start_ns, stop_ns, start_event, end_event in self._closed:
+            begin, stop = start_ns - self._started_ns, stop_ns - self._started_ns
+            spans.append(Span(name=name, lane="host", depth=depth, start_ns=begin, end_ns=stop))
+            if start_event is not None:
+                begin = round(self._anchor.elapsed_time(start_event) * 1e6)
+                stop = round(self._anchor.elapsed_time(end_event) * 1e6)
+                spans.append(Span(name=name, lane="device", depth=depth, start_ns=begin, end_ns=stop))
+        spans.sort(key=lambda s: (s.start_ns, s.depth))
+        first_chunk_ns = end_ns if self._first_chunk_ns is None else self._first_chunk_ns
+        return Trace(spans=tuple(spans), first_chunk_ns=first_chunk_ns, end_ns=end_ns)
+
+
+@contextmanager
+def module_spans(modules: Mapping[str, torch.nn.Module], span: Callable[[str], AbstractContextManager[None]]) -> Iterator[None]:
+    """Time stock modules from outside: a span a forward, through hooks that are removed on leaving."""
+    handles, entered = [], []
+
+    def enter(name: str) -> Callable[..., None]:
+        def hook(*_: Any) -> None:
+            opened = span(name)
+            opened.__enter__()
+            entered.append(opened)
+
+        return hook
+
+    def leave(*_: Any) -> None:
+        entered.pop().__exit__(None, None, None)
+
+    for name, module in modules.items():
+        handles += [module.register_forward_pre_hook(enter(name)), module.register_forward_hook(leave)]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()

@@ -1,0 +1,70 @@
+"""A sweep as one HTML page that needs nothing beside it: open it offline, mail it, archive it."""
+
+from __future__ import annotations
+
+import html
+from typing import TYPE_CHECKING, Any
+
+from fastvl_lab.errors import require
+from fastvl_lab.view import style
+from fastvl_lab.view.charts import ttft_against_visual_tokens
+from fastvl_lab.view.tables import stage_frame, summary_frame
+from fastvl_lab.view.waterfall import waterfall
+
+if TYPE_CHECKING:
+    from fastvl_lab.measure.sweep import SweepResult
+
+_CSS = """
+body { font: 15px/1.5 "DejaVu Sans", Arial, sans-serif; color: #222; max-width: 1120px; margin: 2em auto; padding: 0 1em; }
+h1 { font-size: 1.6em; } h2 { font-size: 1.25em; margin-top: 2em; border-bottom: 1px solid #ddd; }
+.scroll { overflow-x: auto; }
+table { border-collapse: collapse; font-size: 0.9em; margin: 1em 0; }
+th, td { padding: 0.3em 0.8em; border-bottom: 1px solid #ddd; text-align: left; white-space: nowrap; }
+th { background: #f4f4f4; } .error { color: #a00; }
+"""
+
+
+def report_html(result: SweepResult) -> str:
+    """The page: settings, what failed, the summary, TTFT against visual tokens, and each point's waterfalls with their tables."""
+    plotly_js = require("plotly.offline", "notebooks").get_plotlyjs()
+    environment = " · ".join(f"{key} {value}" for key, value in result.environment.items())
+    body = [f"<h1>TTFT sweep</h1><p>{html.escape(environment)}</p>", _errors(result)]
+    if result.points:
+        rows = result.summary()
+        body += [
+            "<h2>Summary</h2>",
+            "<p>Medians over warm runs, measured in interleaved rounds; a speed-up is the median of ratios paired by round, and is "
+            "shown only where the tokens are equal to the reference's.</p>",
+            _table(summary_frame(rows)),
+            "<h2>TTFT against visual tokens</h2>",
+            _figure(ttft_against_visual_tokens(rows)),
+        ]
+    for point in result.points:
+        runs = [point.comparison.representative(engine) for engine in point.comparison.engines]
+        body += [f"<h2>{html.escape(point.label)}</h2>", _figure(waterfall(runs)), _table(stage_frame(runs))]
+    settings = "".join(f"<tr><td>{k}</td><td>{html.escape(repr(v))}</td></tr>" for k, v in vars(result.settings).items())
+    body.append(f"<h2>Settings</h2><div class='scroll'><table>{settings}</table></div>")
+    return (
+        "<!DOCTYPE html><html lang='en'><head><meta charset='utf-8'><title>fastvl_lab: TTFT sweep</title>"
+        f"<style>{_CSS}</style><script>{plotly_js}</script></head><body>{''.join(body)}</body></html>"
+    )
+
+
+def _errors(result: SweepResult) -> str:
+    if not result.errors:
+        return ""
+    rows = "".join(
+        f"<li>{html.escape(' · '.join(part for part in (e['checkpoint'], e['image'], e['engine']) if part))}: "
+        f"{html.escape(e['error'])}</li>"
+        for e in result.errors
+    )
+    return f"<h2 class='error'>What failed</h2><ul class='error'>{rows}</ul>"
+
+
+def _table(frame: Any) -> str:
+    return f"<div class='scroll'>{frame.to_html(index=False, border=0)}</div>"
+
+
+def _figure(figure: Any) -> str:
+    text: str = figure.to_html(full_html=False, include_plotlyjs=False, config=style.CONFIG)
+    return text

@@ -1,0 +1,49 @@
+"""One look for every figure: colour-blind-safe colours, one per kind of work, and patterns for what colour must not carry alone."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from fastvl_lab.errors import require
+
+# Okabe and Ito's palette, safe for the common kinds of colour blindness (https://jfly.uni-koeln.de/color/).
+STAGE_COLOURS = {
+    "decode_image": "#E69F00",
+    "preprocess": "#E69F00",
+    "tokenize": "#8C8C8C",
+    "upload": "#8C8C8C",
+    "vit": "#0072B2",
+    "merge": "#56B4E9",
+    "prefill": "#009E73",
+    "sample": "#CC79A7",
+    "emit": "#CC79A7",
+    "decode": "#D55E00",
+}
+SERIES_COLOURS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#D55E00", "#56B4E9", "#8C8C8C")
+SERIES_MARKERS = ("circle", "square", "diamond", "triangle-up", "x", "cross", "star")
+
+# Besides colour: the device lane is hatched, time in no stage is an outline.
+DEVICE_PATTERN = "/"
+UNACCOUNTED_PATTERN = "x"
+INK = "#222222"
+GRID = "#DDDDDD"
+
+# plotly offers to upload charts to a cloud service; the lab does not.
+CONFIG = {"displaylogo": False, "modeBarButtonsToRemove": ["sendChartToCloud", "sendchart"], "responsive": True}
+
+
+def graph_objects() -> Any:
+    """plotly.graph_objects, or a clear error naming the extra."""
+    return require("plotly.graph_objects", "notebooks")
+
+
+def layout(**changes: Any) -> dict[str, Any]:
+    """The layout every figure starts from."""
+    base = {
+        "template": "plotly_white",
+        "font": {"family": "DejaVu Sans, Arial, sans-serif", "size": 13, "color": INK},
+        "margin": {"l": 120, "r": 30, "t": 70, "b": 55},
+        "hoverlabel": {"font": {"size": 13}},
+        "modebar": {"remove": CONFIG["modeBarButtonsToRemove"]},
+    }
+    return base | changes

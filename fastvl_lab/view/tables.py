@@ -1,0 +1,68 @@
+"""The tables that stand beside the charts, as pandas DataFrames of text ready to read."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from fastvl_lab.errors import require
+from fastvl_lab.recipe import toggles
+from fastvl_lab.run import Run
+from fastvl_lab.trace import STAGES
+
+
+def summary_frame(rows: Sequence[Mapping[str, Any]]) -> Any:
+    """One line an engine and point: times, intervals, parity and speed-up.
+
+    A speed-up stands only beside a parity check that held; an interval needs at least five warm runs.
+    """
+    table = [
+        {
+            **{key: row[key] for key in ("checkpoint", "image") if key in row},
+            "engine": row["engine"],
+            "visual tokens": row["visual_tokens"],
+            "TTFT ms (95% CI)": _interval(row["ttft_ms"], row["ttft_low_ms"], row["ttft_high_ms"], ".1f"),
+            "cold TTFT ms": _number(row["cold_ttft_ms"], ".0f"),
+            "TPOT ms": _number(row["tpot_ms"], ".2f"),
+            "tokens equal": "yes" if row["tokens_equal"] else "NO",
+            "faster than reference (95% CI)": _interval(row["speedup"], row["speedup_low"], row["speedup_high"], ".2f", "×"),
+            "warm runs": row["warm_runs"],
+        }
+        for row in rows
+    ]
+    return require("pandas", "notebooks").DataFrame(table)
+
+
+def stage_frame(runs: Sequence[Run]) -> Any:
+    """Host milliseconds a stage, one column a run; stages add up to TTFT with `unaccounted`."""
+    columns = {run.engine: {row["stage"]: row["host_ms"] for row in run.stage_table()} for run in runs}
+    order = [name for name in (*STAGES, "unaccounted", "TTFT") if any(name in column for column in columns.values())]
+    table = [{"stage": name, **{engine: _number(column.get(name), ".3f") for engine, column in columns.items()}} for name in order]
+    return require("pandas", "notebooks").DataFrame(table)
+
+
+def catalogue_frame() -> Any:
+    """Every option of every toggle, the baseline first."""
+    table = [
+        {
+            "toggle": toggle.path,
+            "option": option.value,
+            "exact": "yes" if option.exact else "no",
+            "needs": ", ".join(option.needs) or "–",
+            "what it does; who does it": option.does,
+        }
+        for toggle in toggles()
+        for option in toggle.options
+    ]
+    return require("pandas", "notebooks").DataFrame(table)
+
+
+def _number(value: float | None, spec: str) -> str:
+    return "–" if value is None or value != value else format(value, spec)
+
+
+def _interval(median: float | None, low: float | None, high: float | None, spec: str, unit: str = "") -> str:
+    if median is None:
+        return "–"
+    text = f"{median:{spec}}{unit}"
+    return text if low is None or low != low else f"{text} [{low:{spec}}, {high:{spec}}]"
