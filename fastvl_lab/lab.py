@@ -103,7 +103,7 @@ class Lab:
             try:
                 with self._lock:
                     tracer.start()
-                    self._kind(key, self._serve(bound, request, tracer, lambda text, tokens: put((text, tokens))))
+                    self._serve(bound, request, tracer, lambda text, tokens: put((text, tokens)))
                 put(None)
             except _CancelledError:
                 pass
@@ -144,8 +144,12 @@ class Lab:
             ) from error
 
     def _kind(self, key: EngineName, outcome: Outcome) -> Kind:
-        """Whether this was the first run of its engine and shape; the decode steps of any length share one shape."""
-        shape = (key, outcome.n_prompt, *(s.grid for s in outcome.shapes), len(outcome.tokens) > 1)
+        """Whether this was the first run of its engine and shape; decode steps of any number share one shape.
+
+        On a CPU each calling thread has a thread pool of its own in torch, so the first run of another thread is cold again.
+        """
+        thread = threading.get_ident() if self.device.type == "cpu" else None
+        shape = (key, thread, outcome.n_prompt, *(s.grid for s in outcome.shapes), len(outcome.tokens) > 1)
         first = shape not in self._seen
         self._seen.add(shape)
         return "cold" if first else "warm"

@@ -75,6 +75,7 @@ class Comparison:
             speedup = self.speedup(engine)
             row = {
                 "engine": engine,
+                "is_reference": engine == self.reference,
                 "visual_tokens": shown.visual_tokens,
                 "warm_runs": len(warm),
                 "ttft_ms": ttft.median if ttft else None,

@@ -43,7 +43,8 @@ def shape_of(size: tuple[int, int], layout: PatchLayout, limits: tuple[int, int]
     least, most = limits
     if least > most:
         raise RequestError(
-            f"min_pixels {least} is over max_pixels {most}; one is the request's and the other the checkpoint's: set both"
+            f"min_pixels {least} is over max_pixels {most}: one is the request's, the other the checkpoint's; "
+            f"set both in the request"
         )
     resized_height, resized_width = smart_resize(height, width, factor=layout.factor, min_pixels=least, max_pixels=most)
     grid = Grid(1, resized_height // layout.patch_size, resized_width // layout.patch_size)

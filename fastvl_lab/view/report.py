@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from fastvl_lab.measure.sweep import SweepResult
 
 _CSS = """
-body { font: 15px/1.5 "DejaVu Sans", Arial, sans-serif; color: #222; max-width: 1120px; margin: 2em auto; padding: 0 1em; }
+body { font: 15px/1.5 "DejaVu Sans", Arial, sans-serif; color: #222; max-width: 1240px; margin: 2em auto; padding: 0 1em; }
 h1 { font-size: 1.6em; } h2 { font-size: 1.25em; margin-top: 2em; border-bottom: 1px solid #ddd; }
 .scroll { overflow-x: auto; }
 table { border-collapse: collapse; font-size: 0.9em; margin: 1em 0; }

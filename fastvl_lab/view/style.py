@@ -29,7 +29,7 @@ INK = "#222222"
 GRID = "#DDDDDD"
 
 # plotly offers to upload charts to a cloud service; the lab does not.
-CONFIG = {"displaylogo": False, "modeBarButtonsToRemove": ["sendChartToCloud", "sendchart"], "responsive": True}
+CONFIG = {"displaylogo": False, "modeBarButtonsToRemove": ["sendChartToCloud", "sendchart"]}
 
 
 def graph_objects() -> Any:

@@ -25,7 +25,11 @@ def summary_frame(rows: Sequence[Mapping[str, Any]]) -> Any:
             "cold TTFT ms": _number(row["cold_ttft_ms"], ".0f"),
             "TPOT ms": _number(row["tpot_ms"], ".2f"),
             "tokens equal": "yes" if row["tokens_equal"] else "NO",
-            "faster than reference (95% CI)": _interval(row["speedup"], row["speedup_low"], row["speedup_high"], ".2f", "×"),
+            "speed-up (95% CI)": (
+                "reference"
+                if row["is_reference"]
+                else _interval(row["speedup"], row["speedup_low"], row["speedup_high"], ".2f", "×")
+            ),
             "warm runs": row["warm_runs"],
         }
         for row in rows
@@ -38,6 +42,20 @@ def stage_frame(runs: Sequence[Run]) -> Any:
     columns = {run.engine: {row["stage"]: row["host_ms"] for row in run.stage_table()} for run in runs}
     order = [name for name in (*STAGES, "unaccounted", "TTFT") if any(name in column for column in columns.values())]
     table = [{"stage": name, **{engine: _number(column.get(name), ".3f") for engine, column in columns.items()}} for name in order]
+    return require("pandas", "notebooks").DataFrame(table)
+
+
+def layer_frame(run: Run) -> Any:
+    """Host milliseconds of every ViT block and decoder layer inside TTFT; the run must have been traced with "layers"."""
+    table = [
+        {
+            "block or layer": span.name,
+            "ms": _number(span.duration_ns / 1e6, ".3f"),
+            "share of TTFT": f"{span.duration_ns / 1e9 / run.ttft:.1%}",
+        }
+        for span in run.trace.spans
+        if span.lane == "host" and span.depth > 0 and span.end_ns <= run.trace.first_chunk_ns
+    ]
     return require("pandas", "notebooks").DataFrame(table)
 
 

@@ -48,7 +48,7 @@ def waterfall(runs: Sequence[Run]) -> go.Figure:
         _label_panel(figure, run, rows, number)
     longest = max(run.ttft for run in runs) * 1e3
     figure.update_xaxes(range=[0, longest * 1.24], gridcolor=style.GRID, zeroline=False)
-    axis_title = {"text": "milliseconds since the request's bytes", "font": {"size": 13}}
+    axis_title = {"text": "milliseconds since the request's bytes (dotted line: TTFT)", "font": {"size": 13}}
     figure.update_xaxes(title=axis_title, row=len(runs), col=1)
     figure.update_layout(
         **style.layout(
@@ -134,7 +134,9 @@ def _label_panel(figure: Any, run: Run, rows: list[str], number: int) -> None:
                 showarrow=False,
                 font={"size": 12},
             )
-    figure.update_yaxes(categoryorder="array", categoryarray=rows, range=[len(rows) - 0.5, -0.5], row=number, col=1)
+    figure.update_yaxes(
+        categoryorder="array", categoryarray=rows, range=[len(rows) - 0.5, -0.5], ticklabelstandoff=6, row=number, col=1
+    )
     figure.add_vline(x=run.ttft * 1e3, line={"color": style.INK, "width": 1.5, "dash": "dot"}, row=number, col=1)
     heading = f"<b>{html.escape(run.engine)}: TTFT {_ms(run.ttft * 1e3)}</b> · {html.escape(run.checkpoint)} · "
     heading += f"{html.escape(run.device)} {run.dtype} · {run.kind}<br><span style='font-size:12px'>{run.subtitle()}</span>"

@@ -1,0 +1,83 @@
+"""What a person sees: a notebook run in JupyterLab, and the report opened from disk."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+import nbformat
+import pytest
+
+from fastvl_lab import SweepSettings, sweep
+
+REPOSITORY = Path(__file__).parents[2]
+
+IDLE = """() => {
+  const session = window.jupyterapp?.shell.currentWidget?.sessionContext?.session;
+  return session?.kernel?.connectionStatus === "connected" && session.kernel.status === "idle";
+}"""
+FINISHED = """(cells) => document.querySelectorAll(".jp-CodeCell").length >= cells &&
+  [...document.querySelectorAll(".jp-CodeCell .jp-InputPrompt")].every((prompt) => /\\[\\d+\\]/.test(prompt.textContent))"""
+
+
+def test_the_workbench_runs_in_jupyterlab_and_shows_its_waterfalls(jupyterlab: Any, page: Any) -> None:
+    notebook = nbformat.read(REPOSITORY / "notebooks" / "workbench.ipynb", 4)
+    parameters = next(cell for cell in notebook.cells if "parameters" in cell.metadata.get("tags", []))
+    parameters.source = re.sub(r"= \[640, 480\]", "= [168, 140]", parameters.source)
+    parameters.source = re.sub(r"repeats: int = 5", "repeats: int = 1", parameters.source)
+    nbformat.write(notebook, jupyterlab.root / "workbench.ipynb")
+
+    page.goto(jupyterlab.url("workbench.ipynb"))
+    page.wait_for_function(IDLE, timeout=60_000)
+    # Every cell is drawn, also below the fold, so that its output can be looked at.
+    page.evaluate("() => window.jupyterapp.shell.currentWidget.content.notebookConfig.windowingMode = 'none'")
+    page.evaluate("() => window.jupyterapp.commands.execute('notebook:run-all-cells')")
+    page.wait_for_function(FINISHED, arg=sum(cell.cell_type == "code" for cell in notebook.cells) - 2, timeout=90_000)
+
+    outputs = page.locator(".jp-OutputArea-output")
+    assert page.locator(".jp-OutputArea-output[data-mime-type='application/vnd.jupyter.error']").count() == 0
+    page.wait_for_selector(".jp-OutputArea-output.js-plotly-plot .barlayer", state="attached", timeout=20_000)
+    text = " ".join(outputs.all_inner_texts())
+    assert "TTFT" in text
+    assert "of its TTFT in" in text  # what was learnt
+    assert page.locator(".jp-OutputArea-output.js-plotly-plot").count() >= 2  # one run, and several side by side
+    for plot in page.locator(".jp-OutputArea-output.js-plotly-plot").all():
+        assert plot.bounding_box()["height"] > 300  # drawn in full, not collapsed to its legend
+    assert page.get_by_text("Share chart").count() == 0
+
+
+def test_the_report_opens_from_disk_without_a_network(page: Any, tmp_path: Path) -> None:
+    settings = SweepSettings(
+        checkpoints=["tiny-qwen3-vl"],
+        recipes=["transformers", "fastest"],
+        image="coffee",
+        image_sizes=[[168, 140], [2100, 10]],
+        prompt="What is this?",
+        max_new_tokens=2,
+        repeats=1,
+        warm_up=1,
+        device="cpu",
+        dtype="",
+        seed=0,
+        output_dir="",
+    )
+    sweep(settings, progress=False).write(tmp_path)
+    asked, failures = [], []
+    page.on("request", lambda request: asked.append(request.url))
+    page.on("pageerror", lambda error: failures.append(str(error)))
+    page.goto((tmp_path / "report.html").as_uri())
+    page.wait_for_selector(".js-plotly-plot .barlayer")
+    assert failures == []
+    assert [url for url in asked if not url.startswith(("file:", "data:", "blob:"))] == []
+    assert page.locator(".js-plotly-plot").count() == 2
+    assert page.locator("table").count() == 3  # summary, stages, settings
+    assert "aspect ratio" in page.locator("ul.error").inner_text()
+    assert page.evaluate("document.documentElement.scrollWidth <= window.innerWidth")
+
+
+@pytest.mark.parametrize("name", ["waterfall.png"])
+def test_the_readme_shows_figures_that_exist(name: str) -> None:
+    assert f"figures/{name}" in (REPOSITORY / "README.md").read_text()
+    assert (REPOSITORY / "figures" / name).exists()
+    assert (REPOSITORY / "figures" / name).with_suffix(".json").exists()

@@ -1,0 +1,227 @@
+"""Every origin of a checkpoint, and one clear sentence for each that is none."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+
+from fastvl_lab import CheckpointError, DeviceError, Lab, Request
+from fastvl_lab.checkpoint import random_weights, tiny, user_cache
+from fastvl_lab.checkpoint.random_weights import published, random_model, write_published_folder
+
+
+@pytest.fixture
+def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An empty user cache for one test."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    return tmp_path / "cache"
+
+
+def _digest(folder: Path) -> dict[str, str]:
+    return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in sorted(folder.iterdir())}
+
+
+@pytest.mark.parametrize("name", tiny.NAMES)
+def test_a_built_in_checkpoint_is_an_ordinary_folder_and_always_the_same(name: str, own_cache: Path) -> None:
+    folder = tiny.folder(name)
+    assert {
+        "config.json",
+        "model.safetensors",
+        "tokenizer.json",
+        "tokenizer_config.json",
+        "chat_template.jinja",
+        "preprocessor_config.json",
+        "generation_config.json",
+    } <= set(_digest(folder))
+    first = _digest(folder)
+    shutil.rmtree(folder)
+    assert _digest(tiny.folder(name)) == first
+
+
+def test_built_in_models_have_what_makes_the_families_what_they_are(labs: dict[str, Lab]) -> None:
+    first, second = (labs[name].checkpoint for name in tiny.NAMES)
+    assert 0 < len(first.config.vision_config.fullatt_block_indexes) < first.config.vision_config.depth
+    assert first.model.model.language_model.layers[0].self_attn.q_proj.bias is not None
+    assert len(second.config.vision_config.deepstack_visual_indexes) == 3
+    assert second.model.model.language_model.layers[0].self_attn.q_norm.weight.shape == (48,)
+    assert second.config.text_config.head_dim != second.config.text_config.hidden_size // 4  # given, not derived
+    for checkpoint in (first, second):
+        assert checkpoint.model.lm_head.weight is checkpoint.model.model.language_model.embed_tokens.weight
+        assert checkpoint.eos_token_ids == (258, 256)
+        assert checkpoint.tokenizer.convert_tokens_to_ids("<|image_pad|>") == checkpoint.image_token_id
+        assert not any(p.requires_grad for p in checkpoint.model.parameters())
+
+
+@pytest.mark.parametrize("name", tiny.NAMES)
+def test_a_folder_in_shards_loads_like_the_built_in(name: str, labs: dict[str, Lab], tmp_path: Path, picture: bytes) -> None:
+    shutil.copytree(tiny.folder(name), tmp_path, dirs_exist_ok=True)
+    (tmp_path / "model.safetensors").unlink()
+    labs[name].checkpoint.model.save_pretrained(tmp_path, max_shard_size="2MB")
+    assert len(list(tmp_path.glob("model-*.safetensors"))) > 1
+    request = Request(images=[picture], prompt="What is this?", max_new_tokens=8)
+    run, expected = Lab(str(tmp_path), device="cpu").run(request), labs[name].run(request)
+    assert torch.allclose(run.logits, expected.logits, atol=1e-5)  # other addresses, other rounding
+    assert run.tokens == expected.tokens
+
+
+def test_dtype_is_chosen(picture: bytes) -> None:
+    lab = Lab("tiny-qwen3-vl", device="cpu", dtype="bfloat16")
+    assert lab.dtype == torch.bfloat16
+    assert Lab("tiny-qwen3-vl", device="cpu").dtype == torch.float32
+    request = Request(images=[picture], prompt="What is this?", max_new_tokens=4)
+    for engine in ("transformers", "baseline", "fastest"):
+        run = lab.run(request, engine)
+        assert run.dtype == "bfloat16"
+        assert run.logits.dtype == torch.float32
+        assert run.logits.isfinite().all()
+    with pytest.raises(CheckpointError, match="dtype is 'int4'; the choices are float32, bfloat16, float16"):
+        Lab("tiny-qwen3-vl", dtype="int4")
+    with pytest.raises(CheckpointError, match="dtype is 'float64'"):
+        Lab("tiny-qwen3-vl", dtype=torch.float64)
+
+
+def test_a_half_written_cache_is_never_used(own_cache: Path) -> None:
+    def dies(folder: Path) -> None:
+        (folder / "config.json").write_text("{")
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        user_cache.whole_folder("some-model", dies)
+    assert list((own_cache / "fastvl_lab").iterdir()) == []
+    folder = user_cache.whole_folder("some-model", lambda path: (path / "config.json").write_text("{}") and None)
+    assert (folder / "config.json").read_text() == "{}"
+
+
+def test_two_processes_that_write_at_once_end_with_one_whole_folder(own_cache: Path) -> None:
+    def write(folder: Path) -> None:
+        (folder / "file").write_text("mine")
+        if not (own_cache / "fastvl_lab" / "model").exists():  # the other process gets there first
+            user_cache.whole_folder("model", lambda path: (path / "file").write_text("theirs") and None)
+
+    folder = user_cache.whole_folder("model", write)
+    assert (folder / "file").read_text() == "theirs"
+    assert [path.name for path in folder.parent.iterdir()] == ["model"]
+
+
+def test_a_cache_that_cannot_be_written_is_one_sentence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
+    with pytest.raises(CheckpointError, match=r"cannot be written .*; set XDG_CACHE_HOME"):
+        Lab("tiny-qwen3-vl")
+
+
+@pytest.fixture
+def shrunken_geometry(own_cache: Path, monkeypatch: pytest.MonkeyPatch) -> str:
+    """A published geometry, with fewer and narrower layers, under a name of its own."""
+    facts = json.loads(json.dumps(random_weights._geometry()))
+    model = facts["Test/Small-VL"] = facts["Qwen/Qwen3-VL-2B-Instruct"]
+    model["text"] |= {"hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 3, "num_attention_heads": 4}
+    model["text"] |= {"num_key_value_heads": 2}
+    model["vision"] |= {"depth": 4, "hidden_size": 64, "intermediate_size": 128, "num_heads": 4, "out_hidden_size": 128}
+    model["vision"] |= {"deepstack_visual_indexes": [0, 1, 2]}
+    monkeypatch.setattr(random_weights, "_geometry", lambda: facts)
+    return "random:Test/Small-VL"
+
+
+def test_random_weights_of_a_geometry_run_like_any_checkpoint(shrunken_geometry: str, own_cache: Path, picture: bytes) -> None:
+    lab = Lab(shrunken_geometry, device="cpu")
+    request = Request(images=[picture], prompt="What is this?", max_new_tokens=8, ignore_eos=True)
+    expected, run = lab.run(request, "transformers"), lab.run(request, "fastest")
+    assert run.tokens == expected.tokens == Lab(shrunken_geometry, device="cpu").run(request).tokens
+    assert len(set(run.tokens)) > 2
+    assert run.text
+    assert sum(path.stat().st_size for path in own_cache.rglob("*") if path.is_file()) < 50e6
+
+
+@pytest.mark.parametrize(
+    ("name", "parameters"),
+    # Qwen's model cards round these; the exact counts are the hub's safetensors metadata where tied weights count once.
+    [("Qwen/Qwen2.5-VL-3B-Instruct", 3.75e9), ("Qwen/Qwen2.5-VL-7B-Instruct", 8.29e9), ("Qwen/Qwen3-VL-4B-Instruct", 4.44e9)],
+)
+def test_published_geometries_have_the_published_size(name: str, parameters: float) -> None:
+    from transformers import AutoConfig, AutoModelForImageTextToText
+
+    config = AutoConfig.from_pretrained(write_published_folder(name))
+    with torch.device("meta"):
+        model = AutoModelForImageTextToText.from_config(config)
+    assert sum(p.numel() for p in model.parameters()) == pytest.approx(parameters, rel=0.005)
+
+
+def test_random_models_keep_the_rotary_frequencies_of_stock_ones() -> None:
+    """`to_empty` blanks buffers; they must come back as the stock model has them."""
+    from transformers import AutoConfig, AutoModelForImageTextToText
+
+    for name in tiny.NAMES:
+        config = AutoConfig.from_pretrained(tiny.folder(name))
+        made = random_model(config, device=torch.device("cpu"), dtype=torch.float32, seed=1)
+        stock = dict(AutoModelForImageTextToText.from_config(config).named_buffers())
+        assert stock
+        assert all(torch.equal(buffer, stock[key]) for key, buffer in made.named_buffers())
+
+
+def test_every_published_geometry_is_known() -> None:
+    assert set(published()) == {
+        "Qwen/Qwen2.5-VL-3B-Instruct",
+        "Qwen/Qwen2.5-VL-7B-Instruct",
+        "Qwen/Qwen3-VL-2B-Instruct",
+        "Qwen/Qwen3-VL-4B-Instruct",
+        "Qwen/Qwen3-VL-8B-Instruct",
+    }
+
+
+@pytest.mark.parametrize(
+    ("name", "says"),
+    [
+        ("tiny-qwen4-vl", "checkpoint 'tiny-qwen4-vl' is unknown; give a folder .* tiny-qwen2.5-vl, tiny-qwen3-vl"),
+        ("./no/such/folder", "is unknown; give a folder"),
+        ("random:Qwen/Nothing", "no geometry is published here for 'Qwen/Nothing'; the choices are Qwen/"),
+        ("Qwen/Not-There", "checkpoint 'Qwen/Not-There' cannot be loaded: "),
+    ],
+)
+def test_unknown_checkpoints_are_refused(name: str, says: str) -> None:
+    with pytest.raises(CheckpointError, match=says):
+        Lab(name, device="cpu")
+
+
+def test_folders_that_are_no_qwen_vl_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match=r"has no config.json"):
+        Lab(str(tmp_path))
+    (tmp_path / "config.json").write_text("{")
+    with pytest.raises(CheckpointError, match=r"has a broken config.json"):
+        Lab(str(tmp_path))
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "llama"}))
+    with pytest.raises(CheckpointError, match="holds a 'llama' model; the lab runs qwen2_5_vl and qwen3_vl"):
+        Lab(str(tmp_path))
+
+
+def test_a_folder_without_weights_or_template_is_refused(tmp_path: Path) -> None:
+    shutil.copytree(tiny.folder("tiny-qwen3-vl"), tmp_path, dirs_exist_ok=True)
+    (tmp_path / "chat_template.jinja").unlink()
+    with pytest.raises(CheckpointError, match="has no chat template"):
+        Lab(str(tmp_path))
+    (tmp_path / "model.safetensors").unlink()
+    with pytest.raises(CheckpointError, match="cannot be loaded: "):
+        Lab(str(tmp_path))
+
+
+def test_too_little_memory_is_refused_before_loading_with_the_numbers(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("fastvl_lab.checkpoint.loading.available_bytes", lambda _: 1_000_000_000)
+    with pytest.raises(DeviceError, match=r"needs 7.5 GB for its weights in bfloat16, and cpu has 1.0 GB free"):
+        Lab("random:Qwen/Qwen2.5-VL-3B-Instruct", device="cpu", dtype="bfloat16")
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="is about machines without CUDA")
+def test_cuda_asked_for_and_absent_is_refused() -> None:
+    with pytest.raises(DeviceError, match="torch sees no CUDA device; choose device='cpu'"):
+        Lab("tiny-qwen3-vl", device="cuda")
+
+
+@pytest.mark.parametrize("device", ["gpu", "mps", "meta"])
+def test_devices_the_lab_has_no_code_for_are_refused(device: str) -> None:
+    with pytest.raises(DeviceError, match=r"the choices are 'cpu' and 'cuda'"):
+        Lab("tiny-qwen3-vl", device=device)

@@ -1,0 +1,52 @@
+"""What all tests share: a cache of their own, the built-in checkpoints loaded once, and photographs of any size."""
+
+from __future__ import annotations
+
+import atexit
+import os
+import shutil
+import tempfile
+from pathlib import Path
+
+import pytest
+import torch
+
+# Tests, and the kernels they start, get an empty cache: none reads or fills the user's. Set before any library reads them.
+os.environ["XDG_CACHE_HOME"] = tempfile.mkdtemp(prefix="fastvl-lab-tests-")
+os.environ["HF_HUB_OFFLINE"] = "1"
+atexit.register(shutil.rmtree, os.environ["XDG_CACHE_HOME"], ignore_errors=True)
+
+from fastvl_lab import Lab, photo
+
+TINY = ("tiny-qwen2.5-vl", "tiny-qwen3-vl")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    if not torch.cuda.is_available():
+        skip = pytest.mark.skip(reason="needs a CUDA device, and torch sees none")
+        for item in items:
+            if item.get_closest_marker("gpu"):
+                item.add_marker(skip)
+
+
+@pytest.fixture(scope="session")
+def labs() -> dict[str, Lab]:
+    """Both built-in checkpoints on the CPU in float32."""
+    return {name: Lab(name, device="cpu", dtype="float32") for name in TINY}
+
+
+@pytest.fixture(params=TINY)
+def lab(request: pytest.FixtureRequest, labs: dict[str, Lab]) -> Lab:
+    """Each built-in checkpoint in turn."""
+    return labs[request.param]
+
+
+@pytest.fixture(scope="session")
+def picture() -> bytes:
+    """A small photograph as JPEG bytes."""
+    return photo("astronaut", (168, 140))
+
+
+@pytest.fixture
+def repository() -> Path:
+    return Path(__file__).parent.parent

@@ -1,0 +1,53 @@
+"""What only a GPU can show: parity on the device, and the device lane."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from fastvl_lab import Lab, Recipe, Request, photo
+from fastvl_lab.checkpoint import tiny
+
+pytestmark = pytest.mark.gpu
+
+
+@pytest.mark.parametrize("name", tiny.NAMES)
+@pytest.mark.parametrize("engine", ["baseline", "fastest"])
+def test_parity_on_the_device(name: str, engine: str) -> None:
+    lab = Lab(name, device="cuda", dtype="float32")
+    request = Request(images=[photo("coffee", (201, 133)), photo("rocket", (97, 310))], prompt="Compare.", max_new_tokens=32)
+    expected, run = lab.run(request, "transformers"), lab.run(request, engine)
+    assert (run.logits - expected.logits).abs().max() < 1e-3
+    assert run.tokens == expected.tokens
+
+
+@pytest.mark.parametrize("name", tiny.NAMES)
+def test_both_lanes_lie_inside_the_request_on_one_axis(name: str) -> None:
+    lab = Lab(name, device="cuda")
+    request = Request(images=[photo("coffee", (640, 480))], prompt="What is this?", max_new_tokens=4, ignore_eos=True)
+    for engine in ("transformers", "baseline", Recipe.fastest("cuda")):
+        lab.run(request, engine)
+        trace = lab.run(request, engine).trace
+        host = {span.name: span for span in trace.within_ttft("host")}
+        device = {span.name: span for span in trace.within_ttft("device")}
+        assert {"vit", "merge", "prefill"} <= set(device)
+        slack = 100_000  # ns between an event's host time and its device time on an idle stream
+        assert host["vit"].start_ns - slack <= device["vit"].start_ns
+        assert device["prefill"].end_ns <= trace.first_chunk_ns + slack
+        assert sum(trace.stages().values()) + trace.unaccounted_ns == pytest.approx(trace.first_chunk_ns, rel=0.01)
+
+
+def test_the_request_is_served_without_a_sync_before_its_token() -> None:
+    """Tracing adds no synchronisation: the pipeline runs under torch's sync debug mode up to the first sampled token."""
+    lab = Lab("tiny-qwen3-vl", device="cuda")
+    request = Request(images=[photo("coffee", (448, 448))], prompt="What is this?", max_new_tokens=1)
+    lab.run(request, "fastest")
+    counts = {}
+    for level in ("off", "stages"):
+        with torch.profiler.profile(
+            activities=[torch.profiler.ProfilerActivity.CPU, torch.profiler.ProfilerActivity.CUDA]
+        ) as profile:
+            lab.run(request, "fastest", trace=level)
+        names = [event.key for event in profile.key_averages() for _ in range(event.count)]
+        counts[level] = names.count("cudaStreamSynchronize")
+    assert counts["off"] == counts["stages"]

@@ -1,0 +1,112 @@
+"""Side by side: rounds, pairing, parity before speed, and words that claim no more than the interval bears."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+
+from fastvl_lab import Comparison, Lab, RecipeError, Request, RequestError, Run, compare
+from fastvl_lab.measure.compare import Sample
+from fastvl_lab.measure.statistics import median_interval
+from fastvl_lab.trace import Span, Trace
+
+
+@pytest.fixture(scope="module")
+def run(labs: dict[str, Lab]) -> Run:
+    return labs["tiny-qwen3-vl"].run(Request(prompt="Hello.", max_new_tokens=3, ignore_eos=True))
+
+
+def _comparison(run: Run, times_ms: dict[str, list[float]], tokens: dict[str, tuple[int, ...]] | None = None) -> Comparison:
+    """A comparison with these warm TTFTs, round by round, after a cold round of 1 s."""
+    samples = []
+    for engine, times in times_ms.items():
+        for number, ms in enumerate([1000.0, *times], start=-1):
+            span = Span(name="vit", lane="host", depth=0, start_ns=0, end_ns=round(ms * 5e5))
+            trace = Trace(spans=(span,), first_chunk_ns=round(ms * 1e6), end_ns=round(ms * 1e6))
+            made = dataclasses.replace(
+                run,
+                engine=engine,
+                trace=trace,
+                kind="cold" if number < 0 else "warm",
+                tokens=(tokens or {}).get(engine, (1, 2, 3)),
+            )
+            samples.append(Sample(engine=engine, round=number, run=made))
+    return Comparison(samples=tuple(samples), reference=next(iter(times_ms)), failures={})
+
+
+def test_engines_run_interleaved_and_cold_runs_are_kept_apart(picture: bytes) -> None:
+    lab, seen = Lab("tiny-qwen3-vl", device="cpu"), []
+    request = Request(images=[picture], prompt="What is this?", max_new_tokens=3, ignore_eos=True)
+    engines = {"ours": "fastest", "theirs": "transformers"}
+    comparison = compare(lab, request, engines, repeats=4, warm_up=1, seed=3, on_run=seen.append)
+    assert sorted(seen) == ["ours"] * 5 + ["theirs"] * 5
+    assert all({seen[i], seen[i + 1]} == {"ours", "theirs"} for i in range(0, 10, 2))
+    assert comparison.reference == "theirs"  # a peer is the reference wherever it stands
+    for row in comparison.summary():
+        assert row["warm_runs"] == 4
+        assert row["cold_ttft_ms"] > 0
+        assert row["tokens_equal"]
+    assert [run.engine for run in comparison.runs("ours")] == ["ours"] * 4
+
+
+def test_speed_up_is_the_median_of_ratios_paired_by_round(run: Run) -> None:
+    comparison = _comparison(run, {"a": [100, 200, 300, 400, 500], "b": [50, 50, 100, 400, 1000]})
+    interval = comparison.speedup("b")
+    assert interval is not None
+    assert interval.median == 2  # of 2, 4, 3, 1, 0.5
+    assert interval.low <= 2 <= interval.high
+    assert comparison.representative("a").ttft == pytest.approx(0.3)
+
+
+def test_no_speed_up_beside_a_red_parity_check(run: Run) -> None:
+    comparison = _comparison(run, {"a": [100] * 5, "b": [50] * 5}, tokens={"b": (1, 2, 4)})
+    assert comparison.speedup("b") is None
+    row = comparison.summary()[1]
+    assert not row["tokens_equal"]
+    assert row["speedup"] is None
+    assert "its tokens differ from a's, so its time is not compared" in comparison.findings()[1]
+
+
+@pytest.mark.parametrize(
+    ("times", "says"),
+    [
+        ([50.0] * 6, "2.00× as fast as a (95% CI 2.00 to 2.00)"),
+        ([80, 125, 90, 110, 99, 104], "no difference from a shown (0.99×"),
+        ([50.0] * 3, "2.00× as fast as a (too few rounds for an interval)"),
+        ([], "no warm rounds to compare with a"),
+    ],
+)
+def test_findings_claim_no_more_than_the_interval_bears(run: Run, times: list[float], says: str) -> None:
+    findings = _comparison(run, {"a": [100.0] * 6, "b": times}).findings()
+    assert says in findings[1]
+    assert findings[0] == "a spends 50% of its TTFT in vit"
+
+
+def test_an_engine_that_fails_is_recorded_or_raised(labs: dict[str, Lab]) -> None:
+    lab, limit = labs["tiny-qwen3-vl"], labs["tiny-qwen3-vl"].checkpoint.max_length
+    request = Request(prompt="Hello.", max_new_tokens=limit)
+    with pytest.raises(RequestError, match="max_position_embeddings"):
+        compare(lab, request, {"a": "baseline"}, repeats=1)
+    comparison = compare(lab, request, {"a": "baseline", "b": "transformers"}, repeats=2, keep_going=True)
+    assert set(comparison.failures) == {"a", "b"}
+    assert comparison.samples == ()
+
+
+def test_senseless_comparisons_are_refused(labs: dict[str, Lab]) -> None:
+    lab, request = labs["tiny-qwen3-vl"], Request(prompt="Hello.")
+    with pytest.raises(RequestError, match="engines is empty"):
+        compare(lab, request, {})
+    with pytest.raises(RequestError, match="repeats is 0 and warm_up 0"):
+        compare(lab, request, {"a": "baseline"}, repeats=0, warm_up=0)
+    with pytest.raises(RecipeError, match="the choices are baseline"):
+        compare(lab, request, {"a": "nothing"}, repeats=1, keep_going=False)
+
+
+def test_intervals_come_from_samples_and_few_samples_give_none() -> None:
+    assert median_interval([3.0]) == pytest.approx((3.0, float("nan"), float("nan")), nan_ok=True)
+    values = [float(x) for x in range(1, 102)]
+    interval = median_interval(values)
+    assert interval.median == 51
+    assert 35 < interval.low < 51 < interval.high < 67
+    assert median_interval(values) == interval

@@ -1,0 +1,116 @@
+"""The sweep: errors are recorded and it goes on; what it keeps can be read back."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pandas
+import pytest
+
+from fastvl_lab import FastvlError, ImageError, RecipeError, RequestError, SweepSettings, photo, sweep
+from fastvl_lab.measure.parameters import notebook_parameters
+from fastvl_lab.measure.photo import PHOTOGRAPHS
+from fastvl_lab.preprocessor.decode_image import decode_with_pillow
+from fastvl_lab.view.__main__ import main as print_table
+
+SETTINGS = {
+    "checkpoints": ["tiny-qwen3-vl"],
+    "recipes": ["transformers", "baseline"],
+    "image": "coffee",
+    "image_sizes": [[96, 64]],
+    "prompt": "What is this?",
+    "max_new_tokens": 3,
+    "repeats": 1,
+    "warm_up": 1,
+    "device": "cpu",
+    "dtype": "",
+    "seed": 0,
+    "output_dir": "",
+}
+
+
+def test_failures_are_recorded_and_the_sweep_goes_on(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    sizes = [[96, 64], [2100, 10], [64, 96]]
+    settings = SweepSettings(**SETTINGS | {"checkpoints": ["no-such", "tiny-qwen3-vl"], "image_sizes": sizes})
+    result = sweep(settings, progress=False)
+    assert [(e["checkpoint"], e["image"], e["engine"]) for e in result.errors] == [
+        ("no-such", "as given", ""),
+        ("tiny-qwen3-vl", "2100×10", "transformers"),
+        ("tiny-qwen3-vl", "2100×10", "baseline"),
+    ]
+    assert "aspect ratio" in result.errors[1]["error"]
+    assert [point.size for point in result.points] == [(96, 64), (64, 96)]
+
+    written = result.write(tmp_path)
+    assert {path.name for path in written} >= {"results.parquet", "result.json", "report.html"}
+    assert all(path.stat().st_size > 0 for path in written)
+    frame = pandas.read_parquet(tmp_path / "results.parquet")
+    assert len(frame) == 2 * 2 * 2  # points, engines, rounds
+    assert set(frame.kind) == {"cold", "warm"}
+    stages = [c for c in frame if c.endswith("_ms") and c not in ("ttft_ms", "tpot_ms")]
+    assert frame[stages].sum(axis=1).tolist() == pytest.approx(frame.ttft_ms.tolist(), rel=0.01)
+    for path in (tmp_path / "traces").iterdir():
+        assert json.loads(path.read_text())["traceEvents"]
+    assert len(list((tmp_path / "traces").iterdir())) == 4
+    assert json.loads((tmp_path / "result.json").read_text())["schema"] == 1
+
+    print_table(tmp_path)
+    printed = capsys.readouterr().out
+    assert "failed: no-such · as given: checkpoint 'no-such' is unknown" in printed
+    assert printed.count("tiny-qwen3-vl ") >= 4
+    assert f"report: {tmp_path / 'report.html'}" in printed
+
+
+def test_a_missing_image_is_recorded_at_every_point() -> None:
+    result = sweep(SweepSettings(**SETTINGS | {"image": "no/such.jpg"}), progress=False)
+    assert [e["error"].partition(";")[0] for e in result.errors] == ["image 'no/such.jpg' does not exist"]
+    assert result.points == ()
+
+
+def test_an_image_as_it_is(tmp_path: Path, picture: bytes) -> None:
+    (tmp_path / "photo.jpg").write_bytes(picture)
+    settings = SweepSettings(**SETTINGS | {"image": str(tmp_path / "photo.jpg"), "image_sizes": [], "recipes": ["fastest"]})
+    result = sweep(settings, progress=False)
+    assert result.points[0].comparison.representative("fastest").shapes[0].width == 168
+    assert result.points[0].label == "tiny-qwen3-vl · as given"
+
+
+@pytest.mark.parametrize(
+    ("changes", "error", "says"),
+    [
+        ({"recipes": ["baseline", "quickest"]}, RecipeError, "the choices are baseline, fastest"),
+        ({"recipes": ["baseline", "baseline"]}, RecipeError, "names one twice"),
+        ({"recipes": "baseline"}, RequestError, "give a list"),
+        ({"checkpoints": []}, RequestError, "give a list of at least one"),
+        ({"image_sizes": [[10]]}, RequestError, r"image_sizes has \[10\]"),
+        ({"image_sizes": [[0, 5]]}, RequestError, "in whole pixels"),
+        ({"repeats": 0}, RequestError, "repeats is 0"),
+    ],
+)
+def test_what_can_be_known_before_any_work_is_refused_then(changes: dict, error: type[FastvlError], says: str) -> None:
+    with pytest.raises(error, match=says):
+        SweepSettings(**SETTINGS | changes)
+
+
+def test_notebook_parameters_know_what_papermill_injected() -> None:
+    namespace = {**SETTINGS, "In": ["", "repeats: int = 5", "# Parameters\nrepeats = 1\n"], "layers": []}
+    assert notebook_parameters(namespace, list(SETTINGS)) == SETTINGS
+    namespace["In"].append("# Parameters\nrepeat = 1\n")  # type: ignore[attr-defined]
+    with pytest.raises(
+        RequestError, match=r"parameter 'repeat' is unknown \(did you mean 'repeats'\?\); the choices are checkpoints"
+    ):
+        notebook_parameters(namespace, list(SETTINGS))
+    with pytest.raises(RequestError, match="parameters seed have no value"):
+        notebook_parameters({k: v for k, v in SETTINGS.items() if k != "seed"}, list(SETTINGS))
+
+
+@pytest.mark.parametrize("name", PHOTOGRAPHS)
+def test_built_in_photographs_have_the_size_asked_for(name: str) -> None:
+    data = photo(name, (123, 45))
+    assert data[:2] == b"\xff\xd8"
+    assert decode_with_pillow([data])[0].size == (123, 45)
+    assert decode_with_pillow([photo(name)])[0].width > 123
+    assert photo(data) == data
+    with pytest.raises(ImageError, match="size is 0x5"):
+        photo(name, (0, 5))

@@ -1,0 +1,120 @@
+"""Every notebook runs headless, and what it publishes holds together."""
+
+from __future__ import annotations
+
+import ast
+import dataclasses
+import html
+import json
+from pathlib import Path
+from typing import Any
+
+import nbformat
+import papermill
+import pytest
+from papermill.exceptions import PapermillExecutionError
+
+from fastvl_lab import SweepSettings
+from fastvl_lab.measure.publish import MIME_TYPE
+from fastvl_lab.trace import STAGES
+
+REPOSITORY = Path(__file__).parents[2]
+NOTEBOOKS = sorted((REPOSITORY / "notebooks").glob("*.ipynb"))
+
+# Small parameters, so that each notebook runs in seconds; a notebook without an entry runs with its own.
+SMALL: dict[str, dict[str, Any]] = {
+    "ttft_sweep": {"image_sizes": [[168, 140], [336, 280]], "max_new_tokens": 4, "repeats": 2},
+    "workbench": {"image_size": [168, 140], "max_new_tokens": 6, "repeats": 2},
+}
+
+
+def _execute(path: Path, out: Path, parameters: dict[str, Any]) -> nbformat.NotebookNode:
+    unknown = set(parameters) - set(papermill.inspect_notebook(str(path)))
+    assert not unknown, f"{path.name} has no parameters {unknown}"
+    return papermill.execute_notebook(
+        str(path), str(out), parameters, kernel_name="python3", progress_bar=False, store_widget_state=False, cwd=str(out.parent)
+    )
+
+
+def _published(notebook: nbformat.NotebookNode) -> dict[str, Any]:
+    bundles = [output["data"] for cell in notebook.cells for output in cell.get("outputs", []) if "data" in output]
+    results = [bundle[MIME_TYPE] for bundle in bundles if MIME_TYPE in bundle]
+    assert len(results) == 1, "a notebook publishes one result"
+    return results[0]
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+def test_a_notebook_runs_headless_and_its_result_is_consistent(path: Path, tmp_path: Path) -> None:
+    notebook = _execute(path, tmp_path / path.name, SMALL.get(path.stem, {}))
+    result = _published(notebook)
+    assert result["errors"] == []
+    assert result["points"]
+    for point in result["points"]:
+        engines = point["engines"]
+        assert len(engines) > 1
+        expected = engines[point["reference"]]
+        for name, engine in engines.items():
+            assert engine["tokens"] == expected["tokens"], name
+            assert engine["tokens_equal"], name
+            assert engine["text"] == expected["text"], name
+            *stages, unaccounted, ttft = engine["stages"]
+            assert [row["stage"] for row in stages] == [stage for stage in STAGES if stage in {r["stage"] for r in stages}]
+            assert {"decode_image", "preprocess", "tokenize", "vit", "merge", "prefill", "sample", "emit"} <= {
+                r["stage"] for r in stages
+            }
+            assert (unaccounted["stage"], ttft["stage"]) == ("unaccounted", "TTFT")
+            total = sum(row["host_ms"] for row in stages) + unaccounted["host_ms"]
+            assert total == pytest.approx(ttft["host_ms"], rel=0.01)
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+def test_parameters_are_literals_with_a_type_and_an_explanation(path: Path) -> None:
+    """So that `papermill --help-notebook` explains every one of them."""
+    source = next(c.source for c in nbformat.read(path, 4).cells if "parameters" in c.metadata.get("tags", []))
+    declared = {node.target.id: ast.literal_eval(node.value) for node in ast.parse(source).body}  # type: ignore[attr-defined]
+    inspected = papermill.inspect_notebook(str(path))
+    assert set(inspected) == set(declared)
+    for name, parameter in inspected.items():
+        assert parameter["inferred_type_name"] == type(declared[name]).__name__
+        assert len(parameter["help"]) > 10, name
+
+
+def test_the_sweeps_parameters_are_the_settings_fields() -> None:
+    inspected = papermill.inspect_notebook(str(REPOSITORY / "notebooks" / "ttft_sweep.ipynb"))
+    assert list(inspected) == [field.name for field in dataclasses.fields(SweepSettings)]
+
+
+@pytest.mark.parametrize(
+    ("parameters", "says"),
+    [
+        ({"repeat": 1}, "parameter 'repeat' is unknown (did you mean 'repeats'?)"),
+        ({"recipes": ["quickest"]}, "the choices are baseline, fastest"),
+    ],
+)
+def test_an_unknown_parameter_or_recipe_is_an_error_before_any_work(parameters: dict, says: str, tmp_path: Path) -> None:
+    path = REPOSITORY / "notebooks" / "ttft_sweep.ipynb"
+    with pytest.raises(PapermillExecutionError) as caught:
+        papermill.execute_notebook(str(path), str(tmp_path / "out.ipynb"), parameters, kernel_name="python3", progress_bar=False)
+    assert says in str(caught.value)
+    executed = nbformat.read(tmp_path / "out.ipynb", 4)
+    failing = next(cell for cell in executed.cells if any(o.output_type == "error" for o in cell.get("outputs", [])))
+    assert "SweepSettings.from_notebook" in failing.source
+
+
+def test_a_sweep_that_measured_nothing_fails_after_saying_why(tmp_path: Path) -> None:
+    path = REPOSITORY / "notebooks" / "ttft_sweep.ipynb"
+    parameters = {"checkpoints": ["no-such"], "output_dir": str(tmp_path / "run")}
+    with pytest.raises(PapermillExecutionError, match="no point could be measured"):
+        _execute(path, tmp_path / "out.ipynb", parameters)
+    report = html.unescape((tmp_path / "run" / "report.html").read_text())
+    assert "checkpoint 'no-such' is unknown" in report
+    assert json.loads((tmp_path / "run" / "result.json").read_text())["points"] == []
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+def test_the_tree_carries_no_outputs(path: Path) -> None:
+    notebook = json.loads(path.read_text())
+    assert "papermill" not in notebook["metadata"]
+    for cell in notebook["cells"]:
+        assert not cell.get("outputs")
+        assert not cell.get("execution_count")

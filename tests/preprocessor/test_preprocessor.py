@@ -1,0 +1,143 @@
+"""Image bytes to patches, against Transformers' own processor."""
+
+from __future__ import annotations
+
+import io
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image
+from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import smart_resize as stock_smart_resize
+
+from fastvl_lab import ImageError, Lab, Recipe, Request, RequestError, photo
+from fastvl_lab.preprocessor import bind
+from fastvl_lab.preprocessor.decode_image import FORMATS, decode_with_pillow
+from fastvl_lab.preprocessor.resize import smart_resize
+from fastvl_lab.request import ImageInput
+
+
+def _encoded(image: Image.Image, form: str = "PNG", **options: object) -> bytes:
+    out = io.BytesIO()
+    image.save(out, form, **options)
+    return out.getvalue()
+
+
+def _noise(width: int, height: int, seed: int = 0) -> Image.Image:
+    return Image.fromarray(np.random.default_rng(seed).integers(256, size=(height, width, 3), dtype=np.uint8))
+
+
+@settings(max_examples=400, deadline=None)
+@given(
+    height=st.integers(1, 5000),
+    width=st.integers(1, 5000),
+    factor=st.sampled_from([28, 32]),
+    min_pixels=st.sampled_from([1, 3136, 65536]),
+    max_pixels=st.sampled_from([65536, 1003520, 12845056]),
+)
+def test_smart_resize_equals_transformers(height: int, width: int, factor: int, min_pixels: int, max_pixels: int) -> None:
+    limits = {"factor": factor, "min_pixels": min_pixels, "max_pixels": max_pixels}
+    if max(height, width) / min(height, width) > 200:
+        with pytest.raises(ImageError, match=r"aspect ratio of .*; the limit is 200"):
+            smart_resize(height, width, **limits)
+    else:
+        assert smart_resize(height, width, **limits) == stock_smart_resize(height, width, **limits)
+
+
+@pytest.mark.parametrize("size", [(56, 56), (201, 133), (640, 480), (33, 700), (28, 2800), (1, 1)])
+def test_patches_equal_the_stock_processors(lab: Lab, size: tuple[int, int]) -> None:
+    """Bit for bit with numpy, to a rounding with torch; with several images in one request."""
+    request = Request(images=[_noise(*size), _noise(90, 61, seed=1)], prompt="?")
+    images = decode_with_pillow(request.images)
+    slot = Recipe.baseline().preprocessor
+    stock = bind(slot, lab.checkpoint)(images, request)
+    for patchify, tolerance in (("numpy", 0), ("torch", 1e-6)):
+        recipe = Recipe.baseline().replace({"preprocessor.resize": "pillow", "preprocessor.patchify": patchify})
+        pixels = bind(recipe.preprocessor, lab.checkpoint)(images, request)
+        assert pixels.shapes == stock.shapes
+        assert pixels.patches.dtype == stock.patches.dtype == torch.float32
+        assert pixels.patches.shape == stock.patches.shape
+        assert (pixels.patches - stock.patches).abs().max() <= tolerance
+
+
+def test_pixel_limits_of_the_request_are_obeyed_by_every_engine(lab: Lab) -> None:
+    picture, factor = photo("coffee", (640, 480)), lab.checkpoint.image_processor.patch_size * 2
+    for engine in ("transformers", "baseline", "fastest"):
+        for least, most in ((None, factor**2 * 70), (factor**2 * 600, None), (factor**2 * 100, factor**2 * 120), (1, factor**2)):
+            run = lab.run(Request(images=[picture], prompt="?", max_new_tokens=1, min_pixels=least, max_pixels=most), engine)
+            area = run.shapes[0].resized_width * run.shapes[0].resized_height
+            assert area <= (most or area), engine
+            assert area >= (least or area), engine
+        crossed = Request(images=[picture], prompt="?", max_pixels=lab.checkpoint.pixel_limits(None, None)[0] - 1)
+        with pytest.raises(RequestError, match="one is the request's, the other the checkpoint's"):
+            lab.run(crossed, engine)
+
+
+@pytest.mark.parametrize("form", FORMATS)
+def test_every_allowed_format_is_decoded(form: str) -> None:
+    image = _noise(20, 10)
+    decoded = decode_with_pillow([_encoded(image, form)])[0]
+    assert (decoded.mode, decoded.size) == ("RGB", (20, 10))
+    if form in ("PNG", "BMP", "TIFF"):
+        assert decoded.tobytes() == image.tobytes()
+
+
+@pytest.mark.parametrize("mode", ["L", "P", "RGBA", "LA", "CMYK", "1", "I;16"])
+def test_every_mode_becomes_rgb(mode: str) -> None:
+    image = Image.new("I;16", (20, 10), 300) if mode == "I;16" else _noise(20, 10).convert(mode)
+    decoded = decode_with_pillow([_encoded(image, "JPEG" if mode == "CMYK" else "PNG")])[0]
+    assert (decoded.mode, decoded.size) == ("RGB", (20, 10))
+
+
+def test_exif_orientation_is_applied() -> None:
+    exif = Image.Exif()
+    exif[0x0112] = 6  # rotate a quarter turn to stand upright
+    decoded = decode_with_pillow([_encoded(_noise(20, 10), "JPEG", exif=exif.tobytes())])[0]
+    assert decoded.size == (10, 20)
+
+
+def test_arrays_and_pictures_need_no_encoding(picture: bytes) -> None:
+    image = decode_with_pillow([picture])[0]
+    forms = [picture, image, np.asarray(image), np.asarray(image)[:, :, 0]]
+    decoded = decode_with_pillow(forms)
+    assert len({one.size for one in decoded}) == 1
+    assert decoded[0].tobytes() == decoded[1].tobytes() == decoded[2].tobytes()
+    assert decoded[3].mode == "RGB"
+
+
+JPEG = _encoded(_noise(64, 48), "JPEG")
+
+
+@pytest.mark.parametrize(
+    ("image", "says"),
+    [
+        (b"", r"is empty \(0 bytes\)"),
+        (b"hello, world", "is not an image of a supported type; the choices are JPEG, PNG, WEBP, GIF, BMP, TIFF"),
+        (_encoded(_noise(8, 8), "PPM"), "is not an image of a supported type"),
+        (JPEG[:200], "is broken|is not an image"),
+        (JPEG[:-600], "is broken"),
+        (_encoded(_noise(64, 48))[:-200], "is broken"),
+        (np.zeros((0, 4, 3), np.uint8), r"array is uint8 of shape \(0, 4, 3\)"),
+        (np.zeros((4, 4, 3), np.float32), "array is float32 of shape"),
+        (np.zeros((4, 4, 4), np.uint8), r"must be uint8, \[height, width, 3\]"),
+        (Image.new("RGB", (0, 5)), "is 0x5; both sides must be at least 1 pixel"),
+    ],
+)
+def test_what_is_no_image_is_refused(image: object, says: str) -> None:
+    with pytest.raises(ImageError, match=says):
+        decode_with_pillow([image])  # type: ignore[list-item]
+
+
+def test_decompression_bombs_are_refused_by_their_header(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 1000)
+    with pytest.raises(ImageError, match=r"is too large: .*; the limit is 1000 pixels"):
+        decode_with_pillow([ImageInput(data=JPEG, label="bomb.jpg")])
+
+
+def test_too_long_a_strip_is_refused_by_every_engine(lab: Lab) -> None:
+    request = Request(images=[np.zeros((4, 900, 3), np.uint8)], prompt="?")
+    for engine in ("transformers", "baseline", "fastest"):
+        with pytest.raises(ImageError, match="an image of 900x4 has an aspect ratio of 225; the limit is 200"):
+            lab.run(request, engine)

@@ -1,0 +1,111 @@
+"""Lab: cold and warm, streams that may be left, and errors that reach the caller."""
+
+from __future__ import annotations
+
+import threading
+
+import numpy as np
+import pytest
+import torch
+
+from fastvl_lab import DeviceError, ImageError, Lab, Recipe, RecipeError, Request
+from fastvl_lab.lab import _CancelledError
+
+
+@pytest.fixture
+def request_(picture: bytes) -> Request:
+    return Request(images=[picture], prompt="What is this?", max_new_tokens=12, ignore_eos=True)
+
+
+def test_the_first_run_of_an_engine_and_shape_is_cold(picture: bytes) -> None:
+    lab = Lab("tiny-qwen3-vl", device="cpu")
+    small = Request(images=[picture], prompt="What is this?", max_new_tokens=2, ignore_eos=True)
+    other_prompt = Request(images=[picture], prompt="And this one here?", max_new_tokens=2, ignore_eos=True)
+    kinds = [
+        lab.run(r, e).kind
+        for r, e in [(small, "baseline"), (small, "baseline"), (small, "transformers"), (other_prompt, "baseline")]
+    ]
+    assert kinds == ["cold", "warm", "cold", "cold"]
+    elsewhere: list[str] = []
+    thread = threading.Thread(target=lambda: elsewhere.append(lab.run(small, "baseline").kind))
+    thread.start()
+    thread.join()
+    assert elsewhere == ["cold"]
+
+
+def test_an_engine_may_be_a_recipe_its_text_or_a_peer(labs: dict[str, Lab], request_: Request) -> None:
+    lab = labs["tiny-qwen3-vl"]
+    runs = [lab.run(request_, engine) for engine in (None, Recipe.baseline(), "baseline", "transformers")]
+    assert [run.recipe for run in runs] == [Recipe.baseline()] * 3 + [None]
+    assert [run.engine for run in runs] == ["baseline", "baseline", "baseline", "transformers"]
+    with pytest.raises(RecipeError, match=r"the choices are baseline, fastest.*or a peer: transformers"):
+        lab.run(request_, "vllm")
+
+
+def test_chunks_are_in_the_consumers_hands_in_order(lab: Lab, request_: Request) -> None:
+    for engine in ("transformers", "fastest"):
+        run = lab.run(request_, engine)
+        times = [chunk.time for chunk in run.chunks]
+        assert times == sorted(times)
+        assert run.ttft == pytest.approx(times[0], abs=1e-6)
+        assert [token for chunk in run.chunks for token in chunk.tokens] == list(run.tokens)
+        assert len(run.chunks) > 6
+        assert run.tpot == pytest.approx((times[-1] - times[0]) / (12 - len(run.chunks[0].tokens)))
+
+
+def test_a_stream_gives_what_a_run_gives(lab: Lab, request_: Request) -> None:
+    for engine in ("transformers", "fastest"):
+        chunks = list(lab.stream(request_, engine))
+        assert "".join(map(str, chunks)) == lab.run(request_, engine).text
+        assert [c.time for c in chunks] == sorted(c.time for c in chunks)
+
+
+def test_leaving_a_stream_stops_the_engine(labs: dict[str, Lab], picture: bytes) -> None:
+    lab = labs["tiny-qwen3-vl"]
+    endless = Request(images=[picture], prompt="Go on.", max_new_tokens=20_000, ignore_eos=True)
+    for engine in ("transformers", "fastest"):
+        for count, _ in enumerate(lab.stream(endless, engine), start=1):
+            if count == 3:
+                break
+        assert not [thread for thread in threading.enumerate() if thread.name == "fastvl-stream"]
+        hooks = [m for m in lab.checkpoint.model.modules() if m._forward_hooks or m._forward_pre_hooks]
+        assert not hooks, engine
+        lab.run(Request(prompt="Next.", max_new_tokens=1), engine)  # the lab is free again
+
+
+def test_an_error_inside_a_stream_reaches_its_consumer(lab: Lab) -> None:
+    request = Request(images=[b"no image"], prompt="What is this?")
+    for engine in ("transformers", "baseline"):
+        with pytest.raises(ImageError, match="not an image of a supported type"):
+            next(lab.stream(request, engine))
+        with pytest.raises(ImageError):
+            lab.run(request, engine)
+
+
+def test_running_out_of_memory_is_one_sentence(labs: dict[str, Lab], monkeypatch: pytest.MonkeyPatch) -> None:
+    lab = labs["tiny-qwen3-vl"]
+
+    def exhausted(*_: object, **__: object) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20 GiB.\nmore detail")
+
+    monkeypatch.setattr(lab._bind(Recipe.baseline()), "preprocess", exhausted)
+    request = Request(images=[np.zeros((40, 40, 3), np.uint8)], prompt="?")
+    with pytest.raises(
+        DeviceError, match=r"ran out of memory \(CUDA out of memory. Tried to allocate 20 GiB.\); set a smaller max_pixels"
+    ):
+        lab.run(request)
+
+
+def test_two_callers_take_turns(labs: dict[str, Lab], request_: Request) -> None:
+    lab, texts = labs["tiny-qwen2.5-vl"], []
+    expected = lab.run(request_).text
+    threads = [threading.Thread(target=lambda: texts.append(lab.run(request_).text)) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert texts == [expected] * 4
+
+
+def test_cancelling_is_no_user_error() -> None:
+    assert not issubclass(_CancelledError, ValueError)

@@ -1,0 +1,101 @@
+"""The oracle: Transformers on the same weights, float32, logits of the last prompt token and 32 greedy tokens."""
+
+from __future__ import annotations
+
+import base64
+
+import pytest
+
+from fastvl_lab import Lab, Recipe, Request, photo, toggles
+
+TOLERANCE = 1e-4
+
+
+def _requests() -> dict[str, dict]:
+    first, second, third = photo("coffee", (201, 133)), photo("astronaut", (97, 310)), photo("rocket", (150, 151))
+    uri = "data:image/jpeg;base64," + base64.b64encode(second).decode()
+    between = [
+        {"role": "system", "content": "Answer in one word."},
+        {
+            "role": "user",
+            "content": [
+                {"type": "text", "text": "Compare this: "},
+                {"type": "image", "image": first},
+                {"type": "text", "text": " with this: "},
+                {"type": "image_url", "image_url": {"url": uri}},
+                {"type": "text", "text": " – which is larger?"},
+            ],
+        },
+        {"role": "assistant", "content": "The first."},
+        {"role": "user", "content": "Why?"},
+    ]
+    return {
+        "no image": {"prompt": "Count to ten."},
+        "one image": {"images": [first], "prompt": "What is this?"},
+        "three odd sizes": {"images": [first, second, third], "prompt": "Which differs?"},
+        "strip": {"images": [photo("coffee", (2800, 28))], "prompt": "What is this?"},
+        "tall": {"images": [photo("rocket", (60, 1100))], "prompt": "How tall?"},
+        "text around images": {"messages": between},
+        "non-ASCII": {"images": [second], "prompt": "¿Qué es esto? 这是什么？ Ωμέγα 👩‍🚀 e\u0301"},
+        "limits": {"images": [first], "prompt": "Smaller.", "min_pixels": 3136, "max_pixels": 28 * 28 * 20},
+    }
+
+
+def _recipes() -> dict[str, Recipe]:
+    """The baseline, the presets, and every exact option alone on top of both ends of the catalogue."""
+    recipes = {"baseline": Recipe.baseline(), "fastest": Recipe.fastest()}
+    free = Recipe.parse("baseline, preprocessor.resize=pillow, vit.tower=lean")
+    for toggle in toggles():
+        for option in toggle.options:
+            if option.exact and not option.needs and not option.decides:
+                recipes[f"{toggle.path}={option.value}"] = free.replace(toggle.path, option.value)
+    return {name: recipe for name, recipe in recipes.items() if name in ("baseline", "fastest") or recipe != free}
+
+
+REQUESTS, RECIPES = _requests(), _recipes()
+
+
+@pytest.mark.parametrize("case", REQUESTS)
+def test_every_exact_recipe_equals_transformers(lab: Lab, case: str) -> None:
+    request = Request(**REQUESTS[case], max_new_tokens=32, ignore_eos=True)
+    expected = lab.run(request, "transformers")
+    assert len(expected.tokens) == 32
+    for name, recipe in RECIPES.items():
+        run = lab.run(request, recipe)
+        assert (run.logits - expected.logits).abs().max() < TOLERANCE, name
+        assert run.tokens == expected.tokens, name
+        assert run.text == expected.text, name
+        assert run.shapes == expected.shapes, name
+
+
+def test_tokens_depend_on_the_picture_and_on_the_words(lab: Lab) -> None:
+    """Else equal tokens would prove nothing."""
+    pictures = [photo("coffee", (201, 133)), photo("astronaut", (201, 133))]
+    runs = [
+        lab.run(Request(images=[picture], prompt=prompt, max_new_tokens=16, ignore_eos=True), "fastest")
+        for picture in pictures
+        for prompt in ("What is this?", "Where is it?")
+    ]
+    assert len({run.tokens for run in runs}) == 4
+    assert all(len(set(run.tokens)) > 4 for run in runs)
+
+
+def test_end_of_text_ends_the_answer_as_in_transformers(lab: Lab, picture: bytes) -> None:
+    """Any token can be the one that ends the answer: the sixth of the greedy ones is made to."""
+    request = {"images": [picture], "prompt": "What is this?", "max_new_tokens": 16}
+    tokens = lab.run(Request(**request, ignore_eos=True)).tokens
+    end = next(token for token in tokens[3:] if token not in tokens[:3])
+    published = lab.checkpoint.eos_token_ids
+    object.__setattr__(lab.checkpoint, "eos_token_ids", (end,))  # engines are bound to this frozen checkpoint
+    try:
+        expected, run = lab.run(Request(**request), "transformers"), lab.run(Request(**request))
+    finally:
+        object.__setattr__(lab.checkpoint, "eos_token_ids", published)
+    assert run.tokens == expected.tokens == tokens[: tokens.index(end) + 1]
+    assert run.text == expected.text
+    assert len(lab.run(Request(**request, ignore_eos=True)).tokens) == 16
+
+
+def test_the_same_request_gives_the_same_tokens(lab: Lab, picture: bytes) -> None:
+    request = Request(images=[picture], prompt="Again.", max_new_tokens=8, ignore_eos=True)
+    assert len({lab.run(request, "fastest").tokens for _ in range(3)}) == 1

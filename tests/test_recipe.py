@@ -1,0 +1,118 @@
+"""The catalogue is the only list of options, and a recipe is what it says."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+
+import pytest
+import torch
+import yaml
+
+from fastvl_lab import Lab, Recipe, RecipeError, Request, toggles
+from fastvl_lab.recipe import Option, Vit, catalogue_markdown
+
+CPU = torch.device("cpu")
+
+
+def _recipes() -> list[Recipe]:
+    free = Recipe.parse("baseline, preprocessor.resize=pillow, vit.tower=lean")
+    return [free.replace(t.path, v) for t in toggles() for v in t.values if not t.option(v).decides]
+
+
+def test_the_six_slots_stand_in_the_order_of_the_corridor() -> None:
+    assert [field.name for field in dataclasses.fields(Recipe)] == [
+        "preprocessor",
+        "vit",
+        "attention",
+        "cache",
+        "capture",
+        "streaming",
+    ]
+
+
+def test_the_first_option_of_every_toggle_is_exact_and_runs_on_a_cpu() -> None:
+    for toggle in toggles():
+        assert toggle.options[0].exact, toggle.path
+        assert toggle.options[0].unavailable(CPU) is None, toggle.path
+        assert len(set(toggle.values)) == len(toggle.values), toggle.path
+    assert Recipe.baseline() == Recipe()
+    assert Recipe.baseline().changes() == {}
+
+
+@pytest.mark.parametrize("recipe", [Recipe.baseline(), Recipe.fastest(), *_recipes()], ids=str)
+def test_a_recipe_survives_json_yaml_and_text(recipe: Recipe) -> None:
+    assert Recipe.from_dict(json.loads(json.dumps(recipe.to_dict()))) == recipe
+    assert Recipe.from_dict(yaml.safe_load(yaml.safe_dump(recipe.to_dict()))) == recipe
+    assert Recipe.parse(str(recipe)) == recipe
+    assert hash(Recipe.from_dict(recipe.to_dict())) == hash(recipe)
+
+
+def test_a_recipe_is_never_changed() -> None:
+    baseline = Recipe.baseline()
+    changed = baseline.replace("vit.tower", "lean")
+    assert baseline.vit.tower == "transformers"
+    assert changed.vit.tower == "lean"
+    assert changed.changes() == {"vit.tower": "lean"}
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        baseline.vit.tower = "lean"  # type: ignore[misc]
+
+
+def test_several_toggles_change_at_once_where_one_alone_would_mean_nothing() -> None:
+    with pytest.raises(RecipeError, match=r"vit.tower=transformers does that step itself"):
+        Recipe.baseline().replace("vit.patch_embed", "linear")
+    recipe = Recipe.baseline().replace({"vit.patch_embed": "linear", "vit.tower": "lean"})
+    assert recipe.vit == Vit(tower="lean", patch_embed="linear")
+
+
+@pytest.mark.parametrize(
+    ("data", "says"),
+    [
+        ({"vision": {}}, r"slot 'vision' is unknown; the choices are preprocessor, vit, attention"),
+        ({"vit": {"towr": "lean"}}, r"toggle 'vit.towr' is unknown; the choices are .*vit.tower"),
+        ({"vit": {"tower": "fast"}}, r"vit.tower is 'fast'; the choices are 'transformers', 'lean'"),
+        ({"streaming": {"steps_per_round": "1"}}, r"streaming.steps_per_round is '1'; the choices are 1"),
+        ({"streaming": {"steps_per_round": True}}, r"streaming.steps_per_round is True; the choices are 1"),
+        ({"preprocessor": {"patchify": "torch"}}, r"resize=transformers does that step itself; leave it at 'numpy'"),
+    ],
+)
+def test_unknown_names_and_meaningless_combinations_are_refused_with_the_choices(data: dict, says: str) -> None:
+    with pytest.raises(RecipeError, match=says):
+        Recipe.from_dict(data)
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        ("quickest", r"starts with 'quickest'; the choices are baseline, fastest"),
+        ("baseline, vit.tower", r"a change reads slot.toggle=value"),
+        ("baseline, vit.tower=fast", r"the choices are 'transformers', 'lean'"),
+    ],
+)
+def test_recipe_texts_are_read_strictly(text: str, says: str) -> None:
+    with pytest.raises(RecipeError, match=says):
+        Recipe.parse(text)
+
+
+def test_presets_hold_exact_options_only() -> None:
+    for device in ("cpu", "cuda"):
+        assert Recipe.fastest(device).exact
+
+
+def test_an_option_says_why_it_cannot_run() -> None:
+    cuda = Option(value="x", does="", needs=("cuda",))
+    assert cuda.unavailable(CPU) == "it needs a CUDA device, and the lab runs on cpu"
+    assert cuda.unavailable(torch.device("cuda")) is None
+    package = Option(value="x", does="", needs=("no_such_package",))
+    assert package.unavailable(CPU) == "it needs the package no_such_package, which is not installed"
+
+
+def test_a_recipe_that_cannot_run_here_is_refused_before_work(labs: dict[str, Lab], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Option, "unavailable", lambda self, device: "no reason" if self.value == "lean" else None)
+    recipe = Recipe.parse("baseline, vit.tower=lean, attention.decode=sdpa")
+    with pytest.raises(RecipeError, match=r"vit.tower=lean cannot run here: no reason"):
+        labs["tiny-qwen3-vl"].run(Request(prompt="Hello."), recipe)
+
+
+def test_the_readme_has_the_catalogue_as_it_is(repository) -> None:  # type: ignore[no-untyped-def]
+    assert catalogue_markdown() in (repository / "README.md").read_text()

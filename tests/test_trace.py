@@ -1,0 +1,154 @@
+"""Spans, gaps, lanes: what a trace promises about time."""
+
+from __future__ import annotations
+
+import json
+import statistics
+
+import pytest
+import torch
+
+from fastvl_lab import Lab, Request, photo
+from fastvl_lab import trace as trace_module
+from fastvl_lab.trace import STAGES, Span, Trace, Tracer, module_spans
+
+CPU = torch.device("cpu")
+
+
+def _span(name: str, start: int, end: int, **changes: object) -> Span:
+    return Span(**{"name": name, "lane": "host", "depth": 0, "start_ns": start, "end_ns": end} | changes)  # type: ignore[arg-type]
+
+
+def test_stages_and_unaccounted_add_up_to_ttft(lab: Lab, picture: bytes) -> None:
+    request = Request(images=[picture], prompt="What is this?", max_new_tokens=4)
+    for engine in ("transformers", "baseline", "fastest"):
+        trace = lab.run(request, engine).trace
+        total = sum(trace.stages().values()) + trace.unaccounted_ns
+        assert total == pytest.approx(trace.first_chunk_ns, rel=0.01)
+        assert trace.unaccounted_ns < 0.1 * trace.first_chunk_ns, engine
+
+
+def test_stages_come_in_the_corridors_order(lab: Lab, picture: bytes) -> None:
+    expected = [stage for stage in STAGES if stage != "decode"]
+    for engine in ("transformers", "baseline", "fastest"):
+        run = lab.run(Request(images=[picture], prompt="What is this?", max_new_tokens=4, ignore_eos=True), engine)
+        stages = list(run.trace.stages())
+        assert stages[: len(expected)] == expected, engine
+        steps = [span for span in run.trace.spans if span.name == "decode" and span.depth == 0]
+        assert len(steps) == 3, engine
+
+
+def test_text_only_requests_have_no_image_stages(lab: Lab) -> None:
+    for engine in ("transformers", "baseline"):
+        stages = lab.run(Request(prompt="Hello.", max_new_tokens=2), engine).trace.stages()
+        assert not {"decode_image", "preprocess", "vit"} & set(stages)
+        assert {"tokenize", "merge", "prefill", "sample", "emit"} <= set(stages), engine
+
+
+def test_layers_nest_inside_their_stage(lab: Lab, picture: bytes) -> None:
+    request = Request(images=[picture], prompt="What is this?", max_new_tokens=2, ignore_eos=True)
+    config = lab.checkpoint.config
+    for engine in ("transformers", "baseline", "fastest"):
+        spans = lab.run(request, engine, trace="layers").trace.spans
+        stage = {span.name: span for span in reversed(spans) if span.depth == 0}
+        blocks = [span for span in spans if span.name.startswith("vit.block.")]
+        layers = [span for span in spans if span.name.startswith("language.layer.")]
+        assert len(blocks) == config.vision_config.depth, engine
+        assert len(layers) == 2 * config.text_config.num_hidden_layers, engine  # prefill and one decode step
+        assert all(span.depth == 1 for span in blocks + layers)
+        assert all(stage["vit"].start_ns <= b.start_ns <= b.end_ns <= stage["vit"].end_ns for b in blocks)
+
+
+def test_tracing_off_records_nothing_but_ttft(lab: Lab, picture: bytes) -> None:
+    run = lab.run(Request(images=[picture], prompt="What is this?", max_new_tokens=2), trace="off")
+    assert run.trace.spans == ()
+    assert 0 < run.trace.first_chunk_ns <= run.trace.end_ns
+    with pytest.raises(ValueError, match="off, stages, layers"):
+        lab.run(Request(prompt="Hello."), trace="everything")  # type: ignore[arg-type]
+
+
+def test_gaps_are_where_no_stage_is_and_stop_at_ttft() -> None:
+    trace = Trace(spans=(_span("vit", 10, 40), _span("prefill", 50, 90), _span("decode", 95, 200)), first_chunk_ns=120, end_ns=220)
+    assert trace.gaps() == ((0, 10), (40, 50), (90, 95))
+    assert trace.unaccounted_ns == 25
+    assert trace.stages() == {"vit": 30, "prefill": 40, "decode": 25}
+
+
+def test_overlapping_stages_do_not_hide_behind_unaccounted() -> None:
+    trace = Trace(spans=(_span("vit", 0, 60), _span("prefill", 40, 100)), first_chunk_ns=100, end_ns=100)
+    assert sum(trace.stages().values()) + trace.unaccounted_ns == 120
+
+
+def test_a_trace_survives_its_record() -> None:
+    trace = Trace(spans=(_span("vit", 1, 2), _span("vit", 1, 3, lane="device")), first_chunk_ns=4, end_ns=5)
+    assert Trace.from_record(json.loads(json.dumps(trace.to_record()))) == trace
+
+
+def test_chrome_export_has_a_track_a_lane_in_microseconds() -> None:
+    spans = (_span("vit", 1000, 3000), _span("vit.block.0", 1000, 2000, depth=1), _span("vit", 2000, 5000, lane="device"))
+    events = json.loads(json.dumps(Trace(spans=spans, first_chunk_ns=9000, end_ns=9000).to_chrome("label")))["traceEvents"]
+    tracks = {event["args"]["name"]: event["tid"] for event in events if event["name"] == "thread_name"}
+    assert set(tracks) == {"host", "device"}
+    timed = [(e["name"], e["tid"], e["ts"], e["dur"]) for e in events if e["ph"] == "X"]
+    assert timed == [
+        ("vit", tracks["host"], 1.0, 2.0),
+        ("vit.block.0", tracks["host"], 1.0, 1.0),
+        ("vit", tracks["device"], 2.0, 3.0),
+    ]
+    host_only = Trace(spans=spans[:1], first_chunk_ns=9000, end_ns=9000).to_chrome()
+    assert not any(e.get("args") == {"name": "device"} for e in host_only["traceEvents"])
+
+
+def test_device_spans_are_put_on_the_hosts_axis_without_a_sync_inside(monkeypatch: pytest.MonkeyPatch) -> None:
+    """CUDA is played by events on a made-up device clock, in ms; the real one is in tests/gpu."""
+    device_ms = iter([1000.0, 1002.0, 1005.5])
+    syncs: list[str] = []
+
+    class Event:
+        def __init__(self, enable_timing: bool) -> None:
+            assert enable_timing
+
+        def record(self) -> None:
+            self.at = next(device_ms)
+
+        def elapsed_time(self, other: Event) -> float:
+            return other.at - self.at
+
+    monkeypatch.setattr(trace_module.torch.cuda, "Event", Event)
+    monkeypatch.setattr(trace_module.torch.cuda, "synchronize", lambda _: syncs.append("sync"))
+    tracer = Tracer(torch.device("cuda"))
+    tracer.start()
+    with tracer.span("vit"):
+        pass
+    assert syncs == ["sync"]  # the one before the request
+    tracer.delivered()
+    assert syncs == ["sync"]
+    spans = {span.lane: span for span in tracer.finish().spans}
+    assert (spans["device"].start_ns, spans["device"].end_ns) == (2_000_000, 5_500_000)
+    assert spans["host"].end_ns < 2_000_000
+
+
+def test_module_spans_leave_no_hook_behind() -> None:
+    module, names = torch.nn.Linear(2, 2), []
+    tracer = Tracer(CPU, "layers")
+    with module_spans({"linear": module}, tracer.inner):
+        module(torch.zeros(2))
+    assert not module._forward_hooks
+    assert not module._forward_pre_hooks
+    names = [span.name for span in tracer.finish().spans]
+    assert names == ["linear"]
+
+
+@pytest.mark.benchmark
+def test_tracing_costs_under_one_percent_of_ttft(lab: Lab) -> None:
+    """On against off, interleaved in random order, median of 30 paired ratios."""
+    request = Request(images=[photo("coffee", (448, 336))], prompt="What is this?", max_new_tokens=1)
+    for level in ("off", "stages"):
+        lab.run(request, "fastest", trace=level)
+    ratios = []
+    for number in range(30):
+        order = ("off", "stages") if number % 2 else ("stages", "off")
+        ttft = {level: lab.run(request, "fastest", trace=level).ttft for level in order}
+        ratios.append(ttft["stages"] / ttft["off"])
+    print(f"tracing on/off: median {statistics.median(ratios):.4f}, quartiles {statistics.quantiles(ratios)}")
+    assert statistics.median(ratios) < 1.01
