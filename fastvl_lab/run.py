@@ -27,8 +27,9 @@ _EIGHTHS = " ▏▎▍▌▋▊▉"
 class Run:
     """What one engine did with one request.
 
-    `kind` is "cold" for the first run of its engine, shape and thread (JIT, capture and autotune included), "warm" after that, "cache_hit"
-    when something was reused from an earlier request. `logits` are those of the last prompt token, float32 [vocab] on the host.
+    `kind` is "cold" for the first run of its engine, shape and thread (JIT, capture and autotune included), "warm" after that,
+    "cache_hit" when something was reused from an earlier request. `logits` are those of the last prompt token, float32 [vocab] on
+    the host.
     """
 
     engine: str
