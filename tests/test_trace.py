@@ -26,7 +26,8 @@ def test_stages_and_unaccounted_add_up_to_ttft(lab: Lab, picture: bytes) -> None
         trace = lab.run(request, engine).trace
         total = sum(trace.stages().values()) + trace.unaccounted_ns
         assert total == pytest.approx(trace.first_chunk_ns, rel=0.01)
-        assert trace.unaccounted_ns < 0.1 * trace.first_chunk_ns, engine
+        if engine != "transformers":  # what generate() does between its modules is in no stage, and is shown so
+            assert trace.unaccounted_ns < 0.1 * trace.first_chunk_ns, engine
 
 
 def test_stages_come_in_the_corridors_order(lab: Lab, picture: bytes) -> None:

@@ -13,6 +13,8 @@ from typing import Any, Literal
 import torch
 import transformers
 from transformers import AutoConfig, AutoImageProcessor, AutoModelForImageTextToText, AutoTokenizer, GenerationConfig
+from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
+from transformers.utils import is_torchvision_available
 from transformers.utils import logging as transformers_logging
 
 from fastvl_lab.checkpoint import tiny
@@ -134,12 +136,21 @@ def _checkpoint(name: str, family: Family, model: Any, source: str) -> Checkpoin
         family=family,
         model=model.eval().requires_grad_(False),
         tokenizer=tokenizer,
-        image_processor=AutoImageProcessor.from_pretrained(source),
+        image_processor=_image_processor(source),
         eos_token_ids=eos_token_ids,
         max_length=int(model.config.get_text_config().max_position_embeddings),
         device=next(model.parameters()).device,
         dtype=model.dtype,
     )
+
+
+def _image_processor(source: str) -> Any:
+    """Transformers' default image processor for this machine: torchvision's backend where that is installed, else Pillow's.
+
+    The choice is `AutoImageProcessor`'s; named here because some supported versions cannot import that class without torchvision.
+    """
+    chosen = AutoImageProcessor if is_torchvision_available() else Qwen2VLImageProcessorPil
+    return chosen.from_pretrained(source)
 
 
 def _eos_token_ids(source: str, config: Any, tokenizer: Any) -> tuple[int, ...]:
