@@ -1,6 +1,7 @@
 # Every target sets up what it needs: .venv with the package, at the versions of constraints.txt. A second call installs nothing.
 #
-#   make sweep [CHECKPOINT=…] [IMAGE=…] [SIZES="[[448, 448]]"] [RECIPES="transformers, baseline"] [PARAMETERS="-p repeats 20"]
+#   make sweep [CHECKPOINT=folder-or-id] [IMAGE=photo.jpg] [SIZES='[[448, 448]]'] [RUN=folder] [PARAMETERS='-p repeats 20']
+#              [RECIPES='["transformers", "fastest, vit.tower=transformers"]']
 #   make test  [TESTS=tests/test_recipe.py]
 #   make lab
 #   make lint
@@ -11,7 +12,11 @@ VENV   ?= .venv
 BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.installed
 TESTS  ?= tests
-RUN    := $(or $(RUN),runs/$(shell date +%Y%m%d-%H%M%S))
+
+# Parameters are taken from the command line alone: an IMAGE or RUN that happens to be in the environment is somebody else's.
+given  = $(if $(findstring command,$(origin $1)),$($1))
+quote  = '$(subst ','\'',$1)'
+FOLDER := $(or $(call given,RUN),runs/$(shell date +%Y%m%d-%H%M%S))
 
 .PHONY: sweep test lab lint figures
 .DELETE_ON_ERROR:
@@ -24,17 +29,20 @@ $(STAMP): pyproject.toml constraints.txt
 	@touch $@
 
 sweep: $(STAMP)
-	@mkdir -p $(RUN)
-	$(BIN)/papermill notebooks/ttft_sweep.ipynb $(RUN)/ttft_sweep.ipynb --kernel python3 -p output_dir $(RUN) \
-		$(if $(CHECKPOINT),-y "checkpoints: ['$(CHECKPOINT)']") $(if $(IMAGE),-r image "$(IMAGE)") \
-		$(if $(SIZES),-y "image_sizes: $(SIZES)") $(if $(RECIPES),-y "recipes: [$(RECIPES)]") $(PARAMETERS)
-	@$(BIN)/python -m fastvl_lab.view $(RUN)
+	@mkdir -p $(call quote,$(FOLDER))
+	@$(BIN)/papermill notebooks/ttft_sweep.ipynb $(call quote,$(FOLDER)/ttft_sweep.ipynb) --kernel python3 \
+		-r output_dir $(call quote,$(FOLDER)) \
+		$(if $(call given,CHECKPOINT),-y $(call quote,checkpoints: ["$(CHECKPOINT)"])) \
+		$(if $(call given,IMAGE),-r image $(call quote,$(IMAGE))) \
+		$(if $(call given,SIZES),-y $(call quote,image_sizes: $(SIZES))) \
+		$(if $(call given,RECIPES),-y $(call quote,recipes: $(RECIPES))) $(call given,PARAMETERS)
+	@$(BIN)/python -m fastvl_lab.view $(call quote,$(FOLDER))
 
 test: $(STAMP)
 	$(BIN)/python -m pytest $(TESTS)
 
 lab: $(STAMP)
-	$(BIN)/jupyter lab notebooks/workbench.ipynb
+	$(BIN)/jupyter lab notebooks/workbench.ipynb $(if $(filter 0,$(shell id -u)),--allow-root)
 
 lint: $(STAMP)
 	$(BIN)/ruff format --check .

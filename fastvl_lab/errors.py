@@ -34,6 +34,12 @@ class MissingExtraError(FastvlError, ImportError):
     """A feature whose optional packages are not installed; names the extra that brings them."""
 
 
+def sentence(error: BaseException) -> str:
+    """One line about an error: ours say what, limit and choices; of others the type comes first, since it was not foreseen."""
+    text = " ".join(str(error).split()) or "no detail"
+    return text if isinstance(error, FastvlError) else f"{type(error).__name__}: {text[:400]}"
+
+
 def require(module: str, extra: str) -> Any:
     """Import an optional package, or raise `MissingExtraError` naming the extra that brings it."""
     try:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import queue
 import threading
 from collections.abc import Iterator
+from pathlib import Path
 
 import torch
 
@@ -20,9 +21,6 @@ from fastvl_lab.trace import Level, Tracer
 
 EngineName = Recipe | str
 
-# Chunks that may wait for a slow consumer before the engine waits too.
-_STREAM_BOUND = 64
-
 
 class _CancelledError(Exception):
     """The consumer of a stream has gone."""
@@ -35,10 +33,13 @@ class Lab:
     at a time; a second caller waits before its clock starts.
     """
 
-    def __init__(self, name: str, *, device: str | torch.device | None = None, dtype: str | torch.dtype | None = None) -> None:
+    def __init__(
+        self, name: str | Path, *, device: str | torch.device | None = None, dtype: str | torch.dtype | None = None
+    ) -> None:
         self.checkpoint = checkpoints.load(name, device=device, dtype=dtype)
         self._engines: dict[EngineName, Engine] = {}
         self._seen: set[tuple[object, ...]] = set()
+        self._seen_by_thread = threading.local()
         self._lock = threading.Lock()
 
     @property
@@ -88,28 +89,23 @@ class Lab:
         """Yield text as it is made; leaving the loop early stops the engine at its next chunk."""
         key = self._key(engine)
         bound, tracer = self._bind(key), Tracer(self.device, "off")
-        ready: queue.Queue[tuple[str, tuple[int, ...]] | BaseException | None] = queue.Queue(maxsize=_STREAM_BOUND)
+        # Unbounded: an engine that waited for its consumer would keep the lab from everybody else; the answer's length bounds it.
+        ready: queue.SimpleQueue[tuple[str, tuple[int, ...]] | BaseException | None] = queue.SimpleQueue()
         gone = threading.Event()
 
-        def put(item: tuple[str, tuple[int, ...]] | BaseException | None) -> None:
-            while not gone.is_set():
-                try:
-                    return ready.put(item, timeout=0.1)
-                except queue.Full:
-                    continue
-            raise _CancelledError
+        def deliver(text: str, tokens: tuple[int, ...]) -> None:
+            if gone.is_set():
+                raise _CancelledError
+            ready.put((text, tokens))
 
         def produce() -> None:
             try:
                 with self._lock:
                     tracer.start()
-                    self._serve(bound, request, tracer, lambda text, tokens: put((text, tokens)))
-                put(None)
-            except _CancelledError:
-                pass
+                    self._kind(key, self._serve(bound, request, tracer, deliver))
+                ready.put(None)
             except BaseException as error:  # handed to the consumer, whose call it is
-                if not gone.is_set():
-                    put(error)
+                ready.put(error)
 
         producer = threading.Thread(target=produce, name="fastvl-stream", daemon=True)
         producer.start()
@@ -137,9 +133,11 @@ class Lab:
     def _serve(self, engine: Engine, request: Request, tracer: Tracer, deliver: Deliver) -> Outcome:
         try:
             return engine.run(request, tracer, deliver)
-        except (torch.OutOfMemoryError, MemoryError) as error:
+        except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
+            if not isinstance(error, torch.OutOfMemoryError | MemoryError) and "can't allocate memory" not in str(error):
+                raise  # torch's CPU allocator has no error type of its own
             raise DeviceError(
-                f"{device_name(self.device)} ran out of memory ({str(error).splitlines()[0] if str(error) else 'no detail'}); "
+                f"{device_name(self.device)} ran out of memory ({next(iter(str(error).splitlines()), 'no detail')}); "
                 f"set a smaller max_pixels or max_new_tokens, or load a smaller checkpoint or dtype"
             ) from error
 
@@ -148,10 +146,12 @@ class Lab:
 
         On a CPU each calling thread has a thread pool of its own in torch, so the first run of another thread is cold again.
         """
-        thread = threading.get_ident() if self.device.type == "cpu" else None
-        shape = (key, thread, outcome.n_prompt, *(s.grid for s in outcome.shapes), len(outcome.tokens) > 1)
-        first = shape not in self._seen
-        self._seen.add(shape)
+        seen = self._seen
+        if self.device.type == "cpu":
+            seen = self._seen_by_thread.__dict__.setdefault("seen", set())
+        shape = (key, outcome.n_prompt, *(s.grid for s in outcome.shapes), len(outcome.tokens) > 1)
+        first = shape not in seen
+        seen.add(shape)
         return "cold" if first else "warm"
 
 

@@ -7,7 +7,7 @@ from typing import Protocol
 
 import torch
 
-from fastvl_lab import attention, preprocessor, vit
+from fastvl_lab import attention, capture, preprocessor, streaming, vit
 from fastvl_lab.cache import new_cache
 from fastvl_lab.checkpoint import Checkpoint
 from fastvl_lab.language.decode import decode
@@ -15,11 +15,10 @@ from fastvl_lab.language.decoder import decoder_weights
 from fastvl_lab.language.merge import merge
 from fastvl_lab.language.prefill import prefill
 from fastvl_lab.language.sample import greedy
-from fastvl_lab.preprocessor.decode_image import decode_with_pillow
 from fastvl_lab.preprocessor.upload import upload
 from fastvl_lab.recipe import Recipe
 from fastvl_lab.request import ImageShape, Request
-from fastvl_lab.streaming import Deliver, Emitter, TokenBytes
+from fastvl_lab.streaming import Deliver, TokenBytes
 from fastvl_lab.tokenizer import tokenize
 from fastvl_lab.trace import Tracer
 
@@ -46,9 +45,13 @@ class Pipeline:
     def __init__(self, checkpoint: Checkpoint, recipe: Recipe) -> None:
         recipe.check(checkpoint.device)
         self.checkpoint, self.recipe = checkpoint, recipe
-        self.preprocess = preprocessor.bind(recipe.preprocessor, checkpoint)
-        self.encode = vit.bind(recipe.vit, checkpoint)
+        images = preprocessor.bind(recipe.preprocessor, checkpoint)
+        self.decode_images, self.preprocess = images.decode, images.preprocess
+        self.encode = capture.bind(recipe.capture.vit, vit.bind(recipe.vit, checkpoint))
+        self.prefill = capture.bind(recipe.capture.prefill, prefill)
+        self.decode = capture.bind(recipe.capture.decode, decode)
         self.attention = attention.bind(recipe.attention)
+        self.new_emitter = streaming.bind(recipe.streaming)
         self.weights = decoder_weights(checkpoint)
         self.token_bytes = TokenBytes.of(checkpoint.tokenizer)
 
@@ -58,9 +61,9 @@ class Pipeline:
         checkpoint, weights = self.checkpoint, self.weights
         span, inner = tracer.span, tracer.inner
         pixels = vision = None
-        if request.images:
+        if request.image_inputs:
             with span("decode_image"):
-                images = decode_with_pillow(request.images)
+                images = self.decode_images(request.image_inputs)
             with span("preprocess"):
                 pixels = self.preprocess(images, request)
         with span("tokenize"):
@@ -69,14 +72,14 @@ class Pipeline:
             pixels, prompt = upload(pixels, prompt, checkpoint.device, checkpoint.dtype)
         if pixels is not None:
             with span("vit"):
-                vision = self.encode(pixels, inner)
+                vision = self.encode(pixels, tracer)
         with span("merge"):
             hidden = merge(prompt, vision, weights.embed)
         with span("prefill"):
             cache = new_cache(self.recipe.cache, len(weights.layers))
-            prefilled = prefill(hidden, prompt, vision, weights, self.attention.prefill, cache, inner)
+            prefilled = self.prefill(hidden, prompt, vision, weights, self.attention.prefill, cache, inner)
 
-        emitter, tokens, logits = Emitter(self.token_bytes, deliver), [], prefilled.logits
+        emitter, tokens, logits = self.new_emitter(self.token_bytes, deliver), [], prefilled.logits
         position = torch.full((1,), prompt.next_position, device=checkpoint.device)
         while True:
             with span("sample"):
@@ -88,7 +91,7 @@ class Pipeline:
             if done:
                 break
             with span("decode"):
-                logits = decode(token, position, weights, self.attention.decode, cache, inner)
+                logits = self.decode(token, position, weights, self.attention.decode, cache, inner)
                 position += 1
         return Outcome(
             tokens=tuple(tokens),

@@ -10,8 +10,9 @@ from __future__ import annotations
 
 import dataclasses
 import importlib.util
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 import torch
@@ -157,7 +158,7 @@ class Toggle:
     def option(self, value: OptionValue) -> Option:
         """The option of that value; raises `RecipeError` naming the choices."""
         for option in self.options:
-            if option.value == value and type(option.value) is type(value):
+            if type(option.value) is type(value) and option.value == value:
                 return option
         raise RecipeError(f"{self.path} is {value!r}; the choices are {', '.join(map(repr, self.values))}")
 
@@ -204,7 +205,8 @@ class Recipe:
 
         On CPU: `make sweep`, both built-in checkpoints. On CUDA nothing is measured yet, so it is the CPU's.
         """
-        torch.device(device)
+        if torch.device(device).type not in ("cpu", "cuda"):
+            raise RecipeError(f"no fastest recipe is known for device {str(device)!r}; the choices are 'cpu' and 'cuda'")
         return cls(
             preprocessor=Preprocessor(resize="pillow", patchify="torch"),
             vit=Vit(tower="lean", patch_embed="linear"),
@@ -214,6 +216,8 @@ class Recipe:
     @classmethod
     def parse(cls, text: str, device: torch.device | str = "cpu") -> Recipe:
         """Read "baseline" or "fastest", then changes: "fastest, vit.patch_embed=conv3d". Raises `RecipeError`."""
+        if not isinstance(text, str):
+            raise RecipeError(f"a recipe is given as {text!r}; give a text such as 'baseline' or 'fastest, vit.tower=lean'")
         name, *changes = [part.strip() for part in text.split(",")]
         presets: dict[str, Callable[[], Recipe]] = {"baseline": cls.baseline, "fastest": lambda: cls.fastest(device)}
         if name not in presets:
@@ -228,6 +232,8 @@ class Recipe:
                 raise RecipeError(f"recipe {text!r} has {change!r}; a change reads slot.toggle=value")
             toggle = _toggle_at(path.strip())
             value = value.strip()
+            if toggle.path in changed:
+                raise RecipeError(f"recipe {text!r} sets {toggle.path} twice")
             changed[toggle.path] = next((v for v in toggle.values if str(v) == value), value)
         return presets[name]().replace(changed)
 
@@ -254,10 +260,14 @@ class Recipe:
     def from_dict(cls, data: Mapping[str, Mapping[str, OptionValue]]) -> Recipe:
         """Read `to_dict`'s form; a toggle left out is at its baseline, an unknown key or value is a `RecipeError`."""
         slots: dict[str, Any] = {field.name: type(field.default) for field in dataclasses.fields(cls)}
+        if not isinstance(data, Mapping):
+            raise RecipeError(f"a recipe is given as {data!r}; give a mapping with the slots {', '.join(slots)}")
         values = {}
         for slot, choices in data.items():
             if slot not in slots:
                 raise RecipeError(f"slot {slot!r} is unknown; the choices are {', '.join(slots)}")
+            if not isinstance(choices, Mapping):
+                raise RecipeError(f"slot {slot!r} is {choices!r}; give a mapping from its toggles to their values")
             for name in choices:
                 _toggle_at(f"{slot}.{name}")
             values[slot] = slots[slot](**choices)
@@ -284,15 +294,14 @@ class Recipe:
         return ", ".join(["baseline", *(f"{path}={value}" for path, value in changes.items())])
 
 
+@cache
 def toggles() -> tuple[Toggle, ...]:
     """The whole catalogue, in the order a request meets it."""
-    return tuple(_walk())
-
-
-def _walk() -> Iterator[Toggle]:
-    for slot in dataclasses.fields(Recipe):
-        for field in dataclasses.fields(slot.default):  # type: ignore[arg-type]
-            yield Toggle(slot=slot.name, name=field.name, options=field.metadata["options"])
+    return tuple(
+        Toggle(slot=slot.name, name=field.name, options=field.metadata["options"])
+        for slot in dataclasses.fields(Recipe)
+        for field in dataclasses.fields(slot.default)  # type: ignore[arg-type]
+    )
 
 
 def _toggle_at(path: str) -> Toggle:

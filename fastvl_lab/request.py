@@ -7,11 +7,13 @@ it. All are frozen: a stage makes a new noun instead of changing one.
 from __future__ import annotations
 
 import base64
-import binascii
+import operator
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
+from urllib.parse import urlsplit
+from urllib.request import url2pathname
 
 import numpy as np
 from PIL import Image
@@ -36,7 +38,7 @@ class ImageInput:
 
     @classmethod
     def of(cls, source: ImageSource | ImageInput) -> ImageInput:
-        """Read a path, or take bytes, an image or an array as they are; raises `ImageError`."""
+        """Read a path, `file://` URL or base64 data URI, or take bytes, an image or an array as they are; raises `ImageError`."""
         if isinstance(source, ImageInput):
             return source
         if isinstance(source, bytes):
@@ -45,19 +47,44 @@ class ImageInput:
             return cls(data=source, label=f"PIL image {source.width}x{source.height}")
         if isinstance(source, np.ndarray):
             return cls(data=source, label=f"array {'x'.join(map(str, source.shape))}")
-        if isinstance(source, str | Path):
+        if isinstance(source, Path):
             return cls._of_path(source)
+        if isinstance(source, str):
+            scheme = source.partition(":")[0].lower()
+            if scheme == "data":
+                return cls._of_data_uri(source)
+            if scheme in ("http", "https"):
+                raise ImageError(
+                    f"image {source[:80]!r} is an address, and the lab fetches nothing; give a path, bytes or a data URI"
+                )
+            return cls._of_path(Path(url2pathname(urlsplit(source).path)) if scheme == "file" else Path(source))
         raise ImageError(f"an image is given as {type(source).__name__}; give a path, encoded bytes, a PIL.Image or a uint8 array")
 
     @classmethod
-    def _of_path(cls, source: str | Path) -> ImageInput:
-        path = Path(str(source).removeprefix("file://")).expanduser()
+    def _of_path(cls, path: Path) -> ImageInput:
         try:
+            path = path.expanduser()
+            if path.exists() and not path.is_file():  # a folder, a pipe, a device: reading might never end
+                raise ImageError(f"image {str(path)!r} is no regular file")
             return cls(data=path.read_bytes(), label=path.name)
         except FileNotFoundError:
-            raise ImageError(f"image {str(source)!r} does not exist; give the path of a file, or its bytes") from None
-        except OSError as error:
-            raise ImageError(f"image {str(source)!r} cannot be read: {error.strerror or error}") from None
+            raise ImageError(f"image {str(path)!r} does not exist; give the path of a file, or its bytes") from None
+        except (OSError, RuntimeError) as error:  # RuntimeError: ~user without such a user
+            raise ImageError(f"image {str(path)!r} cannot be read: {getattr(error, 'strerror', None) or error}") from None
+        except ValueError as error:
+            if isinstance(error, ImageError):
+                raise
+            raise ImageError(f"image {str(path)!r} is no path: {error}") from None
+
+    @classmethod
+    def _of_data_uri(cls, uri: str) -> ImageInput:
+        header, _, payload = uri.partition(",")
+        if not header.endswith(";base64"):
+            raise ImageError(f"a data URI is not base64: {header[:60]!r}")
+        try:
+            return cls.of(base64.b64decode(payload, validate=True))
+        except ValueError as error:
+            raise ImageError(f"a data URI has broken base64: {error}") from None
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -66,10 +93,10 @@ class Request:
 
     Give `images` and `prompt` (images come first), or `messages` as OpenAI and Transformers write them. `min_pixels` and
     `max_pixels` override the checkpoint's own limits on the area of the resized image. Decoding is greedy: no sampling and no
-    repetition penalty. `ignore_eos` makes exactly `max_new_tokens` tokens.
+    repetition penalty. `ignore_eos` makes exactly `max_new_tokens` tokens. Raises `RequestError` and `ImageError`.
 
-    Paths are read when the request is made, so that a run starts with the bytes at hand. After construction, `images` holds
-    `ImageInput`s in order and `messages` the conversation with an `{"type": "image"}` part where each belongs.
+    Paths are read when the request is made, so that a run starts with the bytes at hand. What engines read is derived:
+    `image_inputs`, the images in order, and `conversation`, the messages with an `{"type": "image"}` part where each belongs.
     """
 
     images: Sequence[ImageSource | ImageInput] = ()
@@ -79,31 +106,39 @@ class Request:
     ignore_eos: bool = False
     min_pixels: int | None = None
     max_pixels: int | None = None
+    image_inputs: tuple[ImageInput, ...] = field(init=False, repr=False)
+    conversation: tuple[dict[str, Any], ...] = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
         if (self.prompt is None) == (self.messages is None):
             raise RequestError("give either prompt (with images) or messages, and not both")
+        if isinstance(self.images, bytes | str | Path | Image.Image | np.ndarray) or not isinstance(self.images, Sequence):
+            raise RequestError("images is not a list; put a single image in one: images=[image]")
         if self.messages is not None and len(self.images) > 0:
             raise RequestError("images belong inside the messages when messages are given; leave images empty")
-        if not isinstance(self.max_new_tokens, int) or self.max_new_tokens < 1:
-            raise RequestError(f"max_new_tokens is {self.max_new_tokens!r}; it must be a whole number of at least 1")
+        _whole_number("max_new_tokens", self.max_new_tokens)
         for name in ("min_pixels", "max_pixels"):
-            value = getattr(self, name)
-            if value is not None and (not isinstance(value, int) or value < 1):
-                raise RequestError(f"{name} is {value!r}; it must be a whole number of at least 1, or None")
+            if getattr(self, name) is not None:
+                _whole_number(name, getattr(self, name))
         if self.min_pixels is not None and self.max_pixels is not None and self.min_pixels > self.max_pixels:
             raise RequestError(f"min_pixels {self.min_pixels} is over max_pixels {self.max_pixels}")
-        if self.messages is not None:
-            messages, images = _normalise(self.messages)
-        else:
-            if isinstance(self.images, bytes | str | Path | Image.Image | np.ndarray):
-                raise RequestError("images is a single image; put it in a list: images=[image]")
-            assert self.prompt is not None
-            images = tuple(ImageInput.of(source) for source in self.images)
-            parts = [{"type": "image"} for _ in images] + [{"type": "text", "text": self.prompt}]
-            messages = ({"role": "user", "content": tuple(parts)},)
-        object.__setattr__(self, "images", images)
-        object.__setattr__(self, "messages", messages)
+        messages = self.messages
+        if messages is None:
+            parts: list[dict[str, Any]] = [{"type": "image", "image": source} for source in self.images]
+            messages = [{"role": "user", "content": [*parts, {"type": "text", "text": self.prompt}]}]
+        conversation, image_inputs = _normalise(messages)
+        object.__setattr__(self, "conversation", conversation)
+        object.__setattr__(self, "image_inputs", image_inputs)
+
+
+def _whole_number(name: str, value: Any) -> None:
+    """Any integer type from 1 up; a bool is none."""
+    try:
+        good = not isinstance(value, bool) and operator.index(value) >= 1
+    except TypeError:
+        good = False
+    if not good:
+        raise RequestError(f"{name} is {value!r}; it must be a whole number of at least 1")
 
 
 def _normalise(messages: Sequence[Mapping[str, Any]]) -> tuple[tuple[dict[str, Any], ...], tuple[ImageInput, ...]]:
@@ -118,18 +153,31 @@ def _normalise(messages: Sequence[Mapping[str, Any]]) -> tuple[tuple[dict[str, A
         content = message["content"]
         if isinstance(content, str):
             content = [{"type": "text", "text": content}]
+        if not isinstance(content, Sequence):
+            raise RequestError(f"message {number} has a content of type {type(content).__name__}; give a text or a list of parts")
         parts: list[dict[str, Any]] = []
         for part in content:
             kind = part.get("type") if isinstance(part, Mapping) else None
             if kind == "text":
-                parts.append({"type": "text", "text": str(part["text"])})
+                parts.append({"type": "text", "text": _text(part.get("text"), number)})
             elif kind in ("image", "image_url"):
                 images.append(_image_of_part(part, number))
                 parts.append({"type": "image"})
             else:
                 raise RequestError(f"message {number} has a part of type {kind!r}; the choices are 'text', 'image' and 'image_url'")
-        normalised.append({"role": str(message["role"]), "content": tuple(parts)})
+        normalised.append({"role": _text(message["role"], number), "content": tuple(parts)})
     return tuple(normalised), tuple(images)
+
+
+def _text(value: Any, number: int) -> str:
+    """A string that can be encoded; lone surrogates cannot."""
+    if not isinstance(value, str):
+        raise RequestError(f"message {number} has a text of type {type(value).__name__}; it must be a string")
+    try:
+        value.encode()
+    except UnicodeEncodeError as error:
+        raise RequestError(f"message {number} has text that is no Unicode: {error.reason} at {error.start}") from None
+    return value
 
 
 def _image_of_part(part: Mapping[str, Any], number: int) -> ImageInput:
@@ -138,18 +186,6 @@ def _image_of_part(part: Mapping[str, Any], number: int) -> ImageInput:
         source = source.get("url")
     if source is None:
         raise RequestError(f"message {number} has an image part without an image; give 'image' or 'image_url'")
-    if isinstance(source, str) and source.startswith("data:"):
-        header, _, payload = source.partition(",")
-        if not header.endswith(";base64"):
-            raise ImageError(f"message {number} has a data URI that is not base64: {header[:60]!r}")
-        try:
-            return ImageInput.of(base64.b64decode(payload, validate=True))
-        except binascii.Error as error:
-            raise ImageError(f"message {number} has a data URI with broken base64: {error}") from None
-    if isinstance(source, str) and source.startswith(("http://", "https://")):
-        raise ImageError(
-            f"message {number} names an image by address, and the lab fetches nothing; give a path, bytes or a data URI"
-        )
     return ImageInput.of(source)
 
 

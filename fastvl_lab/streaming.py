@@ -10,6 +10,7 @@ from typing import Any
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 from fastvl_lab.errors import CheckpointError
+from fastvl_lab.recipe import Streaming
 
 Deliver = Callable[[str, tuple[int, ...]], None]
 
@@ -52,6 +53,11 @@ class Detokenizer:
     def flush(self) -> str:
         """What remains when no more tokens come: U+FFFD if a character stayed unfinished."""
         return self._decoder.decode(b"", final=True)
+
+
+def bind(slot: Streaming) -> type[Emitter]:
+    """How tokens leave, as the slot's toggles say."""
+    return {(1, "open"): Emitter}[slot.steps_per_round, slot.gate]
 
 
 class Emitter:

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 
 import numpy as np
 import torch
+from jinja2 import TemplateError
 
 from fastvl_lab.checkpoint import Checkpoint
 from fastvl_lab.errors import RequestError
@@ -19,20 +20,27 @@ from fastvl_lab.request import Grid, Prompt, Request
 def chat_text(request: Request, checkpoint: Checkpoint) -> str:
     """The conversation as the checkpoint's template writes it, one placeholder an image.
 
-    Raises `RequestError` if the user's own text contains a placeholder: it would be taken for an image.
+    Raises `RequestError` if the user's own words contain a placeholder, which would be taken for an image, and if the template
+    cannot write the conversation.
     """
-    assert request.messages is not None
-    placeholders = [checkpoint.tokenizer.decode([token]) for token in _placeholder_ids(checkpoint)]
-    for message in request.messages:
-        for part in message["content"]:
-            for placeholder in placeholders:
-                if placeholder in part.get("text", ""):
-                    raise RequestError(
-                        f"the prompt contains the placeholder {placeholder!r}, which stands for an image; "
-                        f"remove it from the text and give images in images or as message parts"
-                    )
-    messages = [{"role": m["role"], "content": list(m["content"])} for m in request.messages]
-    text: str = checkpoint.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+    messages = [{"role": m["role"], "content": list(m["content"])} for m in request.conversation]
+    try:
+        text: str = checkpoint.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+    except (TemplateError, TypeError) as error:  # TypeError: a text-only template that takes content for a string
+        raise RequestError(f"the chat template of {checkpoint.name!r} cannot write this conversation: {error}") from None
+    image, video = (checkpoint.tokenizer.convert_ids_to_tokens(token) for token in _placeholder_ids(checkpoint))
+    if text.count(image) != len(request.image_inputs) or video in text:
+        words = "".join(m["role"] + "".join(part.get("text", "") for part in m["content"]) for m in request.conversation)
+        for placeholder in (image, video):
+            if placeholder in words:
+                raise RequestError(
+                    f"the prompt contains the placeholder {placeholder!r}, which stands for an image or video; "
+                    f"remove it from the text and give images in images or as message parts"
+                )
+        raise RequestError(
+            f"the chat template of {checkpoint.name!r} wrote {text.count(image)} image placeholders for "
+            f"{len(request.image_inputs)} images; it is no template for images"
+        )
     return text
 
 

@@ -2,8 +2,8 @@
 
 A `Tracer` records while a request runs; `Tracer.finish` turns what it saw into a frozen `Trace`. The host lane holds
 `time.perf_counter_ns` intervals. The device lane (CUDA only) holds pairs of CUDA events, read after the request has ended and
-placed on the host's axis through an anchor event recorded while the device was idle. A device span reaches from the first to
-the last kernel its stage enqueued; idle time between those kernels is inside it.
+placed on the host's axis through an anchor event recorded while the device was idle. A device span reaches from when the device
+came to the stage's first command to when it had passed its last; time it waited for launches in between is inside the span.
 """
 
 from __future__ import annotations
@@ -102,9 +102,10 @@ class Trace:
     def has_device_lane(self) -> bool:
         return any(span.lane == "device" for span in self.spans)
 
-    def to_chrome(self, label: str = "fastvl_lab") -> dict[str, Any]:
+    def to_chrome(self, label: str = "fastvl_lab", *, ours: bool = True) -> dict[str, Any]:
         """The trace in the Trace Event format that chrome://tracing and Perfetto open: one track a lane, microseconds.
 
+        ours: whether the package's own files did the work; then each stage names its file.
         Format: "Trace Event Format", https://docs.google.com/document/d/1CvAClvFfyA5R-PhYUmn5OOQtYMH4h6I0nSsKchNAySU
         """
         tracks = {"host": 1, "device": 2}
@@ -117,7 +118,7 @@ class Trace:
             event |= {"ts": span.start_ns / 1e3, "dur": span.duration_ns / 1e3}
             if span.depth > 0:
                 event["cat"] = "layer"
-            elif span.name in STAGES:
+            elif ours and span.name in STAGES:
                 event["args"] = {"file": f"fastvl_lab/{STAGES[span.name]}"}
             events.append(event)
         events.append({"ph": "i", "s": "g", "pid": 1, "tid": 1, "name": "first chunk (TTFT)", "ts": self.first_chunk_ns / 1e3})
@@ -176,17 +177,25 @@ class Tracer:
         """A block or layer inside a stage; recorded at level "layers" only."""
         return self._record(name) if self.level == "layers" else nullcontext()
 
+    def modules(self, modules: Mapping[str, torch.nn.Module]) -> AbstractContextManager[None]:
+        """Time stock modules as blocks or layers; touches them at level "layers" only."""
+        return module_spans(modules, self.inner) if self.level == "layers" else nullcontext()
+
     def begin(self, name: str) -> None:
-        """Open a span from a hook; close it with `end`. A name already open stays open."""
+        """Open a span where no `with` can stand, as in a hook; close it with `end`."""
         if self.level != "off":
             self._open.append((name, time.perf_counter_ns(), self._event() if self._cuda else None))
 
     def end(self, name: str) -> None:
-        """Close the innermost open span, if it is `name`."""
-        if self._open and self._open[-1][0] == name:
-            _, start_ns, start_event = self._open.pop()
+        """Close the span `name`, and with it any that an exception left open inside it."""
+        if self.level == "off":
+            return
+        assert any(name == opened for opened, _, _ in self._open), f"span {name!r} is not open"
+        closed = ""
+        while closed != name:
+            closed, start_ns, start_event = self._open.pop()
             end_event = self._event() if self._cuda else None
-            self._closed.append((name, len(self._open), start_ns, time.perf_counter_ns(), start_event, end_event))
+            self._closed.append((closed, len(self._open), start_ns, time.perf_counter_ns(), start_event, end_event))
 
     @contextmanager
     def _record(self, name: str) -> Iterator[None]:
@@ -198,12 +207,13 @@ class Tracer:
 
     def _event(self) -> Any:
         event = torch.cuda.Event(enable_timing=True)
-        event.record()
+        event.record(torch.cuda.current_stream(self._device))
         return event
 
     def finish(self) -> Trace:
         """Stop the clock, wait for the device, and put both lanes on one axis."""
         end_ns = time.perf_counter_ns() - self._started_ns
+        assert not self._open, f"spans left open: {[name for name, _, _ in self._open]}"
         if self._cuda:
             torch.cuda.synchronize(self._device)
         spans = []

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import threading
+import time
 
 import numpy as np
 import pytest
 import torch
 
 from fastvl_lab import DeviceError, ImageError, Lab, Recipe, RecipeError, Request
-from fastvl_lab.lab import _CancelledError
 
 
 @pytest.fixture
@@ -31,6 +31,10 @@ def test_the_first_run_of_an_engine_and_shape_is_cold(picture: bytes) -> None:
     thread.start()
     thread.join()
     assert elsewhere == ["cold"]
+    thread = threading.Thread(target=lambda: elsewhere.append(lab.run(small, "baseline").kind))  # may get the same thread id
+    thread.start()
+    thread.join()
+    assert elsewhere == ["cold", "cold"]
 
 
 def test_an_engine_may_be_a_recipe_its_text_or_a_peer(labs: dict[str, Lab], request_: Request) -> None:
@@ -88,24 +92,46 @@ def test_running_out_of_memory_is_one_sentence(labs: dict[str, Lab], monkeypatch
     def exhausted(*_: object, **__: object) -> None:
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20 GiB.\nmore detail")
 
+    def exhausted_on_cpu(*_: object, **__: object) -> None:
+        raise RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes.")
+
     monkeypatch.setattr(lab._bind(Recipe.baseline()), "preprocess", exhausted)
+    monkeypatch.setattr(lab._bind(Recipe.fastest()), "preprocess", exhausted_on_cpu)
     request = Request(images=[np.zeros((40, 40, 3), np.uint8)], prompt="?")
     with pytest.raises(
         DeviceError, match=r"ran out of memory \(CUDA out of memory. Tried to allocate 20 GiB.\); set a smaller max_pixels"
     ):
         lab.run(request)
+    with pytest.raises(DeviceError, match=r"can't allocate memory.*set a smaller max_pixels"):
+        lab.run(request, Recipe.fastest())
 
 
-def test_two_callers_take_turns(labs: dict[str, Lab], request_: Request) -> None:
-    lab, texts = labs["tiny-qwen2.5-vl"], []
+def test_callers_take_turns(labs: dict[str, Lab], request_: Request, monkeypatch: pytest.MonkeyPatch) -> None:
+    lab, texts, inside, most = labs["tiny-qwen2.5-vl"], [], [], []
     expected = lab.run(request_).text
+    serve = lab._serve
+
+    def counted(*arguments: object) -> object:
+        inside.append(1)
+        most.append(len(inside))
+        time.sleep(0.01)  # long enough for another caller to come in, if it could
+        outcome = serve(*arguments)  # type: ignore[arg-type]
+        inside.pop()
+        return outcome
+
+    monkeypatch.setattr(lab, "_serve", counted)
     threads = [threading.Thread(target=lambda: texts.append(lab.run(request_).text)) for _ in range(4)]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
     assert texts == [expected] * 4
+    assert max(most) == 1
 
 
-def test_cancelling_is_no_user_error() -> None:
-    assert not issubclass(_CancelledError, ValueError)
+def test_a_stream_that_nobody_reads_does_not_keep_the_lab(labs: dict[str, Lab], picture: bytes) -> None:
+    lab = labs["tiny-qwen3-vl"]
+    stream = lab.stream(Request(images=[picture], prompt="Go on.", max_new_tokens=150, ignore_eos=True), "fastest")
+    next(stream)
+    assert lab.run(Request(prompt="Next.", max_new_tokens=1), "fastest").tokens  # waits for the stream's engine, not its reader
+    assert len(list(stream)) > 50

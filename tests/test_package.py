@@ -77,6 +77,18 @@ def test_slots_do_not_import_each_other() -> None:
             assert not others, f"{path} imports {others}"
 
 
+def test_options_of_a_slot_do_not_import_each_other() -> None:
+    options = {
+        "preprocessor": {"stock", "resize", "patchify"},
+        "vit": {"stock", "lean"},
+        "attention": {"eager", "sdpa"},
+    }
+    for slot, names in options.items():
+        for name in names:
+            imported = {module.removeprefix(f"{slot}.") for module, _ in _imports(PACKAGE / slot / f"{name}.py")}
+            assert not imported & (names - {name}), f"{slot}/{name}.py"
+
+
 def test_every_stage_names_a_file_of_the_package() -> None:
     for stage, file in STAGES.items():
         assert (PACKAGE / file).exists(), f"{stage}: {file}"

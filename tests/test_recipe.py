@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from pathlib import Path
 
 import pytest
 import torch
 import yaml
 
 from fastvl_lab import Lab, Recipe, RecipeError, Request, toggles
+from fastvl_lab.pipeline import Pipeline
 from fastvl_lab.recipe import Option, Vit, catalogue_markdown
+from fastvl_lab.trace import Tracer
 
 CPU = torch.device("cpu")
 
@@ -73,6 +76,10 @@ def test_several_toggles_change_at_once_where_one_alone_would_mean_nothing() -> 
         ({"vit": {"tower": "fast"}}, r"vit.tower is 'fast'; the choices are 'transformers', 'lean'"),
         ({"streaming": {"steps_per_round": "1"}}, r"streaming.steps_per_round is '1'; the choices are 1"),
         ({"streaming": {"steps_per_round": True}}, r"streaming.steps_per_round is True; the choices are 1"),
+        ({"vit": None}, r"slot 'vit' is None; give a mapping"),
+        ({"vit": "lean"}, r"slot 'vit' is 'lean'; give a mapping"),
+        ({"vit": {"tower": ["lean"]}}, r"vit.tower is \['lean'\]; the choices are"),
+        (None, "a recipe is given as None"),
         ({"preprocessor": {"patchify": "torch"}}, r"resize=transformers does that step itself; leave it at 'numpy'"),
     ],
 )
@@ -87,6 +94,8 @@ def test_unknown_names_and_meaningless_combinations_are_refused_with_the_choices
         ("quickest", r"starts with 'quickest'; the choices are baseline, fastest"),
         ("baseline, vit.tower", r"a change reads slot.toggle=value"),
         ("baseline, vit.tower=fast", r"the choices are 'transformers', 'lean'"),
+        ("baseline, vit.tower=lean, vit.tower=transformers", r"sets vit.tower twice"),
+        (5, "a recipe is given as 5"),
     ],
 )
 def test_recipe_texts_are_read_strictly(text: str, says: str) -> None:
@@ -114,5 +123,21 @@ def test_a_recipe_that_cannot_run_here_is_refused_before_work(labs: dict[str, La
         labs["tiny-qwen3-vl"].run(Request(prompt="Hello."), recipe)
 
 
-def test_the_readme_has_the_catalogue_as_it_is(repository) -> None:  # type: ignore[no-untyped-def]
+def _bind_and_run(lab: Lab, recipe: Recipe) -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Recipe, "check", lambda self, device: None)
+        pipeline = Pipeline(lab.checkpoint, recipe)
+    pipeline.run(Request(prompt="Hello.", max_new_tokens=1), Tracer(CPU), lambda text, tokens: None)
+
+
+def test_every_toggle_is_bound_to_what_runs(labs: dict[str, Lab]) -> None:
+    """A value that no binding knows must fail: a toggle that nothing read would be ignored in silence."""
+    for toggle in toggles():
+        recipe = Recipe.from_dict(Recipe.fastest().to_dict())
+        object.__setattr__(getattr(recipe, toggle.slot), toggle.name, "unheard-of")
+        with pytest.raises((KeyError, AssertionError)):
+            _bind_and_run(labs["tiny-qwen3-vl"], recipe)
+
+
+def test_the_readme_has_the_catalogue_as_it_is(repository: Path) -> None:
     assert catalogue_markdown() in (repository / "README.md").read_text()

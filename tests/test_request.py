@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import dataclasses
 from pathlib import Path
 
 import numpy as np
@@ -18,7 +19,7 @@ def test_prompt_openai_and_transformers_forms_are_one(picture: bytes, tmp_path: 
     uri = "data:image/jpeg;base64," + base64.b64encode(picture).decode()
     text = {"type": "text", "text": "What is this?"}
     plain = Request(images=[path], prompt="What is this?")
-    assert plain.messages == ({"role": "user", "content": ({"type": "image"}, text)},)
+    assert plain.conversation == ({"role": "user", "content": ({"type": "image"}, text)},)
     for part in (
         {"type": "image", "image": str(path)},
         {"type": "image", "image": picture},
@@ -26,15 +27,23 @@ def test_prompt_openai_and_transformers_forms_are_one(picture: bytes, tmp_path: 
         {"type": "image_url", "image_url": f"file://{path}"},
     ):
         request = Request(messages=[{"role": "user", "content": [part, text]}])
-        assert request.messages == plain.messages
-        assert [image.data for image in request.images] == [picture]  # type: ignore[union-attr]
+        assert request.conversation == plain.conversation
+        assert [image.data for image in request.image_inputs] == [picture]
+    for image in (str(path), path.as_uri(), uri):
+        assert [one.data for one in Request(images=[image], prompt="?").image_inputs] == [picture]
 
 
 def test_images_may_be_pixels_already() -> None:
     array = np.zeros((4, 6, 3), dtype=np.uint8)
-    images = Request(images=[array, Image.fromarray(array)], prompt="?").images
-    assert images[0].data is array  # type: ignore[union-attr]
-    assert [image.label for image in images] == ["array 4x6x3", "PIL image 6x4"]  # type: ignore[union-attr]
+    images = Request(images=[array, Image.fromarray(array)], prompt="?").image_inputs
+    assert images[0].data is array
+    assert [image.label for image in images] == ["array 4x6x3", "PIL image 6x4"]
+
+
+def test_a_request_can_be_replaced_and_takes_any_whole_number(picture: bytes) -> None:
+    request = Request(images=[picture], prompt="?", max_new_tokens=np.int64(4))  # type: ignore[arg-type]
+    longer = dataclasses.replace(request, max_new_tokens=9)
+    assert (longer.max_new_tokens, longer.conversation) == (9, request.conversation)
 
 
 @pytest.mark.parametrize(
@@ -47,9 +56,16 @@ def test_images_may_be_pixels_already() -> None:
         ({"messages": [{"role": "user", "content": [{"type": "video"}]}]}, "'text', 'image' and 'image_url'"),
         ({"messages": [{"role": "user", "content": [{"type": "image"}]}]}, "image part without an image"),
         ({"prompt": "a", "max_new_tokens": 0}, "max_new_tokens is 0; it must be a whole number of at least 1"),
+        ({"prompt": "a", "max_new_tokens": True}, "max_new_tokens is True"),
+        ({"prompt": 5}, "a text of type int"),
+        ({"prompt": "\ud800"}, "text that is no Unicode"),
+        ({"prompt": "a", "images": None}, "images is not a list"),
+        ({"messages": [{"role": "user", "content": None}]}, "a content of type NoneType"),
+        ({"messages": [{"role": "user", "content": [{"type": "text"}]}]}, "a text of type NoneType"),
+        ({"messages": [{"role": 1, "content": "a"}]}, "a text of type int"),
         ({"prompt": "a", "min_pixels": -1}, "min_pixels is -1"),
         ({"prompt": "a", "min_pixels": 10, "max_pixels": 5}, "min_pixels 10 is over max_pixels 5"),
-        ({"prompt": "a", "images": "photo.jpg"}, r"put it in a list: images=\[image\]"),
+        ({"prompt": "a", "images": "photo.jpg"}, r"put a single image in one: images=\[image\]"),
         ({"messages": [{"role": "user", "content": "a"}], "images": [b"x"]}, "images belong inside the messages"),
     ],
 )
@@ -62,7 +78,11 @@ def test_requests_that_cannot_be_are_refused(arguments: dict, says: str) -> None
     ("image", "says"),
     [
         ("no/such.jpg", "image 'no/such.jpg' does not exist"),
-        ("/", "cannot be read: Is a directory"),
+        ("/", "is no regular file"),
+        ("/dev/zero", "is no regular file"),
+        ("a\0b", "is no path|does not exist"),
+        ("~nosuchuser/x.jpg", "cannot be read"),
+        ("https://example.com/a.jpg", "the lab fetches nothing"),
         (3, "given as int; give a path, encoded bytes"),
     ],
 )
@@ -77,6 +97,7 @@ def test_images_that_cannot_be_read_are_refused(image: object, says: str) -> Non
         ("https://example.com/a.jpg", "the lab fetches nothing"),
         ("data:image/png,abc", "not base64"),
         ("data:image/png;base64,%%%", "broken base64"),
+        ("data:image/png;base64,é", "broken base64"),
     ],
 )
 def test_image_addresses_that_cannot_be_read_are_refused(url: str, says: str) -> None:

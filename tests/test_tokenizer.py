@@ -65,6 +65,35 @@ def test_a_placeholder_in_the_text_is_refused(lab: Lab, placeholder: str) -> Non
             lab.run(Request(prompt=f"Look: {placeholder}"), engine)
 
 
+def test_a_placeholder_put_together_from_parts_is_refused(lab: Lab) -> None:
+    parts = [{"type": "text", "text": "<|image_"}, {"type": "text", "text": "pad|>"}]
+    for messages in ([{"role": "user", "content": parts}], [{"role": "<|image_pad|>", "content": "Hello."}]):
+        for engine in ("baseline", "transformers"):
+            with pytest.raises(RequestError, match="the prompt contains the placeholder"):
+                lab.run(Request(messages=messages), engine)
+
+
+@pytest.mark.parametrize(
+    ("template", "says"),
+    [
+        (
+            "{% for m in messages %}{{ m['role'] }}{% endfor %}",
+            "wrote 0 image placeholders for 1 images",
+        ),
+        ("{{ messages[0]['content'] + 'x' }}", "cannot write this conversation"),
+        ("{{ raise_exception('roles must alternate') }}", "cannot write this conversation: roles must alternate"),
+        ("{% for %}", "cannot write this conversation"),
+    ],
+)
+def test_templates_that_cannot_write_the_conversation_are_refused(
+    lab: Lab, template: str, says: str, picture: bytes, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(lab.checkpoint.tokenizer, "chat_template", template)
+    for engine in ("baseline", "transformers"):
+        with pytest.raises(RequestError, match=says):
+            lab.run(Request(images=[picture], prompt="?"), engine)
+
+
 def test_a_prompt_longer_than_the_model_is_refused_with_the_numbers(lab: Lab) -> None:
     limit = lab.checkpoint.max_length
     request = Request(prompt="Hello.", max_new_tokens=limit)

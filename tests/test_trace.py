@@ -110,7 +110,8 @@ def test_device_spans_are_put_on_the_hosts_axis_without_a_sync_inside(monkeypatc
         def __init__(self, enable_timing: bool) -> None:
             assert enable_timing
 
-        def record(self) -> None:
+        def record(self, stream: str) -> None:
+            assert stream == "stream of cuda:1"
             self.at = next(device_ms)
 
         def elapsed_time(self, other: Event) -> float:
@@ -118,7 +119,8 @@ def test_device_spans_are_put_on_the_hosts_axis_without_a_sync_inside(monkeypatc
 
     monkeypatch.setattr(trace_module.torch.cuda, "Event", Event)
     monkeypatch.setattr(trace_module.torch.cuda, "synchronize", lambda _: syncs.append("sync"))
-    tracer = Tracer(torch.device("cuda"))
+    monkeypatch.setattr(trace_module.torch.cuda, "current_stream", lambda device: f"stream of {device}")
+    tracer = Tracer(torch.device("cuda:1"))
     tracer.start()
     with tracer.span("vit"):
         pass
@@ -128,6 +130,29 @@ def test_device_spans_are_put_on_the_hosts_axis_without_a_sync_inside(monkeypatc
     spans = {span.lane: span for span in tracer.finish().spans}
     assert (spans["device"].start_ns, spans["device"].end_ns) == (2_000_000, 5_500_000)
     assert spans["host"].end_ns < 2_000_000
+
+
+def test_spans_that_an_exception_left_open_close_with_their_stage() -> None:
+    tracer = Tracer(CPU, "layers")
+    tracer.start()
+
+    def fails_inside_a_block() -> None:
+        with tracer.span("vit"):
+            tracer.begin("vit.block.0")
+            raise KeyError
+
+    with pytest.raises(KeyError):
+        fails_inside_a_block()
+    assert [(span.name, span.depth) for span in tracer.finish().spans] == [("vit", 0), ("vit.block.0", 1)]
+    with pytest.raises(AssertionError, match="span 'prefill' is not open"):
+        tracer.end("prefill")
+
+
+def test_stock_modules_are_left_alone_unless_layers_are_asked_for() -> None:
+    module = torch.nn.Linear(2, 2)
+    for level, hooks in (("off", 0), ("stages", 0), ("layers", 1)):
+        with Tracer(CPU, level).modules({"linear": module}):  # type: ignore[arg-type]
+            assert len(module._forward_hooks) == hooks
 
 
 def test_module_spans_leave_no_hook_behind() -> None:

@@ -14,13 +14,13 @@ import torch
 import transformers
 from transformers import AutoConfig, AutoImageProcessor, AutoModelForImageTextToText, AutoTokenizer, GenerationConfig
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
-from transformers.utils import is_torchvision_available
+from transformers.utils import cached_file, is_torchvision_available
 from transformers.utils import logging as transformers_logging
 
 from fastvl_lab.checkpoint import tiny
 from fastvl_lab.checkpoint.memory import available_bytes, gigabytes
 from fastvl_lab.checkpoint.random_weights import RANDOM_PREFIX, published, random_model, write_published_folder
-from fastvl_lab.errors import CheckpointError, DeviceError
+from fastvl_lab.errors import CheckpointError, DeviceError, FastvlError
 
 Family = Literal["qwen2_5_vl", "qwen3_vl"]
 FAMILIES: tuple[Family, ...] = ("qwen2_5_vl", "qwen3_vl")
@@ -67,14 +67,14 @@ class Checkpoint:
         return least, size["longest_edge"] if max_pixels is None else max_pixels
 
 
-def load(name: str, *, device: str | torch.device | None = None, dtype: str | torch.dtype | None = None) -> Checkpoint:
+def load(name: str | Path, *, device: str | torch.device | None = None, dtype: str | torch.dtype | None = None) -> Checkpoint:
     """Load `name` onto a device in a dtype.
 
     name: a folder in Hugging Face format, a hub id, "tiny-qwen2.5-vl", "tiny-qwen3-vl", or "random:<hub id>".
     device: "cpu", "cuda", "cuda:1", …; by default CUDA where present. dtype: by default the checkpoint's own on CUDA and
     float32 on a CPU. Raises `CheckpointError` and `DeviceError`.
     """
-    on, of_type = _resolve_device(device), _resolve_dtype(dtype)
+    name, on, of_type = str(name), resolve_device(device), resolve_dtype(dtype)
     if name in tiny.NAMES:
         with _quiet():
             return _from_pretrained(name, str(tiny.folder(name)), on, of_type)
@@ -93,20 +93,26 @@ def load(name: str, *, device: str | torch.device | None = None, dtype: str | to
 
 
 def _from_pretrained(name: str, source: str, device: torch.device, dtype: torch.dtype | None) -> Checkpoint:
-    try:
+    with _as_checkpoint_error(name):
         config = AutoConfig.from_pretrained(source)
         family = _family(name, config)
         dtype = dtype or (torch.float32 if device.type == "cpu" else getattr(config, "dtype", None) or torch.bfloat16)
-        _check_memory(name, config, device, dtype)
-        # SDPA is Transformers' own default; named, so that a changed default can't change the bar.
-        model = AutoModelForImageTextToText.from_pretrained(source, dtype=dtype, attn_implementation="sdpa")
+        _check_memory(name, config, {torch.device("cpu"), device}, dtype)  # weights reach a GPU through the host
+        model, report = AutoModelForImageTextToText.from_pretrained(
+            source,
+            dtype=dtype,
+            attn_implementation="sdpa",  # Transformers' own default; named, so that a changed default can't change the bar
+            use_safetensors=True,
+            output_loading_info=True,
+        )
+        for fault in ("missing_keys", "mismatched_keys", "unexpected_keys"):
+            if report[fault]:  # Transformers would go on with weights it made up
+                keys = sorted(map(str, report[fault]))
+                raise CheckpointError(
+                    f"checkpoint {name!r} has {len(keys)} {fault.replace('_', ' ')}, the first {keys[0]}; its weights and its "
+                    f"config.json do not belong together"
+                )
         return _checkpoint(name, family, model.to(device), source)
-    except (OSError, json.JSONDecodeError) as error:
-        first_line = str(error).strip().splitlines()[0]
-        raise CheckpointError(
-            f"checkpoint {name!r} cannot be loaded: {first_line} Give a complete folder, a hub id that can be reached, or one of "
-            f"{', '.join(tiny.NAMES)}"
-        ) from error
 
 
 def _random(name: str, device: torch.device, dtype: torch.dtype | None) -> Checkpoint:
@@ -115,10 +121,10 @@ def _random(name: str, device: torch.device, dtype: torch.dtype | None) -> Check
     if hub_id not in published():
         raise CheckpointError(f"no geometry is published here for {hub_id!r}; the choices are {', '.join(published())}")
     dtype = dtype or (torch.float32 if device.type == "cpu" else torch.bfloat16)
-    with _quiet():
+    with _quiet(), _as_checkpoint_error(name):
         source = str(write_published_folder(hub_id))
         config = AutoConfig.from_pretrained(source)
-        _check_memory(name, config, device, dtype)
+        _check_memory(name, config, {device}, dtype)
         model = random_model(config, device=device, dtype=dtype, seed=0)
         return _checkpoint(name, _family(name, config), model, source)
 
@@ -127,7 +133,10 @@ def _checkpoint(name: str, family: Family, model: Any, source: str) -> Checkpoin
     """Gather what stands beside the weights; `source` holds tokenizer, image processor and generation config."""
     tokenizer = AutoTokenizer.from_pretrained(source)
     if tokenizer.chat_template is None:
-        raise CheckpointError(f"checkpoint {name!r} has no chat template; the lab writes prompts with the checkpoint's own")
+        tokenizer.chat_template = _legacy_chat_template(name, source)
+    for token_id in (model.config.image_token_id, model.config.video_token_id):
+        if not tokenizer.convert_ids_to_tokens(token_id):
+            raise CheckpointError(f"checkpoint {name!r} has a tokenizer without token {token_id}, which its config.json names")
     eos_token_ids = _eos_token_ids(source, model.config, tokenizer)
     # Greedy and nothing else: the published generation configs carry sampling settings and a repetition penalty.
     model.generation_config = GenerationConfig(do_sample=False, pad_token_id=tokenizer.pad_token_id)
@@ -142,6 +151,14 @@ def _checkpoint(name: str, family: Family, model: Any, source: str) -> Checkpoin
         device=next(model.parameters()).device,
         dtype=model.dtype,
     )
+
+
+def _legacy_chat_template(name: str, source: str) -> str:
+    """The template of chat_template.json, where older checkpoints keep it for the processor."""
+    path = cached_file(source, "chat_template.json", _raise_exceptions_for_missing_entries=False)
+    if path is None:
+        raise CheckpointError(f"checkpoint {name!r} has no chat template; the lab writes prompts with the checkpoint's own")
+    return str(json.loads(Path(path).read_text(encoding="utf-8"))["chat_template"])
 
 
 def _image_processor(source: str) -> Any:
@@ -169,11 +186,12 @@ def _eos_token_ids(source: str, config: Any, tokenizer: Any) -> tuple[int, ...]:
 def _check_folder(name: str, path: Path) -> None:
     """Refuse a folder that is no Qwen-VL checkpoint before anything large is read."""
     try:
-        model_type = json.loads((path / "config.json").read_text()).get("model_type")
+        config = json.loads((path / "config.json").read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise CheckpointError(f"folder {name!r} has no config.json; it is no checkpoint in Hugging Face format") from None
-    except json.JSONDecodeError as error:
+    except (OSError, ValueError) as error:
         raise CheckpointError(f"folder {name!r} has a broken config.json: {error}") from None
+    model_type = config.get("model_type") if isinstance(config, dict) else None
     if model_type not in FAMILIES:
         raise CheckpointError(f"folder {name!r} holds a {model_type!r} model; the lab runs {' and '.join(FAMILIES)}")
 
@@ -185,7 +203,8 @@ def _family(name: str, config: Any) -> Family:
     raise CheckpointError(f"checkpoint {name!r} is a {config.model_type!r} model; the lab runs {' and '.join(FAMILIES)}")
 
 
-def _resolve_device(device: str | torch.device | None) -> torch.device:
+def resolve_device(device: str | torch.device | None) -> torch.device:
+    """The device meant, CUDA where present by default; raises `DeviceError` for one that is unknown or absent."""
     if device is None:
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
@@ -201,7 +220,8 @@ def _resolve_device(device: str | torch.device | None) -> torch.device:
     return resolved
 
 
-def _resolve_dtype(dtype: str | torch.dtype | None) -> torch.dtype | None:
+def resolve_dtype(dtype: str | torch.dtype | None) -> torch.dtype | None:
+    """The dtype meant, None for the checkpoint's default; raises `CheckpointError` for one that is not offered."""
     if dtype is None or isinstance(dtype, torch.dtype):
         if dtype is None or dtype in DTYPES.values():
             return dtype
@@ -211,17 +231,35 @@ def _resolve_dtype(dtype: str | torch.dtype | None) -> torch.dtype | None:
     return DTYPES[dtype]
 
 
-def _check_memory(name: str, config: Any, device: torch.device, dtype: torch.dtype) -> None:
-    """Raise `DeviceError` if the weights alone cannot fit; activations and cache come on top."""
+def _check_memory(name: str, config: Any, devices: set[torch.device], dtype: torch.dtype) -> None:
+    """Raise `DeviceError` if the weights alone cannot fit on one of the devices; activations and cache come on top."""
     with torch.device("meta"):
         empty = AutoModelForImageTextToText.from_config(config, dtype=dtype)
     needed = sum(p.numel() * p.element_size() for p in empty.parameters())
-    available = available_bytes(device)
-    if available is not None and needed > available:
-        raise DeviceError(
-            f"checkpoint {name!r} needs {gigabytes(needed)} for its weights in {str(dtype).removeprefix('torch.')}, and "
-            f"{device} has {gigabytes(available)} free; choose a smaller checkpoint or dtype, or another device"
-        )
+    for device in devices:
+        available = available_bytes(device)
+        if available is not None and needed > available:
+            raise DeviceError(
+                f"checkpoint {name!r} needs {gigabytes(needed)} for its weights in {str(dtype).removeprefix('torch.')}, and "
+                f"{device} has {gigabytes(available)} free; choose a smaller checkpoint or dtype, or another device"
+            )
+
+
+@contextmanager
+def _as_checkpoint_error(name: str) -> Iterator[None]:
+    """Turn whatever the loading libraries raise for files that are missing, broken or at odds into one sentence."""
+    try:
+        yield
+    except FastvlError:
+        raise
+    except (torch.OutOfMemoryError, MemoryError) as error:
+        raise DeviceError(f"checkpoint {name!r} did not fit into memory; choose a smaller one, or a smaller dtype") from error
+    except Exception as error:  # safetensors, huggingface_hub and config validation each have their own types
+        lines = [line.strip() for line in str(error).splitlines() if line.strip()] or ["no detail"]
+        raise CheckpointError(
+            f"checkpoint {name!r} cannot be loaded: {type(error).__name__}: {' '.join(lines[:3])} (give a complete folder, a hub "
+            f"id that can be reached, or one of {', '.join(tiny.NAMES)})"
+        ) from error
 
 
 @contextmanager

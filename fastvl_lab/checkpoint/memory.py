@@ -8,14 +8,32 @@ import torch
 
 
 def available_bytes(device: torch.device) -> int | None:
-    """Free bytes on the device: the driver's figure on CUDA, `MemAvailable` on Linux hosts, None where neither is known."""
+    """Free bytes on the device, or None where they are not known.
+
+    CUDA: the driver's figure and what torch holds without using it. Linux hosts: `MemAvailable`, or what the control group
+    (a container's limit) leaves, whichever is less.
+    """
     if device.type == "cuda":
-        return int(torch.cuda.mem_get_info(device)[0])
+        held = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return int(torch.cuda.mem_get_info(device)[0]) + held
+    known = [n for n in (_mem_available(), _control_group_left()) if n is not None]
+    return min(known) if known else None
+
+
+def _mem_available() -> int | None:
     try:
         lines = Path("/proc/meminfo").read_text().splitlines()
     except OSError:
         return None
     return next((int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:")), None)
+
+
+def _control_group_left(root: Path = Path("/sys/fs/cgroup")) -> int | None:
+    """The limit of a version 2 control group less its use; None without a limit ("max")."""
+    try:
+        return int((root / "memory.max").read_text()) - int((root / "memory.current").read_text())
+    except (OSError, ValueError):
+        return None
 
 
 def gigabytes(n_bytes: int) -> str:

@@ -37,9 +37,9 @@ def whole_folder(name: str, write: Callable[[Path], None]) -> Path:
         write(aside)
         aside.chmod(0o755)
         aside.rename(target)
-    except OSError:
+    except OSError as error:
         if not target.is_dir():  # a rename onto a folder that another process has just completed is no failure
-            raise
+            raise CheckpointError(f"the cache folder {target} cannot be written: {error.strerror or error}") from error
     finally:
         shutil.rmtree(aside, ignore_errors=True)
     return target

@@ -119,7 +119,7 @@ def _layer(
     keys, values = cache.append(index, k, v)
     hidden = hidden + attention.o_proj(attend(q, keys, values).flatten(1))
     x = rms_norm(hidden, layer.post_attention_layernorm.weight, eps)
-    written: torch.Tensor = mlp.down_proj(F.silu(mlp.gate_proj(x)) * mlp.up_proj(x))
+    written: torch.Tensor = mlp.down_proj(mlp.act_fn(mlp.gate_proj(x)) * mlp.up_proj(x))
     return hidden + written
 
 

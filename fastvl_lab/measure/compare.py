@@ -8,12 +8,13 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from fastvl_lab.errors import FastvlError, RequestError, require
+from fastvl_lab.errors import RequestError, require, sentence
 from fastvl_lab.lab import EngineName, Lab
 from fastvl_lab.measure.statistics import Interval, median_interval
 from fastvl_lab.peers import PEERS
 from fastvl_lab.request import Request
 from fastvl_lab.run import Run
+from fastvl_lab.trace import Lane
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -48,8 +49,9 @@ class Comparison:
         return [s.run for s in self.samples if s.engine == engine and s.run.kind == "cold"]
 
     def representative(self, engine: str) -> Run:
-        """The run whose TTFT is the (lower) median of the warm ones; the cold run where there is no other."""
-        runs = sorted(self.runs(engine) or self.runs(engine, warm=False), key=lambda run: run.ttft)
+        """The run whose TTFT is the (lower) median of the warm ones; of all its runs where none was timed warm."""
+        everything = [sample.run for sample in self.samples if sample.engine == engine]
+        runs = sorted(self.runs(engine) or everything, key=lambda run: run.ttft)
         return runs[(len(runs) - 1) // 2]
 
     def parity(self, engine: str) -> bool:
@@ -96,9 +98,11 @@ class Comparison:
         lines = []
         for engine in self.engines:
             run, speedup = self.representative(engine), self.speedup(engine)
-            stages = run.trace.stages()
+            # On CUDA the host only waits, in `sample`, for what the device does in its stages.
+            lane: Lane = "device" if run.trace.has_device_lane else "host"
+            stages = run.trace.stages(lane)
             largest = max(stages, key=lambda stage: stages[stage])
-            line = f"{engine} spends {stages[largest] / 1e9 / run.ttft:.0%} of its TTFT in {largest}"
+            line = f"{engine} spends {stages[largest] / 1e9 / run.ttft:.0%} of its TTFT in {largest} ({lane})"
             if engine != self.reference:
                 line += f"; {_against(speedup, self.reference, self.parity(engine))}"
             lines.append(line)
@@ -128,7 +132,7 @@ def compare(
 ) -> Comparison:
     """Run every engine on the request `warm_up + repeats` times, in rounds whose order is shuffled by `seed`.
 
-    engines: label -> recipe, recipe text, or peer. on_run is called after each run with its label. keep_going records the error of
+    engines: label -> recipe, recipe text, or peer. on_run is called after each run with its label. keep_going records any error of
     an engine in `failures` and goes on without it; otherwise errors are raised.
     """
     if not engines:
@@ -141,12 +145,14 @@ def compare(
         shuffled.shuffle(order)
         for label in [name for name in order if name not in failures]:
             try:
-                run = dataclasses.replace(lab.run(request, engines[label]), engine=label)
+                run = lab.run(request, engines[label])
+                # A run's logits may be half a megabyte, and a comparison holds many runs.
+                run = dataclasses.replace(run, engine=label, logits=run.logits[:0])
                 samples.append(Sample(engine=label, round=number, run=run))
-            except FastvlError as error:
+            except Exception as error:
                 if not keep_going:
                     raise
-                failures[label] = str(error)
+                failures[label] = sentence(error)
             if on_run is not None:
                 on_run(label)
     alive = [label for label in engines if any(s.engine == label for s in samples)]

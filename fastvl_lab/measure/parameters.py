@@ -22,7 +22,9 @@ def notebook_parameters(namespace: Mapping[str, Any], known: Sequence[str]) -> d
     for cell in namespace.get("In", ()):
         if not cell.startswith(_INJECTED):
             continue
-        for name in (node.id for node in ast.walk(ast.parse(cell)) if isinstance(node, ast.Name)):
+        for name in (
+            node.id for node in ast.walk(ast.parse(cell)) if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store)
+        ):
             if name not in known:
                 close = difflib.get_close_matches(name, known, n=1)
                 hint = f" (did you mean {close[0]!r}?)" if close else ""

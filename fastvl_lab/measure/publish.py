@@ -22,7 +22,7 @@ def published_point(checkpoint: str, image: str, comparison: Comparison) -> dict
             "kind": run.kind,
             "tokens": list(run.tokens),
             "text": run.text,
-            "stages": [{"stage": r["stage"], "host_ms": r["host_ms"]} for r in run.stage_table()],
+            "stages": [{key: r[key] for key in ("stage", "host_ms", "device_ms")} for r in run.stage_table()],
         }
     return {"checkpoint": checkpoint, "image": image, "reference": comparison.reference, "engines": engines}
 

@@ -15,13 +15,17 @@ import torch
 import transformers
 from tqdm import tqdm
 
-from fastvl_lab.errors import FastvlError, RecipeError, RequestError, require
+from fastvl_lab.checkpoint.loading import resolve_device, resolve_dtype
+from fastvl_lab.errors import RecipeError, RequestError, require, sentence
 from fastvl_lab.lab import EngineName, Lab, device_name, parse_engine
 from fastvl_lab.measure.compare import Comparison, compare
 from fastvl_lab.measure.parameters import notebook_parameters
 from fastvl_lab.measure.photo import photo
 from fastvl_lab.measure.publish import document, published_point
 from fastvl_lab.request import Request
+
+# JPEG has no larger.
+_LARGEST_SIDE = 65500
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,19 +51,35 @@ class SweepSettings:
     output_dir: str
 
     def __post_init__(self) -> None:
-        for name in ("checkpoints", "recipes"):
+        for name in ("checkpoints", "recipes", "image_sizes"):
             values = getattr(self, name)
-            if isinstance(values, str) or len(values) == 0:
-                raise RequestError(f"{name} is {values!r}; give a list of at least one")
-        if len(set(self.recipes)) != len(self.recipes):
-            raise RecipeError(f"recipes names one twice: {', '.join(self.recipes)}")
+            if isinstance(values, str) or not isinstance(values, Sequence):
+                raise RequestError(f"{name} is {values!r}; give a list")
+        for name in ("checkpoints", "recipes"):
+            if len(getattr(self, name)) == 0:
+                raise RequestError(f"{name} is empty; give a list of at least one")
         for recipe in self.recipes:
             parse_engine(recipe)
+        if len(set(self.recipes)) != len(self.recipes):
+            raise RecipeError(f"recipes names one twice: {', '.join(self.recipes)}")
         for size in self.image_sizes:
-            if len(size) != 2 or not all(isinstance(side, int) and side > 0 for side in size):
-                raise RequestError(f"image_sizes has {size!r}; each is [width, height] in whole pixels")
-        if self.repeats < 1 or self.warm_up < 0:
-            raise RequestError(f"repeats is {self.repeats} and warm_up {self.warm_up}; at least 1 and 0")
+            whole = isinstance(size, Sequence) and all(isinstance(side, int) and 0 < side <= _LARGEST_SIDE for side in size)
+            if not whole or len(size) != 2:
+                raise RequestError(f"image_sizes has {size!r}; each is [width, height] in whole pixels from 1 to {_LARGEST_SIDE}")
+        for name, least in (("repeats", 1), ("warm_up", 0), ("max_new_tokens", 1), ("seed", 0)):
+            value = getattr(self, name)
+            if not isinstance(value, int) or isinstance(value, bool) or value < least:
+                raise RequestError(f"{name} is {value!r}; it must be a whole number of at least {least}")
+        for name in ("image", "prompt", "device", "dtype", "output_dir"):
+            if not isinstance(getattr(self, name), str):
+                raise RequestError(f"{name} is {getattr(self, name)!r}; it must be a text (papermill: -r {name} …)")
+        resolve_device(self.device or None)
+        resolve_dtype(self.dtype or None)
+        if self.output_dir:
+            try:
+                Path(self.output_dir).mkdir(parents=True, exist_ok=True)
+            except OSError as error:
+                raise RequestError(f"output_dir {self.output_dir!r} cannot be made: {error.strerror}") from None
 
     @classmethod
     def from_notebook(cls, namespace: Mapping[str, Any]) -> SweepSettings:
@@ -83,7 +103,7 @@ class Point:
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class SweepResult:
-    """Every point of a sweep; `errors` has a row {checkpoint, size, engine, error} for each point or engine that failed."""
+    """Every point of a sweep; `errors` has a row {checkpoint, image, engine, error} for each point or engine that failed."""
 
     settings: SweepSettings
     environment: dict[str, str]
@@ -114,6 +134,7 @@ class SweepResult:
                 "tpot_ms": None if sample.run.tpot is None else sample.run.tpot * 1e3,
                 "unaccounted_ms": sample.run.trace.unaccounted_ns / 1e6,
                 **{f"{stage}_ms": ns / 1e6 for stage, ns in sample.run.trace.stages().items()},
+                **{f"device_{stage}_ms": ns / 1e6 for stage, ns in sample.run.trace.stages("device").items()},
                 "tokens_equal": sample.run.tokens == point.comparison.representative(point.comparison.reference).tokens,
                 **self.environment,
             }
@@ -130,27 +151,32 @@ class SweepResult:
         """What was learnt on this machine, one sentence a point and engine."""
         return [f"{point.label}: {line}" for point in self.points for line in point.comparison.findings()]
 
-    def write(self, folder: str | Path) -> list[Path]:
-        """Write results.parquet (raw samples), result.json (`published`), report.html and a Perfetto trace a point and engine.
+    def write_samples(self) -> Path:
+        """Write results.parquet, the raw samples, into the settings' `output_dir`; needs the extra "notebooks"."""
+        path = Path(self.settings.output_dir) / "results.parquet"
+        require("pandas", "notebooks").DataFrame(self.samples()).to_parquet(path)
+        return path
 
-        Needs the extra "notebooks".
+    def write(self) -> list[Path]:
+        """Write results.parquet, result.json, report.html and a Perfetto trace a run into the settings' `output_dir`.
+
+        results.parquet has the raw samples, result.json what is published. Needs the extra "notebooks".
         """
         from fastvl_lab.view.report import report_html
 
-        pandas = require("pandas", "notebooks")
-        folder = Path(folder)
+        folder = Path(self.settings.output_dir)
         (folder / "traces").mkdir(parents=True, exist_ok=True)
-        parquet, result, report = folder / "results.parquet", folder / "result.json", folder / "report.html"
-        pandas.DataFrame(self.samples()).to_parquet(parquet)
+        result, report = folder / "result.json", folder / "report.html"
         result.write_text(json.dumps(self.published(), indent=1), encoding="utf-8")
         report.write_text(report_html(self), encoding="utf-8")
-        written = [parquet, result, report]
-        for point in self.points:
-            for engine in point.comparison.engines:
-                run = point.comparison.representative(engine)
-                path = folder / "traces" / f"{_file_name(f'{point.label} {engine}')}.json"
-                path.write_text(json.dumps(run.trace.to_chrome(run.title())), encoding="utf-8")
-                written.append(path)
+        written = [self.write_samples(), result, report]
+        runs = [(point, sample) for point in self.points for sample in point.comparison.samples]
+        for number, (point, sample) in enumerate(runs):
+            title = f"{point.label} · {sample.engine} · round {sample.round} · {sample.run.kind}"
+            path = folder / "traces" / f"{number:04d}-{_file_name(title)}.json"
+            events = sample.run.trace.to_chrome(title, ours=sample.run.recipe is not None)
+            path.write_text(json.dumps(events), encoding="utf-8")
+            written.append(path)
         return written
 
 
@@ -163,16 +189,16 @@ def sweep(settings: SweepSettings, *, progress: bool = True) -> SweepResult:
     errors: list[dict[str, str]] = []
     environment: dict[str, str] = {}
 
-    def failed(error: FastvlError | str, checkpoint: str, size: tuple[int, int] | None, engine: str = "") -> None:
-        errors.append({"checkpoint": checkpoint, "image": size_label(size), "engine": engine, "error": str(error)})
+    def failed(error: str, checkpoint: str, image: str = "", engine: str = "") -> None:
+        errors.append({"checkpoint": checkpoint, "image": image, "engine": engine, "error": error})
 
     with tqdm(total=per_point * len(sizes) * len(settings.checkpoints), disable=not progress, unit="run") as bar:
         for name in settings.checkpoints:
             bar.set_description(f"loading {name}")
             try:
                 lab = Lab(name, device=settings.device or None, dtype=settings.dtype or None)
-            except FastvlError as error:
-                failed(error, name, None)
+            except Exception as error:  # whatever it is, the other points are still worth measuring
+                failed(sentence(error), name)
                 bar.update(per_point * len(sizes))
                 continue
             environment = _environment(lab)
@@ -197,14 +223,16 @@ def sweep(settings: SweepSettings, *, progress: bool = True) -> SweepResult:
                         on_run=lambda _: bar.update(1),
                         keep_going=True,
                     )
-                except FastvlError as error:
-                    failed(error, name, size)
+                except Exception as error:  # as above
+                    failed(sentence(error), name, size_label(size))
                 else:
-                    for engine, sentence in comparison.failures.items():
-                        failed(sentence, name, size, engine)
+                    for engine, text in comparison.failures.items():
+                        failed(text, name, size_label(size), engine)
                     if comparison.samples:
                         points.append(Point(checkpoint=name, size=size, comparison=comparison))
                 bar.update(done_before + per_point - bar.n)
+                if settings.output_dir and points:  # so that a sweep that dies keeps what it measured
+                    SweepResult(settings=settings, environment=environment, points=tuple(points), errors=()).write_samples()
             del lab, engines
     return SweepResult(settings=settings, environment=environment, points=tuple(points), errors=tuple(errors))
 
@@ -224,4 +252,5 @@ def _environment(lab: Lab) -> dict[str, str]:
 
 
 def _file_name(label: str) -> str:
-    return re.sub(r"[^\w.=-]+", "-", label).strip("-")
+    """Readable, and short enough for any file system; the number before it makes it unique."""
+    return re.sub(r"[^\w.=-]+", "-", label).strip("-")[:120]

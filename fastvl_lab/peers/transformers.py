@@ -23,7 +23,7 @@ from fastvl_lab.preprocessor.decode_image import decode_with_pillow
 from fastvl_lab.request import Grid, Request
 from fastvl_lab.streaming import Deliver, Emitter, TokenBytes
 from fastvl_lab.tokenizer import chat_text, check_length
-from fastvl_lab.trace import Tracer, module_spans
+from fastvl_lab.trace import Tracer
 
 
 class TransformersPeer:
@@ -37,9 +37,9 @@ class TransformersPeer:
     def run(self, request: Request, tracer: Tracer, deliver: Deliver) -> Outcome:
         """Serve one request with `generate`; raises `RequestError` for one that cannot be served."""
         checkpoint, pixels = self.checkpoint, None
-        if request.images:
+        if request.image_inputs:
             with tracer.span("decode_image"):
-                images = decode_with_pillow(request.images)
+                images = decode_with_pillow(request.image_inputs)
             with tracer.span("preprocess"):
                 pixels = stock.preprocess(images, request, checkpoint)
         with tracer.span("tokenize"):
@@ -124,7 +124,8 @@ def _stage_spans(model: Any, tracer: Tracer, *, has_images: bool) -> Iterator[di
         tracer.begin("merge")
 
     def before_decoder(*_: Any) -> None:
-        tracer.end("merge")
+        if not seen:
+            tracer.end("merge")
         tracer.begin("decode" if seen else "prefill")
 
     def after_head(_module: Any, _inputs: Any, logits: torch.Tensor) -> None:
@@ -143,7 +144,7 @@ def _stage_spans(model: Any, tracer: Tracer, *, has_images: bool) -> Iterator[di
     layers = {f"vit.block.{i}": block for i, block in enumerate(inner.visual.blocks)}
     layers |= {f"language.layer.{i}": layer for i, layer in enumerate(inner.language_model.layers)}
     try:
-        with module_spans(layers, tracer.inner):
+        with tracer.modules(layers):
             yield seen
     finally:
         for handle in handles:

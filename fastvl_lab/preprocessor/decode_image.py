@@ -32,7 +32,9 @@ def _decode(image: ImageInput) -> Image.Image:
     try:
         picture = ImageOps.exif_transpose(picture)
         return picture if picture.mode == "RGB" else picture.convert("RGB")
-    except (OSError, SyntaxError, ValueError) as error:  # Pillow reports broken data by any of these
+    except MemoryError:
+        raise
+    except Exception as error:  # Pillow and its plugins report broken data by many types, struct.error among them
         raise ImageError(f"image {image.label!r} is broken: {error}") from None
 
 
@@ -47,7 +49,9 @@ def _open(data: bytes, label: str) -> Image.Image:
         raise ImageError(f"{label!r} is not an image of a supported type; the choices are {', '.join(FORMATS)}") from None
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
         raise ImageError(f"image {label!r} is too large: {error}; the limit is {Image.MAX_IMAGE_PIXELS} pixels") from None
-    except (OSError, SyntaxError, ValueError) as error:
+    except MemoryError:
+        raise
+    except Exception as error:  # as above
         raise ImageError(f"image {label!r} is broken: {error}") from None
 
 

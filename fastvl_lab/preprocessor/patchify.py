@@ -8,45 +8,11 @@ patch is [C, T, p, p] flattened; an image is a clip of T equal frames. Patches t
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import torch
 
-
-@dataclass(frozen=True, kw_only=True)
-class PatchLayout:
-    """How a checkpoint cuts and normalises pixels (preprocessor_config.json)."""
-
-    patch_size: int
-    merge_size: int
-    temporal_patch_size: int
-    rescale: float
-    mean: tuple[float, ...]
-    std: tuple[float, ...]
-
-    @classmethod
-    def of(cls, image_processor: Any) -> PatchLayout:
-        return cls(
-            patch_size=image_processor.patch_size,
-            merge_size=image_processor.merge_size,
-            temporal_patch_size=image_processor.temporal_patch_size,
-            rescale=image_processor.rescale_factor,
-            mean=tuple(image_processor.image_mean),
-            std=tuple(image_processor.image_std),
-        )
-
-    @property
-    def factor(self) -> int:
-        """Pixels along one side of a visual token; resized sides are multiples of it."""
-        return self.patch_size * self.merge_size
-
-    def blocks(self, height: int, width: int) -> tuple[int, ...]:
-        """The shape (C last) that splits an image into patches: [G, m, p, H, m, p, C]."""
-        m, p = self.merge_size, self.patch_size
-        return (height // self.factor, m, p, width // self.factor, m, p, 3)
-
+from fastvl_lab.preprocessor.layout import PatchLayout
 
 # [G, m, p, H, m, p, C] -> [G, H, m, m, C, p, p]
 PATCH_ORDER = (0, 3, 1, 4, 6, 2, 5)

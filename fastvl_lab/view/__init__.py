@@ -1,7 +1,7 @@
 """Figures, tables and reports, drawn from finished runs; needs the extra "notebooks"."""
 
 from fastvl_lab.view.charts import ttft_against_visual_tokens
-from fastvl_lab.view.tables import catalogue_frame, layer_frame, stage_frame, summary_frame
+from fastvl_lab.view.tables import catalogue_frame, layer_frame, show, stage_frame, summary_frame
 from fastvl_lab.view.waterfall import waterfall
 
-__all__ = ["catalogue_frame", "layer_frame", "stage_frame", "summary_frame", "ttft_against_visual_tokens", "waterfall"]
+__all__ = ["catalogue_frame", "layer_frame", "show", "stage_frame", "summary_frame", "ttft_against_visual_tokens", "waterfall"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import html
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -21,7 +22,11 @@ def ttft_against_visual_tokens(rows: Sequence[Mapping[str, Any]]) -> go.Figure:
     checkpoints = list(dict.fromkeys(row["checkpoint"] for row in rows))
     engines = list(dict.fromkeys(row["engine"] for row in rows))
     figure = require("plotly.subplots", "notebooks").make_subplots(
-        rows=1, cols=max(len(checkpoints), 1), shared_yaxes=True, subplot_titles=checkpoints, horizontal_spacing=0.04
+        rows=1,
+        cols=max(len(checkpoints), 1),
+        shared_yaxes=True,
+        subplot_titles=[html.escape(name) for name in checkpoints],
+        horizontal_spacing=0.04,
     )
     for column, checkpoint in enumerate(checkpoints, start=1):
         for number, engine in enumerate(engines):
@@ -39,13 +44,13 @@ def ttft_against_visual_tokens(rows: Sequence[Mapping[str, Any]]) -> go.Figure:
                         "array": [_reach(row["ttft_high_ms"], row["ttft_ms"]) for row in points],
                         "arrayminus": [_reach(row["ttft_ms"], row["ttft_low_ms"]) for row in points],
                     },
-                    name=engine,
+                    name=html.escape(engine),
                     legendgroup=engine,
                     showlegend=column == 1,
                     mode="lines+markers",
                     line={"color": colour, "width": 2},
                     marker={"color": colour, "symbol": style.SERIES_MARKERS[number % len(style.SERIES_MARKERS)], "size": 9},
-                    hovertemplate="%{x} visual tokens: %{y:.1f} ms<extra>" + engine + "</extra>",
+                    hovertemplate="%{x} visual tokens: %{y:.1f} ms<extra>%{fullData.name}</extra>",
                 ),
                 row=1,
                 col=column,

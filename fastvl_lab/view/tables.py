@@ -39,10 +39,20 @@ def summary_frame(rows: Sequence[Mapping[str, Any]]) -> Any:
 
 def stage_frame(runs: Sequence[Run]) -> Any:
     """Host milliseconds a stage, one column a run; stages add up to TTFT with `unaccounted`."""
-    columns = {run.engine: {row["stage"]: row["host_ms"] for row in run.stage_table()} for run in runs}
+    columns: dict[str, dict[str, float]] = {}
+    for run in runs:
+        name, same = run.engine, 2
+        while name in columns:
+            name, same = f"{run.engine} ({same})", same + 1
+        columns[name] = {row["stage"]: row["host_ms"] for row in run.stage_table()}
     order = [name for name in (*STAGES, "unaccounted", "TTFT") if any(name in column for column in columns.values())]
     table = [{"stage": name, **{engine: _number(column.get(name), ".3f") for engine, column in columns.items()}} for name in order]
     return require("pandas", "notebooks").DataFrame(table)
+
+
+def show(frame: Any) -> Any:
+    """The whole frame as an HTML table: pandas' own display cuts long texts and long tables."""
+    return require("IPython.display", "notebooks").HTML(frame.to_html(index=False, border=0, max_rows=None))
 
 
 def layer_frame(run: Run) -> Any:

@@ -79,10 +79,17 @@ def _bars(run: Run, lane: str) -> list[dict[str, Any]]:
             "stage": stage,
             "start": start / 1e6,
             "length": (end - start) / 1e6,
-            "file": f"fastvl_lab/{STAGES[stage]}" if stage in STAGES else "in no stage",
+            "file": _file(run, stage),
         }
         for stage, start, end in spans
     ]
+
+
+def _file(run: Run, stage: str) -> str:
+    """What to open to see the stage's work; a peer's is not ours to name."""
+    if stage not in STAGES:
+        return "in no stage"
+    return f"fastvl_lab/{STAGES[stage]}" if run.recipe is not None else f"inside {run.engine}"
 
 
 def _bar_style(bars: list[dict[str, Any]], lane: str, two_lanes: bool) -> dict[str, Any]:
@@ -106,7 +113,7 @@ def _bar_style(bars: list[dict[str, Any]], lane: str, two_lanes: bool) -> dict[s
         "base": [bar["start"] for bar in bars],
         "x": [bar["length"] for bar in bars],
         "marker": marker,
-        "customdata": [[bar["start"], bar["file"]] for bar in bars],
+        "customdata": [[bar["start"], html.escape(bar["file"])] for bar in bars],
         "hovertemplate": "%{y}: %{x:.3f} ms from %{customdata[0]:.3f} ms<br>%{customdata[1]}<extra>" + lane + "</extra>",
         **placed,
     }

@@ -15,5 +15,6 @@ def bind_patch_embed(option: str, conv: torch.nn.Conv3d) -> PatchEmbed:
     if option == "conv3d":
         block = conv.weight.shape[1:]  # [C, T, p, p]
         return lambda patches: F.conv3d(patches.view(-1, *block), conv.weight, conv.bias, stride=conv.stride).flatten(1)
+    assert option == "linear"
     weight = conv.weight.flatten(1)  # a view: kernel and stride are equal, so each patch meets the kernel once
     return lambda patches: F.linear(patches, weight, conv.bias)

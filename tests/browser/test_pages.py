@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import nbformat
-import pytest
 
 from fastvl_lab import SweepSettings, sweep
 
@@ -60,9 +59,9 @@ def test_the_report_opens_from_disk_without_a_network(page: Any, tmp_path: Path)
         device="cpu",
         dtype="",
         seed=0,
-        output_dir="",
+        output_dir=str(tmp_path),
     )
-    sweep(settings, progress=False).write(tmp_path)
+    sweep(settings, progress=False).write()
     asked, failures = [], []
     page.on("request", lambda request: asked.append(request.url))
     page.on("pageerror", lambda error: failures.append(str(error)))
@@ -74,10 +73,3 @@ def test_the_report_opens_from_disk_without_a_network(page: Any, tmp_path: Path)
     assert page.locator("table").count() == 3  # summary, stages, settings
     assert "aspect ratio" in page.locator("ul.error").inner_text()
     assert page.evaluate("document.documentElement.scrollWidth <= window.innerWidth")
-
-
-@pytest.mark.parametrize("name", ["waterfall.png"])
-def test_the_readme_shows_figures_that_exist(name: str) -> None:
-    assert f"figures/{name}" in (REPOSITORY / "README.md").read_text()
-    assert (REPOSITORY / "figures" / name).exists()
-    assert (REPOSITORY / "figures" / name).with_suffix(".json").exists()

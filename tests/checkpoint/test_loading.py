@@ -5,13 +5,15 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from fastvl_lab import CheckpointError, DeviceError, Lab, Request
-from fastvl_lab.checkpoint import random_weights, tiny, user_cache
+from fastvl_lab.checkpoint import memory, random_weights, tiny, user_cache
 from fastvl_lab.checkpoint.random_weights import published, random_model, write_published_folder
 
 
@@ -207,6 +209,68 @@ def test_a_folder_without_weights_or_template_is_refused(tmp_path: Path) -> None
     (tmp_path / "model.safetensors").unlink()
     with pytest.raises(CheckpointError, match="cannot be loaded: "):
         Lab(str(tmp_path))
+
+
+@pytest.fixture
+def copied(tmp_path: Path) -> Path:
+    shutil.copytree(tiny.folder("tiny-qwen3-vl"), tmp_path, dirs_exist_ok=True)
+    return tmp_path
+
+
+def test_weights_that_do_not_belong_to_the_config_are_refused(copied: Path) -> None:
+    """Transformers would fill what is missing with fresh values, and every engine would agree on them."""
+    weights = load_file(copied / "model.safetensors")
+    kept = {name: tensor for name, tensor in weights.items() if ".layers.2." not in name}
+    assert len(kept) < len(weights)
+    save_file(kept, copied / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(CheckpointError, match=r"has \d+ missing keys, the first model.language_model.layers.2"):
+        Lab(str(copied), device="cpu")
+    save_file(weights | {"model.extra": torch.zeros(3)}, copied / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(CheckpointError, match=r"has 1 unexpected keys, the first model.extra"):
+        Lab(str(copied), device="cpu")
+
+
+def _edit(path: Path, **changes: object) -> None:
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+
+@pytest.mark.parametrize(
+    "spoil",
+    [
+        lambda folder: (folder / "model.safetensors").write_bytes(b""),
+        lambda folder: (folder / "model.safetensors").write_bytes((folder / "model.safetensors").read_bytes()[:-1000]),
+        lambda folder: (folder / "tokenizer.json").write_text("{"),
+        lambda folder: (folder / "tokenizer.json").unlink(),
+        lambda folder: (folder / "preprocessor_config.json").write_text("[]"),
+        lambda folder: (folder / "preprocessor_config.json").unlink(),
+        lambda folder: _edit(folder / "config.json", text_config="text"),
+        lambda folder: _edit(folder / "config.json", image_token_id=5000),
+        lambda folder: _edit(folder / "config.json", vision_config={"depth": "four"}),
+        lambda folder: (folder / "config.json").write_bytes(b'{"model_type": "qwen3_vl", "\xff'),
+        lambda folder: (folder / "config.json").write_text("[]"),
+    ],
+)
+def test_a_spoilt_folder_is_one_sentence(copied: Path, spoil: Callable[[Path], object]) -> None:
+    spoil(copied)
+    with pytest.raises(CheckpointError, match=r"(checkpoint|folder) '.*' (cannot be loaded|has|holds)"):
+        Lab(str(copied), device="cpu")
+
+
+def test_an_older_checkpoints_template_file_is_read(copied: Path, labs: dict[str, Lab]) -> None:
+    template = (copied / "chat_template.jinja").read_text()
+    (copied / "chat_template.jinja").unlink()
+    (copied / "chat_template.json").write_text(json.dumps({"chat_template": template}))
+    request = Request(prompt="Hello.", max_new_tokens=4)
+    assert Lab(copied, device="cpu").run(request).tokens == labs["tiny-qwen3-vl"].run(request).tokens
+
+
+def test_a_containers_memory_limit_counts(tmp_path: Path) -> None:
+    assert memory._control_group_left(tmp_path) is None
+    (tmp_path / "memory.max").write_text("5000\n")
+    (tmp_path / "memory.current").write_text("2000\n")
+    assert memory._control_group_left(tmp_path) == 3000
+    (tmp_path / "memory.max").write_text("max\n")
+    assert memory._control_group_left(tmp_path) is None
 
 
 def test_too_little_memory_is_refused_before_loading_with_the_numbers(monkeypatch: pytest.MonkeyPatch) -> None:

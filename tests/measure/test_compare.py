@@ -80,7 +80,7 @@ def test_no_speed_up_beside_a_red_parity_check(run: Run) -> None:
 def test_findings_claim_no_more_than_the_interval_bears(run: Run, times: list[float], says: str) -> None:
     findings = _comparison(run, {"a": [100.0] * 6, "b": times}).findings()
     assert says in findings[1]
-    assert findings[0] == "a spends 50% of its TTFT in vit"
+    assert findings[0] == "a spends 50% of its TTFT in vit (host)"
 
 
 def test_an_engine_that_fails_is_recorded_or_raised(labs: dict[str, Lab]) -> None:

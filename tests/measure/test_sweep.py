@@ -8,7 +8,7 @@ from pathlib import Path
 import pandas
 import pytest
 
-from fastvl_lab import FastvlError, ImageError, RecipeError, RequestError, SweepSettings, photo, sweep
+from fastvl_lab import CheckpointError, DeviceError, FastvlError, ImageError, RecipeError, RequestError, SweepSettings, photo, sweep
 from fastvl_lab.measure.parameters import notebook_parameters
 from fastvl_lab.measure.photo import PHOTOGRAPHS
 from fastvl_lab.preprocessor.decode_image import decode_with_pillow
@@ -32,17 +32,19 @@ SETTINGS = {
 
 def test_failures_are_recorded_and_the_sweep_goes_on(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     sizes = [[96, 64], [2100, 10], [64, 96]]
-    settings = SweepSettings(**SETTINGS | {"checkpoints": ["no-such", "tiny-qwen3-vl"], "image_sizes": sizes})
+    changes = {"checkpoints": ["no-such", "tiny-qwen3-vl"], "image_sizes": sizes, "output_dir": str(tmp_path)}
+    settings = SweepSettings(**SETTINGS | changes)
     result = sweep(settings, progress=False)
     assert [(e["checkpoint"], e["image"], e["engine"]) for e in result.errors] == [
-        ("no-such", "as given", ""),
+        ("no-such", "", ""),
         ("tiny-qwen3-vl", "2100×10", "transformers"),
         ("tiny-qwen3-vl", "2100×10", "baseline"),
     ]
     assert "aspect ratio" in result.errors[1]["error"]
     assert [point.size for point in result.points] == [(96, 64), (64, 96)]
 
-    written = result.write(tmp_path)
+    assert (tmp_path / "results.parquet").exists()  # kept as points finish, not only at the end
+    written = result.write()
     assert {path.name for path in written} >= {"results.parquet", "result.json", "report.html"}
     assert all(path.stat().st_size > 0 for path in written)
     frame = pandas.read_parquet(tmp_path / "results.parquet")
@@ -52,14 +54,29 @@ def test_failures_are_recorded_and_the_sweep_goes_on(tmp_path: Path, capsys: pyt
     assert frame[stages].sum(axis=1).tolist() == pytest.approx(frame.ttft_ms.tolist(), rel=0.01)
     for path in (tmp_path / "traces").iterdir():
         assert json.loads(path.read_text())["traceEvents"]
-    assert len(list((tmp_path / "traces").iterdir())) == 4
+    assert len(list((tmp_path / "traces").iterdir())) == 8  # one a run
     assert json.loads((tmp_path / "result.json").read_text())["schema"] == 1
 
     print_table(tmp_path)
     printed = capsys.readouterr().out
-    assert "failed: no-such · as given: checkpoint 'no-such' is unknown" in printed
+    assert "failed: no-such: checkpoint 'no-such' is unknown" in printed
     assert printed.count("tiny-qwen3-vl ") >= 4
     assert f"report: {tmp_path / 'report.html'}" in printed
+
+
+def test_an_error_that_nobody_foresaw_costs_its_point_only(monkeypatch: pytest.MonkeyPatch) -> None:
+    settings = SweepSettings(**SETTINGS | {"image_sizes": [[96, 64], [64, 96]]})
+    real = photo
+
+    def breaks_once(image: str, size: tuple[int, int]) -> bytes:
+        if size == (96, 64):
+            raise ZeroDivisionError("surprise")
+        return real(image, size)
+
+    monkeypatch.setattr("fastvl_lab.measure.sweep.photo", breaks_once)
+    result = sweep(settings, progress=False)
+    assert [e["error"] for e in result.errors] == ["ZeroDivisionError: surprise"]
+    assert [point.size for point in result.points] == [(64, 96)]
 
 
 def test_a_missing_image_is_recorded_at_every_point() -> None:
@@ -82,7 +99,18 @@ def test_an_image_as_it_is(tmp_path: Path, picture: bytes) -> None:
         ({"recipes": ["baseline", "quickest"]}, RecipeError, "the choices are baseline, fastest"),
         ({"recipes": ["baseline", "baseline"]}, RecipeError, "names one twice"),
         ({"recipes": "baseline"}, RequestError, "give a list"),
-        ({"checkpoints": []}, RequestError, "give a list of at least one"),
+        ({"recipes": None}, RequestError, "give a list"),
+        ({"recipes": [1]}, RecipeError, "a recipe is given as 1"),
+        ({"recipes": [["a"]]}, RecipeError, "a recipe is given as"),
+        ({"image_sizes": [5]}, RequestError, r"image_sizes has 5; each is \[width, height\]"),
+        ({"image_sizes": [[70000, 400]]}, RequestError, "from 1 to 65500"),
+        ({"repeats": 2.5}, RequestError, "repeats is 2.5; it must be a whole number"),
+        ({"max_new_tokens": 0}, RequestError, "max_new_tokens is 0"),
+        ({"prompt": 2024}, RequestError, r"prompt is 2024; it must be a text \(papermill: -r prompt"),
+        ({"dtype": "int4"}, CheckpointError, "dtype is 'int4'"),
+        ({"device": "gpu"}, DeviceError, "the choices are 'cpu' and 'cuda'"),
+        ({"output_dir": "/dev/null/x"}, RequestError, "cannot be made"),
+        ({"checkpoints": []}, RequestError, "is empty"),
         ({"image_sizes": [[10]]}, RequestError, r"image_sizes has \[10\]"),
         ({"image_sizes": [[0, 5]]}, RequestError, "in whole pixels"),
         ({"repeats": 0}, RequestError, "repeats is 0"),
@@ -101,6 +129,7 @@ def test_notebook_parameters_know_what_papermill_injected() -> None:
         RequestError, match=r"parameter 'repeat' is unknown \(did you mean 'repeats'\?\); the choices are checkpoints"
     ):
         notebook_parameters(namespace, list(SETTINGS))
+    assert notebook_parameters({**SETTINGS, "In": ["# Parameters\nrepeats = float('nan')\n"]}, list(SETTINGS)) == SETTINGS
     with pytest.raises(RequestError, match="parameters seed have no value"):
         notebook_parameters({k: v for k, v in SETTINGS.items() if k != "seed"}, list(SETTINGS))
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import dataclasses
 import io
 
 import numpy as np
@@ -12,10 +14,10 @@ from hypothesis import strategies as st
 from PIL import Image
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import smart_resize as stock_smart_resize
 
-from fastvl_lab import ImageError, Lab, Recipe, Request, RequestError, photo
+from fastvl_lab import CheckpointError, ImageError, Lab, Recipe, Request, RequestError, photo
 from fastvl_lab.preprocessor import bind
 from fastvl_lab.preprocessor.decode_image import FORMATS, decode_with_pillow
-from fastvl_lab.preprocessor.resize import smart_resize
+from fastvl_lab.preprocessor.layout import smart_resize
 from fastvl_lab.request import ImageInput
 
 
@@ -50,12 +52,12 @@ def test_smart_resize_equals_transformers(height: int, width: int, factor: int, 
 def test_patches_equal_the_stock_processors(lab: Lab, size: tuple[int, int]) -> None:
     """Bit for bit with numpy, to a rounding with torch; with several images in one request."""
     request = Request(images=[_noise(*size), _noise(90, 61, seed=1)], prompt="?")
-    images = decode_with_pillow(request.images)
+    images = decode_with_pillow(request.image_inputs)
     slot = Recipe.baseline().preprocessor
-    stock = bind(slot, lab.checkpoint)(images, request)
+    stock = bind(slot, lab.checkpoint).preprocess(images, request)
     for patchify, tolerance in (("numpy", 0), ("torch", 1e-6)):
         recipe = Recipe.baseline().replace({"preprocessor.resize": "pillow", "preprocessor.patchify": patchify})
-        pixels = bind(recipe.preprocessor, lab.checkpoint)(images, request)
+        pixels = bind(recipe.preprocessor, lab.checkpoint).preprocess(images, request)
         assert pixels.shapes == stock.shapes
         assert pixels.patches.dtype == stock.patches.dtype == torch.float32
         assert pixels.patches.shape == stock.patches.shape
@@ -128,6 +130,40 @@ JPEG = _encoded(_noise(64, 48), "JPEG")
 def test_what_is_no_image_is_refused(image: object, says: str) -> None:
     with pytest.raises(ImageError, match=says):
         decode_with_pillow([image])  # type: ignore[list-item]
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")  # Pillow warns of what it skips
+def test_a_broken_exif_block_is_an_error_of_ours() -> None:
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    data = bytearray(_encoded(_noise(20, 10), "JPEG", exif=exif.tobytes()))
+    at = data.index(b"Exif\x00\x00") + 6
+    for offset in range(30):
+        for value in (0x00, 0x7F, 0xFF):
+            broken = bytearray(data)
+            broken[at + offset] = value
+            try:
+                decode_with_pillow([bytes(broken)])
+            except ImageError:
+                continue
+
+
+def test_images_longer_than_the_model_are_refused_before_a_pixel_is_touched(lab: Lab) -> None:
+    request = Request(images=[np.zeros((40, 40, 3), np.uint8)], prompt="?", min_pixels=10**9, max_pixels=10**9)
+    for engine in ("transformers", "baseline", "fastest"):
+        with pytest.raises(RequestError, match=r"the images alone have \d+ visual tokens, over the model's"):
+            lab.run(request, engine)
+
+
+@pytest.mark.parametrize(("field", "value"), [("do_normalize", False), ("do_rescale", False), ("resample", 2)])
+def test_settings_that_the_labs_own_preprocessing_has_not_are_refused(lab: Lab, field: str, value: object) -> None:
+    """They are honoured by the stock processor, and never ignored by ours."""
+    processor = copy.copy(lab.checkpoint.image_processor)
+    setattr(processor, field, value)
+    checkpoint = dataclasses.replace(lab.checkpoint, image_processor=processor)
+    bind(Recipe.baseline().preprocessor, checkpoint)
+    with pytest.raises(CheckpointError, match=rf"preprocessor_config.json has {field}={value}"):
+        bind(Recipe.fastest().preprocessor, checkpoint)
 
 
 def test_decompression_bombs_are_refused_by_their_header(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import html
+import json
+from pathlib import Path
 
 import pytest
 
@@ -39,6 +42,9 @@ def test_every_bar_is_a_span_and_every_span_a_bar(runs: list[Run]) -> None:
         gaps = [(start, length) for lane, _, start, length in bars if lane == "unaccounted"]
         assert gaps == [(a / 1e6, (b - a) / 1e6) for a, b in run.trace.gaps()]
         assert sum(length for *_, length in bars) == pytest.approx(run.ttft * 1e3, rel=1e-6)
+        files = {stage: data[1] for bars in figure.data for stage, data in zip(bars.y, bars.customdata, strict=True)}
+    assert files["vit"] == "fastvl_lab/vit/"  # the lean run's, drawn last
+    assert view.waterfall(runs[:1]).data[0].customdata[0][1] == "inside transformers"
     texts = " ".join(annotation.text for annotation in figure.layout.annotations)
     for run in runs:
         assert f"{run.engine}: TTFT" in texts
@@ -79,6 +85,7 @@ def test_tables_stand_beside_the_charts(labs: dict[str, Lab], runs: list[Run], p
     frame = view.stage_frame(runs)
     assert list(frame.columns) == ["stage", "transformers", "fastest"]
     assert list(frame.stage)[-2:] == ["unaccounted", "TTFT"]
+    assert list(view.stage_frame([runs[0], runs[0]]).columns) == ["stage", "transformers", "transformers (2)"]
     values = [float(x) for x in frame.fastest]
     assert sum(values[:-1]) == pytest.approx(values[-1], abs=0.01)
 
@@ -113,3 +120,14 @@ def test_the_catalogue_table_has_every_option() -> None:
 
     frame = view.catalogue_frame()
     assert len(frame) == sum(len(toggle.options) for toggle in toggles())
+    shown = view.show(frame).data
+    assert all(html.escape(option.does, quote=False) in shown for toggle in toggles() for option in toggle.options)  # in full
+
+
+def test_the_readme_shows_figures_that_stand_beside_their_records(repository: Path) -> None:
+    figures = sorted((repository / "figures").glob("*.png"))
+    assert figures
+    for figure in figures:
+        assert f"figures/{figure.name}" in (repository / "README.md").read_text()
+        records = json.loads(figure.with_suffix(".json").read_text())
+        assert view.waterfall([Run.from_record(record) for record in records]).data

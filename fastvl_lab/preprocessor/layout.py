@@ -1,0 +1,113 @@
+"""What every way of preprocessing shares: the size an image is resized to, and how it is cut into patches."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from PIL import Image
+
+from fastvl_lab.checkpoint import Checkpoint
+from fastvl_lab.errors import CheckpointError, ImageError, RequestError
+from fastvl_lab.request import Grid, ImageShape, Request
+
+MAX_ASPECT_RATIO = 200
+
+
+@dataclass(frozen=True, kw_only=True)
+class PatchLayout:
+    """How a checkpoint cuts and normalises pixels (preprocessor_config.json)."""
+
+    patch_size: int
+    merge_size: int
+    temporal_patch_size: int
+    rescale: float
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+
+    @classmethod
+    def of(cls, image_processor: Any) -> PatchLayout:
+        """Read a stock image processor; raises `CheckpointError` for settings that the lab's own preprocessing has not."""
+        expected = {"do_resize": True, "do_rescale": True, "do_normalize": True, "resample": Image.Resampling.BICUBIC}
+        for name, value in expected.items():
+            if getattr(image_processor, name) != value:
+                raise CheckpointError(
+                    f"preprocessor_config.json has {name}={getattr(image_processor, name)!r}; the lab's own preprocessing has "
+                    f"{value!r} only: choose preprocessor.resize=transformers"
+                )
+        return cls(
+            patch_size=image_processor.patch_size,
+            merge_size=image_processor.merge_size,
+            temporal_patch_size=image_processor.temporal_patch_size,
+            rescale=image_processor.rescale_factor,
+            mean=tuple(image_processor.image_mean),
+            std=tuple(image_processor.image_std),
+        )
+
+    @property
+    def factor(self) -> int:
+        """Pixels along one side of a visual token; resized sides are multiples of it."""
+        return self.patch_size * self.merge_size
+
+    def blocks(self, height: int, width: int) -> tuple[int, ...]:
+        """The shape (C last) that splits an image into patches: [G, m, p, H, m, p, C]."""
+        m, p = self.merge_size, self.patch_size
+        return (height // self.factor, m, p, width // self.factor, m, p, 3)
+
+
+def smart_resize(height: int, width: int, *, factor: int, min_pixels: int, max_pixels: int) -> tuple[int, int]:
+    """The resized (height, width): multiples of `factor` near the original, at least one each way,
+    with an area inside the limits where that allows.
+
+    factor: patch_size * merge_size, 28 for Qwen2.5-VL and 32 for Qwen3-VL. Sides are rounded to the nearest multiple (halves
+    to even); an area over `max_pixels` is scaled down rounding down, one under `min_pixels` up rounding up. Source:
+    `smart_resize` in Qwen's qwen-vl-utils and in Transformers. Raises `ImageError` if one side is over 200 times the other.
+    """
+    if max(height, width) > MAX_ASPECT_RATIO * min(height, width):
+        raise ImageError(
+            f"an image of {width}x{height} has an aspect ratio of {max(height, width) / min(height, width):.0f}; "
+            f"the limit is {MAX_ASPECT_RATIO}"
+        )
+    rows, columns = round(height / factor), round(width / factor)
+    if rows * columns * factor**2 > max_pixels:
+        shrink = math.sqrt(height * width / max_pixels)
+        rows = max(1, math.floor(height / shrink / factor))
+        columns = max(1, math.floor(width / shrink / factor))
+    elif rows * columns * factor**2 < min_pixels:
+        grow = math.sqrt(min_pixels / (height * width))
+        rows, columns = math.ceil(height * grow / factor), math.ceil(width * grow / factor)
+    return rows * factor, columns * factor
+
+
+def shapes_of(images: Sequence[Image.Image], request: Request, checkpoint: Checkpoint) -> tuple[ImageShape, ...]:
+    """What becomes of each image's size; raises `ImageError` and `RequestError` before a pixel is touched."""
+    least, most = checkpoint.pixel_limits(request.min_pixels, request.max_pixels)
+    if least > most:
+        raise RequestError(
+            f"min_pixels {least} is over max_pixels {most}: one is the request's, the other the checkpoint's; "
+            f"set both in the request"
+        )
+    shapes = tuple(_shape(*image.size, checkpoint.image_processor, least, most) for image in images)
+    visual_tokens = sum(shape.visual_tokens for shape in shapes)
+    if visual_tokens > checkpoint.max_length:
+        raise RequestError(
+            f"the images alone have {visual_tokens} visual tokens, over the model's {checkpoint.max_length} tokens "
+            f"(max_position_embeddings); set a smaller max_pixels"
+        )
+    return shapes
+
+
+def _shape(width: int, height: int, image_processor: Any, least: int, most: int) -> ImageShape:
+    patch, merge = image_processor.patch_size, image_processor.merge_size
+    resized_height, resized_width = smart_resize(height, width, factor=patch * merge, min_pixels=least, max_pixels=most)
+    grid = Grid(1, resized_height // patch, resized_width // patch)
+    return ImageShape(
+        width=width,
+        height=height,
+        resized_width=resized_width,
+        resized_height=resized_height,
+        grid=grid,
+        visual_tokens=grid.h * grid.w // merge**2,
+    )
