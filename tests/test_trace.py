@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import statistics
 import time
 
 import pytest
@@ -167,17 +168,20 @@ def test_module_spans_leave_no_hook_behind() -> None:
 
 
 def test_a_runs_tracing_calls_cost_under_one_percent_of_its_ttft(lab: Lab, picture: bytes) -> None:
-    """The calls alone, timed in a loop: what tracing adds to a run, free of the run's own noise."""
+    """The calls alone, for as many spans as a run has: what tracing adds to a run, free of the run's own noise."""
     request = Request(images=[picture], prompt="What is this?", max_new_tokens=1)
     lab.run(request, "fastest")
     run = lab.run(request, "fastest")
-    n_spans, rounds, tracer = len(run.trace.spans), 1000, Tracer(CPU)
-    tracer.start()
-    begin = time.perf_counter()
-    for _ in range(rounds * n_spans):
-        with tracer.span("vit"):
-            pass
-    assert (time.perf_counter() - begin) / rounds < 0.01 * run.ttft
+    costs = []
+    for _ in range(200):
+        tracer = Tracer(CPU)
+        tracer.start()
+        begin = time.perf_counter()
+        for _ in run.trace.spans:
+            with tracer.span("vit"):
+                pass
+        costs.append(time.perf_counter() - begin)
+    assert statistics.median(costs) < 0.01 * run.ttft
 
 
 @pytest.mark.benchmark
