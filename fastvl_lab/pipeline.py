@@ -15,7 +15,7 @@ from fastvl_lab.language.decoder import decoder_weights
 from fastvl_lab.language.merge import merge
 from fastvl_lab.language.prefill import prefill
 from fastvl_lab.language.sample import greedy
-from fastvl_lab.preprocessor.upload import upload
+from fastvl_lab.preprocessor.upload import upload_pixels, upload_prompt
 from fastvl_lab.recipe import Recipe
 from fastvl_lab.request import ImageShape, Request
 from fastvl_lab.streaming import Deliver, TokenBytes
@@ -46,8 +46,8 @@ class Pipeline:
         recipe.check(checkpoint.device)
         self.checkpoint, self.recipe = checkpoint, recipe
         images = preprocessor.bind(recipe.preprocessor, checkpoint)
-        self.decode_images, self.preprocess = images.decode, images.preprocess
-        self.encode = capture.bind(recipe.capture.vit, vit.bind(recipe.vit, checkpoint))
+        self.decode_images, self.preprocess, self.upload_patches = images.decode, images.preprocess, images.upload
+        self.encode = capture.bind(recipe.capture.vit, vit.bind(recipe.vit, checkpoint, images.patch_format))
         self.prefill = capture.bind(recipe.capture.prefill, prefill)
         self.decode = capture.bind(recipe.capture.decode, decode)
         self.attention = attention.bind(recipe.attention)
@@ -69,7 +69,9 @@ class Pipeline:
         with span("tokenize"):
             prompt = tokenize(request, pixels.grids if pixels else (), checkpoint)
         with span("upload"):
-            pixels, prompt = upload(pixels, prompt, checkpoint.device, checkpoint.dtype)
+            prompt = upload_prompt(prompt, checkpoint.device)
+            if pixels is not None:
+                pixels = upload_pixels(pixels, self.upload_patches)
         if pixels is not None:
             with span("vit"):
                 vision = self.encode(pixels, tracer)

@@ -28,6 +28,7 @@ class Option:
 
     `exact` options give the same tokens as Transformers up to rounding. `needs` names "cuda" or packages. `decides` names the
     other toggles of the slot that this option takes over: they must stay at their first option, or the recipe means nothing.
+    `requires` names choices elsewhere, "slot.toggle=value", without which this one cannot work.
     """
 
     value: OptionValue
@@ -35,6 +36,7 @@ class Option:
     exact: bool = True
     needs: tuple[str, ...] = ()
     decides: tuple[str, ...] = ()
+    requires: tuple[str, ...] = ()
 
     def unavailable(self, device: torch.device) -> str | None:
         """Why this option cannot run on the device here, or None if it can."""
@@ -62,7 +64,7 @@ class Preprocessor:
         Option(
             value="transformers",
             does="the checkpoint's stock image processor resizes, rescales, normalises and patchifies; Transformers, vLLM, SGLang",
-            decides=("patchify",),
+            decides=("patchify", "payload", "temporal"),
         ),
         Option(value="pillow", does="Pillow's bicubic resize on the decoded image, with no copy through float or channels-first"),
     )
@@ -73,7 +75,24 @@ class Preprocessor:
         ),
         Option(
             value="torch",
-            does="the same in torch, as one float conversion and one copy into patch order; Transformers' torchvision backend",
+            does="the same in torch: bytes go into patch order, then are scaled in one pass; Transformers' torchvision backend",
+        ),
+    )
+    payload: str = _toggle(
+        Option(value="float32", does="patches are normalised on the host and sent as float32; Transformers"),
+        Option(value="uint8", does="patches are sent as bytes, a quarter of the size, and normalised on the device; vLLM 50411"),
+        Option(
+            value="uint8_folded",
+            does="patches stay bytes until the patch embedding, whose weight and bias hold rescale and normalise; the lab's own",
+            requires=("vit.tower=lean",),
+        ),
+    )
+    temporal: str = _toggle(
+        Option(value="duplicated", does="an image is a clip of two equal frames, and both are sent; Transformers"),
+        Option(
+            value="folded",
+            does="it is sent once, to the sum of the patch embedding's temporal slices: half the bytes and products; the lab's own",
+            requires=("vit.tower=lean",),
         ),
     )
 
@@ -185,6 +204,10 @@ class Recipe:
                 raise RecipeError(f"{slot_field.name} is {slot!r}; it must be a {expected.__name__}")
         for toggle in toggles():
             option = toggle.option(self.value(toggle.path))
+            for requirement in option.requires:
+                path, _, value = requirement.partition("=")
+                if str(self.value(path)) != value:
+                    raise RecipeError(f"{toggle.path}={option.value} needs {requirement}, and {path} is {self.value(path)!r}")
             for other in option.decides:
                 path, first = f"{toggle.slot}.{other}", _toggle_at(f"{toggle.slot}.{other}").values[0]
                 if self.value(path) != first:
@@ -208,7 +231,7 @@ class Recipe:
         if torch.device(device).type not in ("cpu", "cuda"):
             raise RecipeError(f"no fastest recipe is known for device {str(device)!r}; the choices are 'cpu' and 'cuda'")
         return cls(
-            preprocessor=Preprocessor(resize="pillow", patchify="torch"),
+            preprocessor=Preprocessor(resize="pillow", patchify="torch", payload="uint8_folded", temporal="folded"),
             vit=Vit(tower="lean", patch_embed="linear"),
             attention=Attention(prefill="sdpa", decode="sdpa"),
         )

@@ -209,11 +209,24 @@ class ImageShape:
     visual_tokens: int
 
 
+@dataclass(frozen=True, kw_only=True)
+class PatchFormat:
+    """What a patch is when it reaches the patch embedding.
+
+    frames: how many times an image is in its clip: temporal_patch_size, or 1 where the embedding stands for the rest. normalised:
+    whether values are normalised, or bytes 0 to 255 for an embedding that does it.
+    """
+
+    frames: int
+    normalised: bool
+
+
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Pixels:
-    """All images of a request as patches, in merge order, ready for the patch embedding.
+    """All images of a request as patches, in merge order.
 
-    patches: [n_patches, channels * temporal_patch_size * patch_size**2], one row a patch; the grids are in `shapes`.
+    patches: float or uint8 [n_patches, channels * frames * patch_size**2], one row a patch (`PatchFormat`); the grids are in
+    `shapes`.
     """
 
     patches: torch.Tensor

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import itertools
 
 import pytest
 
@@ -49,6 +50,9 @@ def _recipes() -> dict[str, Recipe]:
         for option in toggle.options:
             if option.exact and not option.needs and not option.decides:
                 recipes[f"{toggle.path}={option.value}"] = free.replace(toggle.path, option.value)
+    for options in itertools.product(("uint8", "uint8_folded"), ("duplicated", "folded"), ("conv3d", "linear")):
+        paths = ("preprocessor.payload", "preprocessor.temporal", "vit.patch_embed")
+        recipes[" ".join(options)] = free.replace(dict(zip(paths, options, strict=True)))
     return {name: recipe for name, recipe in recipes.items() if name in ("baseline", "fastest") or recipe != free}
 
 

@@ -80,6 +80,11 @@ def test_several_toggles_change_at_once_where_one_alone_would_mean_nothing() -> 
         ({"vit": "lean"}, r"slot 'vit' is 'lean'; give a mapping"),
         ({"vit": {"tower": ["lean"]}}, r"vit.tower is \['lean'\]; the choices are"),
         (None, "a recipe is given as None"),
+        (
+            {"preprocessor": {"resize": "pillow", "temporal": "folded"}},
+            r"preprocessor.temporal=folded needs vit.tower=lean, and vit.tower is 'transformers'",
+        ),
+        ({"preprocessor": {"payload": "uint8"}}, r"resize=transformers does that step itself; leave it at 'float32'"),
         ({"preprocessor": {"patchify": "torch"}}, r"resize=transformers does that step itself; leave it at 'numpy'"),
     ],
 )

@@ -60,6 +60,13 @@ class Checkpoint:
         """Patches along one side of a visual token (`spatial_merge_size`)."""
         return int(self.config.vision_config.spatial_merge_size)
 
+    def scale_shift(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Rescale and normalise in one: a byte x of a channel becomes x * scale - shift; float32 [channels] each, on the host."""
+        mean, std = (
+            torch.tensor(x, dtype=torch.float64) for x in (self.image_processor.image_mean, self.image_processor.image_std)
+        )
+        return (self.image_processor.rescale_factor / std).float(), (mean / std).float()
+
     def pixel_limits(self, min_pixels: int | None, max_pixels: int | None) -> tuple[int, int]:
         """The least and greatest area of a resized image: the request's where given, else the checkpoint's own."""
         size = self.image_processor.size

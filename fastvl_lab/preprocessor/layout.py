@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from PIL import Image
 
 from fastvl_lab.checkpoint import Checkpoint
@@ -26,10 +27,12 @@ class PatchLayout:
     rescale: float
     mean: tuple[float, ...]
     std: tuple[float, ...]
+    scale_shift: tuple[torch.Tensor, torch.Tensor]
 
     @classmethod
-    def of(cls, image_processor: Any) -> PatchLayout:
-        """Read a stock image processor; raises `CheckpointError` for settings that the lab's own preprocessing has not."""
+    def of(cls, checkpoint: Checkpoint) -> PatchLayout:
+        """Read a checkpoint's image processor; raises `CheckpointError` for settings that the lab's own preprocessing has not."""
+        image_processor = checkpoint.image_processor
         expected = {"do_resize": True, "do_rescale": True, "do_normalize": True, "resample": Image.Resampling.BICUBIC}
         for name, value in expected.items():
             if getattr(image_processor, name) != value:
@@ -44,6 +47,7 @@ class PatchLayout:
             rescale=image_processor.rescale_factor,
             mean=tuple(image_processor.image_mean),
             std=tuple(image_processor.image_std),
+            scale_shift=checkpoint.scale_shift(),
         )
 
     @property

@@ -48,6 +48,36 @@ def test_smart_resize_equals_transformers(height: int, width: int, factor: int, 
         assert smart_resize(height, width, **limits) == stock_smart_resize(height, width, **limits)
 
 
+PAYLOADS = [
+    {"preprocessor.payload": payload, "preprocessor.temporal": temporal, "preprocessor.patchify": patchify}
+    for payload in ("float32", "uint8", "uint8_folded")
+    for temporal in ("duplicated", "folded")
+    for patchify in ("numpy", "torch")
+]
+
+
+@pytest.mark.parametrize("changes", PAYLOADS, ids=lambda changes: " ".join(changes.values()))
+def test_every_payload_is_the_stock_one_in_another_form(lab: Lab, changes: dict[str, str]) -> None:
+    """Undone by hand: frames repeated, values normalised."""
+    recipe = Recipe.parse("baseline, preprocessor.resize=pillow, vit.tower=lean").replace(changes)
+    request = Request(images=[_noise(90, 61), _noise(40, 200, seed=1)], prompt="?")
+    images = decode_with_pillow(request.image_inputs)
+    stock = bind(Recipe.baseline().preprocessor, lab.checkpoint).preprocess(images, request).patches
+    bound = bind(recipe.preprocessor, lab.checkpoint)
+    sent = bound.preprocess(images, request).patches
+    floats, once = recipe.preprocessor.payload == "float32", recipe.preprocessor.temporal == "folded"
+    assert sent.dtype == (torch.float32 if floats else torch.uint8)
+    assert sent.numel() * (2 if once else 1) == stock.numel()
+    values = bound.upload(sent)
+    assert bound.patch_format.normalised == (recipe.preprocessor.payload != "uint8_folded")
+    assert bound.patch_format.frames == (1 if once else 2)
+    values = values.view(len(values), 3, bound.patch_format.frames, -1)
+    if not bound.patch_format.normalised:
+        scale, shift = (x.view(1, 3, 1, 1) for x in lab.checkpoint.scale_shift())
+        values = values * scale - shift
+    assert (values.expand(-1, -1, 2, -1).flatten(1) - stock).abs().max() < 2e-6
+
+
 @pytest.mark.parametrize("size", [(56, 56), (201, 133), (640, 480), (33, 700), (28, 2800), (1, 1)])
 def test_patches_equal_the_stock_processors(lab: Lab, size: tuple[int, int]) -> None:
     """Bit for bit with numpy, to a rounding with torch; with several images in one request."""

@@ -20,8 +20,8 @@ from fastvl_lab.checkpoint import tiny
 from fastvl_lab.checkpoint.random_weights import randomise
 from fastvl_lab.request import Grid, ImageShape, Pixels
 from fastvl_lab.trace import Tracer
-from fastvl_lab.vit import bind, lean, per_window, positions
-from fastvl_lab.vit.patch_embed import bind_patch_embed
+from fastvl_lab.vit import bind, lean, per_window, positions, stock_format
+from fastvl_lab.vit.patch_embed import bind_patch_embed, fold_frames, fold_normalisation
 
 OFF = Tracer(torch.device("cpu"), "off")
 
@@ -50,7 +50,7 @@ def _assert_lean_equals_stock(visual: torch.nn.Module, family: str, grids: list[
     pixels = _pixels(grids, _patch_dim(visual))
     expected = visual(pixels.patches, grid_thw=torch.tensor(grids))
     for option in ("conv3d", "linear"):
-        embed = bind_patch_embed(option, visual.patch_embed.proj)
+        embed = bind_patch_embed(option, visual.patch_embed.proj.weight, visual.patch_embed.proj.bias)
         vision = lean.encode(pixels, lean.tower_weights(visual, family), embed, per_window.attend, lambda _: nullcontext())
         assert (vision.embeds - expected.pooler_output).abs().max() < 1e-4
         features = getattr(expected, "deepstack_features", None) or []
@@ -104,6 +104,22 @@ def test_position_tables_equal_transformers(grids: list[Grid], window: int) -> N
     assert torch.allclose(ours, stock, atol=1e-5)
 
 
+@pytest.mark.parametrize("option", ["conv3d", "linear"])
+@pytest.mark.parametrize("has_bias", [True, False])
+def test_folding_frames_and_normalisation_changes_nothing_but_rounding(option: str, has_bias: bool) -> None:
+    """Bytes sent once, against the same bytes normalised and sent twice."""
+    generator = torch.Generator().manual_seed(0)
+    weight = torch.randn(8, 3, 2, 4, 4, generator=generator)
+    bias = torch.randn(8, generator=generator) if has_bias else None
+    scale, shift = torch.rand(2, 3, generator=generator) + 0.5
+    clip = torch.randint(0, 256, (5, 3, 1, 4, 4), generator=generator, dtype=torch.uint8)
+    normalised = clip * scale.view(1, 3, 1, 1, 1) - shift.view(1, 3, 1, 1, 1)
+    expected = bind_patch_embed(option, weight, bias)(normalised.expand(5, 3, 2, 4, 4).flatten(1))
+    folded_weight, folded_bias = fold_normalisation(fold_frames(weight), bias, scale, shift)
+    out = bind_patch_embed(option, folded_weight, folded_bias)(clip.flatten(1))
+    assert (out - expected).abs().max() < 1e-5 * expected.abs().max()
+
+
 def test_windows_see_only_themselves_and_full_blocks_the_frame() -> None:
     """Changing one patch changes its own segment of the output, and no other."""
     generator = torch.Generator().manual_seed(0)
@@ -134,7 +150,7 @@ def test_lean_in_bfloat16_is_within_the_error_budget(picture: bytes) -> None:
             half = Lab(name, device="cpu", dtype="bfloat16").checkpoint
             low = Pixels(patches=pixels.patches.bfloat16(), shapes=pixels.shapes)
             errors = {
-                tower: (bind(recipe.vit, half)(low, OFF).embeds.double() - truth).norm() / truth.norm()
+                tower: (bind(recipe.vit, half, stock_format(half))(low, OFF).embeds.double() - truth).norm() / truth.norm()
                 for tower, recipe in (("stock", Recipe.baseline()), ("lean", Recipe.fastest()))
             }
         assert 0 < errors["stock"] < 0.05
