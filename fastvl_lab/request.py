@@ -23,6 +23,10 @@ from fastvl_lab.errors import ImageError, RequestError
 if TYPE_CHECKING:
     import torch
 
+# Refused before they are read. Pixels are limited where they are decoded, by the header.
+MAX_IMAGE_BYTES = 100_000_000
+MAX_IMAGES = 64
+
 ImageSource = bytes | str | Path | Image.Image | np.ndarray
 
 
@@ -42,6 +46,7 @@ class ImageInput:
         if isinstance(source, ImageInput):
             return source
         if isinstance(source, bytes):
+            _check_bytes(len(source), f"{len(source)} bytes")
             return cls(data=source, label=f"{len(source)} bytes")
         if isinstance(source, Image.Image):
             return cls(data=source, label=f"PIL image {source.width}x{source.height}")
@@ -66,6 +71,7 @@ class ImageInput:
             path = path.expanduser()
             if path.exists() and not path.is_file():  # a folder, a pipe, a device: reading might never end
                 raise ImageError(f"image {str(path)!r} is no regular file")
+            _check_bytes(path.stat().st_size, str(path))
             return cls(data=path.read_bytes(), label=path.name)
         except FileNotFoundError:
             raise ImageError(f"image {str(path)!r} does not exist; give the path of a file, or its bytes") from None
@@ -85,6 +91,11 @@ class ImageInput:
             return cls.of(base64.b64decode(payload, validate=True))
         except ValueError as error:
             raise ImageError(f"a data URI has broken base64: {error}") from None
+
+
+def _check_bytes(n_bytes: int, label: str) -> None:
+    if n_bytes > MAX_IMAGE_BYTES:
+        raise ImageError(f"image {label!r} has {n_bytes} bytes; the limit is {MAX_IMAGE_BYTES}")
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -126,6 +137,9 @@ class Request:
         if messages is None:
             parts: list[dict[str, Any]] = [{"type": "image", "image": source} for source in self.images]
             messages = [{"role": "user", "content": [*parts, {"type": "text", "text": self.prompt}]}]
+        n_images = sum(_is_image(part) for message in messages for part in _parts(message))
+        if n_images > MAX_IMAGES:
+            raise RequestError(f"the request has {n_images} images; the limit is {MAX_IMAGES}")
         conversation, image_inputs = _normalise(messages)
         object.__setattr__(self, "conversation", conversation)
         object.__setattr__(self, "image_inputs", image_inputs)
@@ -139,6 +153,16 @@ def _whole_number(name: str, value: Any) -> None:
         good = False
     if not good:
         raise RequestError(f"{name} is {value!r}; it must be a whole number of at least 1")
+
+
+def _parts(message: Any) -> Sequence[Any]:
+    """The content parts of a message that may not be well-formed; what is wrong with it is said when it is normalised."""
+    content = message.get("content") if isinstance(message, Mapping) else None
+    return content if isinstance(content, list | tuple) else ()
+
+
+def _is_image(part: Any) -> bool:
+    return isinstance(part, Mapping) and part.get("type") in ("image", "image_url")
 
 
 def _normalise(messages: Sequence[Mapping[str, Any]]) -> tuple[tuple[dict[str, Any], ...], tuple[ImageInput, ...]]:
