@@ -256,12 +256,43 @@ def test_a_spoilt_folder_is_one_sentence(copied: Path, spoil: Callable[[Path], o
         Lab(str(copied), device="cpu")
 
 
-def test_an_older_checkpoints_template_file_is_read(copied: Path, labs: dict[str, Lab]) -> None:
-    template = (copied / "chat_template.jinja").read_text()
-    (copied / "chat_template.jinja").unlink()
-    (copied / "chat_template.json").write_text(json.dumps({"chat_template": template}))
-    request = Request(prompt="Hello.", max_new_tokens=4)
-    assert Lab(copied, device="cpu").run(request).tokens == labs["tiny-qwen3-vl"].run(request).tokens
+def _as_published(folder: Path) -> None:
+    """Rewrite config, preprocessor config and template in the form of the hub's Qwen2.5-VL and Qwen3-VL repositories."""
+    config = json.loads((folder / "config.json").read_text())
+    processor = json.loads((folder / "preprocessor_config.json").read_text())
+    config["vision_config"] |= {"model_type": config["model_type"]}
+    del config["vision_config"]["rope_parameters"]
+    rope = config["text_config"].pop("rope_parameters")
+    if config["model_type"] == "qwen2_5_vl":  # text settings at the top, and limits under their own names
+        text = config.pop("text_config")
+        del text["model_type"], text["layer_types"]
+        config |= {**text, "rope_theta": rope["rope_theta"], "torch_dtype": "bfloat16"}
+        config["rope_scaling"] = {"type": "mrope", "mrope_section": rope["mrope_section"]}
+        size = processor.pop("size")
+        processor |= {"min_pixels": size["shortest_edge"], "max_pixels": size["longest_edge"]}
+    else:
+        scaling = {"rope_type": "default", "mrope_section": rope["mrope_section"], "mrope_interleaved": True}
+        config["text_config"] |= {"rope_theta": rope["rope_theta"], "rope_scaling": scaling}
+        processor["image_processor_type"] = "Qwen2VLImageProcessorFast"
+    (folder / "config.json").write_text(json.dumps(config))
+    (folder / "preprocessor_config.json").write_text(json.dumps(processor))
+    template = (folder / "chat_template.jinja").read_text()
+    (folder / "chat_template.jinja").unlink()
+    (folder / "chat_template.json").write_text(json.dumps({"chat_template": template}))
+
+
+@pytest.mark.parametrize("name", tiny.NAMES)
+def test_a_folder_in_the_published_form_is_the_same_checkpoint(
+    name: str, labs: dict[str, Lab], tmp_path: Path, picture: bytes
+) -> None:
+    shutil.copytree(tiny.folder(name), tmp_path, dirs_exist_ok=True)
+    _as_published(tmp_path)
+    lab = Lab(tmp_path, device="cpu", dtype="float32")
+    request = Request(images=[picture], prompt="What is this?", max_new_tokens=8, max_pixels=28 * 28 * 200)
+    for engine in ("transformers", "baseline", "fastest"):
+        run, expected = lab.run(request, engine), labs[name].run(request, engine)
+        assert run.tokens == expected.tokens
+        assert run.shapes == expected.shapes
 
 
 def test_a_containers_memory_limit_counts(tmp_path: Path) -> None:
