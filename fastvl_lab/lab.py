@@ -91,7 +91,7 @@ class Lab:
         bound, tracer = self._bind(key), Tracer(self.device, "off")
         # Unbounded: an engine that waited for its consumer would keep the lab from everybody else; the answer's length bounds it.
         ready: queue.SimpleQueue[tuple[str, tuple[int, ...]] | BaseException | None] = queue.SimpleQueue()
-        gone = threading.Event()
+        gone, started = threading.Event(), threading.Event()
 
         def deliver(text: str, tokens: tuple[int, ...]) -> None:
             if gone.is_set():
@@ -101,6 +101,9 @@ class Lab:
         def produce() -> None:
             try:
                 with self._lock:
+                    started.set()
+                    if gone.is_set():  # the consumer left while others were served
+                        return
                     tracer.start()
                     self._kind(key, self._serve(bound, request, tracer, deliver))
                 ready.put(None)
@@ -116,7 +119,8 @@ class Lab:
                 yield Chunk(text=item[0], tokens=item[1], time=tracer.delivered())
         finally:
             gone.set()
-            producer.join()
+            if started.is_set():  # else it waits for its turn, and will leave without a trace
+                producer.join()
 
     def _key(self, engine: EngineName | None) -> EngineName:
         """A recipe, or the name of a peer."""

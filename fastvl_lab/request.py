@@ -12,7 +12,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
-from urllib.parse import urlsplit
 from urllib.request import url2pathname
 
 import numpy as np
@@ -62,7 +61,7 @@ class ImageInput:
                 raise ImageError(
                     f"image {source[:80]!r} is an address, and the lab fetches nothing; give a path, bytes or a data URI"
                 )
-            return cls._of_path(Path(url2pathname(urlsplit(source).path)) if scheme == "file" else Path(source))
+            return cls._of_path(Path(url2pathname(source[len("file://") :]) if scheme == "file" else source))
         raise ImageError(f"an image is given as {type(source).__name__}; give a path, encoded bytes, a PIL.Image or a uint8 array")
 
     @classmethod
@@ -134,6 +133,8 @@ class Request:
         if self.min_pixels is not None and self.max_pixels is not None and self.min_pixels > self.max_pixels:
             raise RequestError(f"min_pixels {self.min_pixels} is over max_pixels {self.max_pixels}")
         messages = self.messages
+        if messages is not None and not isinstance(messages, list | tuple):
+            raise RequestError(f"messages is a {type(messages).__name__}; give a list of messages")
         if messages is None:
             parts: list[dict[str, Any]] = [{"type": "image", "image": source} for source in self.images]
             messages = [{"role": "user", "content": [*parts, {"type": "text", "text": self.prompt}]}]

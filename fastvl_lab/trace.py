@@ -252,3 +252,5 @@ def module_spans(modules: Mapping[str, torch.nn.Module], span: Callable[[str], A
     finally:
         for handle in handles:
             handle.remove()
+        while entered:  # left open by an exception inside a module
+            entered.pop().__exit__(None, None, None)

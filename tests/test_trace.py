@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import statistics
 import time
@@ -147,6 +148,19 @@ def test_spans_that_an_exception_left_open_close_with_their_stage() -> None:
     assert [(span.name, span.depth) for span in tracer.finish().spans] == [("vit", 0), ("vit.block.0", 1)]
     with pytest.raises(AssertionError, match="span 'prefill' is not open"):
         tracer.end("prefill")
+
+
+def test_an_error_inside_a_stock_module_closes_its_span() -> None:
+    class Breaks(torch.nn.Module):
+        def forward(self) -> None:
+            raise KeyError
+
+    tracer, module = Tracer(CPU, "layers"), Breaks()
+    tracer.start()
+    with pytest.raises(KeyError), tracer.span("vit"), tracer.modules({"vit.block.0": module}):
+        module()
+    gc.collect()
+    assert [(span.name, span.depth) for span in tracer.finish().spans] == [("vit", 0), ("vit.block.0", 1)]
 
 
 def test_stock_modules_are_left_alone_unless_layers_are_asked_for() -> None:

@@ -61,11 +61,11 @@ class Checkpoint:
         return int(self.config.vision_config.spatial_merge_size)
 
     def scale_shift(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """Rescale and normalise in one: a byte x of a channel becomes x * scale - shift; float32 [channels] each, on the host."""
+        """Rescale and normalise in one: a byte x of a channel becomes x * scale - shift; float64 [channels] each, on the host."""
         mean, std = (
             torch.tensor(x, dtype=torch.float64) for x in (self.image_processor.image_mean, self.image_processor.image_std)
         )
-        return (self.image_processor.rescale_factor / std).float(), (mean / std).float()
+        return self.image_processor.rescale_factor / std, mean / std
 
     def pixel_limits(self, min_pixels: int | None, max_pixels: int | None) -> tuple[int, int]:
         """The least and greatest area of a resized image: the request's where given, else the checkpoint's own."""
@@ -138,9 +138,11 @@ def _random(name: str, device: torch.device, dtype: torch.dtype | None) -> Check
 
 def _checkpoint(name: str, family: Family, model: Any, source: str) -> Checkpoint:
     """Gather what stands beside the weights; `source` holds tokenizer, image processor and generation config."""
-    tokenizer = AutoTokenizer.from_pretrained(source)
+    tokenizer, image_processor = AutoTokenizer.from_pretrained(source), _image_processor(source)
+    tokenizer.chat_template = _chat_template(source) or tokenizer.chat_template
     if tokenizer.chat_template is None:
-        tokenizer.chat_template = _legacy_chat_template(name, source)
+        raise CheckpointError(f"checkpoint {name!r} has no chat template; the lab writes prompts with the checkpoint's own")
+    _check_image_processor(name, image_processor, model.config.vision_config)
     for token_id in (model.config.image_token_id, model.config.video_token_id):
         if not tokenizer.convert_ids_to_tokens(token_id):
             raise CheckpointError(f"checkpoint {name!r} has a tokenizer without token {token_id}, which its config.json names")
@@ -152,7 +154,7 @@ def _checkpoint(name: str, family: Family, model: Any, source: str) -> Checkpoin
         family=family,
         model=model.eval().requires_grad_(False),
         tokenizer=tokenizer,
-        image_processor=_image_processor(source),
+        image_processor=image_processor,
         eos_token_ids=eos_token_ids,
         max_length=int(model.config.get_text_config().max_position_embeddings),
         device=next(model.parameters()).device,
@@ -160,12 +162,30 @@ def _checkpoint(name: str, family: Family, model: Any, source: str) -> Checkpoin
     )
 
 
-def _legacy_chat_template(name: str, source: str) -> str:
-    """The template of chat_template.json, where older checkpoints keep it for the processor."""
-    path = cached_file(source, "chat_template.json", _raise_exceptions_for_missing_entries=False)
-    if path is None:
-        raise CheckpointError(f"checkpoint {name!r} has no chat template; the lab writes prompts with the checkpoint's own")
-    return str(json.loads(Path(path).read_text(encoding="utf-8"))["chat_template"])
+def _chat_template(source: str) -> str | None:
+    """The processor's template, which comes before the tokenizer's: chat_template.jinja, or an older chat_template.json."""
+    for file in ("chat_template.jinja", "chat_template.json"):
+        path = cached_file(source, file, _raise_exceptions_for_missing_entries=False)
+        if path is not None:
+            text = Path(path).read_text(encoding="utf-8")
+            return text if file.endswith("jinja") else str(json.loads(text)["chat_template"])
+    return None
+
+
+def _check_image_processor(name: str, processor: Any, vision: Any) -> None:
+    """Raise `CheckpointError` for patches that the model cannot take."""
+    expected = {
+        "do_resize": True,
+        "patch_size": vision.patch_size,
+        "merge_size": vision.spatial_merge_size,
+        "temporal_patch_size": vision.temporal_patch_size,
+    }
+    for field, value in expected.items():
+        if getattr(processor, field) != value:
+            raise CheckpointError(
+                f"checkpoint {name!r} has {field}={getattr(processor, field)!r} in preprocessor_config.json, and its model needs "
+                f"{value!r}"
+            )
 
 
 def _image_processor(source: str) -> Any:

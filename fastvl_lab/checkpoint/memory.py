@@ -29,11 +29,13 @@ def _mem_available() -> int | None:
 
 
 def _control_group_left(root: Path = Path("/sys/fs/cgroup")) -> int | None:
-    """The limit of a version 2 control group less its use; None without a limit ("max")."""
+    """The limit of a version 2 control group less its use, not counting cached files; None without a limit ("max")."""
     try:
-        return int((root / "memory.max").read_text()) - int((root / "memory.current").read_text())
+        limit, used = (int((root / name).read_text()) for name in ("memory.max", "memory.current"))
+        counted = dict(line.split() for line in (root / "memory.stat").read_text().splitlines())
     except (OSError, ValueError):
         return None
+    return limit - used + int(counted.get("inactive_file", 0)) + int(counted.get("active_file", 0))
 
 
 def gigabytes(n_bytes: int) -> str:

@@ -164,6 +164,8 @@ class SweepResult:
         """
         from fastvl_lab.view.report import report_html
 
+        if not self.settings.output_dir:
+            raise RequestError("output_dir is empty; name the folder to write into")
         folder = Path(self.settings.output_dir)
         (folder / "traces").mkdir(parents=True, exist_ok=True)
         result, report = folder / "result.json", folder / "report.html"
@@ -232,7 +234,11 @@ def sweep(settings: SweepSettings, *, progress: bool = True) -> SweepResult:
                         points.append(Point(checkpoint=name, size=size, comparison=comparison))
                 bar.update(done_before + per_point - bar.n)
                 if settings.output_dir and points:  # so that a sweep that dies keeps what it measured
-                    SweepResult(settings=settings, environment=environment, points=tuple(points), errors=()).write_samples()
+                    so_far = SweepResult(settings=settings, environment=environment, points=tuple(points), errors=())
+                    try:
+                        so_far.write_samples()
+                    except OSError as error:  # a full disk now may have room at the end
+                        failed(sentence(error), name, size_label(size))
             del lab, engines
     return SweepResult(settings=settings, environment=environment, points=tuple(points), errors=tuple(errors))
 

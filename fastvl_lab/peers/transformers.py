@@ -3,7 +3,7 @@
 It runs at its normal best: the checkpoint's default image processor, SDPA attention, `generate` with its dynamic cache and a
 streamer, logits of the last token only. Its streamer hands text on by the same rule as the lab's pipeline, since Transformers' own
 holds each word back until the next begins. Stages are timed through hooks on its modules; what `generate` does between them is
-`unaccounted`.
+`unaccounted`, but for its handling of logits, which is in `sample`.
 """
 
 from __future__ import annotations
@@ -111,17 +111,23 @@ class _Streamer(BaseStreamer):
 def _stage_spans(model: Any, tracer: Tracer, *, has_images: bool) -> Iterator[dict[str, torch.Tensor]]:
     """Open and close the model's stages from hooks; yields a dict that will hold the first step's logits."""
     seen: dict[str, torch.Tensor] = {}
+    inside = vision_done = False
 
     def before_model(*_: Any) -> None:
-        if not seen and not has_images:
+        nonlocal inside
+        if not seen and (vision_done or not has_images):
             tracer.begin("merge")
+        inside = True
 
     def before_vision(*_: Any) -> None:
         tracer.begin("vit")
 
     def after_vision(*_: Any) -> None:
+        nonlocal vision_done
         tracer.end("vit")
-        tracer.begin("merge")
+        vision_done = True
+        if inside:  # some versions run the tower inside the model's forward, some before it
+            tracer.begin("merge")
 
     def before_decoder(*_: Any) -> None:
         if not seen:

@@ -33,7 +33,7 @@ class PatchLayout:
     def of(cls, checkpoint: Checkpoint) -> PatchLayout:
         """Read a checkpoint's image processor; raises `CheckpointError` for settings that the lab's own preprocessing has not."""
         image_processor = checkpoint.image_processor
-        expected = {"do_resize": True, "do_rescale": True, "do_normalize": True, "resample": Image.Resampling.BICUBIC}
+        expected = {"do_rescale": True, "do_normalize": True, "resample": Image.Resampling.BICUBIC}
         for name, value in expected.items():
             if getattr(image_processor, name) != value:
                 raise CheckpointError(

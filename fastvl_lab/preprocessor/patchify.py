@@ -39,7 +39,7 @@ def with_torch(images: Sequence[np.ndarray], layout: PatchLayout, *, frames: int
 
     Rescale and normalise are one multiply and one subtract, so normalised values differ from the numpy option by rounding.
     """
-    scale, shift = (x.reshape(3, 1, 1) for x in layout.scale_shift)
+    scale, shift = (x.float().reshape(3, 1, 1) for x in layout.scale_shift)
     sizes = [image.shape[0] * image.shape[1] // layout.patch_size**2 for image in images]
     shape = (sum(sizes), 3, frames, layout.patch_size, layout.patch_size)
     patches = torch.empty(shape, dtype=torch.float32 if normalised else torch.uint8)

@@ -41,5 +41,5 @@ def as_bytes(device: torch.device) -> PatchUpload:
 def normalising(device: torch.device, dtype: torch.dtype, layout: PatchLayout, frames: int) -> PatchUpload:
     """uint8 patches, normalised in float32 on the device and then in the model's dtype."""
     per_channel = frames * layout.patch_size**2
-    scale, shift = (x.repeat_interleave(per_channel).to(device) for x in layout.scale_shift)  # [C * F * p * p]
+    scale, shift = (x.float().repeat_interleave(per_channel).to(device) for x in layout.scale_shift)  # [C * F * p * p]
     return lambda patches: torch.mul(patches.to(device), scale).sub_(shift).to(dtype)

@@ -9,7 +9,7 @@ from fastvl_lab.recipe import Vit
 from fastvl_lab.request import PatchFormat, Pixels, VisionTokens
 from fastvl_lab.trace import Tracer
 from fastvl_lab.vit import lean, per_window, stock
-from fastvl_lab.vit.patch_embed import PatchEmbed, bind_patch_embed, fold_frames, fold_normalisation
+from fastvl_lab.vit.patch_embed import PatchEmbed, PatchProjection, bind_patch_embed, fold
 
 Tower = Callable[[Pixels, Tracer], VisionTokens]
 
@@ -34,10 +34,9 @@ def stock_format(checkpoint: Checkpoint) -> PatchFormat:
 
 def _patch_embed(option: str, checkpoint: Checkpoint, patch_format: PatchFormat) -> PatchEmbed:
     """The checkpoint's own weight where the format is the stock one; else what of the preprocessing is folded into it."""
-    projection = checkpoint.model.model.visual.patch_embed.proj
-    weight, bias = projection.weight, projection.bias
-    if patch_format.frames == 1 and weight.shape[2] > 1:
-        weight = fold_frames(weight)
-    if not patch_format.normalised:
-        weight, bias = fold_normalisation(weight, bias, *checkpoint.scale_shift())
-    return bind_patch_embed(option, weight, bias)
+    conv = checkpoint.model.model.visual.patch_embed.proj
+    projection = PatchProjection(weight=conv.weight, bias=conv.bias)
+    if patch_format != stock_format(checkpoint):
+        scale_shift = None if patch_format.normalised else checkpoint.scale_shift()
+        projection = fold(projection, frames=patch_format.frames, scale_shift=scale_shift)
+    return bind_patch_embed(option, projection)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
@@ -10,33 +11,56 @@ import torch.nn.functional as F
 PatchEmbed = Callable[[torch.Tensor], torch.Tensor]
 
 
-def bind_patch_embed(option: str, weight: torch.Tensor, bias: torch.Tensor | None) -> PatchEmbed:
-    """[n_patches, C * F * p * p] -> [n_patches, hidden], by a convolution or by the matrix product it amounts to.
+@dataclass(frozen=True, kw_only=True, eq=False)
+class PatchProjection:
+    """weight [hidden, C, F, p, p], whose kernel is its stride; bias [hidden] or None; centre [C * F * p * p] or None.
 
-    weight: [hidden, C, F, p, p], whose kernel is its stride; patches of another dtype (bytes) take the weight's.
+    `centre` is what bytes are moved by before the product: whole numbers up to 255, so that bytes and differences are exact in
+    bfloat16 too.
     """
+
+    weight: torch.Tensor
+    bias: torch.Tensor | None
+    centre: torch.Tensor | None = None
+
+
+def bind_patch_embed(option: str, projection: PatchProjection) -> PatchEmbed:
+    """[n_patches, C * F * p * p] -> [n_patches, hidden], by a convolution or by the matrix product it amounts to."""
+    weight, bias, centre = projection.weight, projection.bias, projection.centre
+
+    def values(patches: torch.Tensor) -> torch.Tensor:
+        return patches if centre is None else patches.to(weight.dtype).sub_(centre)
+
     if option == "conv3d":
         block = weight.shape[1:]  # [C, F, p, p]
-        return lambda patches: F.conv3d(patches.to(weight.dtype).view(-1, *block), weight, bias, stride=block[1:]).flatten(1)
+        return lambda patches: F.conv3d(values(patches).view(-1, *block), weight, bias, stride=block[1:]).flatten(1)
     assert option == "linear"
     flat = weight.flatten(1)  # a view: kernel and stride are equal, so each patch meets the kernel once
-    return lambda patches: F.linear(patches.to(weight.dtype), flat, bias)
+    return lambda patches: F.linear(values(patches), flat, bias)
 
 
-def fold_frames(weight: torch.Tensor) -> torch.Tensor:
-    """The weight for an image sent once: [hidden, C, T, p, p] -> [hidden, C, 1, p, p], its temporal slices added in float32."""
-    return weight.float().sum(2, keepdim=True).to(weight.dtype)
+def fold(projection: PatchProjection, *, frames: int, scale_shift: tuple[torch.Tensor, torch.Tensor] | None) -> PatchProjection:
+    """The projection for an image sent `frames` times, and, given scale and shift (float64 [C] each), for bytes.
 
-
-def fold_normalisation(
-    weight: torch.Tensor, bias: torch.Tensor | None, scale: torch.Tensor, shift: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Weight and bias that take bytes: W (x * scale - shift) + b = (W * scale) x + (b - W shift), computed in float32.
-
-    scale, shift: float32 [C], as `PatchLayout.scale_shift` gives them.
+    An image sent once meets the sum of the temporal slices. For bytes x the published W (x * scale - shift) + b is
+    (W * scale) (x - c) + (b - (W * scale) r), where c is shift / scale rounded and r the rest: without c, two large numbers would
+    have to cancel in the model's dtype. Computed in float32 and rounded once.
     """
+    weight, bias = projection.weight, projection.bias
+    wide = weight.float()
+    if frames < weight.shape[2]:
+        assert frames == 1
+        wide = wide.sum(2, keepdim=True)
+    if scale_shift is None:
+        return PatchProjection(weight=wide.to(weight.dtype), bias=bias)
+    scale, shift = (x.to(weight.device) for x in scale_shift)
     per_channel = (1, -1, 1, 1, 1)
-    wide, scale, shift = weight.float(), scale.to(weight.device).view(per_channel), shift.to(weight.device).view(per_channel)
-    offset = (wide * shift).flatten(1).sum(1)  # [hidden]
-    folded_bias = -offset if bias is None else bias.float() - offset
-    return (wide * scale).to(weight.dtype), folded_bias.to(weight.dtype)
+    centre = (shift / scale).round()
+    folded = (wide * scale.float().view(per_channel)).to(weight.dtype)
+    rest = (shift / scale - centre).float().view(per_channel)
+    offset = (folded.float() * rest).flatten(1).sum(1)  # [hidden]
+    return PatchProjection(
+        weight=folded,
+        bias=(-offset if bias is None else bias.float() - offset).to(weight.dtype),
+        centre=centre.repeat_interleave(folded[0, 0].numel()).to(weight.dtype),
+    )

@@ -243,6 +243,8 @@ def _edit(path: Path, **changes: object) -> None:
         lambda folder: (folder / "tokenizer.json").unlink(),
         lambda folder: (folder / "preprocessor_config.json").write_text("[]"),
         lambda folder: (folder / "preprocessor_config.json").unlink(),
+        lambda folder: _edit(folder / "preprocessor_config.json", patch_size=14),
+        lambda folder: _edit(folder / "preprocessor_config.json", do_resize=False),
         lambda folder: _edit(folder / "config.json", text_config="text"),
         lambda folder: _edit(folder / "config.json", image_token_id=5000),
         lambda folder: _edit(folder / "config.json", vision_config={"depth": "four"}),
@@ -299,7 +301,8 @@ def test_a_containers_memory_limit_counts(tmp_path: Path) -> None:
     assert memory._control_group_left(tmp_path) is None
     (tmp_path / "memory.max").write_text("5000\n")
     (tmp_path / "memory.current").write_text("2000\n")
-    assert memory._control_group_left(tmp_path) == 3000
+    (tmp_path / "memory.stat").write_text("anon 1000\ninactive_file 600\nactive_file 300\n")
+    assert memory._control_group_left(tmp_path) == 3900  # cached files give way
     (tmp_path / "memory.max").write_text("max\n")
     assert memory._control_group_left(tmp_path) is None
 

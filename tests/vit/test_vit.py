@@ -21,7 +21,7 @@ from fastvl_lab.checkpoint.random_weights import randomise
 from fastvl_lab.request import Grid, ImageShape, Pixels
 from fastvl_lab.trace import Tracer
 from fastvl_lab.vit import bind, lean, per_window, positions, stock_format
-from fastvl_lab.vit.patch_embed import bind_patch_embed, fold_frames, fold_normalisation
+from fastvl_lab.vit.patch_embed import PatchProjection, bind_patch_embed, fold
 
 OFF = Tracer(torch.device("cpu"), "off")
 
@@ -41,6 +41,10 @@ def _pixels(grids: list[Grid], patch_dim: int, seed: int = 0) -> Pixels:
     return Pixels(patches=patches, shapes=tuple(shapes))
 
 
+def _projection(visual: torch.nn.Module) -> PatchProjection:
+    return PatchProjection(weight=visual.patch_embed.proj.weight, bias=visual.patch_embed.proj.bias)
+
+
 def _patch_dim(visual: torch.nn.Module) -> int:
     return visual.patch_embed.proj.weight[0].numel()
 
@@ -50,7 +54,7 @@ def _assert_lean_equals_stock(visual: torch.nn.Module, family: str, grids: list[
     pixels = _pixels(grids, _patch_dim(visual))
     expected = visual(pixels.patches, grid_thw=torch.tensor(grids))
     for option in ("conv3d", "linear"):
-        embed = bind_patch_embed(option, visual.patch_embed.proj.weight, visual.patch_embed.proj.bias)
+        embed = bind_patch_embed(option, _projection(visual))
         vision = lean.encode(pixels, lean.tower_weights(visual, family), embed, per_window.attend, lambda _: nullcontext())
         assert (vision.embeds - expected.pooler_output).abs().max() < 1e-4
         features = getattr(expected, "deepstack_features", None) or []
@@ -106,18 +110,34 @@ def test_position_tables_equal_transformers(grids: list[Grid], window: int) -> N
 
 @pytest.mark.parametrize("option", ["conv3d", "linear"])
 @pytest.mark.parametrize("has_bias", [True, False])
-def test_folding_frames_and_normalisation_changes_nothing_but_rounding(option: str, has_bias: bool) -> None:
-    """Bytes sent once, against the same bytes normalised and sent twice."""
-    generator = torch.Generator().manual_seed(0)
-    weight = torch.randn(8, 3, 2, 4, 4, generator=generator)
-    bias = torch.randn(8, generator=generator) if has_bias else None
-    scale, shift = torch.rand(2, 3, generator=generator) + 0.5
-    clip = torch.randint(0, 256, (5, 3, 1, 4, 4), generator=generator, dtype=torch.uint8)
-    normalised = clip * scale.view(1, 3, 1, 1, 1) - shift.view(1, 3, 1, 1, 1)
-    expected = bind_patch_embed(option, weight, bias)(normalised.expand(5, 3, 2, 4, 4).flatten(1))
-    folded_weight, folded_bias = fold_normalisation(fold_frames(weight), bias, scale, shift)
-    out = bind_patch_embed(option, folded_weight, folded_bias)(clip.flatten(1))
-    assert (out - expected).abs().max() < 1e-5 * expected.abs().max()
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("spread", [128, 5, 0])
+@pytest.mark.parametrize("name", tiny.NAMES)
+def test_folding_keeps_the_error_budget(
+    labs: dict[str, Lab], name: str, option: str, has_bias: bool, dtype: torch.dtype, spread: int
+) -> None:
+    """Bytes sent once, against the same bytes normalised and sent twice, by their errors against float64.
+
+    Also on pictures that are nearly flat around the mean, where bytes and bias would have to cancel.
+    """
+    generator = torch.Generator().manual_seed(spread)
+    weight = torch.randn(16, 3, 2, 14, 14, generator=generator) / 1176**0.5 + 0.01  # with a DC part, as trained ones have
+    bias = torch.randn(16, generator=generator) * 0.1 if has_bias else None
+    scale, shift = labs[name].checkpoint.scale_shift()
+    mean = (shift / scale).round().int().view(1, 3, 1, 1, 1)
+    noise = torch.randint(-spread, spread + 1, (40, 3, 1, 14, 14), generator=generator, dtype=torch.int32)
+    clip = (mean + noise).clamp(0, 255).to(torch.uint8)
+    per_channel = (1, 3, 1, 1, 1)
+    normalised = (clip.double() * scale.view(per_channel) - shift.view(per_channel)).expand(40, 3, 2, 14, 14)
+
+    def embed(projection: PatchProjection, patches: torch.Tensor) -> torch.Tensor:
+        return bind_patch_embed(option, projection)(patches.flatten(1)).double()
+
+    truth = embed(PatchProjection(weight=weight.double(), bias=None if bias is None else bias.double()), normalised)
+    low = PatchProjection(weight=weight.to(dtype), bias=None if bias is None else bias.to(dtype))
+    stock = (embed(low, normalised.to(dtype)) - truth).norm()
+    folded = (embed(fold(low, frames=1, scale_shift=(scale, shift)), clip) - truth).norm()
+    assert folded <= 2 * stock + 4 * torch.finfo(dtype).eps * truth.norm()
 
 
 def test_windows_see_only_themselves_and_full_blocks_the_frame() -> None:
