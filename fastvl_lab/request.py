@@ -221,6 +221,14 @@ class Grid(NamedTuple):
     h: int
     w: int
 
+    @property
+    def n_patches(self) -> int:
+        return self.t * self.h * self.w
+
+    def visual_tokens(self, merge_size: int) -> int:
+        """Visual tokens after merging merge_size x merge_size patches."""
+        return self.n_patches // merge_size**2
+
 
 @dataclass(frozen=True, kw_only=True)
 class ImageShape:

@@ -69,7 +69,7 @@ class Run:
         if not self.shapes:
             return f"text only → {self.n_prompt} prompt tokens"
         first, more = self.shapes[0], len(self.shapes) - 1
-        patches = sum(shape.grid.t * shape.grid.h * shape.grid.w for shape in self.shapes)
+        patches = sum(shape.grid.n_patches for shape in self.shapes)
         others = f" and {more} more" if more else ""
         return (
             f"image {first.width}×{first.height}{others} → resized {first.resized_width}×{first.resized_height} → "

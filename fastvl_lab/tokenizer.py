@@ -58,7 +58,7 @@ def tokenize(request: Request, grids: Sequence[Grid], checkpoint: Checkpoint) ->
     assert is_image.sum() == len(grids), "one placeholder an image"
 
     repeats = np.ones(len(ids), dtype=np.int64)
-    repeats[is_image] = visual_tokens = [grid.t * grid.h * grid.w // checkpoint.merge_size**2 for grid in grids]
+    repeats[is_image] = visual_tokens = [grid.visual_tokens(checkpoint.merge_size) for grid in grids]
     check_length(int(repeats.sum()), request, checkpoint, visual_tokens=sum(visual_tokens))
 
     input_ids = np.repeat(ids, repeats)  # [n_tokens]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -87,7 +88,7 @@ def load(name: str | Path, *, device: str | torch.device | None = None, dtype: s
             return _from_pretrained(name, str(tiny.folder(name)), on, of_type)
     if name.startswith(RANDOM_PREFIX):
         return _random(name, on, of_type)
-    path = Path(name).expanduser()
+    path = Path(os.path.expanduser(name))  # pathlib's raises for an unknown user
     if path.is_dir():
         _check_folder(name, path)
         return _from_pretrained(name, str(path), on, of_type)

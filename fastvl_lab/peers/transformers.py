@@ -74,7 +74,7 @@ class TransformersPeer:
         """
         checkpoint = self.checkpoint
         text, placeholder = chat_text(request, checkpoint), checkpoint.tokenizer.decode([checkpoint.image_token_id])
-        visual_tokens = [grid.t * grid.h * grid.w // checkpoint.merge_size**2 for grid in grids]
+        visual_tokens = [grid.visual_tokens(checkpoint.merge_size) for grid in grids]
         pieces = text.split(placeholder)
         text = pieces[0] + "".join(placeholder * n + piece for n, piece in zip(visual_tokens, pieces[1:], strict=True))
         inputs = dict(checkpoint.tokenizer(text, add_special_tokens=False, return_tensors="pt"))

@@ -62,8 +62,9 @@ class PatchLayout:
 
 
 def smart_resize(height: int, width: int, *, factor: int, min_pixels: int, max_pixels: int) -> tuple[int, int]:
-    """The resized (height, width): multiples of `factor` near the original, at least one each way,
-    with an area inside the limits where that allows.
+    """The resized (height, width): multiples of `factor` near the original, with an area inside the limits.
+
+    A side never goes under one `factor`, so that very thin images may exceed `max_pixels`, as in Transformers.
 
     factor: patch_size * merge_size, 28 for Qwen2.5-VL and 32 for Qwen3-VL. Sides are rounded to the nearest multiple (halves
     to even); an area over `max_pixels` is scaled down rounding down, one under `min_pixels` up rounding up. Source:
@@ -113,5 +114,5 @@ def _shape(width: int, height: int, image_processor: Any, least: int, most: int)
         resized_width=resized_width,
         resized_height=resized_height,
         grid=grid,
-        visual_tokens=grid.h * grid.w // merge**2,
+        visual_tokens=grid.visual_tokens(merge),
     )

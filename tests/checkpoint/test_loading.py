@@ -181,6 +181,7 @@ def test_every_published_geometry_is_known() -> None:
     [
         ("tiny-qwen4-vl", "checkpoint 'tiny-qwen4-vl' is unknown; give a folder .* tiny-qwen2.5-vl, tiny-qwen3-vl"),
         ("./no/such/folder", "is unknown; give a folder"),
+        ("~nosuchuser/model", "is unknown; give a folder"),
         ("random:Qwen/Nothing", "no geometry is published here for 'Qwen/Nothing'; the choices are Qwen/"),
         ("Qwen/Not-There", "checkpoint 'Qwen/Not-There' cannot be loaded: "),
     ],
