@@ -16,7 +16,7 @@ import torch.nn.functional as F
 
 from fastvl_lab.checkpoint import Checkpoint
 from fastvl_lab.errors import CheckpointError
-from fastvl_lab.kernels import rms_norm, rotate_half
+from fastvl_lab.kernels.plain import rms_norm, rotate_half
 from fastvl_lab.language.rope import MRope
 
 Attend = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]

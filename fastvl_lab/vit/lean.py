@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 
 from fastvl_lab.checkpoint import Family
-from fastvl_lab.kernels import rms_norm, rotate_half
+from fastvl_lab.kernels.plain import rms_norm, rotate_half
 from fastvl_lab.request import Grid, Pixels, VisionTokens
 from fastvl_lab.vit import positions
 from fastvl_lab.vit.patch_embed import PatchEmbed
