@@ -56,10 +56,11 @@ class Lab:
     def run(self, request: Request, engine: EngineName | None = None, *, trace: Level = "stages") -> Run:
         """Serve a request to the end and report on it.
 
-        engine: a `Recipe`, a recipe's text such as "fastest, vit.tower=lean", or a peer's name; by default the baseline.
+        engine: a `Recipe`, a recipe's text such as "fastest, vit.tower=lean", or a peer's text such as "transformers"; by default
+        the baseline.
         trace: "off", "stages", or "layers" to also time ViT blocks and decoder layers. Raises `FastvlError`s.
         """
-        key = self._key(engine)
+        key = self.engine(engine)
         bound, tracer, chunks = self._bind(key), Tracer(self.device, trace), []
 
         def deliver(text: str, tokens: tuple[int, ...]) -> None:
@@ -87,7 +88,7 @@ class Lab:
 
     def stream(self, request: Request, engine: EngineName | None = None) -> Iterator[Chunk]:
         """Yield text as it is made; leaving the loop early stops the engine at its next chunk."""
-        key = self._key(engine)
+        key = self.engine(engine)
         bound, tracer = self._bind(key), Tracer(self.device, "off")
         # Unbounded: an engine that waited for its consumer would keep the lab from everybody else; the answer's length bounds it.
         ready: queue.SimpleQueue[tuple[str, tuple[int, ...]] | BaseException | None] = queue.SimpleQueue()
@@ -122,8 +123,8 @@ class Lab:
             if started.is_set():  # else it waits for its turn, and will leave without a trace
                 producer.join()
 
-    def _key(self, engine: EngineName | None) -> EngineName:
-        """A recipe, or the name of a peer."""
+    def engine(self, engine: EngineName | None) -> EngineName:
+        """What `run` would run: a recipe, or the text of a peer; raises `RecipeError` for a text that is neither."""
         if engine is None:
             return Recipe.baseline()
         return engine if isinstance(engine, Recipe) else parse_engine(engine, self.device)
@@ -160,9 +161,9 @@ class Lab:
 
 
 def parse_engine(text: str, device: torch.device | str = "cpu") -> EngineName:
-    """A peer's name as it is, or the recipe that the text describes; raises `RecipeError` naming the choices."""
-    if text in peers.PEERS:
-        return text
+    """A peer's text, or the recipe that the text describes; raises `RecipeError` naming the choices."""
+    if peers.is_peer(text):
+        return peers.parse(text)
     try:
         return Recipe.parse(text, device)
     except RecipeError as error:

@@ -45,8 +45,7 @@ class Pipeline:
     def __init__(self, checkpoint: Checkpoint, recipe: Recipe) -> None:
         recipe.check(checkpoint.device)
         self.checkpoint, self.recipe = checkpoint, recipe
-        images = preprocessor.bind(recipe.preprocessor, checkpoint)
-        self.decode_images, self.preprocess, self.upload_patches = images.decode, images.preprocess, images.upload
+        self.images = images = preprocessor.bind(recipe.preprocessor, checkpoint)
         self.encode = capture.bind(recipe.capture.vit, vit.bind(recipe.vit, checkpoint, images.patch_format))
         self.prefill = capture.bind(recipe.capture.prefill, prefill)
         self.decode = capture.bind(recipe.capture.decode, decode)
@@ -63,15 +62,15 @@ class Pipeline:
         pixels = vision = None
         if request.image_inputs:
             with span("decode_image"):
-                images = self.decode_images(request.image_inputs)
+                decoded = self.images.decode(request)
             with span("preprocess"):
-                pixels = self.preprocess(images, request)
+                pixels = self.images.preprocess(decoded, request)
         with span("tokenize"):
             prompt = tokenize(request, pixels.grids if pixels else (), checkpoint)
         with span("upload"):
-            prompt = upload_prompt(prompt, checkpoint.device)
+            prompt = upload_prompt(prompt, self.images.copy)
             if pixels is not None:
-                pixels = upload_pixels(pixels, self.upload_patches)
+                pixels = upload_pixels(pixels, self.images.upload)
         if pixels is not None:
             with span("vit"):
                 vision = self.encode(pixels, tracer)

@@ -13,13 +13,17 @@ import importlib.util
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cache
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
 from fastvl_lab.errors import RecipeError
 
+# The toggles that a Transformers peer may have from a recipe: those on which its pixels depend.
+ORACLE_TOGGLES = ("preprocessor.decode", "preprocessor.resize", "preprocessor.patchify")
+
 OptionValue = str | int
+Pixels = Literal["pillow", "torchvision", "own"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,7 +32,9 @@ class Option:
 
     `exact` options give the same tokens as Transformers up to rounding. `needs` names "cuda" or packages. `decides` names the
     other toggles of the slot that this option takes over: they must stay at their first option, or the recipe means nothing.
-    `requires` names choices elsewhere, "slot.toggle=value", without which this one cannot work.
+    `requires` names choices elsewhere, "slot.toggle=value" or "slot.toggle=value|value", without which this one cannot work.
+    `pixels` says whose resized pixels the option makes, where it touches them: "pillow" or "torchvision" (Transformers' image
+    backends: which of them is the stock one depends on what is installed), or "own".
     """
 
     value: OptionValue
@@ -37,6 +43,14 @@ class Option:
     needs: tuple[str, ...] = ()
     decides: tuple[str, ...] = ()
     requires: tuple[str, ...] = ()
+    pixels: Pixels | None = None
+
+    @property
+    def exactness(self) -> str:
+        """In a word or three, for tables."""
+        if not self.exact:
+            return "no"
+        return "yes" if self.pixels is None else f"with {self.pixels}'s pixels"
 
     def unavailable(self, device: torch.device) -> str | None:
         """Why this option cannot run on the device here, or None if it can."""
@@ -59,6 +73,36 @@ class Preprocessor:
 
     decode: str = _toggle(
         Option(value="pillow", does="Pillow decodes each image in full; Transformers, vLLM and SGLang do so by default"),
+        Option(
+            value="turbojpeg",
+            does="JPEG by libjpeg-turbo straight into an array, bit-equal to Pillow; other formats by Pillow; the lab's own",
+            needs=("simplejpeg",),
+        ),
+        Option(
+            value="draft",
+            does="JPEG decoded at 1/2, 1/4 or 1/8 where that is enough for the resize; other formats in full; SGLang 32397",
+            exact=False,
+            pixels="own",
+            requires=("preprocessor.resize=pillow|torch|device",),
+        ),
+        Option(
+            value="gpu",
+            does=(
+                "JPEG by nvJPEG on the device, other formats by Pillow; SGLang 19749; chroma that is stored at half size may be "
+                "enlarged by nearest neighbour, which has cost accuracy (SGLang 34163)"
+            ),
+            exact=False,
+            needs=("cuda", "torchvision"),
+            pixels="own",
+            requires=("preprocessor.resize=device",),
+        ),
+    )
+    threads: str = _toggle(
+        Option(value="one", does="images are decoded, and by Pillow resized, one after another; Transformers"),
+        Option(
+            value="all",
+            does="a thread a core: images are decoded at once, and Pillow's passes cut into strips, bit-equal; the lab's own",
+        ),
     )
     resize: str = _toggle(
         Option(
@@ -66,7 +110,26 @@ class Preprocessor:
             does="the checkpoint's stock image processor resizes, rescales, normalises and patchifies; Transformers, vLLM, SGLang",
             decides=("patchify", "payload", "temporal"),
         ),
-        Option(value="pillow", does="Pillow's bicubic resize on the decoded image, with no copy through float or channels-first"),
+        Option(
+            value="pillow",
+            does="Pillow's bicubic resize on the decoded image, with no copy through float or channels-first",
+            pixels="pillow",
+        ),
+        Option(
+            value="torch",
+            does=(
+                "torch's antialiased bicubic on bytes, as Transformers' torchvision backend; where Pillow's backend is the stock "
+                "one, in its order of passes and at most 2 of 255 off it"
+            ),
+            pixels="torchvision",
+        ),
+        Option(
+            value="device",
+            does="the whole image goes to the device as bytes and is resized there in float32; vLLM 21995, 50390",
+            exact=False,
+            pixels="own",
+            requires=("preprocessor.patchify=torch|triton",),
+        ),
     )
     patchify: str = _toggle(
         Option(
@@ -76,6 +139,12 @@ class Preprocessor:
         Option(
             value="torch",
             does="the same in torch: bytes go into patch order, then are scaled in one pass; Transformers' torchvision backend",
+        ),
+        Option(
+            value="triton",
+            does="the resized image goes to the device as bytes, where one kernel makes patches of it; the lab's own",
+            needs=("cuda", "triton"),
+            decides=("payload",),
         ),
     )
     payload: str = _toggle(
@@ -93,6 +162,14 @@ class Preprocessor:
             value="folded",
             does="it is sent once, to the sum of the patch embedding's temporal slices: half the bytes and products; the lab's own",
             requires=("vit.tower=lean",),
+        ),
+    )
+    upload: str = _toggle(
+        Option(value="pageable", does="tensors are copied to the device from ordinary memory, and the host waits; Transformers"),
+        Option(
+            value="pinned",
+            does="tensors are copied from page-locked memory while the host goes on; vLLM, SGLang",
+            needs=("cuda",),
         ),
     )
 
@@ -205,9 +282,10 @@ class Recipe:
         for toggle in toggles():
             option = toggle.option(self.value(toggle.path))
             for requirement in option.requires:
-                path, _, value = requirement.partition("=")
-                if str(self.value(path)) != value:
-                    raise RecipeError(f"{toggle.path}={option.value} needs {requirement}, and {path} is {self.value(path)!r}")
+                path, _, values = requirement.partition("=")
+                if str(self.value(path)) not in values.split("|"):
+                    needed = f"{path}={' or '.join(values.split('|'))}"
+                    raise RecipeError(f"{toggle.path}={option.value} needs {needed}, and {path} is {self.value(path)!r}")
             for other in option.decides:
                 path, first = f"{toggle.slot}.{other}", _toggle_at(f"{toggle.slot}.{other}").values[0]
                 if self.value(path) != first:
@@ -224,14 +302,23 @@ class Recipe:
 
     @classmethod
     def fastest(cls, device: torch.device | str = "cpu") -> Recipe:
-        """The best exact recipe known for the device type, from side-by-side measurements.
+        """The best exact recipe known for the device type, from side-by-side measurements, that this installation can run.
 
-        On CPU: `make sweep`, both built-in checkpoints. On CUDA nothing is measured yet, so it is the CPU's.
+        What depends on the installation is `preprocessor.decode`: turbojpeg where simplejpeg is installed. On CPU: `make sweep`,
+        both built-in checkpoints. On CUDA nothing is measured yet, so it is the CPU's.
         """
-        if torch.device(device).type not in ("cpu", "cuda"):
+        device = torch.device(device)
+        if device.type not in ("cpu", "cuda"):
             raise RecipeError(f"no fastest recipe is known for device {str(device)!r}; the choices are 'cpu' and 'cuda'")
+        turbojpeg = _toggle_at("preprocessor.decode").option("turbojpeg").unavailable(device) is None
         return cls(
-            preprocessor=Preprocessor(resize="pillow", patchify="torch", payload="uint8_folded", temporal="folded"),
+            preprocessor=Preprocessor(
+                decode="turbojpeg" if turbojpeg else "pillow",
+                resize="torch",
+                patchify="torch",
+                payload="uint8_folded",
+                temporal="folded",
+            ),
             vit=Vit(tower="lean", patch_embed="linear"),
             attention=Attention(prefill="sdpa", decode="sdpa"),
         )
@@ -275,6 +362,25 @@ class Recipe:
             data[toggle.slot][toggle.name] = new
         return Recipe.from_dict(data)
 
+    def choose(self, path: str, value: OptionValue) -> Recipe:
+        """As `replace`, and with it the changes elsewhere without which the option means nothing.
+
+        What it requires is set to the first choice that will do, and what it takes over goes back to the first option.
+        """
+        changes: dict[str, OptionValue] = {}
+        pending = [(path, value)]
+        while pending:
+            path, value = pending.pop()
+            toggle, changes[path] = _toggle_at(path), value
+            option = toggle.option(value)
+            for requirement in option.requires:
+                other, _, values = requirement.partition("=")
+                allowed = [v for v in _toggle_at(other).values if str(v) in values.split("|")]
+                if changes.get(other, self.value(other)) not in allowed:
+                    pending.append((other, allowed[0]))
+            changes |= {f"{toggle.slot}.{name}": _toggle_at(f"{toggle.slot}.{name}").values[0] for name in option.decides}
+        return self.replace(changes)
+
     def to_dict(self) -> dict[str, dict[str, OptionValue]]:
         """Plain nested data, ready for JSON and YAML."""
         return dataclasses.asdict(self)
@@ -309,8 +415,21 @@ class Recipe:
 
     @property
     def exact(self) -> bool:
-        """Whether every option promises the same tokens as Transformers."""
+        """Whether every option promises the same tokens as Transformers does with one of its image backends."""
         return all(toggle.option(self.value(toggle.path)).exact for toggle in toggles())
+
+    def oracle(self, image_backend: Pixels) -> str:
+        """The engine whose tokens the recipe must make, where `image_backend` is Transformers' own here.
+
+        It is "transformers" where the recipe's pixels are the stock ones; else Transformers' model on the recipe's pixels, such as
+        "transformers, preprocessor.resize=torch": differing pixels are no fault of what comes after them.
+        """
+        steps = [toggle for toggle in toggles() if toggle.path in ORACLE_TOGGLES]
+        whose = {toggle.option(self.value(toggle.path)).pixels for toggle in steps}
+        if whose <= {None, image_backend}:
+            return "transformers"
+        changed = self.changes()
+        return ", ".join(["transformers", *(f"{t.path}={changed[t.path]}" for t in steps if t.path in changed)])
 
     def __str__(self) -> str:
         changes = self.changes()
@@ -341,6 +460,5 @@ def catalogue_markdown() -> str:
         for option in toggle.options:
             first = f"`{toggle.path}`" if option is toggle.options[0] else ""
             needs = f" (needs {', '.join(option.needs)})" if option.needs else ""
-            exact = "yes" if option.exact else "no"
-            lines.append(f"| {first} | `{option.value}`{needs} | {exact} | {option.does} |")
+            lines.append(f"| {first} | `{option.value}`{needs} | {option.exactness} | {option.does} |")
     return "\n".join(lines)

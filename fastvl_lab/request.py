@@ -1,7 +1,7 @@
 """The nouns that travel: what one request is made of on its way from image bytes to text.
 
-A `Request` enters the pipeline; `Pixels`, `Prompt`, `VisionTokens` and `Prefilled` pass between its stages; `Chunk`s leave
-it. All are frozen: a stage makes a new noun instead of changing one.
+A `Request` enters the pipeline; `Decoded`, `Pixels`, `Prompt`, `VisionTokens` and `Prefilled` pass between its stages; `Chunk`s
+leave it. All are frozen: a stage makes a new noun instead of changing one.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import operator
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
 from urllib.request import url2pathname
 
 import numpy as np
@@ -25,6 +25,9 @@ if TYPE_CHECKING:
 # Refused before they are read. Pixels are limited where they are decoded, by the header.
 MAX_IMAGE_BYTES = 100_000_000
 MAX_IMAGES = 64
+
+# Decoded, upright RGB: Pillow's, or uint8 [height, width, 3], whichever the next step wants.
+Picture: TypeAlias = "Image.Image | torch.Tensor"
 
 ImageSource = bytes | str | Path | Image.Image | np.ndarray
 
@@ -252,6 +255,17 @@ class PatchFormat:
 
     frames: int
     normalised: bool
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Decoded:
+    """All images of a request as upright RGB pictures, and what will become of their sizes.
+
+    A picture may be smaller than its shape says the image was, where it was decoded at a reduced scale.
+    """
+
+    pictures: tuple[Picture, ...]
+    shapes: tuple[ImageShape, ...]
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)

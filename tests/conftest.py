@@ -6,17 +6,23 @@ import atexit
 import os
 import shutil
 import tempfile
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 
 # Tests, and the kernels they start, get an empty cache: none reads or fills the user's. Set before any library reads them.
 os.environ["XDG_CACHE_HOME"] = tempfile.mkdtemp(prefix="fastvl-lab-tests-")
 os.environ["HF_HUB_OFFLINE"] = "1"
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"  # kernels run in Triton's interpreter, on tensors of the host
 atexit.register(shutil.rmtree, os.environ["XDG_CACHE_HOME"], ignore_errors=True)
 
 from fastvl_lab import Lab, photo
+from fastvl_lab.preprocessor.decode_image import as_image, open_image, with_pillow
+from fastvl_lab.request import ImageInput, ImageSource
 
 TINY = ("tiny-qwen2.5-vl", "tiny-qwen3-vl")
 
@@ -45,6 +51,12 @@ def lab(request: pytest.FixtureRequest, labs: dict[str, Lab]) -> Lab:
 def picture() -> bytes:
     """A small photograph as JPEG bytes."""
     return photo("astronaut", (168, 140))
+
+
+@pytest.fixture(scope="session")
+def decode() -> Callable[[Sequence[ImageSource | ImageInput]], list[Image.Image]]:
+    """Upright RGB images from encoded bytes, pictures and arrays, by Pillow."""
+    return lambda images: [as_image(with_pillow(open_image(ImageInput.of(image)))) for image in images]
 
 
 @pytest.fixture

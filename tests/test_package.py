@@ -31,7 +31,19 @@ LAYER_OF = {part: number for number, layer in enumerate(LAYERS) for part in laye
 # A run and a comparison draw themselves, and a sweep writes its report: these imports stand inside the function that draws.
 DRAWN_ON_REQUEST = {("run", "view"), ("measure", "view")}
 
-OPTIONAL = ("plotly", "pandas", "pyarrow", "ipywidgets", "anywidget", "IPython", "papermill", "fastapi", "skimage", "kaleido")
+OPTIONAL = (
+    "plotly",
+    "pandas",
+    "pyarrow",
+    "ipywidgets",
+    "anywidget",
+    "IPython",
+    "papermill",
+    "fastapi",
+    "skimage",
+    "kaleido",
+    "simplejpeg",
+)
 
 
 def _modules() -> Iterator[tuple[Path, str]]:
@@ -79,7 +91,7 @@ def test_slots_do_not_import_each_other() -> None:
 
 def test_options_of_a_slot_do_not_import_each_other() -> None:
     options = {
-        "preprocessor": {"stock", "resize", "patchify"},
+        "preprocessor": {"stock", "resize", "patchify", "patchify_triton"},
         "vit": {"stock", "lean"},
         "attention": {"eager", "sdpa"},
     }

@@ -20,7 +20,7 @@ CPU = torch.device("cpu")
 
 def _recipes() -> list[Recipe]:
     free = Recipe.parse("baseline, preprocessor.resize=pillow, vit.tower=lean")
-    return [free.replace(t.path, v) for t in toggles() for v in t.values if not t.option(v).decides]
+    return [free.choose(t.path, v) for t in toggles() for v in t.values]
 
 
 def test_the_six_slots_stand_in_the_order_of_the_corridor() -> None:

@@ -61,6 +61,11 @@ class Checkpoint:
         """Patches along one side of a visual token (`spatial_merge_size`)."""
         return int(self.config.vision_config.spatial_merge_size)
 
+    @property
+    def image_backend(self) -> Literal["pillow", "torchvision"]:
+        """Which of Transformers' image backends the checkpoint's image processor is here."""
+        return "pillow" if isinstance(self.image_processor, Qwen2VLImageProcessorPil) else "torchvision"
+
     def scale_shift(self) -> tuple[torch.Tensor, torch.Tensor]:
         """Rescale and normalise in one: a byte x of a channel becomes x * scale - shift; float64 [channels] each, on the host."""
         mean, std = (

@@ -8,10 +8,11 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import torch
+
 from fastvl_lab.errors import RequestError, require, sentence
 from fastvl_lab.lab import EngineName, Lab
 from fastvl_lab.measure.statistics import Interval, median_interval
-from fastvl_lab.peers import PEERS
 from fastvl_lab.request import Request
 from fastvl_lab.run import Run
 from fastvl_lab.trace import Lane
@@ -27,15 +28,29 @@ class Sample:
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
+class Oracle:
+    """The engine that answers for others whose pixels are not the reference's, its tokens, and how far it is from the reference.
+
+    logit_difference: the largest difference of a last-prompt-token logit between it and the reference, which the pixels alone make.
+    """
+
+    engine: str
+    tokens: tuple[int, ...]
+    logit_difference: float
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
 class Comparison:
     """What `compare` measured.
 
-    reference: the label that parity and speed-ups refer to (a peer where one ran, else the first engine). failures: label ->
-    the sentence of the error that took an engine out.
+    reference: the label that parity and speed-ups refer to (a peer where one ran, else the first engine). oracles: label -> who
+    answers for its tokens, for engines whose pixels are not the reference's (`Recipe.oracle`). failures: label -> the sentence of
+    the error that took an engine out.
     """
 
     samples: tuple[Sample, ...]
     reference: str
+    oracles: Mapping[str, Oracle]
     failures: Mapping[str, str]
 
     @property
@@ -54,9 +69,14 @@ class Comparison:
         runs = sorted(self.runs(engine) or everything, key=lambda run: run.ttft)
         return runs[(len(runs) - 1) // 2]
 
+    def expected(self, engine: str) -> tuple[int, ...]:
+        """The tokens that an engine must make: the reference's, or on other pixels those of its oracle."""
+        own = self.oracles.get(engine)
+        return own.tokens if own else next(s.run.tokens for s in self.samples if s.engine == self.reference)
+
     def parity(self, engine: str) -> bool:
-        """Whether every run of the engine made the reference's tokens."""
-        expected = next(s.run.tokens for s in self.samples if s.engine == self.reference)
+        """Whether every run of the engine made the tokens that it must."""
+        expected = self.expected(engine)
         return all(s.run.tokens == expected for s in self.samples if s.engine == engine)
 
     def speedup(self, engine: str) -> Interval | None:
@@ -86,6 +106,8 @@ class Comparison:
                 "cold_ttft_ms": cold[0].ttft * 1e3 if cold else None,
                 "tpot_ms": median_interval(tpots).median if tpots else None,
                 "tokens_equal": self.parity(engine),
+                "oracle": self.oracles[engine].engine if engine in self.oracles else self.reference,
+                "logit_difference": self.oracles[engine].logit_difference if engine in self.oracles else None,
                 "speedup": speedup.median if speedup else None,
                 "speedup_low": speedup.low if speedup else None,
                 "speedup_high": speedup.high if speedup else None,
@@ -104,7 +126,7 @@ class Comparison:
             largest = max(stages, key=lambda stage: stages[stage])
             line = f"{engine} spends {stages[largest] / 1e9 / run.ttft:.0%} of its TTFT in {largest} ({lane})"
             if engine != self.reference:
-                line += f"; {_against(speedup, self.reference, self.parity(engine))}"
+                line += f"; {_against(speedup, self.reference, self.oracles.get(engine), self.parity(engine))}"
             lines.append(line)
         return lines
 
@@ -139,13 +161,16 @@ def compare(
         raise RequestError("engines is empty; name at least one recipe or peer")
     if repeats < 0 or warm_up < 0 or repeats + warm_up < 1:
         raise RequestError(f"repeats is {repeats} and warm_up {warm_up}; both must be 0 or more, and one of them at least 1")
+    keys = {label: lab.engine(engine) for label, engine in engines.items()}
     order, samples, failures = list(engines), [], {}
+    logits: dict[str, torch.Tensor] = {}
     shuffled = random.Random(seed)
     for number in range(-warm_up, repeats):
         shuffled.shuffle(order)
         for label in [name for name in order if name not in failures]:
             try:
-                run = lab.run(request, engines[label])
+                run = lab.run(request, keys[label])
+                logits.setdefault(label, run.logits)
                 # A run's logits may be half a megabyte, and a comparison holds many runs.
                 run = dataclasses.replace(run, engine=label, logits=run.logits[:0])
                 samples.append(Sample(engine=label, round=number, run=run))
@@ -157,19 +182,40 @@ def compare(
                 on_run(label)
     alive = [label for label in engines if any(s.engine == label for s in samples)]
     samples = [s for label in alive for s in samples if s.engine == label]
-    peers = [label for label in alive if engines[label] in PEERS]
-    return Comparison(samples=tuple(samples), reference=next(iter(peers + alive), ""), failures=failures)
+    peers = [label for label in alive if isinstance(keys[label], str)]
+    reference = next(iter(peers + alive), "")
+    oracles: dict[str, Oracle] = {}
+    for label in alive if request.image_inputs else []:
+        name = _oracle(lab, keys[label])
+        if name != _oracle(lab, keys[reference]):
+            known = next((oracle for oracle in oracles.values() if oracle.engine == name), None)
+            oracles[label] = known or _run_oracle(lab, request, name, logits[reference])
+    return Comparison(samples=tuple(samples), reference=reference, oracles=oracles, failures=failures)
 
 
-def _against(speedup: Interval | None, reference: str, parity: bool) -> str:
+def _oracle(lab: Lab, key: EngineName) -> str:
+    """Who answers for an engine's tokens; a peer for itself."""
+    return key if isinstance(key, str) else key.oracle(lab.checkpoint.image_backend)
+
+
+def _run_oracle(lab: Lab, request: Request, name: str, reference_logits: torch.Tensor) -> Oracle:
+    run = lab.run(request, name)
+    return Oracle(engine=name, tokens=run.tokens, logit_difference=float((run.logits - reference_logits).abs().max()))
+
+
+def _against(speedup: Interval | None, reference: str, oracle: Oracle | None, parity: bool) -> str:
     """A speed-up in words, and no claim that its interval does not bear."""
     if not parity:
-        return f"its tokens differ from {reference}'s, so its time is not compared"
+        return f"its tokens differ from those of {oracle.engine if oracle else reference}, so its time is not compared"
     if speedup is None:
         return f"no warm rounds to compare with {reference}"
     text = f"{speedup.median:.2f}× as fast as {reference}"
     if speedup.low != speedup.low:
-        return f"{text} (too few rounds for an interval)"
-    if speedup.low <= 1 <= speedup.high:
-        return f"no difference from {reference} shown ({text}, 95% CI {speedup.low:.2f} to {speedup.high:.2f})"
-    return f"{text} (95% CI {speedup.low:.2f} to {speedup.high:.2f})"
+        text += " (too few rounds for an interval)"
+    elif speedup.low <= 1 <= speedup.high:
+        text = f"no difference from {reference} shown ({text}, 95% CI {speedup.low:.2f} to {speedup.high:.2f})"
+    else:
+        text += f" (95% CI {speedup.low:.2f} to {speedup.high:.2f})"
+    if oracle is None:
+        return text
+    return f"{text}, with pixels of its own, which move {reference}'s logits by up to {oracle.logit_difference:.2g}"

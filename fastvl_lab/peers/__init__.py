@@ -5,7 +5,9 @@ from __future__ import annotations
 import importlib
 
 from fastvl_lab.checkpoint import Checkpoint
+from fastvl_lab.errors import RecipeError
 from fastvl_lab.pipeline import Engine
+from fastvl_lab.recipe import ORACLE_TOGGLES, Recipe
 
 # Peer name -> the class that runs it.
 _PEERS = {"transformers": ("fastvl_lab.peers.transformers", "TransformersPeer")}
@@ -13,8 +15,29 @@ _PEERS = {"transformers": ("fastvl_lab.peers.transformers", "TransformersPeer")}
 PEERS = tuple(_PEERS)
 
 
-def bind(name: str, checkpoint: Checkpoint) -> Engine:
-    """The peer of that name over a checkpoint's own weights; `name` is one of `PEERS`."""
+def is_peer(text: str) -> bool:
+    """Whether an engine's text names a peer, and not a recipe."""
+    return isinstance(text, str) and text.partition(",")[0].strip() in PEERS
+
+
+def parse(text: str) -> str:
+    """A peer's text in its one spelling: its name, then changes of the toggles that decide on pixels.
+
+    "transformers, preprocessor.resize=torch" is Transformers' model behind the lab's preprocessing. Raises `RecipeError`.
+    """
+    name, _, changes = text.partition(",")
+    recipe = Recipe.parse(f"baseline, {changes}" if changes else "baseline")
+    for path in recipe.changes():
+        if path not in ORACLE_TOGGLES:
+            raise RecipeError(f"{text!r} changes {path}, which a peer does not have; the choices are {', '.join(ORACLE_TOGGLES)}")
+    return ", ".join([name.strip(), *(f"{path}={value}" for path, value in recipe.changes().items())])
+
+
+def bind(text: str, checkpoint: Checkpoint) -> Engine:
+    """The peer of a text that `parse` has read, over a checkpoint's own weights."""
+    name, _, changes = text.partition(",")
+    recipe = Recipe.parse(f"baseline,{changes}" if changes else "baseline")
+    recipe.check(checkpoint.device)
     module, attribute = _PEERS[name]
-    peer: Engine = getattr(importlib.import_module(module), attribute)(checkpoint)
+    peer: Engine = getattr(importlib.import_module(module), attribute)(checkpoint, recipe.preprocessor)
     return peer

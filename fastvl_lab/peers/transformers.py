@@ -18,8 +18,8 @@ from transformers.generation.streamers import BaseStreamer
 
 from fastvl_lab.checkpoint import Checkpoint
 from fastvl_lab.pipeline import Outcome
-from fastvl_lab.preprocessor import stock
-from fastvl_lab.preprocessor.decode_image import decode_with_pillow
+from fastvl_lab.preprocessor import bind
+from fastvl_lab.recipe import Preprocessor
 from fastvl_lab.request import Grid, Request
 from fastvl_lab.streaming import Deliver, Emitter, TokenBytes
 from fastvl_lab.tokenizer import chat_text, check_length
@@ -27,10 +27,14 @@ from fastvl_lab.trace import Tracer
 
 
 class TransformersPeer:
-    """Transformers over a checkpoint's stock model."""
+    """Transformers over a checkpoint's stock model.
 
-    def __init__(self, checkpoint: Checkpoint) -> None:
+    preprocessor: the lab's own preprocessing in place of the stock one, to be the oracle on its pixels.
+    """
+
+    def __init__(self, checkpoint: Checkpoint, preprocessor: Preprocessor | None = None) -> None:
         self.checkpoint = checkpoint
+        self.images = bind(preprocessor or Preprocessor(), checkpoint)
         self.token_bytes = TokenBytes.of(checkpoint.tokenizer)
 
     @torch.inference_mode()
@@ -39,14 +43,14 @@ class TransformersPeer:
         checkpoint, pixels = self.checkpoint, None
         if request.image_inputs:
             with tracer.span("decode_image"):
-                images = decode_with_pillow(request.image_inputs)
+                decoded = self.images.decode(request)
             with tracer.span("preprocess"):
-                pixels = stock.preprocess(images, request, checkpoint)
+                pixels = self.images.preprocess(decoded, request)
         with tracer.span("tokenize"):
             inputs = self._tokenize(request, pixels.grids if pixels else ())
         with tracer.span("upload"):
             if pixels is not None:
-                inputs["pixel_values"] = pixels.patches
+                inputs["pixel_values"] = self.images.upload(pixels.patches)
                 inputs["image_grid_thw"] = torch.tensor(pixels.grids)
             inputs = {name: tensor.to(checkpoint.device) for name, tensor in inputs.items()}
 

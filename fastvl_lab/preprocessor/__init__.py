@@ -3,58 +3,114 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 
-from PIL import Image
+import torch
 
 from fastvl_lab.checkpoint import Checkpoint
-from fastvl_lab.preprocessor import patchify, resize, stock, upload
-from fastvl_lab.preprocessor.decode_image import decode_with_pillow
+from fastvl_lab.preprocessor import decode_image, patchify, resize, stock, upload
+from fastvl_lab.preprocessor.decode_image import Decoder, as_image, as_tensor, open_image
 from fastvl_lab.preprocessor.layout import PatchLayout, shapes_of
+from fastvl_lab.preprocessor.resize import Each, Resize
+from fastvl_lab.preprocessor.upload import Copy, PatchUpload
 from fastvl_lab.recipe import Preprocessor
-from fastvl_lab.request import ImageInput, PatchFormat, Pixels, Request
+from fastvl_lab.request import Decoded, PatchFormat, Picture, Pixels, Request
+
+# Resized images, uint8 [height, width, 3], to patches.
+ToPatches = Callable[[Sequence[torch.Tensor]], torch.Tensor]
 
 
 @dataclass(frozen=True, kw_only=True)
 class BoundPreprocessor:
-    """The stages of the slot: encoded images to RGB, RGB to patches, patches to the device, where they have `patch_format`."""
+    """The stages of the slot: encoded images to RGB, RGB to patches, patches to the device, where they have `patch_format`.
 
-    decode: Callable[[Sequence[ImageInput]], list[Image.Image]]
-    preprocess: Callable[[Sequence[Image.Image], Request], Pixels]
-    upload: upload.PatchUpload
+    `copy` is how any host tensor reaches the device.
+    """
+
+    decode: Callable[[Request], Decoded]
+    preprocess: Callable[[Decoded, Request], Pixels]
+    upload: PatchUpload
+    copy: Copy
     patch_format: PatchFormat
 
 
 def bind(slot: Preprocessor, checkpoint: Checkpoint) -> BoundPreprocessor:
     """The functions that the slot's toggles name; raises `CheckpointError` where the checkpoint asks for what they have not."""
-    decode = {"pillow": decode_with_pillow}[slot.decode]
+    n_threads = {"one": 1, "all": torch.get_num_threads()}[slot.threads]
+    each: Each = map if n_threads == 1 else ThreadPoolExecutor(n_threads, thread_name_prefix="fastvl-preprocessor").map
     device, dtype, stock_frames = checkpoint.device, checkpoint.dtype, checkpoint.image_processor.temporal_patch_size
+    copy = {"pageable": upload.pageable, "pinned": upload.pinned}[slot.upload](device)
+    decode = _decode(slot, checkpoint, each)
     if slot.resize == "transformers":
         return BoundPreprocessor(
             decode=decode,
-            preprocess=lambda images, request: stock.preprocess(images, request, checkpoint),
-            upload=upload.normalised(device, dtype),
+            preprocess=lambda decoded, request: stock.preprocess(decoded, request, checkpoint),
+            upload=upload.normalised(copy, dtype),
+            copy=copy,
             patch_format=PatchFormat(frames=stock_frames, normalised=True),
         )
     layout = PatchLayout.of(checkpoint)
     frames = {"duplicated": stock_frames, "folded": 1}[slot.temporal]
-    resize_to = {"pillow": resize.with_pillow}[slot.resize]
-    to_patches = {"numpy": patchify.with_numpy, "torch": patchify.with_torch}[slot.patchify]
-    upload_patches = {
-        "float32": upload.normalised(device, dtype),
-        "uint8": upload.normalising(device, dtype, layout, frames),
-        "uint8_folded": upload.as_bytes(device),
-    }[slot.payload]
+    resize_to = _resize(slot, checkpoint, copy, each, n_threads)
+    to_patches = _to_patches(slot, checkpoint, copy, layout, frames)
 
-    def preprocess(images: Sequence[Image.Image], request: Request) -> Pixels:
-        shapes = shapes_of(images, request, checkpoint)
-        resized = [resize_to(image, shape) for image, shape in zip(images, shapes, strict=True)]
-        patches = to_patches(resized, layout, frames=frames, normalised=slot.payload == "float32")
-        return Pixels(patches=patches, shapes=shapes)
+    def preprocess(decoded: Decoded, request: Request) -> Pixels:
+        resized = [resize_to(picture, shape) for picture, shape in zip(decoded.pictures, decoded.shapes, strict=True)]
+        return Pixels(patches=to_patches(resized), shapes=decoded.shapes)
 
     return BoundPreprocessor(
         decode=decode,
         preprocess=preprocess,
-        upload=upload_patches,
+        upload={
+            "float32": upload.normalised(copy, dtype),
+            "uint8": upload.normalising(copy, device, dtype, layout, frames),
+            "uint8_folded": copy,
+        }[slot.payload],
+        copy=copy,
         patch_format=PatchFormat(frames=frames, normalised=slot.payload != "uint8_folded"),
     )
+
+
+def _decode(slot: Preprocessor, checkpoint: Checkpoint, each: Each) -> Callable[[Request], Decoded]:
+    """Headers first, and everything that they can be refused for; then the pixels, in the form that the resize takes."""
+    decoders: dict[str, Decoder] = {
+        "pillow": decode_image.with_pillow,
+        "turbojpeg": decode_image.with_turbojpeg,
+        "draft": decode_image.with_draft,
+        "gpu": partial(decode_image.with_torchvision, device=checkpoint.device),
+    }
+    decoder = decoders[slot.decode]
+    form: Callable[[Picture], Picture] = as_image if slot.resize in ("transformers", "pillow") else as_tensor
+
+    def decode(request: Request) -> Decoded:
+        opened = [open_image(image) for image in request.image_inputs]
+        shapes = shapes_of([one.size for one in opened], request, checkpoint)
+        return Decoded(pictures=tuple(each(lambda one, shape: form(decoder(one, shape)), opened, shapes)), shapes=shapes)
+
+    return decode
+
+
+def _resize(slot: Preprocessor, checkpoint: Checkpoint, copy: Copy, each: Each, n_threads: int) -> Resize:
+    as_pillow = checkpoint.image_backend == "pillow"
+    if slot.resize == "pillow":
+        return resize.with_pillow if n_threads == 1 else resize.with_pillow_in_strips(each, n_threads)
+    if slot.resize == "torch":
+        return resize.with_torch(as_pillow=as_pillow)
+    assert slot.resize == "device"
+    return resize.on_device(copy, as_pillow=as_pillow)
+
+
+def _to_patches(slot: Preprocessor, checkpoint: Checkpoint, copy: Copy, layout: PatchLayout, frames: int) -> ToPatches:
+    if slot.patchify == "triton":
+        from fastvl_lab.preprocessor.patchify_triton import with_triton  # triton is loaded where it is asked for
+
+        return with_triton(layout, frames, copy, checkpoint.device, checkpoint.dtype)
+    normalised = slot.payload == "float32"
+    options: dict[str, Callable[..., torch.Tensor]] = {
+        "numpy": patchify.with_numpy,
+        "torch": partial(patchify.with_torch, pinned=slot.upload == "pinned" and slot.resize != "device"),
+    }
+    to_patches = options[slot.patchify]
+    return lambda resized: to_patches([image[None] for image in resized], layout, frames=frames, normalised=normalised)

@@ -1,64 +1,191 @@
-"""Encoded bytes to RGB pixels, and a clear refusal of what is no image."""
+"""Encoded bytes to RGB pixels, in two steps: the header, which sizes and limits are read from, then the pixels.
+
+Decoders map an `Opened` image and what is to become of its size to upright RGB: a `PIL.Image`, or a uint8 tensor
+[height, width, 3]. What is no image is refused in words.
+"""
 
 from __future__ import annotations
 
 import io
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
 
 import numpy as np
-from PIL import Image, ImageOps, UnidentifiedImageError
+import torch
+from PIL import ExifTags, Image, ImageOps, JpegImagePlugin, UnidentifiedImageError
 
-from fastvl_lab.errors import ImageError
-from fastvl_lab.request import ImageInput, ImageSource
+from fastvl_lab.errors import ImageError, require
+from fastvl_lab.request import ImageInput, ImageShape, Picture
 
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF")
 
-
-def decode_with_pillow(images: Sequence[ImageSource | ImageInput]) -> list[Image.Image]:
-    """RGB images, upright by their EXIF orientation, as Transformers' `load_image` gives them; raises `ImageError`."""
-    return [_decode(ImageInput.of(image)) for image in images]
+# Rows of a Pillow image that are copied into an array at once: few enough to stay in the cache.
+_ROWS = 64
 
 
-def _decode(image: ImageInput) -> Image.Image:
-    if isinstance(image.data, bytes):
-        picture = _open(image.data, image.label)
-    elif isinstance(image.data, np.ndarray):
-        picture = _of_array(image.data)
-    else:
-        picture = image.data
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Opened:
+    """An image whose header has been read.
+
+    picture: Pillow's image, its pixels not decoded yet where it came as bytes, or the caller's uint8 array [height, width] or
+    [height, width, 3]. data: the encoded bytes, or None. orientation: EXIF's, 1 (upright) to 8.
+    """
+
+    label: str
+    picture: Image.Image | np.ndarray
+    data: bytes | None
+    orientation: int
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """Width and height once upright."""
+        if isinstance(self.picture, np.ndarray):
+            height, width = self.picture.shape[:2]
+        else:
+            width, height = self.picture.size
+        return (height, width) if self.orientation >= 5 else (width, height)
+
+    @property
+    def is_rgb_jpeg(self) -> bool:
+        """Whether the bytes are a JPEG of three colours, which is what decoders other than Pillow's are given."""
+        if self.data is None or not isinstance(self.picture, JpegImagePlugin.JpegImageFile):  # MPO, of phones, is one too
+            return False
+        return self.picture.mode == "RGB"
+
+
+Decoder = Callable[[Opened, ImageShape], Picture]
+
+
+def open_image(image: ImageInput) -> Opened:
+    """Read the header; raises `ImageError` for what is no image, or one of too many pixels."""
+    if isinstance(image.data, np.ndarray):
+        return Opened(label=image.label, picture=_checked(image.data), data=None, orientation=1)
+    encoded = image.data if isinstance(image.data, bytes) else None
+    picture = _open(encoded, image.label) if encoded is not None else image.data
+    assert isinstance(picture, Image.Image)
     if picture.width == 0 or picture.height == 0:
         raise ImageError(f"image {image.label!r} is {picture.width}x{picture.height}; both sides must be at least 1 pixel")
-    try:
-        picture = ImageOps.exif_transpose(picture)
+    with _broken(image.label):
+        orientation = picture.getexif().get(ExifTags.Base.Orientation, 1)
+    known = isinstance(orientation, int) and 1 <= orientation <= 8
+    return Opened(label=image.label, picture=picture, data=encoded, orientation=orientation if known else 1)
+
+
+def with_pillow(opened: Opened, shape: ImageShape | None = None) -> Picture:
+    """All pixels by Pillow, upright by their EXIF orientation, as Transformers' `load_image` gives them; raises `ImageError`.
+
+    The caller's own arrays need no decoder, and stay as they are.
+    """
+    if isinstance(opened.picture, np.ndarray):
+        return _of_array(opened.picture)
+    picture = opened.picture
+    with _broken(opened.label):
+        picture.load()
+        if opened.orientation != 1:
+            picture = ImageOps.exif_transpose(picture)
         return picture if picture.mode == "RGB" else picture.convert("RGB")
-    except MemoryError:
+
+
+def with_draft(opened: Opened, shape: ImageShape) -> Picture:
+    """A JPEG at the smallest of 1/1, 1/2, 1/4, 1/8 that is no smaller than the resized image, scaled in the frequency domain.
+
+    Other formats, and images of the caller's own, are decoded in full.
+    """
+    if opened.is_rgb_jpeg:
+        assert isinstance(opened.picture, Image.Image)
+        wanted = (shape.resized_width, shape.resized_height)
+        opened.picture.draft("RGB", wanted[::-1] if opened.orientation >= 5 else wanted)
+    return with_pillow(opened, shape)
+
+
+def with_turbojpeg(opened: Opened, shape: ImageShape) -> Picture:
+    """A JPEG by libjpeg-turbo straight into an array, without Pillow's four bytes a pixel; the pixels are Pillow's, bit for bit.
+
+    Other formats, greyscale and CMYK go to Pillow, and so does data that libjpeg-turbo finds fault with: Pillow says whether it is
+    an image. Raises `ImageError`.
+    """
+    if not opened.is_rgb_jpeg:
+        return with_pillow(opened, shape)
+    try:
+        pixels = require("simplejpeg", "fast").decode_jpeg(opened.data, colorspace="RGB")
+    except ValueError:
+        return with_pillow(opened, shape)
+    return _upright(torch.from_numpy(pixels), opened.orientation)
+
+
+def with_torchvision(opened: Opened, shape: ImageShape, device: torch.device) -> Picture:
+    """A JPEG by nvJPEG into the device's memory; other formats by Pillow on the host, then copied. Raises `ImageError`."""
+    if not opened.is_rgb_jpeg:
+        return as_tensor(with_pillow(opened, shape)).to(device)
+    torchvision = require("torchvision.io", "torchvision")
+    assert opened.data is not None
+    encoded = torch.frombuffer(bytearray(opened.data), dtype=torch.uint8)
+    with _broken(opened.label):
+        pixels = torchvision.decode_jpeg(encoded, mode=torchvision.ImageReadMode.RGB, device=device)  # [3, height, width]
+    return _upright(pixels.permute(1, 2, 0), opened.orientation)
+
+
+def as_tensor(picture: Picture) -> torch.Tensor:
+    """uint8 [height, width, 3]."""
+    if isinstance(picture, torch.Tensor):
+        return picture
+    pixels = np.empty((picture.height, picture.width, 3), np.uint8)
+    for top in range(0, picture.height, _ROWS):  # in strips: Pillow would make two whole copies on the way
+        bottom = min(top + _ROWS, picture.height)
+        pixels[top:bottom] = np.asarray(picture.crop((0, top, picture.width, bottom)))
+    return torch.from_numpy(pixels)
+
+
+def as_image(picture: Picture) -> Image.Image:
+    return picture if isinstance(picture, Image.Image) else Image.fromarray(picture.numpy())
+
+
+def _of_array(array: np.ndarray) -> torch.Tensor:
+    pixels = torch.from_numpy(np.require(array, requirements=["C", "W"]))
+    return pixels if pixels.ndim == 3 else pixels[:, :, None].expand(-1, -1, 3)
+
+
+def _upright(pixels: torch.Tensor, orientation: int) -> torch.Tensor:
+    """Undo an EXIF orientation; pixels: [height, width, 3]."""
+    if orientation >= 5:
+        pixels = pixels.transpose(0, 1)
+    # After the transposition: which sides are still the wrong way round.
+    flipped = {1: (), 2: (1,), 3: (0, 1), 4: (0,), 5: (), 6: (1,), 7: (0, 1), 8: (0,)}[orientation]
+    return (pixels.flip(flipped) if flipped else pixels).contiguous()
+
+
+@contextmanager
+def _broken(label: str) -> Iterator[None]:
+    """Turn what decoders raise for broken data into our error."""
+    try:
+        yield
+    except (MemoryError, torch.OutOfMemoryError, ImageError):
         raise
     except Exception as error:  # Pillow and its plugins report broken data by many types, struct.error among them
-        raise ImageError(f"image {image.label!r} is broken: {error}") from None
+        raise ImageError(f"image {label!r} is broken: {error}") from None
 
 
 def _open(data: bytes, label: str) -> Image.Image:
     if len(data) == 0:
         raise ImageError(f"image {label!r} is empty (0 bytes)")
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("error", Image.DecompressionBombWarning)
+    with _broken(label), warnings.catch_warnings():
+        warnings.simplefilter("error", Image.DecompressionBombWarning)
+        try:
             return Image.open(io.BytesIO(data), formats=FORMATS)
-    except UnidentifiedImageError:
-        raise ImageError(f"{label!r} is not an image of a supported type; the choices are {', '.join(FORMATS)}") from None
-    except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
-        raise ImageError(f"image {label!r} is too large: {error}; the limit is {Image.MAX_IMAGE_PIXELS} pixels") from None
-    except MemoryError:
-        raise
-    except Exception as error:  # as above
-        raise ImageError(f"image {label!r} is broken: {error}") from None
+        except UnidentifiedImageError:
+            choices = ", ".join(FORMATS)
+            raise ImageError(f"{label!r} is not an image of a supported type; the choices are {choices}") from None
+        except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
+            limit = Image.MAX_IMAGE_PIXELS
+            raise ImageError(f"image {label!r} is too large: {error}; the limit is {limit} pixels") from None
 
 
-def _of_array(array: np.ndarray) -> Image.Image:
+def _checked(array: np.ndarray) -> np.ndarray:
     if array.dtype != np.uint8 or array.ndim not in (2, 3) or (array.ndim == 3 and array.shape[2] != 3) or array.size == 0:
         raise ImageError(
             f"an image array is {array.dtype} of shape {array.shape}; it must be uint8, [height, width, 3] or [height, width], "
             f"with no side of zero"
         )
-    return Image.fromarray(array)
+    return array

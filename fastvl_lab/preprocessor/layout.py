@@ -55,11 +55,6 @@ class PatchLayout:
         """Pixels along one side of a visual token; resized sides are multiples of it."""
         return self.patch_size * self.merge_size
 
-    def blocks(self, height: int, width: int) -> tuple[int, ...]:
-        """The shape (C last) that splits an image into patches: [G, m, p, H, m, p, C]."""
-        m, p = self.merge_size, self.patch_size
-        return (height // self.factor, m, p, width // self.factor, m, p, 3)
-
 
 def smart_resize(height: int, width: int, *, factor: int, min_pixels: int, max_pixels: int) -> tuple[int, int]:
     """The resized (height, width): multiples of `factor` near the original, with an area inside the limits.
@@ -86,15 +81,15 @@ def smart_resize(height: int, width: int, *, factor: int, min_pixels: int, max_p
     return rows * factor, columns * factor
 
 
-def shapes_of(images: Sequence[Image.Image], request: Request, checkpoint: Checkpoint) -> tuple[ImageShape, ...]:
-    """What becomes of each image's size; raises `ImageError` and `RequestError` before a pixel is touched."""
+def shapes_of(sizes: Sequence[tuple[int, int]], request: Request, checkpoint: Checkpoint) -> tuple[ImageShape, ...]:
+    """What becomes of images of these widths and heights; raises `ImageError` and `RequestError`."""
     least, most = checkpoint.pixel_limits(request.min_pixels, request.max_pixels)
     if least > most:
         raise RequestError(
             f"min_pixels {least} is over max_pixels {most}: one is the request's, the other the checkpoint's; "
             f"set both in the request"
         )
-    shapes = tuple(_shape(*image.size, checkpoint.image_processor, least, most) for image in images)
+    shapes = tuple(_shape(*size, checkpoint.image_processor, least, most) for size in sizes)
     visual_tokens = sum(shape.visual_tokens for shape in shapes)
     if visual_tokens > checkpoint.max_length:
         raise RequestError(

@@ -1,7 +1,8 @@
-"""Resized images to patches in merge order.
+"""Resized clips to patches in merge order.
 
-Shape letters: G grid rows / merge, H grid columns / merge, m merge size, p patch size, C channels, F frames of the clip an image
-becomes. A patch is [C, F, p, p] flattened. Patches that merge into one visual token stand together: [G, H, m, m].
+A clip is uint8 [T, height, width, 3]: an image has T = 1, a video its own frames, a multiple of F. Shape letters: G grid rows /
+merge, H grid columns / merge, m merge size, p patch size, C channels, F frames of a patch (an image is repeated to fill it). A
+patch is [C, F, p, p] flattened. Patches that merge into one visual token stand together: [G, H, m, m].
 """
 
 from __future__ import annotations
@@ -12,43 +13,75 @@ import numpy as np
 import torch
 
 from fastvl_lab.preprocessor.layout import PatchLayout
+from fastvl_lab.request import Grid
 
-# [G, m, p, H, m, p, C] -> [G, H, m, m, C, p, p]
-PATCH_ORDER = (0, 3, 1, 4, 6, 2, 5)
+# [T / f, f, G, m, p, H, m, p, C] -> [T / f, G, H, m, m, C, f, p, p]
+PATCH_ORDER = (0, 2, 5, 3, 6, 8, 1, 4, 7)
 
 
-def with_numpy(images: Sequence[np.ndarray], layout: PatchLayout, *, frames: int, normalised: bool) -> torch.Tensor:
-    """Plain numpy passes over uint8 [height, width, 3] images; [n_patches, C * F * p * p], float32 if normalised, else uint8.
+def with_numpy(clips: Sequence[torch.Tensor], layout: PatchLayout, *, frames: int, normalised: bool) -> torch.Tensor:
+    """Plain numpy passes; [n_patches, C * F * p * p], float32 if normalised, else uint8.
 
     The arithmetic is the stock Pillow backend's, in its order and precision, so normalised patches are bit-equal to it.
     """
-    mean, std = (np.array(x, dtype=np.float32).reshape(3, 1, 1) for x in (layout.mean, layout.std))
+    mean, std = (np.array(x, dtype=np.float32).reshape(3, 1, 1, 1) for x in (layout.mean, layout.std))
     patches = []
-    for image in images:
-        values = image.reshape(layout.blocks(*image.shape[:2])).transpose(PATCH_ORDER)
+    for clip in clips:
+        values = clip.numpy().reshape(_blocks(clip, layout, frames)).transpose(PATCH_ORDER)
         if normalised:
             values = ((values.astype(np.float64) * layout.rescale).astype(np.float32) - mean) / std
-        g, h, m, _, c, p, _ = values.shape
-        clips = np.broadcast_to(values[..., None, :, :], (g, h, m, m, c, frames, p, p))
-        patches.append(clips.reshape(g * h * m * m, -1))
+        repeated = np.broadcast_to(values, (*values.shape[:6], frames, *values.shape[7:]))
+        patches.append(repeated.reshape(n_patches(clip, layout, frames), -1))
     return torch.from_numpy(np.concatenate(patches))
 
 
-def with_torch(images: Sequence[np.ndarray], layout: PatchLayout, *, frames: int, normalised: bool) -> torch.Tensor:
-    """The same in torch: bytes are put into patch order first, then scaled and shifted in one pass into the result.
+def with_torch(
+    clips: Sequence[torch.Tensor], layout: PatchLayout, *, frames: int, normalised: bool, pinned: bool = False
+) -> torch.Tensor:
+    """The same in torch, on the clips' device: bytes go into patch order, then are scaled and shifted in one pass.
 
     Rescale and normalise are one multiply and one subtract, so normalised values differ from the numpy option by rounding.
+    pinned: whether the result is to lie in page-locked memory, from which CUDA copies asynchronously.
     """
-    scale, shift = (x.float().reshape(3, 1, 1) for x in layout.scale_shift)
-    sizes = [image.shape[0] * image.shape[1] // layout.patch_size**2 for image in images]
-    shape = (sum(sizes), 3, frames, layout.patch_size, layout.patch_size)
-    patches = torch.empty(shape, dtype=torch.float32 if normalised else torch.uint8)
-    for image, clips in zip(images, patches.split(sizes), strict=True):
-        blocks = torch.from_numpy(image).reshape(layout.blocks(*image.shape[:2])).permute(PATCH_ORDER)
-        values = blocks.reshape(-1, 3, layout.patch_size, layout.patch_size)  # uint8 [n_patches, C, p, p]
+    device, p = clips[0].device, layout.patch_size
+    scale, shift = (x.float().reshape(3, 1, 1, 1).to(device) for x in layout.scale_shift)
+    sizes = [n_patches(clip, layout, frames) for clip in clips]
+    dtype = torch.float32 if normalised else torch.uint8
+    patches = torch.empty((sum(sizes), 3, frames, p, p), dtype=dtype, device=device, pin_memory=pinned)
+    for clip, into in zip(clips, patches.split(sizes), strict=True):
+        values = clip.reshape(_blocks(clip, layout, frames)).permute(PATCH_ORDER).reshape(len(into), 3, -1, p, p)
+        given = values.shape[2]  # frames: all of them, or the one that is repeated
         if normalised:
-            torch.mul(values, scale, out=clips[:, :, 0]).sub_(shift)
+            torch.mul(values, scale, out=into[:, :, :given]).sub_(shift)
         else:
-            clips[:, :, 0] = values
-        clips[:, :, 1:] = clips[:, :, :1]
+            into[:, :, :given] = values
+        into[:, :, given:] = into[:, :, :1]
     return patches.flatten(1)
+
+
+def to_picture(patches: torch.Tensor, grid: Grid, layout: PatchLayout) -> torch.Tensor:
+    """What `with_torch` and the others have cut, put together again: the first frame of a clip, uint8 [height, width, 3].
+
+    patches: [n_patches, C * F * p * p] of one image; bytes as they are, normalised floats brought back to bytes.
+    """
+    m, p = layout.merge_size, layout.patch_size
+    values = patches.view(grid.t, grid.h // m, grid.w // m, m, m, 3, -1, p, p)[0, ..., 0, :, :]  # [G, H, m, m, C, p, p]
+    if patches.is_floating_point():
+        scale, shift = (x.float().view(3, 1, 1) for x in layout.scale_shift)
+        values = ((values.float() + shift) / scale).round().clamp(0, 255)
+    return values.permute(0, 2, 5, 1, 3, 6, 4).reshape(grid.h * p, grid.w * p, 3).to(torch.uint8)
+
+
+def n_patches(clip: torch.Tensor, layout: PatchLayout, frames: int) -> int:
+    """Rows that a clip becomes."""
+    length, height, width, _ = clip.shape
+    return max(length // frames, 1) * height * width // layout.patch_size**2
+
+
+def _blocks(clip: torch.Tensor, layout: PatchLayout, frames: int) -> tuple[int, ...]:
+    """The shape that splits a clip into patches: [T / f, f, G, m, p, H, m, p, C], where f is 1 for an image."""
+    length, height, width, channels = clip.shape
+    assert length == 1 or length % frames == 0, "a video has a whole number of patches along time"
+    m, p = layout.merge_size, layout.patch_size
+    along_time = (1, 1) if length == 1 else (length // frames, frames)
+    return (*along_time, height // layout.factor, m, p, width // layout.factor, m, p, channels)

@@ -24,7 +24,7 @@ def summary_frame(rows: Sequence[Mapping[str, Any]]) -> Any:
             "TTFT ms (95% CI)": _interval(row["ttft_ms"], row["ttft_low_ms"], row["ttft_high_ms"], ".1f"),
             "cold TTFT ms": _number(row["cold_ttft_ms"], ".0f"),
             "TPOT ms": _number(row["tpot_ms"], ".2f"),
-            "tokens equal": "yes" if row["tokens_equal"] else "NO",
+            "tokens equal": ("yes" if row["logit_difference"] is None else "yes, on its pixels") if row["tokens_equal"] else "NO",
             "speed-up (95% CI)": (
                 "reference"
                 if row["is_reference"]
@@ -75,7 +75,7 @@ def catalogue_frame() -> Any:
         {
             "toggle": toggle.path,
             "option": option.value,
-            "exact": "yes" if option.exact else "no",
+            "exact": option.exactness,
             "needs": ", ".join(option.needs) or "–",
             "what it does; who does it": option.does,
         }

@@ -5,8 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
-from fastvl_lab import Lab, Recipe, Request, photo
+from fastvl_lab import Lab, Recipe, Request, photo, toggles
 from fastvl_lab.checkpoint import tiny
+from fastvl_lab.measure.preprocessing import pixel_difference
 
 pytestmark = pytest.mark.gpu
 
@@ -16,9 +17,39 @@ pytestmark = pytest.mark.gpu
 def test_parity_on_the_device(name: str, engine: str) -> None:
     lab = Lab(name, device="cuda", dtype="float32")
     request = Request(images=[photo("coffee", (201, 133)), photo("rocket", (97, 310))], prompt="Compare.", max_new_tokens=32)
-    expected, run = lab.run(request, "transformers"), lab.run(request, engine)
+    recipe = Recipe.parse(engine, lab.device)
+    expected, run = lab.run(request, recipe.oracle(lab.checkpoint.image_backend)), lab.run(request, recipe)
     assert (run.logits - expected.logits).abs().max() < 1e-3
     assert run.tokens == expected.tokens
+
+
+@pytest.mark.parametrize("name", tiny.NAMES)
+@pytest.mark.parametrize(
+    ("path", "value"),
+    [
+        ("preprocessor.resize", "device"),
+        ("preprocessor.patchify", "triton"),
+        ("preprocessor.upload", "pinned"),
+        ("preprocessor.decode", "gpu"),
+    ],
+)
+def test_what_the_preprocessor_does_on_the_device_changes_no_token(name: str, path: str, value: str) -> None:
+    lab = Lab(name, device="cuda", dtype="float32")
+    option = next(toggle for toggle in toggles() if toggle.path == path).option(value)
+    if (reason := option.unavailable(lab.device)) is not None:
+        pytest.skip(reason)
+    recipe = Recipe.parse("baseline, preprocessor.resize=pillow, vit.tower=lean", lab.device).choose(path, value)
+    request = Request(images=[photo("coffee", (640, 480)), photo("rocket", (97, 310))], prompt="Compare.", max_new_tokens=16)
+    expected, run = lab.run(request, recipe.oracle(lab.checkpoint.image_backend)), lab.run(request, recipe)
+    assert (run.logits - expected.logits).abs().max() < 1e-3
+    assert run.tokens == expected.tokens
+
+
+def test_resizing_on_the_device_is_within_two_levels_of_pillow() -> None:
+    lab = Lab("tiny-qwen2.5-vl", device="cuda", dtype="float32")
+    request = Request(images=[photo("coffee", (1280, 960))], prompt="?", max_pixels=300_000)
+    device, stock = (Recipe.baseline().choose("preprocessor.resize", value) for value in ("device", "pillow"))
+    assert pixel_difference(lab, request, device, stock).largest <= 2
 
 
 @pytest.mark.parametrize("name", tiny.NAMES)

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 import pandas
 import pytest
+from PIL import Image
 
 from fastvl_lab import CheckpointError, DeviceError, FastvlError, ImageError, RecipeError, RequestError, SweepSettings, photo, sweep
 from fastvl_lab.measure.parameters import notebook_parameters
 from fastvl_lab.measure.photo import PHOTOGRAPHS
-from fastvl_lab.preprocessor.decode_image import decode_with_pillow
 from fastvl_lab.view.__main__ import main as print_table
 
 SETTINGS = {
@@ -135,11 +136,11 @@ def test_notebook_parameters_know_what_papermill_injected() -> None:
 
 
 @pytest.mark.parametrize("name", PHOTOGRAPHS)
-def test_built_in_photographs_have_the_size_asked_for(name: str) -> None:
+def test_built_in_photographs_have_the_size_asked_for(decode: Callable[[list[bytes]], list[Image.Image]], name: str) -> None:
     data = photo(name, (123, 45))
     assert data[:2] == b"\xff\xd8"
-    assert decode_with_pillow([data])[0].size == (123, 45)
-    assert decode_with_pillow([photo(name)])[0].width > 123
+    assert decode([data])[0].size == (123, 45)
+    assert decode([photo(name)])[0].width > 123
     assert photo(data) == data
     with pytest.raises(ImageError, match="size is 0x5"):
         photo(name, (0, 5))

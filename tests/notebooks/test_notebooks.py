@@ -24,6 +24,7 @@ NOTEBOOKS = sorted((REPOSITORY / "notebooks").glob("*.ipynb"))
 # Small parameters, so that each notebook runs in seconds; a notebook without an entry runs with its own.
 SMALL: dict[str, dict[str, Any]] = {
     "ttft_sweep": {"image_sizes": [[168, 140], [336, 280]], "max_new_tokens": 4, "repeats": 2},
+    "preprocessor": {"image_size": [640, 480], "sizes": [[168, 140], [640, 480]], "max_pixels": 100_000, "repeats": 2},
     "workbench": {"image_size": [168, 140], "max_new_tokens": 6, "repeats": 2},
 }
 
@@ -54,9 +55,10 @@ def test_a_notebook_runs_headless_and_its_result_is_consistent(path: Path, tmp_p
         assert len(engines) > 1
         expected = engines[point["reference"]]
         for name, engine in engines.items():
-            assert engine["tokens"] == expected["tokens"], name
             assert engine["tokens_equal"], name
-            assert engine["text"] == expected["text"], name
+            if engine["oracle"] == point["reference"]:  # else its pixels are its own, and so may its tokens be
+                assert engine["tokens"] == expected["tokens"], name
+                assert engine["text"] == expected["text"], name
             *stages, unaccounted, ttft = engine["stages"]
             assert [row["stage"] for row in stages] == [stage for stage in STAGES if stage in {r["stage"] for r in stages}]
             assert {"decode_image", "preprocess", "tokenize", "vit", "merge", "prefill", "sample", "emit"} <= {

@@ -8,18 +8,23 @@ import resource
 import struct
 import time
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
 from fastvl_lab import ImageError
-from fastvl_lab.preprocessor.decode_image import FORMATS, decode_with_pillow
-from fastvl_lab.request import MAX_IMAGE_BYTES, MAX_IMAGES, ImageInput, Request, RequestError
+from fastvl_lab.preprocessor.decode_image import FORMATS, Decoder, as_tensor, open_image, with_pillow, with_turbojpeg
+from fastvl_lab.request import MAX_IMAGE_BYTES, MAX_IMAGES, Grid, ImageInput, ImageShape, Request, RequestError
+
+Decode = Callable[[Sequence[object]], list[Image.Image]]
+
+SHAPE = ImageShape(width=0, height=0, resized_width=28, resized_height=28, grid=Grid(1, 2, 2), visual_tokens=1)
 
 MAX_SECONDS = 1
 MAX_BYTES = 300e6
@@ -93,10 +98,10 @@ def test_the_corpus_is_large_enough() -> None:
 
 @pytest.mark.filterwarnings("ignore::UserWarning")  # Pillow warns of what it skips
 @pytest.mark.parametrize("name", HOSTILE)
-def test_it_is_an_error_of_ours_soon_and_in_little_memory(name: str) -> None:
+def test_it_is_an_error_of_ours_soon_and_in_little_memory(decode: Decode, name: str) -> None:
     before, begin = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, time.perf_counter()
     with pytest.raises(ImageError):
-        decode_with_pillow([HOSTILE[name]])  # type: ignore[list-item]
+        decode([HOSTILE[name]])
     assert time.perf_counter() - begin < MAX_SECONDS
     assert (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024 < MAX_BYTES
 
@@ -104,23 +109,45 @@ def test_it_is_an_error_of_ours_soon_and_in_little_memory(name: str) -> None:
 @pytest.mark.filterwarnings("ignore::UserWarning")
 @settings(max_examples=300, deadline=None)
 @given(form=st.sampled_from(FORMATS), data=st.data())
-def test_flipped_bytes_are_an_image_or_an_error_of_ours(form: str, data: st.DataObject) -> None:
+def test_flipped_bytes_are_an_image_or_an_error_of_ours(decode: Decode, form: str, data: st.DataObject) -> None:
     encoded = bytearray(_encoded(form, (20, 12)))
     for _ in range(data.draw(st.integers(1, 6))):
         encoded[data.draw(st.integers(0, len(encoded) - 1))] = data.draw(st.integers(0, 255))
     try:
-        decoded = decode_with_pillow([bytes(encoded)])[0]
+        decoded = decode([bytes(encoded)])[0]
     except ImageError:
         return
     assert decoded.mode == "RGB"
 
 
+def _pixels(decoder: Decoder, data: bytes) -> torch.Tensor | None:
+    """What a decoder makes of bytes, or None for an error of ours."""
+    try:
+        return as_tensor(decoder(open_image(ImageInput.of(data)), SHAPE))
+    except ImageError:
+        return None
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")
+@settings(max_examples=300, deadline=None)
+@given(data=st.data())
+def test_of_damaged_jpegs_turbojpeg_makes_what_pillow_makes(data: st.DataObject) -> None:
+    """The same pixels, or an error of ours from both."""
+    encoded = bytearray(_encoded("JPEG", (40, 24)))
+    for _ in range(data.draw(st.integers(0, 3))):
+        encoded[data.draw(st.integers(0, len(encoded) - 1))] = data.draw(st.integers(0, 255))
+    end = data.draw(st.one_of(st.just(len(encoded)), st.integers(0, len(encoded))))
+    ours, pillows = (_pixels(decoder, bytes(encoded[:end])) for decoder in (with_turbojpeg, with_pillow))
+    assert (ours is None) == (pillows is None)
+    assert ours is None or torch.equal(ours, pillows)
+
+
 @pytest.mark.filterwarnings("ignore::UserWarning")
 @settings(max_examples=200, deadline=None)
 @given(form=st.sampled_from(FORMATS), body=st.binary(max_size=300))
-def test_any_bytes_behind_a_true_beginning_are_an_image_or_an_error_of_ours(form: str, body: bytes) -> None:
+def test_any_bytes_behind_a_true_beginning_are_an_image_or_an_error_of_ours(decode: Decode, form: str, body: bytes) -> None:
     with contextlib.suppress(ImageError):
-        assert decode_with_pillow([_encoded(form, (4, 4))[:24] + body])[0].mode == "RGB"
+        assert decode([_encoded(form, (4, 4))[:24] + body])[0].mode == "RGB"
 
 
 def test_too_many_bytes_and_too_many_images_are_refused_before_they_are_read(tmp_path: Path) -> None:

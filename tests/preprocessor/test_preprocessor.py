@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import io
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import pytest
@@ -15,10 +16,17 @@ from PIL import Image
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import smart_resize as stock_smart_resize
 
 from fastvl_lab import CheckpointError, ImageError, Lab, Recipe, Request, RequestError, photo
-from fastvl_lab.preprocessor import bind
-from fastvl_lab.preprocessor.decode_image import FORMATS, decode_with_pillow
+from fastvl_lab.preprocessor import BoundPreprocessor, bind
+from fastvl_lab.preprocessor.decode_image import FORMATS
 from fastvl_lab.preprocessor.layout import smart_resize
-from fastvl_lab.request import ImageInput
+from fastvl_lab.request import ImageInput, Pixels
+
+Decode = Callable[[Sequence[object]], list[Image.Image]]
+
+
+def _preprocess(lab: Lab, recipe: Recipe, request: Request) -> tuple[Pixels, BoundPreprocessor]:
+    bound = bind(recipe.preprocessor, lab.checkpoint)
+    return bound.preprocess(bound.decode(request), request), bound
 
 
 def _encoded(image: Image.Image, form: str = "PNG", **options: object) -> bytes:
@@ -61,10 +69,9 @@ def test_every_payload_is_the_stock_one_in_another_form(lab: Lab, changes: dict[
     """Undone by hand: frames repeated, values normalised."""
     recipe = Recipe.parse("baseline, preprocessor.resize=pillow, vit.tower=lean").replace(changes)
     request = Request(images=[_noise(90, 61), _noise(40, 200, seed=1)], prompt="?")
-    images = decode_with_pillow(request.image_inputs)
-    stock = bind(Recipe.baseline().preprocessor, lab.checkpoint).preprocess(images, request).patches
-    bound = bind(recipe.preprocessor, lab.checkpoint)
-    sent = bound.preprocess(images, request).patches
+    stock = _preprocess(lab, Recipe.baseline(), request)[0].patches
+    pixels, bound = _preprocess(lab, recipe, request)
+    sent = pixels.patches
     floats, once = recipe.preprocessor.payload == "float32", recipe.preprocessor.temporal == "folded"
     assert sent.dtype == (torch.float32 if floats else torch.uint8)
     assert sent.numel() * (2 if once else 1) == stock.numel()
@@ -82,12 +89,10 @@ def test_every_payload_is_the_stock_one_in_another_form(lab: Lab, changes: dict[
 def test_patches_equal_the_stock_processors(lab: Lab, size: tuple[int, int]) -> None:
     """Bit for bit with numpy, to a rounding with torch; with several images in one request."""
     request = Request(images=[_noise(*size), _noise(90, 61, seed=1)], prompt="?")
-    images = decode_with_pillow(request.image_inputs)
-    slot = Recipe.baseline().preprocessor
-    stock = bind(slot, lab.checkpoint).preprocess(images, request)
+    stock = _preprocess(lab, Recipe.baseline(), request)[0]
     for patchify, tolerance in (("numpy", 0), ("torch", 1e-6)):
         recipe = Recipe.baseline().replace({"preprocessor.resize": "pillow", "preprocessor.patchify": patchify})
-        pixels = bind(recipe.preprocessor, lab.checkpoint).preprocess(images, request)
+        pixels = _preprocess(lab, recipe, request)[0]
         assert pixels.shapes == stock.shapes
         assert pixels.patches.dtype == stock.patches.dtype == torch.float32
         assert pixels.patches.shape == stock.patches.shape
@@ -108,32 +113,32 @@ def test_pixel_limits_of_the_request_are_obeyed_by_every_engine(lab: Lab) -> Non
 
 
 @pytest.mark.parametrize("form", FORMATS)
-def test_every_allowed_format_is_decoded(form: str) -> None:
+def test_every_allowed_format_is_decoded(decode: Decode, form: str) -> None:
     image = _noise(20, 10)
-    decoded = decode_with_pillow([_encoded(image, form)])[0]
+    decoded = decode([_encoded(image, form)])[0]
     assert (decoded.mode, decoded.size) == ("RGB", (20, 10))
     if form in ("PNG", "BMP", "TIFF"):
         assert decoded.tobytes() == image.tobytes()
 
 
 @pytest.mark.parametrize("mode", ["L", "P", "RGBA", "LA", "CMYK", "1", "I;16"])
-def test_every_mode_becomes_rgb(mode: str) -> None:
+def test_every_mode_becomes_rgb(decode: Decode, mode: str) -> None:
     image = Image.new("I;16", (20, 10), 300) if mode == "I;16" else _noise(20, 10).convert(mode)
-    decoded = decode_with_pillow([_encoded(image, "JPEG" if mode == "CMYK" else "PNG")])[0]
+    decoded = decode([_encoded(image, "JPEG" if mode == "CMYK" else "PNG")])[0]
     assert (decoded.mode, decoded.size) == ("RGB", (20, 10))
 
 
-def test_exif_orientation_is_applied() -> None:
+def test_exif_orientation_is_applied(decode: Decode) -> None:
     exif = Image.Exif()
     exif[0x0112] = 6  # rotate a quarter turn to stand upright
-    decoded = decode_with_pillow([_encoded(_noise(20, 10), "JPEG", exif=exif.tobytes())])[0]
+    decoded = decode([_encoded(_noise(20, 10), "JPEG", exif=exif.tobytes())])[0]
     assert decoded.size == (10, 20)
 
 
-def test_arrays_and_pictures_need_no_encoding(picture: bytes) -> None:
-    image = decode_with_pillow([picture])[0]
+def test_arrays_and_pictures_need_no_encoding(decode: Decode, picture: bytes) -> None:
+    image = decode([picture])[0]
     forms = [picture, image, np.asarray(image), np.asarray(image)[:, :, 0]]
-    decoded = decode_with_pillow(forms)
+    decoded = decode(forms)
     assert len({one.size for one in decoded}) == 1
     assert decoded[0].tobytes() == decoded[1].tobytes() == decoded[2].tobytes()
     assert decoded[3].mode == "RGB"
@@ -157,13 +162,13 @@ JPEG = _encoded(_noise(64, 48), "JPEG")
         (Image.new("RGB", (0, 5)), "is 0x5; both sides must be at least 1 pixel"),
     ],
 )
-def test_what_is_no_image_is_refused(image: object, says: str) -> None:
+def test_what_is_no_image_is_refused(decode: Decode, image: object, says: str) -> None:
     with pytest.raises(ImageError, match=says):
-        decode_with_pillow([image])  # type: ignore[list-item]
+        decode([image])
 
 
 @pytest.mark.filterwarnings("ignore::UserWarning")  # Pillow warns of what it skips
-def test_a_broken_exif_block_is_an_error_of_ours() -> None:
+def test_a_broken_exif_block_is_an_error_of_ours(decode: Decode) -> None:
     exif = Image.Exif()
     exif[0x0112] = 6
     data = bytearray(_encoded(_noise(20, 10), "JPEG", exif=exif.tobytes()))
@@ -173,7 +178,7 @@ def test_a_broken_exif_block_is_an_error_of_ours() -> None:
             broken = bytearray(data)
             broken[at + offset] = value
             try:
-                decode_with_pillow([bytes(broken)])
+                decode([bytes(broken)])
             except ImageError:
                 continue
 
@@ -196,10 +201,10 @@ def test_settings_that_the_labs_own_preprocessing_has_not_are_refused(lab: Lab, 
         bind(Recipe.fastest().preprocessor, checkpoint)
 
 
-def test_decompression_bombs_are_refused_by_their_header(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_decompression_bombs_are_refused_by_their_header(decode: Decode, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 1000)
     with pytest.raises(ImageError, match=r"is too large: .*; the limit is 1000 pixels"):
-        decode_with_pillow([ImageInput(data=JPEG, label="bomb.jpg")])
+        decode([ImageInput(data=JPEG, label="bomb.jpg")])
 
 
 def test_too_long_a_strip_is_refused_by_every_engine(lab: Lab) -> None:

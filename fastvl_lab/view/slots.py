@@ -1,0 +1,154 @@
+"""What the notebooks of single slots draw: variants by step, cost against size, and pixels as pictures."""
+
+from __future__ import annotations
+
+import base64
+import html
+import io
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from PIL import Image
+
+from fastvl_lab.errors import require
+from fastvl_lab.measure.preprocessing import PixelDifference
+from fastvl_lab.measure.rounds import Rounds
+from fastvl_lab.view import style
+
+if TYPE_CHECKING:
+    import plotly.graph_objects as go
+
+# Where logarithmic axes are labelled.
+_TICKS = tuple(digit * 10.0**power for power in range(-4, 6) for digit in (1, 2, 5))
+
+# Steps of a variant are told apart by pattern besides colour.
+_STEP_PATTERNS = ("", "/", ".", "x", "-")
+
+
+def rounds_frame(rounds: Rounds, reference: str, *steps: str) -> Any:
+    """One line a variant: median ms of each step and in all, and how many times as fast as the reference it is.
+
+    steps: what the ratio is over; all, if none is named.
+    """
+    table = []
+    for label in rounds.labels:
+        names = next(t.steps for t in rounds.timings if t.label == label)
+        ratio = rounds.ratio(label, reference, *steps)
+        interval = "" if ratio.low != ratio.low else f" [{ratio.low:.2f}, {ratio.high:.2f}]"
+        row = {"variant": label} | {f"{step} ms": f"{rounds.median(label, step).median * 1e3:.2f}" for step in names}
+        row["in all ms"] = f"{rounds.median(label).median * 1e3:.2f}"
+        row[f"{' + '.join(steps) or 'all'}, times as fast as {reference} (95% CI)"] = (
+            "reference" if label == reference else f"{ratio.median:.2f}×{interval}"
+        )
+        table.append(row)
+    return require("pandas", "notebooks").DataFrame(table)
+
+
+def step_bars(rounds: Rounds, title: str) -> go.Figure:
+    """One bar a variant, made of its steps' median milliseconds."""
+    figure_of = style.graph_objects()
+    labels = list(reversed(rounds.labels))
+    figure = figure_of.Figure()
+    for number, step in enumerate(next(iter(rounds.timings)).steps):
+        figure.add_trace(
+            figure_of.Bar(
+                x=[rounds.median(label, step).median * 1e3 for label in labels],
+                y=[html.escape(label) for label in labels],
+                orientation="h",
+                name=step,
+                marker={
+                    "color": style.SERIES_COLOURS[number % len(style.SERIES_COLOURS)],
+                    "pattern": {"shape": _STEP_PATTERNS[number % len(_STEP_PATTERNS)], "fgcolor": "white", "fgopacity": 0.6},
+                },
+                hovertemplate="%{y}, " + step + ": %{x:.2f} ms<extra></extra>",
+            )
+        )
+    totals = [rounds.median(label).median * 1e3 for label in labels]
+    for label, total in zip(labels, totals, strict=True):
+        figure.add_annotation(x=total, y=html.escape(label), text=f" {total:.1f} ms", showarrow=False, xanchor="left")
+    figure.update_xaxes(title_text="milliseconds (medians)", range=[0, max(totals) * 1.15], gridcolor=style.GRID)
+    figure.update_layout(
+        **style.layout(height=130 + 34 * len(labels), margin={"l": 220, "r": 30, "t": 90, "b": 55}, barmode="stack"),
+        title={"text": html.escape(title), "x": 0.01},
+        legend={"orientation": "h", "x": 0, "y": 1.02, "yanchor": "bottom", "traceorder": "normal"},
+    )
+    return figure
+
+
+def cost_against_size(
+    points: Mapping[float, Rounds], *, steps: Sequence[str] = (), x_title: str, y_title: str, log: bool = True
+) -> go.Figure:
+    """Median milliseconds of those steps (of all, if none is named) against a size, one line a variant."""
+    figure_of = style.graph_objects()
+    figure = figure_of.Figure()
+    sizes = sorted(points)
+    for number, label in enumerate(points[sizes[0]].labels):
+        intervals = [points[size].median(label, *steps) for size in sizes]
+        colour = style.SERIES_COLOURS[number % len(style.SERIES_COLOURS)]
+        figure.add_trace(
+            figure_of.Scatter(
+                x=sizes,
+                y=[interval.median * 1e3 for interval in intervals],
+                name=html.escape(label),
+                mode="lines+markers",
+                line={"color": colour, "width": 2, "dash": ("solid", "dash")[number // len(style.SERIES_COLOURS) % 2]},
+                marker={"color": colour, "symbol": style.SERIES_MARKERS[number % len(style.SERIES_MARKERS)], "size": 9},
+                hovertemplate="%{x:.2f}: %{y:.2f} ms<extra>%{fullData.name}</extra>",
+            )
+        )
+    kind = {"type": "log", "tickvals": _TICKS, "minor": {"ticks": ""}} if log else {"rangemode": "tozero"}
+    figure.update_xaxes(title_text=x_title, gridcolor=style.GRID, **kind)
+    figure.update_yaxes(title_text=y_title, gridcolor=style.GRID, **kind)
+    figure.update_layout(
+        **style.layout(height=480, margin={"l": 80, "r": 30, "t": 30, "b": 60}),
+        legend={"x": 1.02, "y": 1, "yanchor": "top"},
+    )
+    return figure
+
+
+def difference_maps(picture: np.ndarray, differences: Mapping[str, PixelDifference]) -> go.Figure:
+    """The reference's picture, then where each variant's pixels differ from it.
+
+    Variants with the same map share a panel, and those that are equal to the reference have none. A pixel shows the largest
+    difference of its three channels: black for none, grey for one level, and up to white on a logarithmic scale.
+    """
+    figure_of = style.graph_objects()
+    panels: dict[bytes, list[str]] = {}
+    for label, difference in differences.items():
+        if difference.largest > 0:
+            panels.setdefault(difference.levels.tobytes(), []).append(label)
+    titles, images = ["the picture, as the reference resizes it"], [picture]
+    for labels in panels.values():
+        shown = differences[labels[0]]
+        titles.append(f"{html.escape('; '.join(labels))}:<br>at most {shown.largest} of 255, mean {shown.mean:.3f}")
+        levels = shown.levels.max(2, keepdims=True).astype(float)
+        grey = np.where(levels > 0, 96 + 159 * np.log2(np.maximum(levels, 1)) / 8, 0)
+        images.append(np.broadcast_to(np.rint(grey).astype(np.uint8), shown.levels.shape))
+    columns = min(len(images), 3)
+    rows = -(-len(images) // columns)
+    figure = require("plotly.subplots", "notebooks").make_subplots(
+        rows=rows, cols=columns, subplot_titles=titles, horizontal_spacing=0.02, vertical_spacing=0.2 / rows
+    )
+    for number, image in enumerate(images):
+        source = _png(image, np.max if number else np.mean)
+        figure.add_trace(figure_of.Image(source=source, hoverinfo="skip"), row=number // columns + 1, col=number % columns + 1)
+    figure.update_xaxes(visible=False)
+    figure.update_yaxes(visible=False)
+    figure.update_annotations(font_size=12)
+    height, width = picture.shape[:2]
+    figure.update_layout(
+        **style.layout(height=round(rows * (1060 / columns * height / width + 70)), margin={"l": 10, "r": 10, "t": 60, "b": 10})
+    )
+    return figure
+
+
+def _png(image: np.ndarray, reduce: Callable[..., np.ndarray], largest_side: int = 700) -> str:
+    """A data URI, shrunk by whole steps: to the mean for a picture, to the largest for differences, so that none is lost."""
+    step = -(-max(image.shape[:2]) // largest_side)
+    height, width = (side // step * step for side in image.shape[:2])
+    blocks = image[:height, :width].reshape(height // step, step, width // step, step, 3)
+    small = reduce(blocks, axis=(1, 3)).astype(np.uint8)
+    out = io.BytesIO()
+    Image.fromarray(small).save(out, "PNG")
+    return "data:image/png;base64," + base64.b64encode(out.getvalue()).decode()

@@ -1,0 +1,70 @@
+"""Speed and memory against the stock processor, side by side on the machine at hand."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+
+import pytest
+
+from fastvl_lab import Lab, Recipe, Request, photo
+from fastvl_lab.measure.preprocessing import time_preprocessing
+
+BIT_EQUAL = "fastest, preprocessor.decode=pillow, preprocessor.resize=pillow, preprocessor.threads=all"
+SIZES = {"1280x960": ((1280, 960), 6), "4032x3024": ((4032, 3024), 8)}
+MAX_PIXELS = 1003520  # a budget that engines set in practice; the built-in checkpoint's own would not shrink a photograph of 12 MP
+
+
+@pytest.mark.benchmark
+@pytest.mark.parametrize("size", SIZES)
+def test_patches_are_made_several_times_faster_than_by_the_stock_processor(labs: dict[str, Lab], size: str) -> None:
+    """From decoded pixels to what the vision tower is given."""
+    (width, height), at_least = SIZES[size]
+    request = Request(images=[photo("coffee", (width, height))], prompt="?", max_pixels=None if width < 2000 else MAX_PIXELS)
+    recipes = {"stock": Recipe.baseline(), "torch": Recipe.fastest(), "bit-equal": Recipe.parse(BIT_EQUAL)}
+    rounds = time_preprocessing(labs["tiny-qwen2.5-vl"], request, recipes, repeats=9)
+    assert rounds.ratio("torch", "stock", "preprocess", "upload").median >= at_least
+    assert rounds.ratio("bit-equal", "stock", "preprocess", "upload").median >= 2
+
+
+PEAK = """
+import sys, fastvl_lab as fl
+from fastvl_lab.preprocessor import bind
+
+lab, recipe = fl.Lab("tiny-qwen2.5-vl", device="cpu"), fl.Recipe.parse(sys.argv[1])
+width, height = map(int, sys.argv[2:])
+bound = bind(recipe.preprocessor, lab.checkpoint)
+
+def peak(size, max_pixels):
+    request = fl.Request(images=[fl.photo("coffee", size)], prompt="?", max_pixels=max_pixels)
+    decoded = bound.decode(request)
+    open("/proc/self/clear_refs", "w").write("5")  # the high-water mark starts again
+    before = status("VmRSS")
+    bound.upload(bound.preprocess(decoded, request).patches)
+    return status("VmHWM") - before
+
+def status(field):
+    return next(int(line.split()[1]) * 1024 for line in open("/proc/self/status") if line.startswith(field))
+
+peak((100, 80), 20_000)  # whatever is allocated once
+print(peak((width, height), 1003520))
+"""
+
+
+def _peak_bytes(recipe: str, width: int, height: int) -> int:
+    # A fixed threshold makes the allocator give large blocks back at once, so that the high-water mark is the program's own.
+    environment = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "65536"}
+    command = [sys.executable, "-c", PEAK, recipe, str(width), str(height)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
+    assert done.returncode == 0, done.stderr
+    return int(done.stdout.split()[-1])
+
+
+@pytest.mark.skipif(not os.access("/proc/self/clear_refs", os.W_OK), reason="the peak of memory is read where Linux keeps it")
+@pytest.mark.parametrize("size", [(1280, 960), (4032, 3024)])
+def test_at_most_half_of_the_stock_processors_memory_is_taken(size: tuple[int, int]) -> None:
+    stock = _peak_bytes("baseline", *size)
+    assert stock > 10e6
+    for recipe in ("fastest", BIT_EQUAL):
+        assert _peak_bytes(recipe, *size) <= stock / 2, recipe
