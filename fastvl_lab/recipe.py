@@ -182,7 +182,7 @@ class Vit:
         Option(
             value="transformers",
             does="the stock module, called as it is; LMDeploy's TurboMind backend ran it so (InternLM/lmdeploy issue 4195)",
-            decides=("patch_embed",),
+            decides=("patch_embed", "attention", "positions", "norms", "rope", "activation", "interpolation"),
         ),
         Option(value="lean", does="our own forward over the same weights, with every step below a toggle"),
     )
@@ -192,6 +192,47 @@ class Vit:
     )
     attention: str = _toggle(
         Option(value="per_window", does="one attention call a window or frame, in a Python loop; Transformers with SDPA"),
+        Option(value="grouped", does="windows of equal length stand together and share one call; the lab's own"),
+        Option(
+            value="varlen",
+            does="torch's variable-length flash attention: one call over all windows, in half precision; vLLM and SGLang alike",
+            needs=("cuda",),
+        ),
+        Option(
+            value="triton",
+            does="a Triton kernel over exactly the blocks that hold queries; the lab's own",
+            needs=("cuda", "triton"),
+        ),
+    )
+    positions: str = _toggle(
+        Option(value="recomputed", does="orders, rotary tables and learned positions are made for every request; Transformers"),
+        Option(value="cached", does="they are kept for the grids met last, bounded in number and bytes; vLLM 17973, SGLang 14292"),
+    )
+    norms: str = _toggle(
+        Option(value="eager", does="RMSNorm as its formula, an operation at a time; the published modelling code"),
+        Option(value="native", does="torch's own rms_norm and layer_norm"),
+        Option(
+            value="fused",
+            does="residual add and norm in one Triton kernel; vLLM, SGLang 15640",
+            needs=("cuda", "triton"),
+        ),
+    )
+    rope: str = _toggle(
+        Option(value="eager", does="q and k rotated one after the other, their halves concatenated; the published modelling code"),
+        Option(value="halves", does="q and k rotated together, half by half, into contiguous heads; the lab's own"),
+        Option(
+            value="fused",
+            does="one Triton kernel on the packed projection, in place; vLLM 24511",
+            needs=("cuda", "triton"),
+        ),
+    )
+    activation: str = _toggle(
+        Option(value="eager", does="SiLU, then the product; the published modelling code"),
+        Option(value="fused", does="SiLU and product in one Triton kernel; vLLM, SGLang 15640", needs=("cuda", "triton")),
+    )
+    interpolation: str = _toggle(
+        Option(value="eager", does="four gathers of learned positions, weighted and summed; vLLM 25337, Transformers"),
+        Option(value="fused", does="one Triton kernel; vLLM 37948", needs=("cuda", "triton")),
     )
 
 
@@ -319,7 +360,7 @@ class Recipe:
                 payload="uint8_folded",
                 temporal="folded",
             ),
-            vit=Vit(tower="lean", patch_embed="linear"),
+            vit=Vit(tower="lean", patch_embed="linear", attention="grouped", positions="cached", rope="halves"),
             attention=Attention(prefill="sdpa", decode="sdpa"),
         )
 

@@ -148,6 +148,8 @@ class Run:
     def __repr__(self) -> str:
         lines = [self.title(), self.subtitle(), self._summary()]
         lines += [f"{stage:<13} {ms:9.3f} ms {share:6.1%} {bar}".rstrip() for stage, ms, share, bar in self._rows_with_bars()]
+        if self.trace.counts:
+            lines.append("counted: " + ", ".join(f"{name} {times}" for name, times in self.trace.counts.items()))
         return "\n".join(lines)
 
     def _html(self) -> str:

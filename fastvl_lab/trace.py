@@ -11,7 +11,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import torch
@@ -56,11 +56,13 @@ class Trace:
     """Every span of one run, and the two instants that frame it.
 
     `first_chunk_ns` is TTFT: when the first text chunk was in the consumer's hands. `end_ns` is when the engine returned.
+    `counts` says how often something happened that takes no time of its own, such as a table found that was made before.
     """
 
     spans: tuple[Span, ...]
     first_chunk_ns: int
     end_ns: int
+    counts: Mapping[str, int] = field(default_factory=dict)
 
     def within_ttft(self, lane: Lane = "host") -> tuple[Span, ...]:
         """The stages (depth 0) of one lane that began before the first chunk, cut off at it, in order of start."""
@@ -109,7 +111,7 @@ class Trace:
         Format: "Trace Event Format", https://docs.google.com/document/d/1CvAClvFfyA5R-PhYUmn5OOQtYMH4h6I0nSsKchNAySU
         """
         tracks = {"host": 1, "device": 2}
-        events: list[dict[str, Any]] = [{"ph": "M", "pid": 1, "name": "process_name", "args": {"name": label}}]
+        events: list[dict[str, Any]] = [{"ph": "M", "pid": 1, "name": "process_name", "args": {"name": label, **self.counts}}]
         for lane, track in tracks.items():
             if lane == "host" or self.has_device_lane:
                 events.append({"ph": "M", "pid": 1, "tid": track, "name": "thread_name", "args": {"name": lane}})
@@ -127,13 +129,14 @@ class Trace:
     def to_record(self) -> dict[str, Any]:
         """The trace as JSON-ready data; `from_record` reads it back."""
         spans = [[s.name, s.lane, s.depth, s.start_ns, s.end_ns] for s in self.spans]
-        return {"spans": spans, "first_chunk_ns": self.first_chunk_ns, "end_ns": self.end_ns}
+        return {"spans": spans, "first_chunk_ns": self.first_chunk_ns, "end_ns": self.end_ns, "counts": dict(self.counts)}
 
     @classmethod
     def from_record(cls, record: dict[str, Any]) -> Trace:
         fields = ("name", "lane", "depth", "start_ns", "end_ns")
         spans = tuple(Span(**dict(zip(fields, row, strict=True))) for row in record["spans"])
-        return cls(spans=spans, first_chunk_ns=record["first_chunk_ns"], end_ns=record["end_ns"])
+        counts = record.get("counts", {})  # absent in records of before they were kept
+        return cls(spans=spans, first_chunk_ns=record["first_chunk_ns"], end_ns=record["end_ns"], counts=counts)
 
 
 class Tracer:
@@ -154,6 +157,7 @@ class Tracer:
         self._anchor: Any = None
         self._started_ns = 0
         self._first_chunk_ns: int | None = None
+        self._counts: dict[str, int] = {}
 
     def start(self) -> None:
         """Start the clock: what follows is the request."""
@@ -176,6 +180,10 @@ class Tracer:
     def inner(self, name: str) -> AbstractContextManager[None]:
         """A block or layer inside a stage; recorded at level "layers" only."""
         return self._record(name) if self.level == "layers" else nullcontext()
+
+    def count(self, name: str) -> None:
+        """Something happened once more."""
+        self._counts[name] = self._counts.get(name, 0) + 1
 
     def modules(self, modules: Mapping[str, torch.nn.Module]) -> AbstractContextManager[None]:
         """Time stock modules as blocks or layers; touches them at level "layers" only."""
@@ -226,7 +234,7 @@ class Tracer:
                 spans.append(Span(name=name, lane="device", depth=depth, start_ns=begin, end_ns=stop))
         spans.sort(key=lambda s: (s.start_ns, s.depth))
         first_chunk_ns = end_ns if self._first_chunk_ns is None else self._first_chunk_ns
-        return Trace(spans=tuple(spans), first_chunk_ns=first_chunk_ns, end_ns=end_ns)
+        return Trace(spans=tuple(spans), first_chunk_ns=first_chunk_ns, end_ns=end_ns, counts=self._counts)
 
 
 @contextmanager

@@ -34,6 +34,7 @@ def test_the_subtitle_tells_what_became_of_the_images(run: Run) -> None:
 
 def test_text_form_has_each_stage_where_it_happened(run: Run) -> None:
     lines = repr(run).splitlines()
+    assert lines.pop() == "counted: vit.positions built 1"
     stages = [line.split()[0] for line in lines[3:]]
     assert stages == [*run.trace.stages(), "unaccounted", "TTFT"]
     bars = {line.split()[0]: line.partition("%")[2] for line in lines[3:]}

@@ -3,28 +3,50 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
+
+import torch
 
 from fastvl_lab.checkpoint import Checkpoint
+from fastvl_lab.errors import CheckpointError
 from fastvl_lab.recipe import Vit
 from fastvl_lab.request import PatchFormat, Pixels, VisionTokens
 from fastvl_lab.trace import Tracer
-from fastvl_lab.vit import lean, per_window, stock
+from fastvl_lab.vit import attention, lean, stock
+from fastvl_lab.vit.operations import bind_operations
 from fastvl_lab.vit.patch_embed import PatchEmbed, PatchProjection, bind_patch_embed, fold
+from fastvl_lab.vit.plan import PlanCache, recomputed
 
-Tower = Callable[[Pixels, Tracer], VisionTokens]
+Encode = Callable[[Pixels, Tracer], VisionTokens]
 
 
-def bind(slot: Vit, checkpoint: Checkpoint, patch_format: PatchFormat) -> Tower:
-    """The function that encodes patches of that format, as the slot's toggles say; the tracer times its blocks."""
+def bind(slot: Vit, checkpoint: Checkpoint, patch_format: PatchFormat) -> Encode:
+    """The function that encodes patches of that format, as the slot's toggles say; the tracer times its blocks.
+
+    Raises `CheckpointError` where the checkpoint asks for what an option has not.
+    """
     if slot.tower == "transformers":
         assert patch_format == stock_format(checkpoint), "the recipe lets the stock tower have stock patches only"
         return stock.bind_stock(checkpoint)
     assert slot.tower == "lean"
-    visual = checkpoint.model.model.visual
-    weights = lean.tower_weights(visual, checkpoint.family)
+    if slot.attention == "varlen" and checkpoint.dtype == torch.float32:
+        raise CheckpointError("vit.attention=varlen needs the model in bfloat16 or float16, and it is in float32")
+    operations = bind_operations(norms=slot.norms, rope=slot.rope, activation=slot.activation, interpolation=slot.interpolation)
+    tower = lean.tower_of(checkpoint.model.model.visual, checkpoint.family, operations)
     patch_embed = _patch_embed(slot.patch_embed, checkpoint, patch_format)
-    attend = {"per_window": per_window.attend}[slot.attention]
-    return lambda pixels, tracer: lean.encode(pixels, weights, patch_embed, attend, tracer.inner)
+    attend = {
+        "per_window": attention.per_window,
+        "grouped": attention.grouped,
+        "varlen": attention.varlen,
+        "triton": attention.triton,
+    }[slot.attention]()
+    build = partial(lean.build_plan, tower, attend, operations.interpolate)
+    planner = {"recomputed": recomputed, "cached": PlanCache}[slot.positions](build)
+
+    def encode(pixels: Pixels, tracer: Tracer) -> VisionTokens:
+        return lean.encode(pixels, tower, patch_embed, attend, planner, operations.rotate, tracer.inner, tracer.count)
+
+    return encode
 
 
 def stock_format(checkpoint: Checkpoint) -> PatchFormat:

@@ -1,7 +1,8 @@
 """The vision tower of both families as one plain forward over the checkpoint's own parameters.
 
 Qwen2.5-VL: RMSNorm, SwiGLU, windows except in `fullatt_block_indexes`. Qwen3-VL: LayerNorm, GELU, learned positions interpolated
-to the grid, full attention, and DeepStack features after the blocks of `deepstack_visual_indexes`.
+to the grid, full attention, and DeepStack features after the blocks of `deepstack_visual_indexes`. Nothing here waits for the
+device or reads from it: what the host must know is in the grids.
 """
 
 from __future__ import annotations
@@ -15,29 +16,31 @@ import torch
 import torch.nn.functional as F
 
 from fastvl_lab.checkpoint import Family
-from fastvl_lab.kernels.plain import rms_norm, rotate_half
+from fastvl_lab.errors import CheckpointError
 from fastvl_lab.request import Grid, Pixels, VisionTokens
 from fastvl_lab.vit import positions
+from fastvl_lab.vit.attention import SegmentAttention
+from fastvl_lab.vit.operations import AddNorm, Interpolate, Operations, Rotate
 from fastvl_lab.vit.patch_embed import PatchEmbed
+from fastvl_lab.vit.plan import Plan, Planner
 
 Function = Callable[[torch.Tensor], torch.Tensor]
-SegmentAttention = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, Sequence[int]], torch.Tensor]
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Block:
-    """One transformer block; every field maps [n, hidden] to [n, hidden] but qkv, whose output is three times as wide."""
+    """One transformer block; qkv, proj and mlp map [N, hidden] to [N, hidden], qkv to three times the width."""
 
-    norm1: Function
+    norm1: AddNorm
     qkv: Function
     proj: Function
-    norm2: Function
+    norm2: AddNorm
     mlp: Function
     windowed: bool
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
-class TowerWeights:
+class Tower:
     """A tower over the stock module's parameters, with what its geometry decides.
 
     window: visual tokens along a window's side, or None without windows. learned_positions: [side * side, hidden] or None.
@@ -54,28 +57,31 @@ class TowerWeights:
     window: int | None
 
 
-def tower_weights(visual: Any, family: Family) -> TowerWeights:
-    """Read a stock vision module; no parameter is copied."""
+def tower_of(visual: Any, family: Family, operations: Operations) -> Tower:
+    """Read a stock vision module, of which no parameter is copied; raises `CheckpointError` for what the lean tower has not."""
     config = visual.config
-    build = _block_qwen2_5 if family == "qwen2_5_vl" else _block_qwen3
+    if family == "qwen2_5_vl" and config.hidden_act != "silu":
+        raise CheckpointError(
+            f"vision_config has hidden_act={config.hidden_act!r}; the lean tower has 'silu' only: choose vit.tower=transformers"
+        )
     shared = {
-        "inv_freq": visual.rotary_pos_emb.inv_freq.float().cpu(),
+        "inv_freq": visual.rotary_pos_emb.inv_freq.float(),
         "n_heads": config.num_heads,
         "merge_size": config.spatial_merge_size,
     }
     if family == "qwen2_5_vl":
         full = set(config.fullatt_block_indexes)
-        return TowerWeights(
-            blocks=tuple(build(block, windowed=index not in full) for index, block in enumerate(visual.blocks)),
-            merger=_merger_qwen2_5(visual.merger),
+        return Tower(
+            blocks=tuple(_block_qwen2_5(block, index not in full, operations) for index, block in enumerate(visual.blocks)),
+            merger=_merger_qwen2_5(visual.merger, operations),
             deepstack={},
             learned_positions=None,
             window=config.window_size // config.spatial_merge_size // config.patch_size,
             **shared,
         )
     levels = zip(config.deepstack_visual_indexes, visual.deepstack_merger_list, strict=True)
-    return TowerWeights(
-        blocks=tuple(build(block, windowed=False) for block in visual.blocks),
+    return Tower(
+        blocks=tuple(_block_qwen3(block, operations) for block in visual.blocks),
         merger=_merger_qwen3(visual.merger),
         deepstack={index: _merger_qwen3(merger) for index, merger in levels},
         learned_positions=visual.pos_embed.weight,
@@ -84,37 +90,35 @@ def tower_weights(visual: Any, family: Family) -> TowerWeights:
     )
 
 
-def _block_qwen2_5(block: Any, *, windowed: bool) -> Block:
-    mlp, activation = block.mlp, block.mlp.act_fn
+def _block_qwen2_5(block: Any, windowed: bool, operations: Operations) -> Block:
+    mlp = block.mlp
     return Block(
-        norm1=_rms(block.norm1),
+        norm1=operations.rms_norm(block.norm1.weight, block.norm1.variance_epsilon),
         qkv=block.attn.qkv,
         proj=block.attn.proj,
-        norm2=_rms(block.norm2),
-        mlp=lambda x: mlp.down_proj(activation(mlp.gate_proj(x)) * mlp.up_proj(x)),
+        norm2=operations.rms_norm(block.norm2.weight, block.norm2.variance_epsilon),
+        mlp=lambda x: mlp.down_proj(operations.silu_mul(mlp.gate_proj(x), mlp.up_proj(x))),
         windowed=windowed,
     )
 
 
-def _block_qwen3(block: Any, *, windowed: bool) -> Block:
-    mlp, activation = block.mlp, block.mlp.act_fn
+def _block_qwen3(block: Any, operations: Operations) -> Block:
+    mlp = block.mlp
+    norm1, norm2 = (operations.layer_norm(norm.weight, norm.bias, norm.eps) for norm in (block.norm1, block.norm2))
     return Block(
-        norm1=block.norm1,
+        norm1=norm1,
         qkv=block.attn.qkv,
         proj=block.attn.proj,
-        norm2=block.norm2,
-        mlp=lambda x: mlp.linear_fc2(activation(mlp.linear_fc1(x))),
-        windowed=windowed,
+        norm2=norm2,
+        mlp=lambda x: mlp.linear_fc2(mlp.act_fn(mlp.linear_fc1(x))),
+        windowed=False,
     )
 
 
-def _rms(norm: Any) -> Function:
-    return lambda x: rms_norm(x, norm.weight, norm.variance_epsilon)
-
-
-def _merger_qwen2_5(merger: Any) -> Function:
-    first, second, norm = merger.mlp[0], merger.mlp[2], _rms(merger.ln_q)
-    return lambda x: second(F.gelu(first(norm(x).view(-1, first.in_features))))
+def _merger_qwen2_5(merger: Any, operations: Operations) -> Function:
+    first, second = merger.mlp[0], merger.mlp[2]
+    norm = operations.rms_norm(merger.ln_q.weight, merger.ln_q.variance_epsilon)
+    return lambda x: second(F.gelu(first(norm(x, None)[1].view(-1, first.in_features))))
 
 
 def _merger_qwen3(merger: Any) -> Function:
@@ -123,65 +127,66 @@ def _merger_qwen3(merger: Any) -> Function:
     return lambda x: second(F.gelu(first(merger.norm(x.reshape(-1, width)).view(-1, first.in_features))))
 
 
+def build_plan(tower: Tower, attention: SegmentAttention, interpolate: Interpolate, grids: Sequence[Grid]) -> Plan:
+    """Orders, tables and segments for these grids, computed on the tower's device."""
+    merge, device = tower.merge_size, tower.inv_freq.device
+    row_column, frames = positions.coordinates(grids, merge, device), positions.frames(grids)
+    order = rank = None
+    windows = frames
+    if tower.window is not None:
+        token_order, rank = positions.window_order(grids, merge, tower.window, device)
+        windows = positions.windows(grids, merge, tower.window)
+        order = (token_order[:, None] * merge**2 + torch.arange(merge**2, device=device)).flatten()
+        row_column = row_column[order]
+    learned = None
+    if tower.learned_positions is not None:
+        side = round(tower.learned_positions.shape[0] ** 0.5)
+        learned = interpolate(tower.learned_positions, *positions.interpolation(grids, row_column, side))
+    cos, sin = positions.rotary(row_column, tower.inv_freq)
+    return Plan(
+        order=order,
+        rank=rank,
+        cos=cos,
+        sin=sin,
+        learned=learned,
+        windows=attention.prepare(windows, device),
+        frames=attention.prepare(frames, device),
+    )
+
+
 def encode(
     pixels: Pixels,
-    weights: TowerWeights,
+    tower: Tower,
     patch_embed: PatchEmbed,
-    attend: SegmentAttention,
+    attention: SegmentAttention,
+    planner: Planner,
+    rotate: Rotate,
     inner: Callable[[str], AbstractContextManager[None]],
+    count: Callable[[str], None],
 ) -> VisionTokens:
     """Patches to visual tokens (and DeepStack features), in the order of the prompt's placeholders."""
-    grids, merge, device = pixels.grids, weights.merge_size, pixels.patches.device
-    hidden = patch_embed(pixels.patches)  # [n_patches, hidden]
-    if weights.learned_positions is not None:
-        hidden = hidden + _interpolated(weights.learned_positions, grids, merge)
-
-    row_column, frames = positions.coordinates(grids, merge), positions.frame_lengths(grids)
-    windows, order = frames, None
-    if weights.window is not None:
-        order, windows = positions.window_order(grids, merge, weights.window)
-        row_column = _by_token(row_column, merge)[order].flatten(0, 1)
-        order = order.to(device)
-        hidden = _by_token(hidden, merge)[order].flatten(0, 1)
-    cos, sin = (table.to(device)[:, None] for table in positions.rotary(row_column, weights.inv_freq))  # [n_patches, 1, d]
+    with inner("vit.positions"):
+        plan, known = planner(pixels.grids)
+    count("vit.positions known" if known else "vit.positions built")
+    patches = pixels.patches if plan.order is None else pixels.patches.index_select(0, plan.order)
+    hidden = patch_embed(patches)  # [N, hidden]
+    added = plan.learned
 
     deepstack = []
-    for index, block in enumerate(weights.blocks):
+    for index, block in enumerate(tower.blocks):
         with inner(f"vit.block.{index}"):
-            lengths = windows if block.windowed else frames
-            hidden = hidden + _attention(block.norm1(hidden), block, weights.n_heads, cos, sin, lengths, attend)
-            hidden = hidden + block.mlp(block.norm2(hidden))
-        if index in weights.deepstack:
-            deepstack.append(weights.deepstack[index](hidden))
+            hidden, normed = block.norm1(hidden, added)
+            q, k, v = rotate(block.qkv(normed), tower.n_heads, plan.cos, plan.sin)
+            attended = attention.attend(q, k, v, plan.windows if block.windowed else plan.frames)
+            hidden, normed = block.norm2(hidden, block.proj(attended))
+            added = block.mlp(normed)
+        if index in tower.deepstack:
+            hidden, added = hidden + added, None
+            deepstack.append(tower.deepstack[index](hidden))
 
-    embeds = weights.merger(hidden)  # [n_visual, out_hidden]
-    if order is not None:
-        embeds = torch.empty_like(embeds).index_copy_(0, order, embeds)
+    if added is not None:
+        hidden = hidden + added
+    embeds = tower.merger(hidden)  # [n_visual, out_hidden]
+    if plan.rank is not None:
+        embeds = embeds.index_select(0, plan.rank)
     return VisionTokens(embeds=embeds, deepstack=tuple(deepstack))
-
-
-def _attention(
-    x: torch.Tensor,
-    block: Block,
-    n_heads: int,
-    cos: torch.Tensor,
-    sin: torch.Tensor,
-    lengths: Sequence[int],
-    attend: SegmentAttention,
-) -> torch.Tensor:
-    q, k, v = block.qkv(x).view(x.shape[0], 3, n_heads, -1).unbind(1)  # [n_patches, n_heads, head_dim]
-    # The published code rotates in float32 whatever the model's dtype.
-    q, k = ((t.float() * cos + rotate_half(t.float()) * sin).to(x.dtype) for t in (q, k))
-    return block.proj(attend(q, k, v, lengths).flatten(1))
-
-
-def _by_token(x: torch.Tensor, merge_size: int) -> torch.Tensor:
-    """[n_patches, …] -> [n_visual, merge_size**2, …]."""
-    return x.view(-1, merge_size**2, *x.shape[1:])
-
-
-def _interpolated(table: torch.Tensor, grids: Sequence[Grid], merge_size: int) -> torch.Tensor:
-    """Learned positions at each patch, [n_patches, hidden] in the table's dtype."""
-    indices, weights = positions.interpolation(grids, merge_size, side=round(table.shape[0] ** 0.5))
-    corners = F.embedding(indices.to(table.device), table)  # [n_patches, 4, hidden]
-    return (corners * weights.to(table.device)[:, :, None]).sum(1).to(table.dtype)

@@ -1,0 +1,85 @@
+"""The vision tower alone: variants timed side by side on the same image, and cost as a line plus a parabola."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from fastvl_lab import preprocessor, vit
+from fastvl_lab.lab import Lab
+from fastvl_lab.measure.rounds import Rounds, Task, time_rounds
+from fastvl_lab.recipe import Recipe
+from fastvl_lab.request import Grid, Request
+from fastvl_lab.trace import Tracer
+
+
+def time_towers(
+    lab: Lab, request: Request, recipes: Mapping[str, Recipe], *, repeats: int = 10, warm_up: int = 2, seed: int = 0
+) -> Rounds:
+    """Seconds from uploaded patches to visual tokens, the step "vit", for every recipe; the device is waited for."""
+    tasks = {label: _task(lab, request, recipe) for label, recipe in recipes.items()}
+    return time_rounds(tasks, repeats=repeats, warm_up=warm_up, seed=seed)
+
+
+def _task(lab: Lab, request: Request, recipe: Recipe) -> Task:
+    recipe.check(lab.device)
+    images = preprocessor.bind(recipe.preprocessor, lab.checkpoint)
+    encode = vit.bind(recipe.vit, lab.checkpoint, images.patch_format)
+    off = Tracer(lab.device, "off")
+    with torch.inference_mode():
+        pixels = images.preprocess(images.decode(request), request)
+        pixels = preprocessor.upload.upload_pixels(pixels, images.upload)
+
+    @torch.inference_mode()
+    def run() -> dict[str, float]:
+        started = _now(lab.device)
+        encode(pixels, off)
+        return {"vit": _now(lab.device) - started}
+
+    return run
+
+
+def _now(device: torch.device) -> float:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter()
+
+
+def grids_of(lab: Lab, request: Request) -> tuple[Grid, ...]:
+    """The patch grids that the request's images become."""
+    images = preprocessor.bind(Recipe.baseline().preprocessor, lab.checkpoint)
+    return tuple(shape.grid for shape in images.decode(request).shapes)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Cost:
+    """seconds = fixed + per_patch * n + per_pair * n**2, none of them negative."""
+
+    fixed: float
+    per_patch: float
+    per_pair: float
+
+    def parts(self, n: float) -> tuple[float, float, float]:
+        """The seconds of each term at n patches."""
+        return self.fixed, self.per_patch * n, self.per_pair * n * n
+
+
+def fit_cost(patches: Sequence[int], seconds: Sequence[float]) -> Cost:
+    """The cost that comes nearest in relative error, by least squares over the terms that can be positive together.
+
+    Of all subsets of terms whose best fit has no negative term, the one with the least error is taken.
+    """
+    n, t = np.asarray(patches, float), np.asarray(seconds, float)
+    columns = np.stack([np.ones_like(n), n, n * n], axis=1) / t[:, None]
+    best, least = np.zeros(3), np.inf
+    for chosen in ([0, 1, 2], [1, 2], [0, 2], [0, 1], [2], [1], [0]):
+        values = np.linalg.lstsq(columns[:, chosen], np.ones_like(n), rcond=None)[0]
+        error = float(((columns[:, chosen] @ values - 1) ** 2).sum())
+        if (values >= 0).all() and error < least:
+            least, best = error, np.zeros(3)
+            best[chosen] = values
+    return Cost(fixed=best[0], per_patch=best[1], per_pair=best[2])

@@ -1,0 +1,70 @@
+"""Everything the lean tower computes from grids alone, made once a request or kept between requests."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, fields
+from typing import Any
+
+import torch
+
+from fastvl_lab.request import Grid
+
+MAX_ENTRIES = 64
+MAX_BYTES = 128 * 2**20
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Plan:
+    """What one forward needs to know of its grids, on the tower's device.
+
+    order: int64 [n_patches], the patches in the tower's order, and rank: int64 [n_visual], where visual tokens have gone; both None
+    where nothing moves. cos, sin: float32 [n_patches, head_dim / 2] in that order. learned: [n_patches, hidden], the positions to
+    add, or None. windows, frames: what the attention made of the segments, for windowed and full blocks.
+    """
+
+    order: torch.Tensor | None
+    rank: torch.Tensor | None
+    cos: torch.Tensor
+    sin: torch.Tensor
+    learned: torch.Tensor | None
+    windows: Any
+    frames: Any
+
+    @property
+    def n_bytes(self) -> int:
+        values = (getattr(self, field.name) for field in fields(self))
+        return sum(value.numel() * value.element_size() for value in values if isinstance(value, torch.Tensor))
+
+
+Planner = Callable[[Sequence[Grid]], tuple[Plan, bool]]
+
+
+def recomputed(build: Callable[[Sequence[Grid]], Plan]) -> Planner:
+    """A new plan for every request."""
+    return lambda grids: (build(grids), False)
+
+
+class PlanCache:
+    """The latest plans by the grids of a request, bounded in number and bytes; the one unused for longest goes first."""
+
+    def __init__(
+        self, build: Callable[[Sequence[Grid]], Plan], *, max_entries: int = MAX_ENTRIES, max_bytes: int = MAX_BYTES
+    ) -> None:
+        self._build, self._max_entries, self._max_bytes = build, max_entries, max_bytes
+        self._plans: OrderedDict[tuple[Grid, ...], Plan] = OrderedDict()
+        self._bytes = 0
+
+    def __call__(self, grids: Sequence[Grid]) -> tuple[Plan, bool]:
+        """The plan, and whether it was there already."""
+        key = tuple(grids)
+        if key in self._plans:
+            self._plans.move_to_end(key)
+            return self._plans[key], True
+        plan = self._plans[key] = self._build(grids)
+        self._bytes += plan.n_bytes
+        while len(self._plans) > self._max_entries or self._bytes > self._max_bytes:
+            _, oldest = self._plans.popitem(last=False)
+            self._bytes -= oldest.n_bytes
+        return plan, False
