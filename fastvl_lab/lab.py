@@ -72,7 +72,7 @@ class Lab:
             finished = tracer.finish()
             kind = self._kind(key, outcome)
         return Run(
-            engine=engine if isinstance(engine, str) else str(key),
+            engine=engine if isinstance(engine, str) else key.text(self.device) if isinstance(key, Recipe) else key,
             recipe=key if isinstance(key, Recipe) else None,
             checkpoint=self.checkpoint.name,
             device=device_name(self.device),

@@ -360,7 +360,7 @@ class Recipe:
                 payload="uint8_folded",
                 temporal="folded",
             ),
-            vit=Vit(tower="lean", patch_embed="linear", attention="grouped", positions="cached", rope="halves"),
+            vit=Vit(tower="lean", patch_embed="linear", attention="grouped", positions="cached", norms="native", rope="halves"),
             attention=Attention(prefill="sdpa", decode="sdpa"),
         )
 
@@ -472,9 +472,17 @@ class Recipe:
         changed = self.changes()
         return ", ".join(["transformers", *(f"{t.path}={changed[t.path]}" for t in steps if t.path in changed)])
 
+    def text(self, device: torch.device | str = "cpu") -> str:
+        """The shortest text that `parse` reads as this recipe on the device: a preset, and what is changed of it."""
+        texts = []
+        for name, preset in (("baseline", Recipe.baseline()), ("fastest", Recipe.fastest(device))):
+            changed = [f"{t.path}={self.value(t.path)}" for t in toggles() if self.value(t.path) != preset.value(t.path)]
+            texts.append(", ".join([name, *changed]))
+        return min(texts, key=len)
+
     def __str__(self) -> str:
-        changes = self.changes()
-        return ", ".join(["baseline", *(f"{path}={value}" for path, value in changes.items())])
+        """As changes of the baseline, which read the same on every device and installation."""
+        return ", ".join(["baseline", *(f"{path}={value}" for path, value in self.changes().items())])
 
 
 @cache

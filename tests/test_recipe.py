@@ -47,8 +47,30 @@ def test_the_first_option_of_every_toggle_is_exact_and_runs_on_a_cpu() -> None:
 def test_a_recipe_survives_json_yaml_and_text(recipe: Recipe) -> None:
     assert Recipe.from_dict(json.loads(json.dumps(recipe.to_dict()))) == recipe
     assert Recipe.from_dict(yaml.safe_load(yaml.safe_dump(recipe.to_dict()))) == recipe
-    assert Recipe.parse(str(recipe)) == recipe
+    assert Recipe.parse(str(recipe)) == Recipe.parse(recipe.text()) == recipe
+    assert len(recipe.text()) <= len(str(recipe))
     assert hash(Recipe.from_dict(recipe.to_dict())) == hash(recipe)
+
+
+def test_the_shortest_text_starts_from_the_nearer_preset() -> None:
+    assert Recipe.baseline().text() == "baseline"
+    assert Recipe.fastest().text() == "fastest"
+    assert Recipe.parse("fastest, vit.rope=eager").text() == "fastest, vit.rope=eager"
+    assert Recipe.parse("baseline, vit.tower=lean").text() == "baseline, vit.tower=lean"
+
+
+def test_an_option_can_be_chosen_with_what_it_needs() -> None:
+    chosen = Recipe.baseline().choose("preprocessor.decode", "gpu")
+    assert chosen.changes() == {
+        "preprocessor.decode": "gpu",
+        "preprocessor.resize": "device",
+        "preprocessor.patchify": "torch",
+    }
+    assert Recipe.fastest().choose("vit.attention", "triton") == Recipe.fastest().replace("vit.attention", "triton")
+    kept = Recipe.parse("baseline, preprocessor.resize=pillow, preprocessor.patchify=torch")
+    assert kept.choose("preprocessor.resize", "transformers") == Recipe.baseline()
+    folded = Recipe.parse("baseline, preprocessor.resize=torch").choose("preprocessor.temporal", "folded")
+    assert folded.vit.tower == "lean"
 
 
 def test_a_recipe_is_never_changed() -> None:

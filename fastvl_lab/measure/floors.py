@@ -49,10 +49,13 @@ def vit_flops(checkpoint: Checkpoint, grids: Sequence[Grid], *, frames: int | No
     if checkpoint.family == "qwen2_5_vl":
         windowed = positions.windows(grids, merge, config.window_size // merge // config.patch_size)
         n_full = len(set(config.fullatt_block_indexes))
-    squares = sum(n * sum(group.number * group.length**2 for group in groups) for n, groups in (
-        (n_full, full),
-        (len(visual.blocks) - n_full, windowed),
-    ))
+    squares = sum(
+        n * sum(group.number * group.length**2 for group in groups)
+        for n, groups in (
+            (n_full, full),
+            (len(visual.blocks) - n_full, windowed),
+        )
+    )
     return VitFlops(linear=linear, attention=4 * config.hidden_size * squares)
 
 

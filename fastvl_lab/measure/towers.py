@@ -55,6 +55,12 @@ def grids_of(lab: Lab, request: Request) -> tuple[Grid, ...]:
     return tuple(shape.grid for shape in images.decode(request).shapes)
 
 
+def window_side(lab: Lab) -> int | None:
+    """Visual tokens along a side of an attention window, or None for a tower that has none."""
+    config = lab.checkpoint.config.vision_config
+    return config.window_size // config.spatial_merge_size // config.patch_size if hasattr(config, "window_size") else None
+
+
 @dataclass(frozen=True, kw_only=True)
 class Cost:
     """seconds = fixed + per_patch * n + per_pair * n**2, none of them negative."""

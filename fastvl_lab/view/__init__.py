@@ -1,13 +1,23 @@
 """Figures, tables and reports, drawn from finished runs; needs the extra "notebooks"."""
 
 from fastvl_lab.view.charts import ttft_against_visual_tokens
-from fastvl_lab.view.slots import cost_against_size, difference_maps, rounds_frame, step_bars
+from fastvl_lab.view.slots import (
+    block_waterfall,
+    cost_against_size,
+    cost_parts,
+    difference_maps,
+    rounds_frame,
+    step_bars,
+    window_layout,
+)
 from fastvl_lab.view.tables import catalogue_frame, layer_frame, show, stage_frame, summary_frame
 from fastvl_lab.view.waterfall import waterfall
 
 __all__ = [
+    "block_waterfall",
     "catalogue_frame",
     "cost_against_size",
+    "cost_parts",
     "difference_maps",
     "layer_frame",
     "rounds_frame",
@@ -17,4 +27,5 @@ __all__ = [
     "summary_frame",
     "ttft_against_visual_tokens",
     "waterfall",
+    "window_layout",
 ]

@@ -14,6 +14,9 @@ from PIL import Image
 from fastvl_lab.errors import require
 from fastvl_lab.measure.preprocessing import PixelDifference
 from fastvl_lab.measure.rounds import Rounds
+from fastvl_lab.measure.towers import Cost
+from fastvl_lab.request import Grid
+from fastvl_lab.run import Run
 from fastvl_lab.view import style
 
 if TYPE_CHECKING:
@@ -139,6 +142,148 @@ def difference_maps(picture: np.ndarray, differences: Mapping[str, PixelDifferen
     height, width = picture.shape[:2]
     figure.update_layout(
         **style.layout(height=round(rows * (1060 / columns * height / width + 70)), margin={"l": 10, "r": 10, "t": 60, "b": 10})
+    )
+    return figure
+
+
+def block_waterfall(runs: Sequence[Run]) -> go.Figure:
+    """The vision tower of each run beside the others: every block from its start to its end, in ms since the tower's own start.
+
+    The runs must have been traced with "layers". On CUDA the bars are the device's.
+    """
+    figure_of = style.graph_objects()
+    panels = [_tower_spans(run) for run in runs]
+    figure = require("plotly.subplots", "notebooks").make_subplots(
+        rows=1,
+        cols=len(runs),
+        shared_yaxes=True,
+        horizontal_spacing=0.03,
+        subplot_titles=[f"{html.escape(run.engine[:60])}: {spans[0][2]:.2f} ms" for run, spans in zip(runs, panels, strict=True)],
+    )
+    names = list(dict.fromkeys(name for spans in panels for name, _, _ in spans))
+    names = [name for name in names if "block" not in name] + [name for name in names if "block" in name]
+    for column, spans in enumerate(panels, start=1):
+        figure.add_trace(
+            figure_of.Bar(
+                y=[name for name, _, _ in spans],
+                base=[start for _, start, _ in spans],
+                x=[length for _, _, length in spans],
+                orientation="h",
+                showlegend=False,
+                marker={"color": [style.STAGE_COLOURS["vit" if name == "vit" else "merge"] for name, _, _ in spans]},
+                text=[f"{length:.2f}" for _, _, length in spans],
+                textposition="outside",
+                cliponaxis=False,
+                hovertemplate="%{y}: %{x:.3f} ms from %{base:.3f} ms<extra></extra>",
+            ),
+            row=1,
+            col=column,
+        )
+    longest = max(spans[0][2] for spans in panels)
+    figure.update_xaxes(range=[0, longest * 1.15], title_text="ms since the tower began", gridcolor=style.GRID)
+    figure.update_yaxes(categoryorder="array", categoryarray=names[::-1])
+    figure.update_layout(**style.layout(height=160 + 24 * len(names), margin={"l": 110, "r": 30, "t": 60, "b": 55}))
+    return figure
+
+
+def _tower_spans(run: Run) -> list[tuple[str, float, float]]:
+    """(name, start, length) in ms: the whole stage first, then what is inside it."""
+    lane = "device" if run.trace.has_device_lane else "host"
+    stage = next(span for span in run.trace.spans if span.name == "vit" and span.lane == lane)
+    inside = [span for span in run.trace.spans if span.name.startswith("vit.") and span.lane == lane]
+    return [(s.name, (s.start_ns - stage.start_ns) / 1e6, s.duration_ns / 1e6) for s in (stage, *inside)]
+
+
+def window_layout(picture: bytes, grid: Grid, window: int | None, merge_size: int) -> go.Figure:
+    """The windows of windowed attention over the picture; window: visual tokens along a side, or None where a tower has none."""
+    figure_of = style.graph_objects()
+    rows, columns = grid.h // merge_size, grid.w // merge_size
+    token = max(1, 900 // columns)  # pixels of a visual token in the drawing
+    shown = Image.open(io.BytesIO(picture)).convert("RGB").resize((columns * token, rows * token))
+    faded = np.asarray(Image.blend(shown, Image.new("RGB", shown.size, "white"), 0.45))
+    source = _png(faded, np.mean, largest_side=max(faded.shape))
+    figure = figure_of.Figure(figure_of.Image(source=source, hoverinfo="skip"))
+    kinds: dict[int, list[tuple[int, int, int, int]]] = {}
+    for top in range(0, rows, window or rows):
+        for left in range(0, columns, window or columns):
+            height, width = min(window or rows, rows - top), min(window or columns, columns - left)
+            kinds.setdefault(height * width, []).append((top, left, height, width))
+    for number, (tokens, places) in enumerate(sorted(kinds.items(), reverse=True)):
+        xs: list[float | None] = []
+        ys: list[float | None] = []
+        for top, left, height, width in places:
+            xs += [(left + dx * width) * token + inset for dx, inset in ((0, 1), (1, -1), (1, -1), (0, 1), (0, 1))] + [None]
+            ys += [(top + dy * height) * token + inset for dy, inset in ((0, 1), (0, 1), (1, -1), (1, -1), (0, 1))] + [None]
+        colour = style.SERIES_COLOURS[number % len(style.SERIES_COLOURS)]
+        figure.add_trace(
+            figure_of.Scatter(
+                x=xs,
+                y=ys,
+                mode="lines",
+                line={"color": colour, "width": 2.5, "dash": ("solid", "dash", "dot", "dashdot")[number % 4]},
+                name=f"{len(places)} × {tokens * merge_size**2} patches ({tokens} visual tokens)",
+                hoverinfo="skip",
+            )
+        )
+    figure.update_xaxes(visible=False)
+    figure.update_yaxes(visible=False)
+    figure.update_layout(
+        **style.layout(height=round(800 * rows / columns) + 90, width=860, margin={"l": 10, "r": 10, "t": 70, "b": 10}),
+        legend={"orientation": "h", "x": 0, "y": 1.02, "yanchor": "bottom"},
+    )
+    return figure
+
+
+def cost_parts(points: Mapping[int, Rounds], costs: Mapping[str, Cost]) -> go.Figure:
+    """Measured times against patches, and what of the fitted curve is fixed, linear and quadratic; one panel a variant."""
+    figure_of = style.graph_objects()
+    figure = require("plotly.subplots", "notebooks").make_subplots(
+        rows=1, cols=len(costs), shared_yaxes=True, horizontal_spacing=0.03, subplot_titles=[html.escape(label) for label in costs]
+    )
+    sizes = sorted(points)
+    line = np.linspace(0, sizes[-1], 60)
+    grey, sky, blue = style.SERIES_COLOURS[6], style.SERIES_COLOURS[5], style.SERIES_COLOURS[0]
+    parts = (("fixed", grey, "."), ("with patches", sky, ""), ("with their square", blue, "/"))
+    for column, (label, cost) in enumerate(costs.items(), start=1):
+        for number, (name, colour, pattern) in enumerate(parts):
+            figure.add_trace(
+                figure_of.Scatter(
+                    x=line,
+                    y=[cost.parts(n)[number] * 1e3 for n in line],
+                    stackgroup=f"parts {column}",
+                    mode="lines",
+                    line={"width": 0.5, "color": colour},
+                    fillcolor=colour,
+                    fillpattern={"shape": pattern, "fgcolor": "white", "fgopacity": 0.7},
+                    name=name,
+                    legendgroup=name,
+                    showlegend=column == 1,
+                    hovertemplate=name + ": %{y:.2f} ms at %{x:.0f} patches<extra></extra>",
+                ),
+                row=1,
+                col=column,
+            )
+        measured = [points[n].median(label).median * 1e3 for n in sizes]
+        figure.add_trace(
+            figure_of.Scatter(
+                x=sizes,
+                y=measured,
+                mode="markers",
+                marker={"color": style.INK, "size": 9, "symbol": "diamond"},
+                name="measured (medians)",
+                legendgroup="measured",
+                showlegend=column == 1,
+                hovertemplate="%{y:.2f} ms at %{x} patches<extra></extra>",
+            ),
+            row=1,
+            col=column,
+        )
+    figure.update_xaxes(title_text="patches", rangemode="tozero", gridcolor=style.GRID)
+    figure.update_yaxes(rangemode="tozero", gridcolor=style.GRID)
+    figure.update_yaxes(title_text="vision tower, ms", row=1, col=1)
+    figure.update_layout(
+        **style.layout(height=440, margin={"l": 80, "r": 30, "t": 90, "b": 60}),
+        legend={"orientation": "h", "x": 0, "y": 1.12, "yanchor": "bottom"},
     )
     return figure
 

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import pytest
 import torch
 
-from fastvl_lab import Lab, Recipe, Request, photo, toggles
+from fastvl_lab import Lab, Recipe, Request, photo, preprocessor, toggles, vit
 from fastvl_lab.checkpoint import tiny
 from fastvl_lab.measure.preprocessing import pixel_difference
+from fastvl_lab.trace import Tracer
 
 pytestmark = pytest.mark.gpu
 
@@ -50,6 +53,41 @@ def test_resizing_on_the_device_is_within_two_levels_of_pillow() -> None:
     request = Request(images=[photo("coffee", (1280, 960))], prompt="?", max_pixels=300_000)
     device, stock = (Recipe.baseline().choose("preprocessor.resize", value) for value in ("device", "pillow"))
     assert pixel_difference(lab, request, device, stock).largest <= 2
+
+
+@pytest.mark.parametrize("name", tiny.NAMES)
+def test_every_way_through_the_lean_tower_equals_the_stock_one_and_waits_for_nothing(name: str) -> None:
+    """In bfloat16 against its own error budget; plans built and known; torch raises where the host would wait for the device."""
+    lab, high = Lab(name, device="cuda", dtype="bfloat16"), Lab(name, device="cuda", dtype="float32")
+    options = {
+        t.path: [o.value for o in t.options if o.unavailable(lab.device) is None]
+        for t in toggles()
+        if t.slot == "vit" and t.name != "tower"
+    }
+    free = Recipe.parse("baseline, preprocessor.resize=pillow, vit.tower=lean")
+    recipes = [free.replace(path, value) for path, values in options.items() for value in values]
+    recipes.append(free.replace({path: values[-1] for path, values in options.items()}))
+    request = Request(images=[photo("coffee", (640, 480)), photo("rocket", (97, 310))], prompt="?")
+    images = preprocessor.bind(free.preprocessor, lab.checkpoint)
+    pixels = preprocessor.upload.upload_pixels(images.preprocess(images.decode(request), request), images.upload)
+    off = Tracer(lab.device, "off")
+
+    def encoded(of: Lab, recipe: Recipe) -> torch.Tensor:
+        of_dtype = dataclasses.replace(pixels, patches=pixels.patches.to(of.dtype))
+        encode = vit.bind(recipe.vit, of.checkpoint, images.patch_format)
+        with torch.inference_mode():
+            encode(of_dtype, off)  # kernels are built, and may wait, once
+            if recipe.vit.tower == "lean":
+                torch.cuda.set_sync_debug_mode("error")
+            try:
+                return encode(of_dtype, off).embeds.double()
+            finally:
+                torch.cuda.set_sync_debug_mode("default")
+
+    truth = encoded(high, Recipe.baseline())
+    stock = (encoded(lab, Recipe.baseline()) - truth).norm()
+    for recipe in recipes:
+        assert (encoded(lab, recipe) - truth).norm() <= 2 * stock + 1e-3 * truth.norm(), str(recipe)
 
 
 @pytest.mark.parametrize("name", tiny.NAMES)

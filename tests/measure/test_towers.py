@@ -1,0 +1,103 @@
+"""The vision tower alone: operations counted, ceilings measured, costs fitted, and speed against the stock tower."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import numpy as np
+import pytest
+import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+from transformers import AutoConfig
+
+from fastvl_lab import Lab, Recipe, Request, photo, view
+from fastvl_lab.checkpoint import tiny
+from fastvl_lab.checkpoint.random_weights import random_model, write_published_folder
+from fastvl_lab.measure.floors import matmul_ceiling, vit_flops
+from fastvl_lab.measure.towers import Cost, fit_cost, grids_of, time_towers, window_side
+from fastvl_lab.request import Grid
+
+
+@pytest.mark.parametrize("name", tiny.NAMES)
+def test_operations_are_those_that_torch_counts_in_the_stock_tower(labs: dict[str, Lab], name: str) -> None:
+    checkpoint = labs[name].checkpoint
+    visual, grids = checkpoint.model.model.visual, [Grid(1, 10, 14), Grid(1, 18, 26)]
+    patches = torch.zeros(sum(g.n_patches for g in grids), visual.patch_embed.proj.weight[0].numel())
+    # Written out, attention is two batched products; torch does not count its fused kernel on a CPU.
+    with FlopCounterMode(display=False) as counter, torch.inference_mode(), sdpa_kernel(SDPBackend.MATH):
+        visual(patches, grid_thw=torch.tensor(grids))
+    flops = vit_flops(checkpoint, grids)
+    counted = counter.get_flop_counts()["Global"]
+    attention = sum(n for op, n in counted.items() if "bmm" in str(op))
+    assert flops.attention == attention
+    assert flops.linear == sum(counted.values()) - attention
+    once = vit_flops(checkpoint, grids, frames=1)
+    assert once.attention == flops.attention
+    assert flops.linear - once.linear == visual.patch_embed.proj.weight.numel() * len(patches)
+
+
+def test_the_ceiling_is_measured_and_above_what_a_small_product_reaches() -> None:
+    assert matmul_ceiling(torch.device("cpu"), torch.float32, size=1024, repeats=3) > 1e9
+
+
+@pytest.mark.parametrize("cost", [(3e-3, 1e-5, 2e-9), (0, 1e-5, 2e-9), (3e-3, 1e-5, 0), (0, 0, 1e-8), (0, 2e-5, 0)])
+def test_a_cost_is_found_again_in_its_own_times(cost: tuple[float, float, float]) -> None:
+    sizes = [256, 1024, 2304, 4096, 9216]
+    truth = Cost(fixed=cost[0], per_patch=cost[1], per_pair=cost[2])
+    seconds = np.array([sum(truth.parts(n)) for n in sizes])
+    assert dataclasses.astuple(fit_cost(sizes, list(seconds))) == pytest.approx(cost, abs=1e-12, rel=1e-6)
+    noisy = fit_cost(sizes, list(seconds * np.random.default_rng(0).uniform(0.9, 1.1, len(sizes))))
+    assert min(dataclasses.astuple(noisy)) >= 0
+
+
+def test_what_the_notebook_draws(labs: dict[str, Lab]) -> None:
+    lab, picture = labs["tiny-qwen2.5-vl"], photo("coffee", (300, 200))
+    request = Request(images=[picture], prompt="?", max_new_tokens=1)
+    (grid,) = grids_of(lab, request)
+    runs = [lab.run(request, engine, trace="layers") for engine in ("transformers", "fastest")]
+    bars = view.block_waterfall(runs)
+    blocks = [name for name in bars.data[1].y if "block" in name]
+    assert blocks == [f"vit.block.{i}" for i in range(4)]
+    assert sum(x for name, x in zip(bars.data[0].y, bars.data[0].x, strict=True) if "block" in name) <= bars.data[0].x[0]
+
+    layout = view.window_layout(picture, grid, window_side(lab), lab.checkpoint.merge_size)
+    drawn = {int(trace.name.split()[2]): int(trace.name.split()[0]) for trace in layout.data[1:]}
+    assert sum(length * number for length, number in drawn.items()) == grid.n_patches
+    assert max(drawn) == (window_side(lab) * 2) ** 2
+    whole = view.window_layout(picture, grid, window_side(labs["tiny-qwen3-vl"]), 2)
+    assert whole.data[1].name.startswith(f"1 × {grid.n_patches} patches")
+
+    rounds = time_towers(lab, request, {"stock": Recipe.baseline(), "lean": Recipe.fastest()}, repeats=2, warm_up=1)
+    assert set(rounds.timings[0].steps) == {"vit"}
+    parts = view.cost_parts({100: rounds, 400: rounds}, {"stock": Cost(fixed=0, per_patch=1e-5, per_pair=1e-9)})
+    assert list(parts.data[-1].x) == [100, 400]
+    assert parts.data[2].y[-1] == pytest.approx(1e-9 * 400**2 * 1e3)
+
+
+GRIDS = [(1280, 960), (448, 448), (224, 224), (2240, 56), (640, 480)]
+
+
+@pytest.mark.benchmark
+@pytest.mark.parametrize("name", tiny.NAMES)
+def test_the_lean_tower_is_faster_than_the_stock_one(labs: dict[str, Lab], name: str) -> None:
+    """And never slower on any grid. Most of these towers' time at 1280x960 is the same call of SDPA in both."""
+    for size in GRIDS:
+        request = Request(images=[photo("coffee", size)], prompt="?")
+        rounds = time_towers(labs[name], request, {"stock": Recipe.baseline(), "lean": Recipe.fastest()}, repeats=9)
+        assert rounds.ratio("lean", "stock").median > (1.1 if size == GRIDS[0] else 1.0), size
+
+
+@pytest.mark.benchmark
+def test_the_lean_tower_is_faster_at_real_width() -> None:
+    """Four blocks of the published 3B geometry."""
+    folder = str(write_published_folder("Qwen/Qwen2.5-VL-3B-Instruct"))
+    config = AutoConfig.from_pretrained(folder)
+    config.vision_config.depth, config.vision_config.fullatt_block_indexes = 4, [3]
+    config.text_config.num_hidden_layers, config.text_config.vocab_size = 1, 152000
+    model = random_model(config, device=torch.device("cpu"), dtype=torch.float32, seed=0)
+    lab = Lab("tiny-qwen2.5-vl", device="cpu")
+    lab.checkpoint = dataclasses.replace(lab.checkpoint, model=model)
+    request = Request(images=[photo("coffee", (448, 448))], prompt="?")
+    rounds = time_towers(lab, request, {"stock": Recipe.baseline(), "lean": Recipe.fastest()}, repeats=5, warm_up=1)
+    assert rounds.ratio("lean", "stock").median > 1.1
