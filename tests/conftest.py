@@ -21,6 +21,7 @@ if not torch.cuda.is_available():
 atexit.register(shutil.rmtree, os.environ["XDG_CACHE_HOME"], ignore_errors=True)
 
 from fastvl_lab import Lab, photo
+from fastvl_lab.measure.statistics import Interval
 from fastvl_lab.preprocessor.decode_image import as_image, open_image, with_pillow
 from fastvl_lab.request import ImageInput, ImageSource
 
@@ -57,6 +58,24 @@ def picture() -> bytes:
 def decode() -> Callable[[Sequence[ImageSource | ImageInput]], list[Image.Image]]:
     """Upright RGB images from encoded bytes, pictures and arrays, by Pillow."""
     return lambda images: [as_image(with_pillow(open_image(ImageInput.of(image)))) for image in images]
+
+
+@pytest.fixture(scope="session")
+def assert_reaches() -> Callable[[Callable[[], Interval], float], None]:
+    """Assert that a ratio measured side by side can be as high as a bar: it fails if three intervals in a row lie below.
+
+    A pause of the machine hides a speed-up once; code that has become slower hides it always.
+    """
+
+    def check(measure: Callable[[], Interval], bar: float) -> None:
+        seen = []
+        for _ in range(3):
+            seen.append(measure())
+            if seen[-1].high >= bar:
+                return
+        raise AssertionError(f"{seen} are all below {bar}")
+
+    return check
 
 
 @pytest.fixture

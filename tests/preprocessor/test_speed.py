@@ -5,11 +5,13 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 
 import pytest
 
 from fastvl_lab import Lab, Recipe, Request, photo
 from fastvl_lab.measure.preprocessing import time_preprocessing
+from fastvl_lab.measure.statistics import Interval
 
 BIT_EQUAL = "fastest, preprocessor.decode=pillow, preprocessor.resize=pillow, preprocessor.threads=all"
 SIZES = {"1280x960": ((1280, 960), 6), "4032x3024": ((4032, 3024), 8)}
@@ -18,14 +20,20 @@ MAX_PIXELS = 1003520  # a budget that engines set in practice; the built-in chec
 
 @pytest.mark.benchmark
 @pytest.mark.parametrize("size", SIZES)
-def test_patches_are_made_several_times_faster_than_by_the_stock_processor(labs: dict[str, Lab], size: str) -> None:
+def test_patches_are_made_several_times_faster_than_by_the_stock_processor(
+    labs: dict[str, Lab], size: str, assert_reaches: Callable[[Callable[[], Interval], float], None]
+) -> None:
     """From decoded pixels to what the vision tower is given."""
-    (width, height), at_least = SIZES[size]
+    (width, height), bar = SIZES[size]
     request = Request(images=[photo("coffee", (width, height))], prompt="?", max_pixels=None if width < 2000 else MAX_PIXELS)
-    recipes = {"stock": Recipe.baseline(), "torch": Recipe.fastest(), "bit-equal": Recipe.parse(BIT_EQUAL)}
-    rounds = time_preprocessing(labs["tiny-qwen2.5-vl"], request, recipes, repeats=9)
-    assert rounds.ratio("torch", "stock", "preprocess", "upload").median >= at_least
-    assert rounds.ratio("bit-equal", "stock", "preprocess", "upload").median >= 2
+
+    def ratio(recipe: str) -> Interval:
+        recipes = {"stock": Recipe.baseline(), "ours": Recipe.parse(recipe)}
+        rounds = time_preprocessing(labs["tiny-qwen2.5-vl"], request, recipes, repeats=9)
+        return rounds.ratio("ours", "stock", "preprocess", "upload")
+
+    assert_reaches(lambda: ratio("fastest"), bar)
+    assert_reaches(lambda: ratio(BIT_EQUAL), 2)
 
 
 PEAK = """

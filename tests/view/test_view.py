@@ -105,14 +105,14 @@ def test_tables_stand_beside_the_charts(labs: dict[str, Lab], runs: list[Run], p
     assert len({line.marker.symbol for line in chart.data}) == 2  # told apart by more than colour
 
 
-def test_the_layer_table_has_every_block_and_layer_once(labs: dict[str, Lab], picture: bytes) -> None:
+def test_the_layer_table_has_everything_inside_the_stages_once(labs: dict[str, Lab], picture: bytes) -> None:
     lab = labs["tiny-qwen2.5-vl"]
     request = Request(images=[picture], prompt="What?", max_new_tokens=3, ignore_eos=True)
     frame = view.layer_frame(lab.run(request, "fastest", trace="layers"))
     config = lab.checkpoint.config
     blocks = [f"vit.block.{i}" for i in range(config.vision_config.depth)]
     layers = [f"language.layer.{i}" for i in range(config.text_config.num_hidden_layers)]
-    assert list(frame["block or layer"]) == blocks + layers
+    assert list(frame["block or layer"]) == ["vit.positions", *blocks, *layers]
 
 
 def test_the_catalogue_table_has_every_option() -> None:
