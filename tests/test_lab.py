@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 import threading
 import time
 
@@ -104,6 +106,24 @@ def test_running_out_of_memory_is_one_sentence(labs: dict[str, Lab], monkeypatch
         lab.run(request)
     with pytest.raises(DeviceError, match=r"can't allocate memory.*set a smaller max_pixels"):
         lab.run(request, Recipe.fastest())
+
+
+FIRST_RUN = """
+import numpy, torch, fastvl_lab as fl
+lab = fl.Lab("tiny-qwen2.5-vl", device="cpu")
+torch.mm(torch.ones(512, 512), torch.ones(512, 512))  # wakes the other threads
+picture = numpy.random.default_rng(0).integers(256, size=(700, 800, 3), dtype=numpy.uint8)
+request = fl.Request(images=[picture], prompt="?", max_new_tokens=1)
+first, second = (lab.run(request, "baseline, vit.tower=lean").logits for _ in range(2))
+assert torch.equal(first, second), (first - second).abs().max()
+"""
+
+
+def test_the_first_run_of_a_process_computes_what_the_second_does() -> None:
+    """Not so where threads race for the first call of torch's vector math; see checkpoint/loading.py."""
+    for _ in range(3):
+        done = subprocess.run([sys.executable, "-c", FIRST_RUN], capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stderr
 
 
 def test_callers_take_turns(labs: dict[str, Lab], request_: Request, monkeypatch: pytest.MonkeyPatch) -> None:

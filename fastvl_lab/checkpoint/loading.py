@@ -88,6 +88,7 @@ def load(name: str | Path, *, device: str | torch.device | None = None, dtype: s
     float32 on a CPU. Raises `CheckpointError` and `DeviceError`.
     """
     name, on, of_type = str(name), resolve_device(device), resolve_dtype(dtype)
+    _settle_vector_math()
     if name in tiny.NAMES:
         with _quiet():
             return _from_pretrained(name, str(tiny.folder(name)), on, of_type)
@@ -103,6 +104,17 @@ def load(name: str | Path, *, device: str | torch.device | None = None, dtype: s
             f"Qwen/Qwen2.5-VL-3B-Instruct, one of {', '.join(tiny.NAMES)}, or random:<hub id> with one of {', '.join(published())}"
         )
     return _from_pretrained(name, name, on, of_type)
+
+
+def _settle_vector_math() -> None:
+    """Let torch choose its vector math functions on one thread, before several can race for their first call.
+
+    With MKL up to 2024.2 such a race leaves one thread's share of that call at a low accuracy, 1.5e-4 off for a cosine: the rotary
+    tables of a process's first request were wrong now and then (pytorch/pytorch 188792).
+    """
+    for dtype in (torch.float32, torch.float64):
+        for function in (torch.cos, torch.sin, torch.exp, torch.sqrt, torch.tanh, torch.erf):
+            function(torch.zeros(1, dtype=dtype))
 
 
 def _from_pretrained(name: str, source: str, device: torch.device, dtype: torch.dtype | None) -> Checkpoint:
