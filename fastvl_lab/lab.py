@@ -5,6 +5,7 @@ from __future__ import annotations
 import queue
 import threading
 from collections.abc import Iterator
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 
 import torch
@@ -137,7 +138,8 @@ class Lab:
 
     def _serve(self, engine: Engine, request: Request, tracer: Tracer, deliver: Deliver) -> Outcome:
         try:
-            return engine.run(request, tracer, deliver)
+            with current_device(self.device):
+                return engine.run(request, tracer, deliver)
         except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
             if not isinstance(error, torch.OutOfMemoryError | MemoryError) and "can't allocate memory" not in str(error):
                 raise  # torch's CPU allocator has no error type of its own
@@ -158,6 +160,11 @@ class Lab:
         first = shape not in seen
         seen.add(shape)
         return "cold" if first else "warm"
+
+
+def current_device(device: torch.device) -> AbstractContextManager[None]:
+    """Make a CUDA device the current one, which is where Triton launches its kernels; nothing to do on a CPU."""
+    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
 
 
 def parse_engine(text: str, device: torch.device | str = "cpu") -> EngineName:

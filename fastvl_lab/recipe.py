@@ -19,11 +19,11 @@ import torch
 
 from fastvl_lab.errors import RecipeError
 
-# The toggles that a Transformers peer may have from a recipe: those on which its pixels depend.
+# The toggles that a Transformers peer may have from a recipe: those on which its pixels depend, and what they cannot do without.
 ORACLE_TOGGLES = ("preprocessor.decode", "preprocessor.resize", "preprocessor.patchify")
 
 OptionValue = str | int
-Pixels = Literal["pillow", "torchvision", "own"]
+ImageBackend = Literal["pillow", "torchvision"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,7 +34,8 @@ class Option:
     other toggles of the slot that this option takes over: they must stay at their first option, or the recipe means nothing.
     `requires` names choices elsewhere, "slot.toggle=value" or "slot.toggle=value|value", without which this one cannot work.
     `pixels` says whose resized pixels the option makes, where it touches them: "pillow" or "torchvision" (Transformers' image
-    backends: which of them is the stock one depends on what is installed), or "own".
+    backends: which of them is the stock one depends on what is installed), or "own". `within` is by how many levels of 255 the
+    pixels of an exact option may differ from those of the stock backend, where they are not the same.
     """
 
     value: OptionValue
@@ -43,14 +44,17 @@ class Option:
     needs: tuple[str, ...] = ()
     decides: tuple[str, ...] = ()
     requires: tuple[str, ...] = ()
-    pixels: Pixels | None = None
+    pixels: ImageBackend | Literal["own"] | None = None
+    within: int = 0
 
     @property
     def exactness(self) -> str:
         """In a word or three, for tables."""
         if not self.exact:
             return "no"
-        return "yes" if self.pixels is None else f"with {self.pixels}'s pixels"
+        if self.within:
+            return f"pixels within {self.within} of 255"
+        return "yes" if self.pixels is None else f"with {self.pixels.capitalize()}'s pixels"
 
     def unavailable(self, device: torch.device) -> str | None:
         """Why this option cannot run on the device here, or None if it can."""
@@ -122,6 +126,7 @@ class Preprocessor:
                 "one, in its order of passes and at most 2 of 255 off it"
             ),
             pixels="torchvision",
+            within=2,
         ),
         Option(
             value="device",
@@ -404,9 +409,10 @@ class Recipe:
         return Recipe.from_dict(data)
 
     def choose(self, path: str, value: OptionValue) -> Recipe:
-        """As `replace`, and with it the changes elsewhere without which the option means nothing.
+        """As `replace`, and with it the changes elsewhere without which the option would mean nothing.
 
-        What it requires is set to the first choice that will do, and what it takes over goes back to the first option.
+        What it requires is set to the first choice that will do; what it takes over, and what could not stay with it, goes back to
+        the first option; and an option that took this step over makes room for the next that does not.
         """
         changes: dict[str, OptionValue] = {}
         pending = [(path, value)]
@@ -419,7 +425,18 @@ class Recipe:
                 allowed = [v for v in _toggle_at(other).values if str(v) in values.split("|")]
                 if changes.get(other, self.value(other)) not in allowed:
                     pending.append((other, allowed[0]))
-            changes |= {f"{toggle.slot}.{name}": _toggle_at(f"{toggle.slot}.{name}").values[0] for name in option.decides}
+            for other_toggle in toggles():
+                current = other_toggle.option(changes.get(other_toggle.path, self.value(other_toggle.path)))
+                if other_toggle.slot == toggle.slot and toggle.name in current.decides and value != toggle.values[0]:
+                    room = next(o for o in other_toggle.options if toggle.name not in o.decides)
+                    pending.append((other_toggle.path, room.value))
+            for name in option.decides:
+                changes.setdefault(f"{toggle.slot}.{name}", _toggle_at(f"{toggle.slot}.{name}").values[0])
+        for toggle in toggles():
+            for requirement in toggle.option(self.value(toggle.path)).requires:
+                other, _, values = requirement.partition("=")
+                if toggle.path not in changes and str(changes.get(other, self.value(other))) not in values.split("|"):
+                    changes[toggle.path] = toggle.values[0]
         return self.replace(changes)
 
     def to_dict(self) -> dict[str, dict[str, OptionValue]]:
@@ -459,7 +476,7 @@ class Recipe:
         """Whether every option promises the same tokens as Transformers does with one of its image backends."""
         return all(toggle.option(self.value(toggle.path)).exact for toggle in toggles())
 
-    def oracle(self, image_backend: Pixels) -> str:
+    def oracle(self, image_backend: ImageBackend) -> str:
         """The engine whose tokens the recipe must make, where `image_backend` is Transformers' own here.
 
         It is "transformers" where the recipe's pixels are the stock ones; else Transformers' model on the recipe's pixels, such as
@@ -469,8 +486,16 @@ class Recipe:
         whose = {toggle.option(self.value(toggle.path)).pixels for toggle in steps}
         if whose <= {None, image_backend}:
             return "transformers"
-        changed = self.changes()
-        return ", ".join(["transformers", *(f"{t.path}={changed[t.path]}" for t in steps if t.path in changed)])
+        on_its_pixels = Recipe.baseline().choose("preprocessor.resize", self.value("preprocessor.resize"))
+        if _toggle_at("preprocessor.decode").option(self.value("preprocessor.decode")).pixels is not None:
+            on_its_pixels = on_its_pixels.choose("preprocessor.decode", self.value("preprocessor.decode"))
+        return ", ".join(["transformers", *(f"{path}={value}" for path, value in on_its_pixels.changes().items())])
+
+    def within(self, image_backend: ImageBackend) -> int | None:
+        """How many levels of 255 its pixels may be from the stock ones, or None where it promises nothing of the kind."""
+        options = [toggle.option(self.value(toggle.path)) for toggle in toggles()]
+        bounds = [option.within for option in options if option.pixels not in (None, image_backend)]
+        return max(bounds, default=0) if self.exact and all(bounds) else None
 
     def text(self, device: torch.device | str = "cpu") -> str:
         """The shortest text that `parse` reads as this recipe on the device: a preset, and what is changed of it."""

@@ -22,7 +22,7 @@ atexit.register(shutil.rmtree, os.environ["XDG_CACHE_HOME"], ignore_errors=True)
 
 from fastvl_lab import Lab, photo
 from fastvl_lab.measure.statistics import Interval
-from fastvl_lab.preprocessor.decode_image import as_image, open_image, with_pillow
+from fastvl_lab.preprocessor.decode_image import as_image, open_image, read_orientation, with_pillow
 from fastvl_lab.request import ImageInput, ImageSource
 
 TINY = ("tiny-qwen2.5-vl", "tiny-qwen3-vl")
@@ -57,7 +57,7 @@ def picture() -> bytes:
 @pytest.fixture(scope="session")
 def decode() -> Callable[[Sequence[ImageSource | ImageInput]], list[Image.Image]]:
     """Upright RGB images from encoded bytes, pictures and arrays, by Pillow."""
-    return lambda images: [as_image(with_pillow(open_image(ImageInput.of(image)))) for image in images]
+    return lambda images: [as_image(with_pillow(read_orientation(open_image(ImageInput.of(image))))) for image in images]
 
 
 @pytest.fixture(scope="session")

@@ -12,7 +12,9 @@ import torch
 
 from fastvl_lab.errors import RequestError, require, sentence
 from fastvl_lab.lab import EngineName, Lab
+from fastvl_lab.measure.preprocessing import pixel_differences
 from fastvl_lab.measure.statistics import Interval, median_interval
+from fastvl_lab.recipe import Recipe
 from fastvl_lab.request import Request
 from fastvl_lab.run import Run
 from fastvl_lab.trace import Lane
@@ -29,14 +31,16 @@ class Sample:
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Oracle:
-    """The engine that answers for others whose pixels are not the reference's, its tokens, and how far it is from the reference.
+    """Who answers for an engine whose pixels are not the reference's: Transformers' model on the engine's own pixels.
 
-    logit_difference: the largest difference of a last-prompt-token logit between it and the reference, which the pixels alone make.
+    logit_difference: the largest difference of a last-prompt-token logit that these pixels make in Transformers' model, against
+    the reference's. in_bounds: whether the pixels are as near to the stock ones as the recipe promises, if it promises anything.
     """
 
     engine: str
     tokens: tuple[int, ...]
     logit_difference: float
+    in_bounds: bool
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -75,9 +79,9 @@ class Comparison:
         return own.tokens if own else next(s.run.tokens for s in self.samples if s.engine == self.reference)
 
     def parity(self, engine: str) -> bool:
-        """Whether every run of the engine made the tokens that it must."""
-        expected = self.expected(engine)
-        return all(s.run.tokens == expected for s in self.samples if s.engine == engine)
+        """Whether every run of the engine made the tokens that it must, on the pixels that it may."""
+        expected, own = self.expected(engine), self.oracles.get(engine)
+        return (own is None or own.in_bounds) and all(s.run.tokens == expected for s in self.samples if s.engine == engine)
 
     def speedup(self, engine: str) -> Interval | None:
         """Reference TTFT over the engine's, paired by round; None where parity fails or nothing is warm in both."""
@@ -185,11 +189,17 @@ def compare(
     peers = [label for label in alive if isinstance(keys[label], str)]
     reference = next(iter(peers + alive), "")
     oracles: dict[str, Oracle] = {}
-    for label in alive if request.image_inputs else []:
-        name = _oracle(lab, keys[label])
-        if name != _oracle(lab, keys[reference]):
-            known = next((oracle for oracle in oracles.values() if oracle.engine == name), None)
-            oracles[label] = known or _run_oracle(lab, request, name, logits[reference])
+    if request.image_inputs and alive:
+        base = _oracle(lab, keys[reference])
+        for label in (label for label in alive if _oracle(lab, keys[label]) != base):
+            try:
+                base_logits = logits[reference] if keys[reference] == base else lab.run(request, base).logits
+                oracles[label] = _ask_oracle(lab, request, keys[label], base_logits)
+            except Exception as error:
+                if not keep_going:
+                    raise
+                failures[label] = f"its oracle failed: {sentence(error)}"
+                oracles[label] = Oracle(engine=_oracle(lab, keys[label]), tokens=(), logit_difference=float("nan"), in_bounds=False)
     return Comparison(samples=tuple(samples), reference=reference, oracles=oracles, failures=failures)
 
 
@@ -198,13 +208,21 @@ def _oracle(lab: Lab, key: EngineName) -> str:
     return key if isinstance(key, str) else key.oracle(lab.checkpoint.image_backend)
 
 
-def _run_oracle(lab: Lab, request: Request, name: str, reference_logits: torch.Tensor) -> Oracle:
-    run = lab.run(request, name)
-    return Oracle(engine=name, tokens=run.tokens, logit_difference=float((run.logits - reference_logits).abs().max()))
+def _ask_oracle(lab: Lab, request: Request, key: EngineName, base_logits: torch.Tensor) -> Oracle:
+    run = lab.run(request, _oracle(lab, key))
+    within = key.within(lab.checkpoint.image_backend) if isinstance(key, Recipe) else None
+    in_bounds = True
+    if isinstance(key, Recipe) and within:
+        differences = pixel_differences(lab, request, key, Recipe.baseline())
+        in_bounds = max(difference.largest for difference in differences) <= within
+    difference = float((run.logits - base_logits).abs().max())
+    return Oracle(engine=run.engine, tokens=run.tokens, logit_difference=difference, in_bounds=in_bounds)
 
 
 def _against(speedup: Interval | None, reference: str, oracle: Oracle | None, parity: bool) -> str:
     """A speed-up in words, and no claim that its interval does not bear."""
+    if oracle is not None and not oracle.in_bounds:
+        return "its pixels are further from the stock ones than it promises, so its time is not compared"
     if not parity:
         return f"its tokens differ from those of {oracle.engine if oracle else reference}, so its time is not compared"
     if speedup is None:
@@ -218,4 +236,4 @@ def _against(speedup: Interval | None, reference: str, oracle: Oracle | None, pa
         text += f" (95% CI {speedup.low:.2f} to {speedup.high:.2f})"
     if oracle is None:
         return text
-    return f"{text}, with pixels of its own, which move {reference}'s logits by up to {oracle.logit_difference:.2g}"
+    return f"{text}, on pixels other than {reference}'s, which move Transformers' logits by up to {oracle.logit_difference:.2g}"

@@ -9,7 +9,8 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from fastvl_lab.lab import Lab
+from fastvl_lab.errors import RequestError
+from fastvl_lab.lab import Lab, current_device
 from fastvl_lab.measure.rounds import Rounds, Task, time_rounds
 from fastvl_lab.preprocessor import BoundPreprocessor, bind
 from fastvl_lab.preprocessor.layout import PatchLayout
@@ -23,9 +24,19 @@ STEPS = ("decode_image", "preprocess", "upload")
 def time_preprocessing(
     lab: Lab, request: Request, recipes: Mapping[str, Recipe], *, repeats: int = 10, warm_up: int = 2, seed: int = 0
 ) -> Rounds:
-    """Seconds of each of `STEPS` for every recipe's preprocessor, side by side; the device is waited for after each step."""
-    tasks = {label: _task(bind(recipe.preprocessor, lab.checkpoint), request, lab.device) for label, recipe in recipes.items()}
+    """Seconds of each of `STEPS` for every recipe's preprocessor, side by side; the device is waited for after each step.
+
+    Raises `RequestError` for a request without images, and `RecipeError` for a recipe that cannot run here.
+    """
+    tasks = {label: _task(_bound(lab, request, recipe), request, lab.device) for label, recipe in recipes.items()}
     return time_rounds(tasks, repeats=repeats, warm_up=warm_up, seed=seed)
+
+
+def _bound(lab: Lab, request: Request, recipe: Recipe) -> BoundPreprocessor:
+    if not request.image_inputs:
+        raise RequestError("the request has no images; the preprocessor has nothing to do")
+    recipe.check(lab.device)
+    return bind(recipe.preprocessor, lab.checkpoint)
 
 
 def _task(bound: BoundPreprocessor, request: Request, device: torch.device) -> Task:
@@ -36,13 +47,14 @@ def _task(bound: BoundPreprocessor, request: Request, device: torch.device) -> T
 
     @torch.inference_mode()
     def run() -> dict[str, float]:
-        start = now()
-        decoded = bound.decode(request)
-        decoded_at = now()
-        pixels = bound.preprocess(decoded, request)
-        preprocessed_at = now()
-        bound.upload(pixels.patches)
-        return dict(zip(STEPS, np.diff([start, decoded_at, preprocessed_at, now()]).tolist(), strict=True))
+        with current_device(device):
+            start = now()
+            decoded = bound.decode(request)
+            decoded_at = now()
+            pixels = bound.preprocess(decoded, request)
+            preprocessed_at = now()
+            bound.upload(pixels.patches)
+            return dict(zip(STEPS, np.diff([start, decoded_at, preprocessed_at, now()]).tolist(), strict=True))
 
     return run
 
@@ -56,16 +68,22 @@ class PixelDifference:
     mean: float
 
 
-def model_picture(lab: Lab, request: Request, recipe: Recipe) -> np.ndarray:
-    """The request's first image as the model sees it: resized, before normalisation; uint8 [height, width, 3]."""
-    bound, layout = bind(recipe.preprocessor, lab.checkpoint), PatchLayout.of(lab.checkpoint)
-    pixels = bound.preprocess(bound.decode(request), request)
-    first = pixels.patches[: pixels.grids[0].n_patches].cpu()
-    return to_picture(first, pixels.grids[0], layout).numpy()
+def model_pictures(lab: Lab, request: Request, recipe: Recipe) -> tuple[np.ndarray, ...]:
+    """The request's images as the model sees them: resized, before normalisation; uint8 [height, width, 3] each."""
+    if recipe.preprocessor.patchify == "triton":  # which changes no pixel, but writes them in the model's dtype
+        recipe = recipe.replace("preprocessor.patchify", "torch")
+    bound, layout = _bound(lab, request, recipe), PatchLayout.of(lab.checkpoint)
+    with current_device(lab.device):
+        pixels = bound.preprocess(bound.decode(request), request)
+    parts = pixels.patches.cpu().split([grid.n_patches for grid in pixels.grids])
+    return tuple(to_picture(part, grid, layout).numpy() for part, grid in zip(parts, pixels.grids, strict=True))
 
 
-def pixel_difference(lab: Lab, request: Request, recipe: Recipe, reference: Recipe) -> PixelDifference:
-    """The recipe's pixels against the reference's, on the request's first image."""
-    ours, theirs = (model_picture(lab, request, one).astype(np.int16) for one in (recipe, reference))
-    levels = np.abs(ours - theirs).astype(np.uint8)
-    return PixelDifference(levels=levels, largest=int(levels.max()), mean=float(levels.mean()))
+def pixel_differences(lab: Lab, request: Request, recipe: Recipe, reference: Recipe) -> tuple[PixelDifference, ...]:
+    """The recipe's pixels against the reference's, image by image."""
+    differences = []
+    pairs = zip(model_pictures(lab, request, recipe), model_pictures(lab, request, reference), strict=True)
+    for ours, theirs in pairs:
+        levels = np.abs(ours.astype(np.int16) - theirs).astype(np.uint8)
+        differences.append(PixelDifference(levels=levels, largest=int(levels.max()), mean=float(levels.mean())))
+    return tuple(differences)

@@ -6,6 +6,7 @@ import random
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
+from fastvl_lab.errors import RequestError
 from fastvl_lab.measure.statistics import Interval, median_interval
 
 # Does the work once, and says how many seconds each of its steps took.
@@ -48,6 +49,8 @@ class Rounds:
 
 def time_rounds(tasks: Mapping[str, Task], *, repeats: int = 10, warm_up: int = 2, seed: int = 0) -> Rounds:
     """Run every task `warm_up + repeats` times, each round in an order shuffled by `seed`; warm-up rounds are not kept."""
+    if repeats < 1 or warm_up < 0:
+        raise RequestError(f"repeats is {repeats} and warm_up {warm_up}; repeats must be at least 1, and warm_up at least 0")
     order, timings = list(tasks), []
     shuffled = random.Random(seed)
     for number in range(-warm_up, repeats):

@@ -10,7 +10,8 @@ import numpy as np
 import torch
 
 from fastvl_lab import preprocessor, vit
-from fastvl_lab.lab import Lab
+from fastvl_lab.errors import RequestError
+from fastvl_lab.lab import Lab, current_device
 from fastvl_lab.measure.rounds import Rounds, Task, time_rounds
 from fastvl_lab.recipe import Recipe
 from fastvl_lab.request import Grid, Request
@@ -26,19 +27,22 @@ def time_towers(
 
 
 def _task(lab: Lab, request: Request, recipe: Recipe) -> Task:
+    if not request.image_inputs:
+        raise RequestError("the request has no images; the vision tower has nothing to do")
     recipe.check(lab.device)
     images = preprocessor.bind(recipe.preprocessor, lab.checkpoint)
     encode = vit.bind(recipe.vit, lab.checkpoint, images.patch_format)
     off = Tracer(lab.device, "off")
-    with torch.inference_mode():
+    with torch.inference_mode(), current_device(lab.device):
         pixels = images.preprocess(images.decode(request), request)
         pixels = preprocessor.upload.upload_pixels(pixels, images.upload)
 
     @torch.inference_mode()
     def run() -> dict[str, float]:
-        started = _now(lab.device)
-        encode(pixels, off)
-        return {"vit": _now(lab.device) - started}
+        with current_device(lab.device):
+            started = _now(lab.device)
+            encode(pixels, off)
+            return {"vit": _now(lab.device) - started}
 
     return run
 

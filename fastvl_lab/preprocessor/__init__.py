@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -11,7 +12,7 @@ import torch
 
 from fastvl_lab.checkpoint import Checkpoint
 from fastvl_lab.preprocessor import decode_image, patchify, resize, stock, upload
-from fastvl_lab.preprocessor.decode_image import Decoder, as_image, as_tensor, open_image
+from fastvl_lab.preprocessor.decode_image import Decoder, as_image, as_tensor, open_image, read_orientation
 from fastvl_lab.preprocessor.layout import PatchLayout, shapes_of
 from fastvl_lab.preprocessor.resize import Each, Resize
 from fastvl_lab.preprocessor.upload import Copy, PatchUpload
@@ -38,11 +39,13 @@ class BoundPreprocessor:
 
 def bind(slot: Preprocessor, checkpoint: Checkpoint) -> BoundPreprocessor:
     """The functions that the slot's toggles name; raises `CheckpointError` where the checkpoint asks for what they have not."""
-    n_threads = {"one": 1, "all": torch.get_num_threads()}[slot.threads]
+    n_threads = {"one": 1, "all": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1}[
+        slot.threads
+    ]
     each: Each = map if n_threads == 1 else ThreadPoolExecutor(n_threads, thread_name_prefix="fastvl-preprocessor").map
     device, dtype, stock_frames = checkpoint.device, checkpoint.dtype, checkpoint.image_processor.temporal_patch_size
     copy = {"pageable": upload.pageable, "pinned": upload.pinned}[slot.upload](device)
-    decode = _decode(slot, checkpoint, each)
+    decode = _decode(slot, checkpoint, copy, each)
     if slot.resize == "transformers":
         return BoundPreprocessor(
             decode=decode,
@@ -73,19 +76,21 @@ def bind(slot: Preprocessor, checkpoint: Checkpoint) -> BoundPreprocessor:
     )
 
 
-def _decode(slot: Preprocessor, checkpoint: Checkpoint, each: Each) -> Callable[[Request], Decoded]:
+def _decode(slot: Preprocessor, checkpoint: Checkpoint, copy: Copy, each: Each) -> Callable[[Request], Decoded]:
     """Headers first, and everything that they can be refused for; then the pixels, in the form that the resize takes."""
     decoders: dict[str, Decoder] = {
         "pillow": decode_image.with_pillow,
         "turbojpeg": decode_image.with_turbojpeg,
         "draft": decode_image.with_draft,
-        "gpu": partial(decode_image.with_torchvision, device=checkpoint.device),
+        "gpu": partial(decode_image.with_torchvision, copy=copy, device=checkpoint.device),
     }
     decoder = decoders[slot.decode]
     form: Callable[[Picture], Picture] = as_image if slot.resize in ("transformers", "pillow") else as_tensor
 
     def decode(request: Request) -> Decoded:
         opened = [open_image(image) for image in request.image_inputs]
+        shapes_of([one.size for one in opened], request, checkpoint)  # which way up does not matter to the limits
+        opened = list(each(read_orientation, opened))
         shapes = shapes_of([one.size for one in opened], request, checkpoint)
         return Decoded(pictures=tuple(each(lambda one, shape: form(decoder(one, shape)), opened, shapes)), shapes=shapes)
 

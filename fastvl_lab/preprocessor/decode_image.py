@@ -6,6 +6,8 @@ Decoders map an `Opened` image and what is to become of its size to upright RGB:
 
 from __future__ import annotations
 
+import dataclasses
+import importlib
 import io
 import warnings
 from collections.abc import Callable, Iterator
@@ -14,9 +16,10 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from PIL import ExifTags, Image, ImageOps, JpegImagePlugin, UnidentifiedImageError
+from PIL import ExifTags, Image, ImageOps, JpegImagePlugin, TiffImagePlugin, UnidentifiedImageError
 
-from fastvl_lab.errors import ImageError, require
+from fastvl_lab.errors import DeviceError, ImageError, require
+from fastvl_lab.preprocessor.upload import Copy
 from fastvl_lab.request import ImageInput, ImageShape, Picture
 
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF")
@@ -30,17 +33,17 @@ class Opened:
     """An image whose header has been read.
 
     picture: Pillow's image, its pixels not decoded yet where it came as bytes, or the caller's uint8 array [height, width] or
-    [height, width, 3]. data: the encoded bytes, or None. orientation: EXIF's, 1 (upright) to 8.
+    [height, width, 3]. data: the encoded bytes, or None. orientation: EXIF's, 1 (upright) to 8, once `read_orientation` has it.
     """
 
     label: str
     picture: Image.Image | np.ndarray
     data: bytes | None
-    orientation: int
+    orientation: int = 1
 
     @property
     def size(self) -> tuple[int, int]:
-        """Width and height once upright."""
+        """Width and height, upright where the orientation is known."""
         if isinstance(self.picture, np.ndarray):
             height, width = self.picture.shape[:2]
         else:
@@ -61,16 +64,29 @@ Decoder = Callable[[Opened, ImageShape], Picture]
 def open_image(image: ImageInput) -> Opened:
     """Read the header; raises `ImageError` for what is no image, or one of too many pixels."""
     if isinstance(image.data, np.ndarray):
-        return Opened(label=image.label, picture=_checked(image.data), data=None, orientation=1)
-    encoded = image.data if isinstance(image.data, bytes) else None
-    picture = _open(encoded, image.label) if encoded is not None else image.data
-    assert isinstance(picture, Image.Image)
+        return Opened(label=image.label, picture=_checked(image.data), data=None)
+    if isinstance(image.data, bytes):
+        picture, encoded = _open(image.data, image.label), image.data
+    else:
+        picture, encoded = image.data, None
+        with _broken(image.label):
+            picture.load()  # here, on one thread: the same picture may be in the request twice
     if picture.width == 0 or picture.height == 0:
         raise ImageError(f"image {image.label!r} is {picture.width}x{picture.height}; both sides must be at least 1 pixel")
-    with _broken(image.label):
-        orientation = picture.getexif().get(ExifTags.Base.Orientation, 1)
+    return Opened(label=image.label, picture=picture, data=encoded)
+
+
+def read_orientation(opened: Opened) -> Opened:
+    """With the EXIF orientation read, for which a PNG may have to be decoded: it can stand behind the pixels.
+
+    Limits on pixels are the same for an image and its transpose, so they can be checked before. Raises `ImageError`.
+    """
+    if isinstance(opened.picture, np.ndarray | TiffImagePlugin.TiffImageFile):  # Pillow turns TIFF upright itself
+        return opened
+    with _broken(opened.label):
+        orientation = opened.picture.getexif().get(ExifTags.Base.Orientation, 1)
     known = isinstance(orientation, int) and 1 <= orientation <= 8
-    return Opened(label=image.label, picture=picture, data=encoded, orientation=orientation if known else 1)
+    return dataclasses.replace(opened, orientation=orientation if known else 1)
 
 
 def with_pillow(opened: Opened, shape: ImageShape | None = None) -> Picture:
@@ -101,29 +117,39 @@ def with_draft(opened: Opened, shape: ImageShape) -> Picture:
 
 
 def with_turbojpeg(opened: Opened, shape: ImageShape) -> Picture:
-    """A JPEG by libjpeg-turbo straight into an array, without Pillow's four bytes a pixel; the pixels are Pillow's, bit for bit.
+    """A JPEG by libjpeg-turbo straight into an array, without Pillow's four bytes a pixel.
 
-    Other formats, greyscale and CMYK go to Pillow, and so does data that libjpeg-turbo finds fault with: Pillow says whether it is
-    an image. Raises `ImageError`.
+    The pixels are Pillow's, bit for bit, where Pillow was built on libjpeg-turbo too, as its wheels are. Other formats, greyscale
+    and CMYK go to Pillow, and so does data that libjpeg-turbo finds fault with: Pillow says whether it is an image. Raises
+    `ImageError`.
     """
     if not opened.is_rgb_jpeg:
         return with_pillow(opened, shape)
+    simplejpeg = require("simplejpeg", "fast")
     try:
-        pixels = require("simplejpeg", "fast").decode_jpeg(opened.data, colorspace="RGB")
+        pixels = simplejpeg.decode_jpeg(opened.data, colorspace="RGB")
     except ValueError:
         return with_pillow(opened, shape)
     return _upright(torch.from_numpy(pixels), opened.orientation)
 
 
-def with_torchvision(opened: Opened, shape: ImageShape, device: torch.device) -> Picture:
-    """A JPEG by nvJPEG into the device's memory; other formats by Pillow on the host, then copied. Raises `ImageError`."""
+def with_torchvision(opened: Opened, shape: ImageShape, copy: Copy, device: torch.device) -> Picture:
+    """A JPEG by nvJPEG into the device's memory; other formats by Pillow on the host, then copied.
+
+    Raises `ImageError` for a broken image, and `DeviceError` where nvJPEG cannot decode what Pillow can.
+    """
     if not opened.is_rgb_jpeg:
-        return as_tensor(with_pillow(opened, shape)).to(device)
-    torchvision = require("torchvision.io", "torchvision")
+        return copy(as_tensor(with_pillow(opened, shape)))
+    torchvision = importlib.import_module("torchvision.io")
     assert opened.data is not None
     encoded = torch.frombuffer(bytearray(opened.data), dtype=torch.uint8)
-    with _broken(opened.label):
+    try:
         pixels = torchvision.decode_jpeg(encoded, mode=torchvision.ImageReadMode.RGB, device=device)  # [3, height, width]
+    except RuntimeError as error:
+        with_pillow(opened, shape)
+        raise DeviceError(
+            f"nvJPEG cannot decode image {opened.label!r}, which Pillow can ({error}); choose another decode"
+        ) from None
     return _upright(pixels.permute(1, 2, 0), opened.orientation)
 
 
@@ -144,7 +170,7 @@ def as_image(picture: Picture) -> Image.Image:
 
 def _of_array(array: np.ndarray) -> torch.Tensor:
     pixels = torch.from_numpy(np.require(array, requirements=["C", "W"]))
-    return pixels if pixels.ndim == 3 else pixels[:, :, None].expand(-1, -1, 3)
+    return pixels if pixels.ndim == 3 else pixels[:, :, None].repeat(1, 1, 3)
 
 
 def _upright(pixels: torch.Tensor, orientation: int) -> torch.Tensor:

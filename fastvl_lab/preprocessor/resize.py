@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 
+from fastvl_lab.errors import ImageError
 from fastvl_lab.preprocessor.upload import Copy
 from fastvl_lab.request import ImageShape, Picture
 
@@ -24,13 +25,15 @@ Each = Callable[..., Iterable[Any]]
 # Lines of a strip that one thread resizes.
 _STRIP = 64
 
-_PILLOW_CHOOSES = int(PIL.__version__.partition(".")[0]) >= 13
+_PILLOW = tuple(int(part) for part in PIL.__version__.split(".")[:2])
 
 
 def columns_first(width: int, height: int, shape: ImageShape) -> bool:
-    """Whether Pillow shrinks the height before the width (libImaging/Resample.c); up to version 12 it never does."""
+    """Whether Pillow shrinks the height before the width: libImaging/Resample.c, in 12.2 and 12.3 `Image.resize`; before, never."""
     less_height, less_width = height - shape.resized_height, width - shape.resized_width
-    return _PILLOW_CHOOSES and less_height > max(0, 2 * less_width)
+    if _PILLOW >= (13, 0):
+        return less_height > max(0, 2 * less_width)
+    return _PILLOW >= (12, 2) and height > 100 * width and less_height > 0
 
 
 def with_pillow(image: Picture, shape: ImageShape) -> torch.Tensor:
@@ -109,7 +112,15 @@ def on_device(copy: Copy, *, as_pillow: bool) -> Resize:
         assert isinstance(pixels, torch.Tensor)
         image = copy(pixels).permute(2, 0, 1)[None].float()
         for size in _sizes(pixels, shape, as_pillow=as_pillow):
-            image = _bicubic(image, size).round_().clamp_(0, 255)
+            try:
+                image = _bicubic(image, size).round_().clamp_(0, 255)
+            except RuntimeError as error:
+                if "shared memory" not in str(error):
+                    raise
+                raise ImageError(
+                    f"an image of {pixels.shape[1]}x{pixels.shape[0]} cannot be shrunk to {shape.resized_width}x"
+                    f"{shape.resized_height} by torch's kernel on the device ({error}); choose preprocessor.resize=torch"
+                ) from None
         return image[0].permute(1, 2, 0).to(torch.uint8)
 
     return resize

@@ -34,7 +34,8 @@ def report_html(result: SweepResult) -> str:
         body += [
             "<h2>Summary</h2>",
             "<p>Medians over warm runs, measured in interleaved rounds; a speed-up is the median of ratios paired by round, and is "
-            "shown only where the tokens are equal to the reference's.</p>",
+            "shown only where the tokens are equal to the reference's, or, on pixels other than the reference's, to those of "
+            "Transformers' model on the same pixels.</p>",
             _table(summary_frame(rows)),
             "<h2>TTFT against visual tokens</h2>",
             _figure(ttft_against_visual_tokens(rows)),

@@ -9,6 +9,8 @@ import pytest
 from fastvl_lab import Comparison, Lab, RecipeError, Request, RequestError, Run, compare
 from fastvl_lab.measure.compare import Sample
 from fastvl_lab.measure.statistics import median_interval
+from fastvl_lab.peers.transformers import TransformersPeer
+from fastvl_lab.preprocessor import resize
 from fastvl_lab.trace import Span, Trace
 
 
@@ -110,3 +112,36 @@ def test_intervals_come_from_samples_and_few_samples_give_none() -> None:
     assert interval.median == 51
     assert 35 < interval.low < 51 < interval.high < 67
     assert median_interval(values) == interval
+
+
+def test_pixels_further_off_than_promised_are_a_red_parity_check(picture: bytes, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tokens alone would not show it: the oracle sees the same pixels."""
+    lab = Lab("tiny-qwen3-vl", device="cpu")
+    request = Request(images=[picture], prompt="What is this?", max_new_tokens=3, ignore_eos=True, max_pixels=10_000, min_pixels=1)
+    good = compare(lab, request, {"stock": "transformers", "ours": "fastest"}, repeats=1)
+    assert good.parity("ours")
+    assert good.oracles["ours"].in_bounds
+    assert 0 < good.oracles["ours"].logit_difference < 0.1
+    with_torch = resize.with_torch
+    monkeypatch.setattr(resize, "with_torch", lambda **k: lambda pixels, shape: with_torch(**k)(pixels.flip(0), shape))
+    lab = Lab("tiny-qwen3-vl", device="cpu")
+    upside_down = compare(lab, request, {"stock": "transformers", "ours": "fastest"}, repeats=1)
+    assert not upside_down.parity("ours")
+    assert upside_down.speedup("ours") is None
+    assert "its pixels are further from the stock ones than it promises" in upside_down.findings()[1]
+
+
+def test_a_failing_peer_costs_others_their_parity_and_no_sample(picture: bytes, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: object) -> None:
+        raise RuntimeError("no luck")
+
+    monkeypatch.setattr(TransformersPeer, "run", fail)
+    lab, request = Lab("tiny-qwen3-vl", device="cpu"), Request(images=[picture], prompt="?", max_new_tokens=2, ignore_eos=True)
+    engines = {name: name for name in ("transformers", "fastest", "baseline")}
+    comparison = compare(lab, request, engines, repeats=1, keep_going=True)
+    assert comparison.engines == ("fastest", "baseline")
+    assert comparison.reference == "fastest"
+    assert not comparison.parity("baseline")
+    assert "its oracle failed: RuntimeError: no luck" in comparison.failures["baseline"]
+    with pytest.raises(RuntimeError, match="no luck"):
+        compare(lab, request, {name: name for name in ("fastest", "baseline")}, repeats=1)

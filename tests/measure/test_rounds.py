@@ -10,7 +10,7 @@ import pytest
 from PIL import Image
 
 from fastvl_lab import Lab, Recipe, Request, photo, view
-from fastvl_lab.measure.preprocessing import STEPS, model_picture, pixel_difference, time_preprocessing
+from fastvl_lab.measure.preprocessing import STEPS, model_pictures, pixel_differences, time_preprocessing
 from fastvl_lab.measure.rounds import Rounds, Timing, time_rounds
 
 
@@ -43,13 +43,13 @@ def request_() -> Request:
 def test_the_models_picture_is_what_pillow_resizes_to(lab: Lab, request_: Request) -> None:
     """For floats and bytes, frames sent twice and once."""
     recipes = ["baseline", "baseline, preprocessor.resize=pillow", "fastest, preprocessor.resize=pillow"]
-    pictures = [model_picture(lab, request_, Recipe.parse(recipe)) for recipe in recipes]
+    pictures = [model_pictures(lab, request_, Recipe.parse(recipe))[0] for recipe in recipes]
     shape = lab.run(request_, "baseline").shapes[0]
     whole = Image.open(io.BytesIO(request_.image_inputs[0].data))
     expected = np.asarray(whole.resize((shape.resized_width, shape.resized_height), Image.Resampling.BICUBIC))
     for picture in pictures:
         assert np.array_equal(picture, expected)
-    difference = pixel_difference(lab, request_, Recipe.parse("fastest, preprocessor.decode=draft"), Recipe.baseline())
+    difference = pixel_differences(lab, request_, Recipe.parse("fastest, preprocessor.decode=draft"), Recipe.baseline())[0]
     assert difference.largest == difference.levels.max()
     assert difference.levels.shape == expected.shape
 
@@ -79,9 +79,9 @@ def test_difference_maps_show_each_map_once_and_none_for_equal_pixels(labs: dict
         "torch again": Recipe.parse("baseline, preprocessor.resize=torch"),
         "device": Recipe.parse("fastest, preprocessor.resize=device"),
     }
-    differences = {name: pixel_difference(lab, request_, recipe, stock) for name, recipe in recipes.items()}
+    differences = {name: pixel_differences(lab, request_, recipe, stock)[0] for name, recipe in recipes.items()}
     assert differences["equal"].largest == 0 < differences["torch"].largest <= 2
-    figure = view.difference_maps(model_picture(lab, request_, stock), differences)
+    figure = view.difference_maps(model_pictures(lab, request_, stock)[0], differences)
     assert len(figure.data) == 3
     titles = [annotation.text for annotation in figure.layout.annotations]
     assert titles[1].startswith(f"torch; torch again:<br>at most {differences['torch'].largest} of 255")

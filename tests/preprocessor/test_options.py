@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import itertools
+import sys
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache
@@ -13,9 +14,9 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from PIL import Image, ImageDraw
+from PIL import Image, ImageDraw, ImageOps
 
-from fastvl_lab import Lab, Recipe, RecipeError, Request, photo
+from fastvl_lab import Lab, MissingExtraError, Recipe, RecipeError, Request, photo
 from fastvl_lab.preprocessor import bind, decode_image, patchify, resize
 from fastvl_lab.preprocessor.layout import PatchLayout, smart_resize
 from fastvl_lab.preprocessor.patchify_triton import with_triton
@@ -147,11 +148,51 @@ def _jpegs() -> dict[str, bytes]:
 
 @pytest.mark.parametrize("name", _jpegs())
 def test_turbojpeg_gives_pillows_pixels_upright(labs: dict[str, Lab], name: str) -> None:
+    pytest.importorskip("simplejpeg")
     data, lab = _jpegs()[name], labs["tiny-qwen3-vl"]
     expected = _decoded(lab, "baseline", [data])[0]
     made = _decoded(lab, "baseline, preprocessor.decode=turbojpeg, preprocessor.resize=torch", [data])[0]
     assert np.array_equal(made, expected)
-    assert expected.shape == ((301, 203, 3) if name.endswith(("5", "6", "7", "8")) else expected.shape)
+    lies = name.startswith("orientation") and int(name[-1]) >= 5
+    assert expected.shape == ((1, 1, 3) if name == "one pixel" else (301, 203, 3) if lies else (203, 301, 3))
+
+
+def test_turbojpeg_is_never_replaced_in_silence(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "simplejpeg", None)
+    with pytest.raises(MissingExtraError, match=r"pip install 'fastvl-lab\[fast\]'"):
+        decode_image.with_turbojpeg(decode_image.open_image(ImageInput.of(_jpegs()["progressive"])), _shape(28, 28))
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+@pytest.mark.parametrize("form", ["JPEG", "PNG", "WEBP", "TIFF", "late PNG"])
+def test_every_format_is_upright_and_of_the_grid_that_transformers_gives_it(lab: Lab, form: str, orientation: int) -> None:
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    picture = PICTURES["coffee"](300, 100)
+    data = _encoded(picture, form.split()[-1], exif=exif if form == "TIFF" else exif.tobytes())
+    if form == "late PNG":  # the block with the orientation, moved behind the pixels
+        at = data.index(b"eXIf") - 4
+        length = 12 + int.from_bytes(data[at : at + 4], "big")
+        end = data.index(b"IEND") - 4
+        data = data[:at] + data[at + length : end] + data[at : at + length] + data[end:]
+    expected = ImageOps.exif_transpose(Image.open(io.BytesIO(data))).convert("RGB")
+    assert expected.size == ((100, 300) if orientation >= 5 else (300, 100))
+    request = Request(images=[data, Image.open(io.BytesIO(data))], prompt="?")
+    for recipe in ("baseline", "baseline, preprocessor.resize=pillow", "fastest"):
+        bound = bind(Recipe.parse(recipe).preprocessor, lab.checkpoint)
+        decoded = bound.decode(request)
+        bound.preprocess(decoded, request)  # the stock processor's grid is asserted inside
+        for one, shape in zip(decoded.pictures, decoded.shapes, strict=True):
+            assert np.array_equal(np.asarray(one), np.asarray(expected))
+            assert (shape.width, shape.height) == expected.size
+
+
+def test_one_picture_twice_in_a_request_is_read_once(lab: Lab) -> None:
+    """Two threads that read one file at a time would tear it."""
+    opened = Image.open(io.BytesIO(_encoded(PICTURES["coffee"](640, 480))))
+    bound = bind(Recipe.parse("fastest, preprocessor.threads=all").preprocessor, lab.checkpoint)
+    first, second = bound.decode(Request(images=[opened, opened], prompt="?")).pictures
+    assert torch.equal(first, second)
 
 
 def test_jpegs_go_to_turbojpeg_and_others_to_pillow(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -226,17 +267,20 @@ def test_an_error_in_a_thread_is_the_callers(lab: Lab) -> None:
 
 
 def test_what_headers_say_is_refused_before_any_pixel_is_decoded(lab: Lab, monkeypatch: pytest.MonkeyPatch) -> None:
-    def decode(*_: object) -> None:
+    def load(*_: object) -> None:
         raise AssertionError("pixels were decoded")
 
-    for name in ("with_pillow", "with_turbojpeg"):
-        monkeypatch.setattr(decode_image, name, decode)
+    strips = [_encoded(_noise(900, 4), form) for form in ("JPEG", "PNG", "WEBP", "TIFF")]
+    large = photo("coffee")
+    for one in (*strips, large):
+        monkeypatch.setattr(type(Image.open(io.BytesIO(one))), "load", load)
     for engine in ("transformers", "baseline", "fastest"):
         fresh = Lab(lab.checkpoint.name, device="cpu")
-        with pytest.raises(ValueError, match="aspect ratio of 225; the limit is 200"):
-            fresh.run(Request(images=[photo("coffee"), _encoded(_noise(900, 4))], prompt="?"), engine)
+        for strip in strips:
+            with pytest.raises(ValueError, match="aspect ratio of 225; the limit is 200"):
+                fresh.run(Request(images=[large, strip], prompt="?"), engine)
         with pytest.raises(ValueError, match="over the model's"):
-            fresh.run(Request(images=[photo("coffee")], prompt="?", min_pixels=10**9, max_pixels=10**9), engine)
+            fresh.run(Request(images=[large], prompt="?", min_pixels=10**9, max_pixels=10**9), engine)
 
 
 def test_video_frames_keep_their_own_time_axis(lab: Lab) -> None:
@@ -310,9 +354,13 @@ def test_the_oracle_names_what_the_pixels_depend_on() -> None:
     free = Recipe.parse("baseline, preprocessor.resize=pillow, preprocessor.patchify=torch, vit.tower=lean")
     assert Recipe.baseline().oracle("pillow") == Recipe.baseline().oracle("torchvision") == "transformers"
     assert free.oracle("pillow") == "transformers"
-    assert free.oracle("torchvision") == "transformers, preprocessor.resize=pillow, preprocessor.patchify=torch"
+    assert free.oracle("torchvision") == "transformers, preprocessor.resize=pillow"
     torch_resize = free.replace("preprocessor.resize", "torch")
     assert torch_resize.oracle("torchvision") == "transformers"
-    assert torch_resize.oracle("pillow") == "transformers, preprocessor.resize=torch, preprocessor.patchify=torch"
+    assert torch_resize.oracle("pillow") == "transformers, preprocessor.resize=torch"
     folded = torch_resize.replace({"preprocessor.payload": "uint8_folded", "preprocessor.temporal": "folded"})
     assert folded.oracle("pillow") == torch_resize.oracle("pillow")
+    device = folded.choose("preprocessor.resize", "device").replace("preprocessor.decode", "draft")
+    expected = "transformers, preprocessor.decode=draft, preprocessor.resize=device, preprocessor.patchify=torch"
+    assert device.oracle("pillow") == device.oracle("torchvision") == expected
+    assert [r.within("pillow") for r in (Recipe.baseline(), free, folded, device)] == [0, 0, 2, None]
