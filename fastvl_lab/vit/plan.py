@@ -34,8 +34,9 @@ class Plan:
 
     @property
     def n_bytes(self) -> int:
-        values = (getattr(self, field.name) for field in fields(self))
-        return sum(value.numel() * value.element_size() for value in values if isinstance(value, torch.Tensor))
+        held: list[Any] = [getattr(self, field.name) for field in fields(self)]
+        held += [part for value in held if isinstance(value, tuple) for part in value]  # what an attention prepared
+        return sum(value.numel() * value.element_size() for value in held if isinstance(value, torch.Tensor))
 
 
 Planner = Callable[[Sequence[Grid]], tuple[Plan, bool]]
@@ -47,7 +48,10 @@ def recomputed(build: Callable[[Sequence[Grid]], Plan]) -> Planner:
 
 
 class PlanCache:
-    """The latest plans by the grids of a request, bounded in number and bytes; the one unused for longest goes first."""
+    """The latest plans by the grids of a request, bounded in number and bytes; the one unused for longest goes first.
+
+    A request's images are known together, in their order. One thread at a time, as a `Lab` runs them.
+    """
 
     def __init__(
         self, build: Callable[[Sequence[Grid]], Plan], *, max_entries: int = MAX_ENTRIES, max_bytes: int = MAX_BYTES
@@ -62,7 +66,10 @@ class PlanCache:
         if key in self._plans:
             self._plans.move_to_end(key)
             return self._plans[key], True
-        plan = self._plans[key] = self._build(grids)
+        plan = self._build(grids)
+        if plan.n_bytes > self._max_bytes:  # it would push out all others, and then itself
+            return plan, False
+        self._plans[key] = plan
         self._bytes += plan.n_bytes
         while len(self._plans) > self._max_entries or self._bytes > self._max_bytes:
             _, oldest = self._plans.popitem(last=False)

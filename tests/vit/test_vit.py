@@ -268,6 +268,7 @@ def test_the_cache_of_plans_is_bounded() -> None:
         assert sum(plan.n_bytes for plan in cache._plans.values()) == cache._bytes <= 50_000
     small = [[Grid(1, 2, 2 * n)] for n in range(1, 5)]
     assert [cache(grids)[1] for grids in small] == [False] * 4
+    assert cache([Grid(1, 1000, 1000)])[1] is False  # too large to keep, and no reason to forget the others
     assert [cache(grids)[1] for grids in small] == [True] * 4
 
 
