@@ -236,4 +236,4 @@ def _against(speedup: Interval | None, reference: str, oracle: Oracle | None, pa
         text += f" (95% CI {speedup.low:.2f} to {speedup.high:.2f})"
     if oracle is None:
         return text
-    return f"{text}, on pixels other than {reference}'s, which move Transformers' logits by up to {oracle.logit_difference:.2g}"
+    return f"{text}, on other pixels than {reference}, which move Transformers' logits by up to {oracle.logit_difference:.2g}"

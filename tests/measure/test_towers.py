@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 from collections.abc import Callable
 from functools import partial
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -13,9 +15,10 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoConfig
 
-from fastvl_lab import Lab, Recipe, Request, photo, view
+from fastvl_lab import DeviceError, Lab, Recipe, Request, photo, view
 from fastvl_lab.checkpoint import tiny
 from fastvl_lab.checkpoint.random_weights import random_model, write_published_folder
+from fastvl_lab.measure import tower_report
 from fastvl_lab.measure.floors import matmul_ceiling, vit_flops
 from fastvl_lab.measure.statistics import Interval
 from fastvl_lab.measure.towers import Cost, fit_cost, grids_of, time_towers, window_side
@@ -107,3 +110,31 @@ def test_the_lean_tower_is_faster_at_real_width(assert_reaches: Callable[[Callab
     lab = Lab("tiny-qwen2.5-vl", device="cpu")
     lab.checkpoint = dataclasses.replace(lab.checkpoint, model=model)
     assert_reaches(partial(_ratio, lab, (448, 448)), 1.1)
+
+
+def test_the_report_checks_before_it_times_and_writes_what_it_prints(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tower_report, "TINY", tower_report.TINY | {"sizes": ((168, 140),)})
+    tower_report.main(["--tiny", "--repeats", "2", "--out", str(tmp_path / "rows.json")])
+    rows, printed = json.loads((tmp_path / "rows.json").read_text()), capsys.readouterr().out
+    assert {row["checkpoint"] for row in rows} == set(tiny.NAMES)
+    for row in rows:
+        assert row["parity"], row
+        assert row["error"] < 1e-5
+        assert 0 < row["floor_ms"] < row["ms"] * 2
+        assert f"{row['ms']:.3f} ms" in printed
+    assert {"stock", "lean", "attention=grouped", "positions=cached", "rope=halves", "fastest"} <= {row["recipe"] for row in rows}
+
+    monkeypatch.setattr(tower_report, "errors", lambda lab, request, recipes: dict.fromkeys(recipes, 0.0) | {"lean": 1.0})
+    tower_report.main(["--tiny", "--repeats", "1"])
+    wrong = [line for line in capsys.readouterr().out.splitlines() if line.strip().startswith("lean ")]
+    assert wrong
+    assert all("parity failed: error 1.0e+00; not timed" in line for line in wrong)
+
+
+def test_the_report_needs_a_gpu_unless_it_is_tiny() -> None:
+    if torch.cuda.is_available():
+        pytest.skip("a GPU is at hand")
+    with pytest.raises(DeviceError, match="torch sees no CUDA device"):
+        tower_report.main([])

@@ -1,0 +1,156 @@
+"""The vision tower on this device, in one command: parity first, then times by option against the stock tower and the floor.
+
+    python -m fastvl_lab.measure.tower_report [--tiny] [--out tower.json]
+
+Without arguments it needs a GPU: the published 3B and 4B geometries with random weights in bfloat16, at 448x448, 1280x960 and
+1920x1080. `--tiny` runs the built-in checkpoints in float32 on small images anywhere. torch, transformers and triton are enough.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import dataclasses
+import io
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+
+from fastvl_lab import preprocessor, vit
+from fastvl_lab.lab import Lab, current_device, device_name
+from fastvl_lab.measure.floors import matmul_ceiling, vit_flops
+from fastvl_lab.measure.towers import grids_of, time_towers
+from fastvl_lab.recipe import Recipe, toggles
+from fastvl_lab.request import Request
+from fastvl_lab.trace import Tracer
+
+FULL = {
+    "checkpoints": ("random:Qwen/Qwen2.5-VL-3B-Instruct", "random:Qwen/Qwen3-VL-4B-Instruct"),
+    "sizes": ((448, 448), (1280, 960), (1920, 1080)),
+    "device": "cuda",
+    "dtype": "bfloat16",
+}
+TINY = {
+    "checkpoints": ("tiny-qwen2.5-vl", "tiny-qwen3-vl"),
+    "sizes": ((168, 140), (336, 280)),
+    "device": None,
+    "dtype": "float32",
+}
+
+
+def variants(device: torch.device, dtype: torch.dtype) -> dict[str, Recipe]:
+    """The stock tower, the lean one, each of its options that can run here alone, and all of the last ones together."""
+    lean = Recipe.parse("baseline, preprocessor.resize=pillow, vit.tower=lean")
+    recipes = {"stock": Recipe.parse("baseline, preprocessor.resize=pillow"), "lean": lean}
+    last: dict[str, Any] = {}
+    for toggle in (t for t in toggles() if t.slot == "vit" and t.name != "tower"):
+        for option in toggle.options[1:]:
+            in_half = option.value != "varlen" or dtype != torch.float32
+            if option.exact and in_half and option.unavailable(device) is None:
+                recipes[f"{toggle.name}={option.value}"] = lean.replace(toggle.path, option.value)
+                last[toggle.path] = option.value
+    recipes["last of each"] = lean.replace(last)
+    if last.get("vit.attention") == "triton":
+        recipes["last of each, varlen"] = lean.replace(last | {"vit.attention": "varlen"})
+    recipes["fastest"] = Recipe.fastest(device)
+    return recipes
+
+
+@torch.inference_mode()
+def errors(lab: Lab, request: Request, recipes: Mapping[str, Recipe]) -> dict[str, float]:
+    """The relative error of each recipe's visual tokens against the stock tower in float64 (float32 on CUDA) on its own pixels."""
+    wide = torch.float64 if lab.device.type == "cpu" else torch.float32
+    visual = copy.deepcopy(lab.checkpoint.model.model.visual).to(wide)
+    visual.config._attn_implementation = "sdpa"
+    found = {}
+    for label, recipe in recipes.items():
+        sent = preprocessor.bind(recipe.preprocessor, lab.checkpoint)
+        whole = preprocessor.bind(
+            dataclasses.replace(recipe.preprocessor, payload="float32", temporal="duplicated"), lab.checkpoint
+        )
+        with current_device(lab.device):
+            pixels = preprocessor.upload.upload_pixels(sent.preprocess(sent.decode(request), request), sent.upload)
+            truth_pixels = whole.preprocess(whole.decode(request), request)
+            grid = torch.tensor(truth_pixels.grids, device=lab.device)
+            truth = visual(truth_pixels.patches.to(lab.device, wide), grid_thw=grid).pooler_output
+            made = vit.bind(recipe.vit, lab.checkpoint, sent.patch_format)(pixels, Tracer(lab.device, "off")).embeds
+        found[label] = float((made.to(wide) - truth).norm() / truth.norm())
+    return found
+
+
+def report(
+    checkpoints: Sequence[str], sizes: Sequence[tuple[int, int]], device: str | None, dtype: str, *, repeats: int = 20
+) -> list[dict[str, Any]]:
+    """One row a checkpoint, size and recipe: error, and where it is within twice the stock tower's, ms, ratio and floor."""
+    rows = []
+    for name in checkpoints:
+        lab = Lab(name, device=device, dtype=dtype)
+        ceiling, recipes = matmul_ceiling(lab.device, lab.dtype), variants(lab.device, lab.dtype)
+        for width, height in sizes:
+            request = Request(images=[_jpeg(width, height)], prompt="?")
+            grids = grids_of(lab, request)
+            found = errors(lab, request, recipes)
+            bound = 2 * found["stock"] + 4 * torch.finfo(lab.dtype).eps
+            good = {label: recipe for label, recipe in recipes.items() if found[label] <= bound}
+            rounds = time_towers(lab, request, good | {"stock": recipes["stock"]}, repeats=repeats)
+            for label, recipe in recipes.items():
+                row: dict[str, Any] = {"checkpoint": name, "image": f"{width}x{height}", "recipe": label}
+                row |= {"device": device_name(lab.device), "dtype": dtype, "error": found[label], "parity": label in good}
+                if label in rounds.labels:
+                    frames = 1 if recipe.preprocessor.temporal == "folded" else None
+                    flops = vit_flops(lab.checkpoint, grids, frames=frames).total
+                    ratio = rounds.ratio(label, "stock")
+                    seconds = rounds.median(label).median
+                    row |= {"ms": seconds * 1e3, "ratio": ratio.median, "ratio_low": ratio.low, "ratio_high": ratio.high}
+                    row |= {"floor_ms": flops / ceiling * 1e3, "share_of_ceiling": flops / seconds / ceiling}
+                rows.append(row)
+        del lab
+    return rows
+
+
+def table(rows: Sequence[Mapping[str, Any]]) -> str:
+    """The rows as text, a block a checkpoint and size."""
+    lines, place = [], ("", "")
+    for row in rows:
+        if (row["checkpoint"], row["image"]) != place:
+            place = (row["checkpoint"], row["image"])
+            lines += ["", f"{row['checkpoint']}, {row['image']}, {row['device']} {row['dtype']}"]
+        if row["parity"]:
+            lines.append(
+                f"  {row['recipe']:<26} {row['ms']:9.3f} ms  {row['ratio']:5.2f}x [{row['ratio_low']:.2f}, {row['ratio_high']:.2f}]"
+                f"  floor {row['floor_ms']:8.3f} ms  {row['share_of_ceiling']:4.0%} of the ceiling  error {row['error']:.1e}"
+            )
+        else:
+            lines.append(f"  {row['recipe']:<26} parity failed: error {row['error']:.1e}; not timed")
+    return "\n".join(lines).lstrip()
+
+
+def _jpeg(width: int, height: int) -> bytes:
+    """A picture with edges, gradients and noise, for machines without photographs."""
+    row, column = np.linspace(0, 6, height)[:, None], np.linspace(0, 8, width)
+    waves = np.stack([np.sin(row * column), np.cos(row + column), np.sin(row) * np.cos(3 * column)], axis=-1)
+    noise = np.random.default_rng(0).normal(0, 8, waves.shape)
+    out = io.BytesIO()
+    Image.fromarray((127 + 100 * waves + noise).clip(0, 255).astype(np.uint8)).save(out, "JPEG", quality=92)
+    return out.getvalue()
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--tiny", action="store_true", help="the built-in checkpoints on small images, on any device")
+    parser.add_argument("--out", type=Path, help="a file for the rows as JSON")
+    parser.add_argument("--repeats", type=int, default=20, help="timed rounds")
+    given = parser.parse_args(arguments)
+    rows = report(**(TINY if given.tiny else FULL), repeats=given.repeats)
+    if given.out is not None:
+        given.out.write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
+    print(table(rows))
+
+
+if __name__ == "__main__":
+    main()
