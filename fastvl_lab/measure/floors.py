@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -10,6 +9,7 @@ from typing import Any
 import torch
 
 from fastvl_lab.checkpoint import Checkpoint
+from fastvl_lab.measure.rounds import now
 from fastvl_lab.measure.statistics import median_interval
 from fastvl_lab.request import Grid
 from fastvl_lab.vit import positions
@@ -74,14 +74,8 @@ def matmul_ceiling(device: torch.device, dtype: torch.dtype, *, size: int | None
     a, b = (torch.randn(side, side, generator=generator, device=device, dtype=torch.float32).to(dtype) for _ in range(2))
     seconds = []
     for number in range(repeats + 2):
-        started = _now(device)
+        started = now(device)
         torch.mm(a, b)
         if number >= 2:  # the first ones set libraries up
-            seconds.append(_now(device) - started)
+            seconds.append(now(device) - started)
     return 2 * side**3 / median_interval(seconds).median
-
-
-def _now(device: torch.device) -> float:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    return time.perf_counter()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -11,7 +10,7 @@ import torch
 
 from fastvl_lab.errors import RequestError
 from fastvl_lab.lab import Lab, current_device
-from fastvl_lab.measure.rounds import Rounds, Task, time_rounds
+from fastvl_lab.measure.rounds import Rounds, Task, now, time_rounds
 from fastvl_lab.preprocessor import BoundPreprocessor, bind
 from fastvl_lab.preprocessor.layout import PatchLayout
 from fastvl_lab.preprocessor.patchify import to_picture
@@ -40,21 +39,16 @@ def _bound(lab: Lab, request: Request, recipe: Recipe) -> BoundPreprocessor:
 
 
 def _task(bound: BoundPreprocessor, request: Request, device: torch.device) -> Task:
-    def now() -> float:
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
-        return time.perf_counter()
-
     @torch.inference_mode()
     def run() -> dict[str, float]:
         with current_device(device):
-            start = now()
+            start = now(device)
             decoded = bound.decode(request)
-            decoded_at = now()
+            decoded_at = now(device)
             pixels = bound.preprocess(decoded, request)
-            preprocessed_at = now()
+            preprocessed_at = now(device)
             bound.upload(pixels.patches)
-            return dict(zip(STEPS, np.diff([start, decoded_at, preprocessed_at, now()]).tolist(), strict=True))
+            return dict(zip(STEPS, np.diff([start, decoded_at, preprocessed_at, now(device)]).tolist(), strict=True))
 
     return run
 

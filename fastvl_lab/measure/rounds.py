@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import random
+import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+
+import torch
 
 from fastvl_lab.errors import RequestError
 from fastvl_lab.measure.statistics import Interval, median_interval
@@ -45,6 +48,13 @@ class Rounds:
         """How many times as fast as the reference: the median of ratios paired by round."""
         pairs = zip(self.seconds(reference, *steps), self.seconds(label, *steps), strict=True)
         return median_interval([theirs / ours for theirs, ours in pairs])
+
+
+def now(device: torch.device) -> float:
+    """Seconds on the host's clock once the device has done all it was given; between requests only, never inside one."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter()
 
 
 def time_rounds(tasks: Mapping[str, Task], *, repeats: int = 10, warm_up: int = 2, seed: int = 0) -> Rounds:

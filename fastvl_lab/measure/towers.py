@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -12,7 +11,7 @@ import torch
 from fastvl_lab import preprocessor, vit
 from fastvl_lab.errors import RequestError
 from fastvl_lab.lab import Lab, current_device
-from fastvl_lab.measure.rounds import Rounds, Task, time_rounds
+from fastvl_lab.measure.rounds import Rounds, Task, now, time_rounds
 from fastvl_lab.recipe import Recipe
 from fastvl_lab.request import Grid, Request
 from fastvl_lab.trace import Tracer
@@ -40,17 +39,11 @@ def _task(lab: Lab, request: Request, recipe: Recipe) -> Task:
     @torch.inference_mode()
     def run() -> dict[str, float]:
         with current_device(lab.device):
-            started = _now(lab.device)
+            started = now(lab.device)
             encode(pixels, off)
-            return {"vit": _now(lab.device) - started}
+            return {"vit": now(lab.device) - started}
 
     return run
-
-
-def _now(device: torch.device) -> float:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    return time.perf_counter()
 
 
 def grids_of(lab: Lab, request: Request) -> tuple[Grid, ...]:
