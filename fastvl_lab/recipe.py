@@ -197,7 +197,7 @@ class Vit:
     )
     attention: str = _toggle(
         Option(value="per_window", does="one attention call a window or frame, in a Python loop; Transformers with SDPA"),
-        Option(value="grouped", does="windows of equal length stand together and share one call; the lab's own"),
+        Option(value="grouped", does="windows of a kind stand together; neighbours of equal length share a call; the lab's own"),
         Option(
             value="varlen",
             does="torch's variable-length flash attention: one call over all windows, in half precision; vLLM and SGLang alike",
@@ -233,10 +233,14 @@ class Vit:
     )
     activation: str = _toggle(
         Option(value="eager", does="SiLU, then the product; the published modelling code"),
-        Option(value="fused", does="SiLU and product in one Triton kernel; vLLM, SGLang 15640", needs=("cuda", "triton")),
+        Option(
+            value="fused",
+            does="both in one Triton kernel (Qwen2.5-VL alone); vLLM, SGLang 15640",
+            needs=("cuda", "triton"),
+        ),
     )
     interpolation: str = _toggle(
-        Option(value="eager", does="four gathers of learned positions, weighted and summed; vLLM 25337, Transformers"),
+        Option(value="eager", does="learned positions gathered, weighted and summed (Qwen3-VL); vLLM 25337, Transformers"),
         Option(value="fused", does="one Triton kernel; vLLM 37948", needs=("cuda", "triton")),
     )
 

@@ -6,8 +6,12 @@ import torch
 import triton
 import triton.language as tl
 
-# Queries of one program, and keys of one step.
-BLOCK = 64
+MAX_HEAD_DIM = 128
+
+
+def block_size(dtype: torch.dtype) -> int:
+    """Queries of one program, and keys of one step: fewer in float32, whose exact products would not fit into shared memory."""
+    return 32 if dtype == torch.float32 else 64
 
 
 def segment_attention_reference(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, blocks: torch.Tensor) -> torch.Tensor:
@@ -22,13 +26,16 @@ def segment_attention_reference(q: torch.Tensor, k: torch.Tensor, v: torch.Tenso
 def segment_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, blocks: torch.Tensor) -> torch.Tensor:
     """Full attention of every query to the keys of its segment; [N, H, D].
 
-    q, k, v: [H, N, D], the last dimension contiguous, D up to 128. blocks: int32 [n_blocks, 3], the first query of each block of up
-    to BLOCK, and where its segment starts and ends; every query is in one block, and no block is empty. Sums are float32.
+    q, k, v: [H, N, D], the last dimension contiguous, D a multiple of 8 up to 128. blocks: int32 [n_blocks, 3], the first query of
+    each block of up to `block_size(dtype)`, and where its segment starts and ends; every query is in one block, none is empty. Sums
+    are float32.
     """
     n_heads, n, head_dim = q.shape
     out = torch.empty((n, n_heads, head_dim), dtype=q.dtype, device=q.device)
     assert q.stride(2) == k.stride(2) == v.stride(2) == 1
-    assert head_dim <= 128
+    assert head_dim <= MAX_HEAD_DIM
+    assert head_dim % 8 == 0
+    assert all(stride % 8 == 0 for x in (q, k, v) for stride in x.stride()[:2])
     _segment_attention_kernel[(blocks.shape[0], n_heads)](
         q,
         k,
@@ -42,7 +49,8 @@ def segment_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, blocks:
         head_dim**-0.5 * 1.4426950408889634,  # the softmax is taken in powers of two
         head_dim=head_dim,
         block_d=max(triton.next_power_of_2(head_dim), 16),
-        block=BLOCK,
+        block=block_size(q.dtype),
+        num_warps=8 if q.dtype == torch.float32 else 4,
         precision="ieee" if q.dtype == torch.float32 else "tf32",
     )
     return out
@@ -56,11 +64,11 @@ def _segment_attention_kernel(
     out,
     blocks,
     q_stride_h,
-    q_stride_n,
+    q_stride_n: tl.constexpr,  # the same for all images, unlike those of heads
     k_stride_h,
-    k_stride_n,
+    k_stride_n: tl.constexpr,
     v_stride_h,
-    v_stride_n,
+    v_stride_n: tl.constexpr,
     n_heads,
     scale,
     head_dim: tl.constexpr,
@@ -70,6 +78,10 @@ def _segment_attention_kernel(
 ):
     """One program a block of queries and head, with the running maximum and sum of an online softmax."""
     number, head = tl.program_id(0), tl.program_id(1).to(tl.int64)
+    # Strides are multiples of 8, which Triton cannot see in those that 16 does not divide, and would load 2 bytes at a time.
+    q += tl.multiple_of(head * q_stride_h, 8)
+    k += tl.multiple_of(head * k_stride_h, 8)
+    v += tl.multiple_of(head * v_stride_h, 8)
     first = tl.load(blocks + number * 3)
     start, end = tl.load(blocks + number * 3 + 1), tl.load(blocks + number * 3 + 2)
     column = tl.arange(0, block_d)[None]
@@ -77,20 +89,20 @@ def _segment_attention_kernel(
 
     row = (first + tl.arange(0, block)).to(tl.int64)[:, None]
     in_segment = row < end
-    queries = tl.load(q + head * q_stride_h + row * q_stride_n + column, mask=in_segment & in_head, other=0)
+    queries = tl.load(q + row * q_stride_n + column, mask=in_segment & in_head, other=0)
     maximum = tl.full((block,), float("-inf"), tl.float32)
     total = tl.zeros((block,), tl.float32)
     mixed = tl.zeros((block, block_d), tl.float32)
     for at in range(start, end, block):
         key_row = (at + tl.arange(0, block)).to(tl.int64)
         is_key = key_row < end
-        keys = tl.load(k + head * k_stride_h + key_row[:, None] * k_stride_n + column, mask=is_key[:, None] & in_head, other=0)
+        keys = tl.load(k + key_row[:, None] * k_stride_n + column, mask=is_key[:, None] & in_head, other=0)
         scores = tl.dot(queries, tl.trans(keys), input_precision=precision) * scale
         scores = tl.where(is_key[None], scores, float("-inf"))
         higher = tl.maximum(maximum, tl.max(scores, 1))
         weights = tl.exp2(scores - higher[:, None])
         shrink = tl.exp2(maximum - higher)
-        values = tl.load(v + head * v_stride_h + key_row[:, None] * v_stride_n + column, mask=is_key[:, None] & in_head, other=0)
+        values = tl.load(v + key_row[:, None] * v_stride_n + column, mask=is_key[:, None] & in_head, other=0)
         total = total * shrink + tl.sum(weights, 1)
         mixed = mixed * shrink[:, None] + tl.dot(weights.to(values.dtype), values, input_precision=precision)
         maximum = higher

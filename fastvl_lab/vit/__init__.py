@@ -31,15 +31,23 @@ def bind(slot: Vit, checkpoint: Checkpoint, patch_format: PatchFormat) -> Encode
     assert slot.tower == "lean"
     if slot.attention == "varlen" and checkpoint.dtype == torch.float32:
         raise CheckpointError("vit.attention=varlen needs the model in bfloat16 or float16, and it is in float32")
+    vision = checkpoint.config.vision_config
+    head_dim = vision.hidden_size // vision.num_heads
+    if slot.attention in ("varlen", "triton") and (head_dim % 8 != 0 or head_dim > 128):
+        raise CheckpointError(
+            f"vit.attention={slot.attention} takes heads of a multiple of 8 up to 128, and the checkpoint's have {head_dim}; "
+            f"choose 'per_window' or 'grouped'"
+        )
     operations = bind_operations(norms=slot.norms, rope=slot.rope, activation=slot.activation, interpolation=slot.interpolation)
     tower = lean.tower_of(checkpoint.model.model.visual, checkpoint.family, operations)
     patch_embed = _patch_embed(slot.patch_embed, checkpoint, patch_format)
-    attend = {
+    options: dict[str, Callable[[], attention.SegmentAttention]] = {
         "per_window": attention.per_window,
         "grouped": attention.grouped,
         "varlen": attention.varlen,
-        "triton": attention.triton,
-    }[slot.attention]()
+        "triton": partial(attention.triton, checkpoint.dtype),
+    }
+    attend = options[slot.attention]()
     build = partial(lean.build_plan, tower, attend, operations.interpolate)
     planner = {"recomputed": recomputed, "cached": PlanCache}[slot.positions](build)
 

@@ -68,12 +68,12 @@ def varlen() -> SegmentAttention:
     return SegmentAttention(prepare=prepare, attend=attend)
 
 
-def triton() -> SegmentAttention:
-    """The lab's own kernel over blocks of queries, none of them empty."""
-    from fastvl_lab.kernels.segment_attention import BLOCK, segment_attention
+def triton(dtype: torch.dtype) -> SegmentAttention:
+    """The lab's own kernel over blocks of queries, none of them empty; dtype: of q, k and v."""
+    from fastvl_lab.kernels.segment_attention import block_size, segment_attention
 
     def prepare(groups: Groups, device: torch.device) -> torch.Tensor:
-        return torch.cat([_query_blocks(*group, BLOCK, device) for group in groups])
+        return torch.cat([_query_blocks(*group, block_size(dtype), device) for group in groups])
 
     return SegmentAttention(prepare=prepare, attend=lambda q, k, v, blocks: segment_attention(q, k, v, blocks).flatten(1))
 

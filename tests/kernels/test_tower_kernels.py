@@ -15,7 +15,7 @@ import torch
 from fastvl_lab.kernels.add_norm import add_layer_norm, add_layer_norm_reference, add_rms_norm, add_rms_norm_reference
 from fastvl_lab.kernels.interpolate import interpolate, interpolate_reference
 from fastvl_lab.kernels.rotate_packed import rotate_packed, rotate_packed_reference
-from fastvl_lab.kernels.segment_attention import BLOCK, segment_attention, segment_attention_reference
+from fastvl_lab.kernels.segment_attention import block_size, segment_attention, segment_attention_reference
 from fastvl_lab.kernels.silu_mul import silu_mul, silu_mul_reference
 from fastvl_lab.vit import attention
 from fastvl_lab.vit.positions import Group
@@ -117,6 +117,7 @@ def test_interpolate(dtype: torch.dtype, n: int, width: int) -> None:
     )
 
 
+BLOCK = block_size(torch.bfloat16)
 SEGMENTS = {
     "one patch": (Group(0, 1, 1),),
     "windows": (Group(0, 5, 16), Group(80, 3, 12), Group(116, 1, 4)),
@@ -133,7 +134,7 @@ def test_segment_attention(segments: str, head_dim: int, dtype: torch.dtype) -> 
     if dtype == torch.bfloat16 and DEVICE.type == "cpu":
         pytest.skip("Triton's interpreter computes bfloat16 dots wrongly")
     groups = SEGMENTS[segments]
-    blocks = attention.triton().prepare(groups, DEVICE)
+    blocks = attention.triton(dtype).prepare(groups, DEVICE)
     n = groups[-1].start + groups[-1].number * groups[-1].length
     q, k, v = _random(n, 3, 2, head_dim, dtype=dtype).permute(1, 2, 0, 3)  # [H, N, D], as they lie in the packed projection
     exact = segment_attention_reference(q.double(), k.double(), v.double(), blocks)
@@ -143,18 +144,19 @@ def test_segment_attention(segments: str, head_dim: int, dtype: torch.dtype) -> 
 
 def test_large_scores_do_not_overflow() -> None:
     groups = (Group(0, 1, BLOCK + 30),)
-    blocks = attention.triton().prepare(groups, DEVICE)
+    blocks = attention.triton(torch.float32).prepare(groups, DEVICE)
     q, k, v = (_random(1, BLOCK + 30, 64, seed=seed) * scale for seed, scale in enumerate((100, 100, 1)))
     made = segment_attention(q, k, v, blocks)
     assert torch.allclose(made, segment_attention_reference(q, k, v, blocks), atol=1e-3)
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("segments", SEGMENTS)
-def test_every_query_is_in_one_block_and_no_block_is_empty(segments: str) -> None:
+def test_every_query_is_in_one_block_and_no_block_is_empty(segments: str, dtype: torch.dtype) -> None:
     groups = SEGMENTS[segments]
-    blocks = attention.triton().prepare(groups, DEVICE)
+    blocks = attention.triton(dtype).prepare(groups, DEVICE)
     assert blocks.dtype == torch.int32
-    queries = [query for first, _, end in blocks.tolist() for query in range(first, min(first + BLOCK, end))]
+    queries = [query for first, _, end in blocks.tolist() for query in range(first, min(first + block_size(dtype), end))]
     assert queries == list(range(groups[-1].start + groups[-1].number * groups[-1].length))
     segment_of = [(g.start + i * g.length, g.start + (i + 1) * g.length) for g in groups for i in range(g.number)]
     assert {(start, end) for _, start, end in blocks.tolist()} == set(segment_of)
