@@ -94,7 +94,9 @@ def with_torch(*, as_pillow: bool) -> Resize:
     def resize(pixels: Picture, shape: ImageShape) -> torch.Tensor:
         assert isinstance(pixels, torch.Tensor)
         between, last = _sizes(pixels, shape, as_pillow=as_pillow)
-        image = pixels.permute(2, 0, 1)[None]  # [1, 3, height, width], channels last in memory
+        # [1, 3, height, width], interleaved: the batch dimension is added first, or its stride would hide the layout from torch,
+        # which would then take the planes apart and double the time.
+        image = pixels[None].permute(0, 3, 1, 2)
         if between[0] == last[0]:  # the height first; the other order is one call, and faster so
             image = _bicubic(image, between)
         return _bicubic(image, last)[0].permute(1, 2, 0)

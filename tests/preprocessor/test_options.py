@@ -107,8 +107,10 @@ def test_the_torch_resize_is_one_call_of_the_torchvision_backends_kernel(order: 
         pixels, shape = decode_image.as_tensor(_noise(width, height)), _shape(wide, high)
         planar = pixels.permute(2, 0, 1)[None].contiguous()
         expected = F.interpolate(planar, (high, wide), mode="bicubic", antialias=True)[0].permute(1, 2, 0)
+        made = resize.with_torch(as_pillow=order == "pillow")(pixels, shape)
+        assert made.is_contiguous()  # interleaved as it came: torch took the fast path
         if order == "torch" or not resize.columns_first(width, height, shape):
-            assert torch.equal(resize.with_torch(as_pillow=order == "pillow")(pixels, shape), expected)
+            assert torch.equal(made, expected)
 
 
 @pytest.mark.parametrize("n_threads", [2, 3, 16])
