@@ -58,8 +58,7 @@ class Lab:
         """Serve a request to the end and report on it.
 
         engine: a `Recipe`, a recipe's text such as "fastest, vit.tower=lean", or a peer's text such as "transformers"; by default
-        the baseline.
-        trace: "off", "stages", or "layers" to also time ViT blocks and decoder layers. Raises `FastvlError`s.
+        the baseline. trace: "off", "stages", or "layers" to also time ViT blocks and decoder layers. Raises `FastvlError`s.
         """
         key = self.engine(engine)
         bound, tracer, chunks = self._bind(key), Tracer(self.device, trace), []
@@ -72,8 +71,9 @@ class Lab:
             outcome = self._serve(bound, request, tracer, deliver)
             finished = tracer.finish()
             kind = self._kind(key, outcome)
+        name = key.text(self.device) if isinstance(key, Recipe) else key
         return Run(
-            engine=engine if isinstance(engine, str) else key.text(self.device) if isinstance(key, Recipe) else key,
+            engine=engine if isinstance(engine, str) else name,
             recipe=key if isinstance(key, Recipe) else None,
             checkpoint=self.checkpoint.name,
             device=device_name(self.device),

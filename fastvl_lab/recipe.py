@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import importlib.util
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cache
 from typing import Any, Literal
@@ -46,6 +46,12 @@ class Option:
     requires: tuple[str, ...] = ()
     pixels: ImageBackend | Literal["own"] | None = None
     within: int = 0
+
+    def required(self) -> Iterator[tuple[str, list[str]]]:
+        """`requires`, read: the path of another toggle, and the values (as texts) it may have."""
+        for requirement in self.requires:
+            path, _, values = requirement.partition("=")
+            yield path, values.split("|")
 
     @property
     def exactness(self) -> str:
@@ -330,11 +336,10 @@ class Recipe:
             if not isinstance(slot, expected):
                 raise RecipeError(f"{slot_field.name} is {slot!r}; it must be a {expected.__name__}")
         for toggle in toggles():
-            option = toggle.option(self.value(toggle.path))
-            for requirement in option.requires:
-                path, _, values = requirement.partition("=")
-                if str(self.value(path)) not in values.split("|"):
-                    needed = f"{path}={' or '.join(values.split('|'))}"
+            option = self.option(toggle)
+            for path, allowed in option.required():
+                if str(self.value(path)) not in allowed:
+                    needed = f"{path}={' or '.join(allowed)}"
                     raise RecipeError(f"{toggle.path}={option.value} needs {needed}, and {path} is {self.value(path)!r}")
             for other in option.decides:
                 path, first = f"{toggle.slot}.{other}", _toggle_at(f"{toggle.slot}.{other}").values[0]
@@ -403,6 +408,10 @@ class Recipe:
         value: OptionValue = getattr(getattr(self, toggle.slot), toggle.name)
         return value
 
+    def option(self, toggle: Toggle) -> Option:
+        """The option that the recipe has chosen at a toggle."""
+        return toggle.option(self.value(toggle.path))
+
     def replace(self, path: str | Mapping[str, OptionValue], value: OptionValue | None = None) -> Recipe:
         """A new recipe with one toggle changed, or several at once: `replace({"vit.tower": "lean", …})`."""
         changes: Mapping[str, Any] = path if isinstance(path, Mapping) else {path: value}
@@ -424,11 +433,9 @@ class Recipe:
             path, value = pending.pop()
             toggle, changes[path] = _toggle_at(path), value
             option = toggle.option(value)
-            for requirement in option.requires:
-                other, _, values = requirement.partition("=")
-                allowed = [v for v in _toggle_at(other).values if str(v) in values.split("|")]
-                if changes.get(other, self.value(other)) not in allowed:
-                    pending.append((other, allowed[0]))
+            for other, allowed in option.required():
+                if str(changes.get(other, self.value(other))) not in allowed:
+                    pending.append((other, next(v for v in _toggle_at(other).values if str(v) == allowed[0])))
             for other_toggle in toggles():
                 current = other_toggle.option(changes.get(other_toggle.path, self.value(other_toggle.path)))
                 if other_toggle.slot == toggle.slot and toggle.name in current.decides and value != toggle.values[0]:
@@ -437,9 +444,8 @@ class Recipe:
             for name in option.decides:
                 changes.setdefault(f"{toggle.slot}.{name}", _toggle_at(f"{toggle.slot}.{name}").values[0])
         for toggle in toggles():
-            for requirement in toggle.option(self.value(toggle.path)).requires:
-                other, _, values = requirement.partition("=")
-                if toggle.path not in changes and str(changes.get(other, self.value(other))) not in values.split("|"):
+            for other, allowed in self.option(toggle).required():
+                if toggle.path not in changes and str(changes.get(other, self.value(other))) not in allowed:
                     changes[toggle.path] = toggle.values[0]
         return self.replace(changes)
 
@@ -471,14 +477,14 @@ class Recipe:
     def check(self, device: torch.device) -> None:
         """Raise `RecipeError` for the first option that cannot run on the device, with the reason."""
         for toggle in toggles():
-            option = toggle.option(self.value(toggle.path))
+            option = self.option(toggle)
             if (reason := option.unavailable(device)) is not None:
                 raise RecipeError(f"{toggle.path}={option.value} cannot run here: {reason}")
 
     @property
     def exact(self) -> bool:
         """Whether every option promises the same tokens as Transformers does with one of its image backends."""
-        return all(toggle.option(self.value(toggle.path)).exact for toggle in toggles())
+        return all(self.option(toggle).exact for toggle in toggles())
 
     def oracle(self, image_backend: ImageBackend) -> str:
         """The engine whose tokens the recipe must make, where `image_backend` is Transformers' own here.
@@ -486,19 +492,17 @@ class Recipe:
         It is "transformers" where the recipe's pixels are the stock ones; else Transformers' model on the recipe's pixels, such as
         "transformers, preprocessor.resize=torch": differing pixels are no fault of what comes after them.
         """
-        steps = [toggle for toggle in toggles() if toggle.path in ORACLE_TOGGLES]
-        whose = {toggle.option(self.value(toggle.path)).pixels for toggle in steps}
-        if whose <= {None, image_backend}:
+        decode, resize = (self.option(_toggle_at(path)) for path in ("preprocessor.decode", "preprocessor.resize"))
+        if {decode.pixels, resize.pixels} <= {None, image_backend}:
             return "transformers"
-        on_its_pixels = Recipe.baseline().choose("preprocessor.resize", self.value("preprocessor.resize"))
-        if _toggle_at("preprocessor.decode").option(self.value("preprocessor.decode")).pixels is not None:
-            on_its_pixels = on_its_pixels.choose("preprocessor.decode", self.value("preprocessor.decode"))
+        on_its_pixels = Recipe.baseline().choose("preprocessor.resize", resize.value)
+        if decode.pixels is not None:
+            on_its_pixels = on_its_pixels.choose("preprocessor.decode", decode.value)
         return ", ".join(["transformers", *(f"{path}={value}" for path, value in on_its_pixels.changes().items())])
 
     def within(self, image_backend: ImageBackend) -> int | None:
         """How many levels of 255 its pixels may be from the stock ones, or None where it promises nothing of the kind."""
-        options = [toggle.option(self.value(toggle.path)) for toggle in toggles()]
-        bounds = [option.within for option in options if option.pixels not in (None, image_backend)]
+        bounds = [o.within for o in map(self.option, toggles()) if o.pixels not in (None, image_backend)]
         return max(bounds, default=0) if self.exact and all(bounds) else None
 
     def text(self, device: torch.device | str = "cpu") -> str:

@@ -3,19 +3,12 @@
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 import triton
 import triton.language as tl
 
 
-def interpolate_reference(table: torch.Tensor, indices: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
-    """What `interpolate` computes, in plain PyTorch and in the precision of `weights`."""
-    corners = F.embedding(indices, table)  # [n, k, width]
-    return (corners * weights[:, :, None]).sum(1).to(table.dtype)
-
-
 def interpolate(table: torch.Tensor, indices: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
-    """The sum over k of weights[:, k] * table[indices[:, k]]; [n, width] in the table's dtype, float32 inside.
+    """What `plain.interpolate` computes; [n, width] in the table's dtype, float32 inside.
 
     table: [rows, width], contiguous; indices: int64 [n, k]; weights: float32 [n, k], contiguous both.
     """

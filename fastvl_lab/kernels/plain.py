@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 
 
 def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
@@ -16,3 +17,9 @@ def rotate_half(x: torch.Tensor) -> torch.Tensor:
     """[a, b] -> [-b, a] over the halves of the last dimension, the rotation of RoPE in split-half layout."""
     a, b = x.chunk(2, dim=-1)
     return torch.cat([-b, a], dim=-1)
+
+
+def interpolate(table: torch.Tensor, indices: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+    """The sum over k of weights[:, k] * table[indices[:, k]]: [n, width] in the table's dtype, from indices and weights [n, k]."""
+    rows = F.embedding(indices, table)  # [n, k, width]
+    return (rows * weights[:, :, None]).sum(1).to(table.dtype)

@@ -12,7 +12,7 @@ import torch
 
 from fastvl_lab.errors import RequestError, require, sentence
 from fastvl_lab.lab import EngineName, Lab
-from fastvl_lab.measure.preprocessing import pixel_differences
+from fastvl_lab.measure.preprocessing import model_pictures, pixel_differences
 from fastvl_lab.measure.statistics import Interval, median_interval
 from fastvl_lab.recipe import Recipe
 from fastvl_lab.request import Request
@@ -189,17 +189,30 @@ def compare(
     peers = [label for label in alive if isinstance(keys[label], str)]
     reference = next(iter(peers + alive), "")
     oracles: dict[str, Oracle] = {}
-    if request.image_inputs and alive:
-        base = _oracle(lab, keys[reference])
-        for label in (label for label in alive if _oracle(lab, keys[label]) != base):
-            try:
-                base_logits = logits[reference] if keys[reference] == base else lab.run(request, base).logits
-                oracles[label] = _ask_oracle(lab, request, keys[label], base_logits)
-            except Exception as error:
-                if not keep_going:
-                    raise
-                failures[label] = f"its oracle failed: {sentence(error)}"
-                oracles[label] = Oracle(engine=_oracle(lab, keys[label]), tokens=(), logit_difference=float("nan"), in_bounds=False)
+    asked: dict[str, Run] = {}  # each oracle runs once, whoever it answers for
+
+    def ask(name: str) -> Run:
+        if name not in asked:
+            asked[name] = lab.run(request, name)
+        return asked[name]
+
+    base = _oracle(lab, keys[reference]) if alive else ""
+    for label in alive if request.image_inputs else []:
+        if (name := _oracle(lab, keys[label])) == base:
+            continue
+        try:
+            base_logits = logits[reference] if keys[reference] == base else ask(base).logits
+            oracles[label] = Oracle(
+                engine=name,
+                tokens=ask(name).tokens,
+                logit_difference=float((ask(name).logits - base_logits).abs().max()),
+                in_bounds=_in_bounds(lab, request, keys[label]),
+            )
+        except Exception as error:
+            if not keep_going:
+                raise
+            failures[label] = f"its oracle failed: {sentence(error)}"
+            oracles[label] = Oracle(engine=name, tokens=(), logit_difference=float("nan"), in_bounds=False)
     return Comparison(samples=tuple(samples), reference=reference, oracles=oracles, failures=failures)
 
 
@@ -208,15 +221,13 @@ def _oracle(lab: Lab, key: EngineName) -> str:
     return key if isinstance(key, str) else key.oracle(lab.checkpoint.image_backend)
 
 
-def _ask_oracle(lab: Lab, request: Request, key: EngineName, base_logits: torch.Tensor) -> Oracle:
-    run = lab.run(request, _oracle(lab, key))
-    within = key.within(lab.checkpoint.image_backend) if isinstance(key, Recipe) else None
-    in_bounds = True
-    if isinstance(key, Recipe) and within:
-        differences = pixel_differences(lab, request, key, Recipe.baseline())
-        in_bounds = max(difference.largest for difference in differences) <= within
-    difference = float((run.logits - base_logits).abs().max())
-    return Oracle(engine=run.engine, tokens=run.tokens, logit_difference=difference, in_bounds=in_bounds)
+def _in_bounds(lab: Lab, request: Request, key: EngineName) -> bool:
+    """Whether a recipe's pixels are as near to the stock ones as it promises; one that promises nothing keeps its word."""
+    within = None if isinstance(key, str) else key.within(lab.checkpoint.image_backend)
+    if isinstance(key, str) or within is None:
+        return True
+    pictures = (model_pictures(lab, request, recipe) for recipe in (key, Recipe.baseline()))
+    return max(difference.largest for difference in pixel_differences(*pictures)) <= within
 
 
 def _against(speedup: Interval | None, reference: str, oracle: Oracle | None, parity: bool) -> str:

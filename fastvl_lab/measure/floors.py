@@ -43,20 +43,17 @@ def vit_flops(checkpoint: Checkpoint, grids: Sequence[Grid], *, frames: int | No
     mergers = [visual.merger, *getattr(visual, "deepstack_merger_list", ())]
     linear = 2 * (n_patches * weights_a_patch + n_visual * sum(_matrix_weights(merger) for merger in mergers))
 
-    full = positions.frames(grids)
-    windowed = full
-    n_full = len(visual.blocks)
-    if checkpoint.family == "qwen2_5_vl":
-        windowed = positions.windows(grids, merge, config.window_size // merge // config.patch_size)
-        n_full = len(set(config.fullatt_block_indexes))
-    squares = sum(
-        n * sum(group.number * group.length**2 for group in groups)
-        for n, groups in (
-            (n_full, full),
-            (len(visual.blocks) - n_full, windowed),
-        )
-    )
+    segments = positions.frames(grids)
+    squares = len(visual.blocks) * _squares(segments)
+    if (window := positions.window_side(config)) is not None:
+        n_windowed = len(visual.blocks) - len(set(config.fullatt_block_indexes))
+        squares += n_windowed * (_squares(positions.windows(grids, merge, window)) - _squares(segments))
     return VitFlops(linear=linear, attention=4 * config.hidden_size * squares)
+
+
+def _squares(groups: positions.Groups) -> int:
+    """Pairs of patches that see one another."""
+    return sum(group.number * group.length**2 for group in groups)
 
 
 def _matrix_weights(module: Any) -> int:

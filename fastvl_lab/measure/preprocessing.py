@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -73,11 +73,10 @@ def model_pictures(lab: Lab, request: Request, recipe: Recipe) -> tuple[np.ndarr
     return tuple(to_picture(part, grid, layout).numpy() for part, grid in zip(parts, pixels.grids, strict=True))
 
 
-def pixel_differences(lab: Lab, request: Request, recipe: Recipe, reference: Recipe) -> tuple[PixelDifference, ...]:
-    """The recipe's pixels against the reference's, image by image."""
+def pixel_differences(ours: Sequence[np.ndarray], theirs: Sequence[np.ndarray]) -> tuple[PixelDifference, ...]:
+    """Pictures as `model_pictures` gives them for two recipes, image by image."""
     differences = []
-    pairs = zip(model_pictures(lab, request, recipe), model_pictures(lab, request, reference), strict=True)
-    for ours, theirs in pairs:
-        levels = np.abs(ours.astype(np.int16) - theirs).astype(np.uint8)
+    for one, other in zip(ours, theirs, strict=True):
+        levels = np.abs(one.astype(np.int16) - other).astype(np.uint8)
         differences.append(PixelDifference(levels=levels, largest=int(levels.max()), mean=float(levels.mean())))
     return tuple(differences)

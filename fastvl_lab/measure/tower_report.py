@@ -85,8 +85,7 @@ def errors(lab: Lab, request: Request, recipes: Mapping[str, Recipe]) -> dict[st
         whole = preprocessor.bind(stock_form, lab.checkpoint)
         try:
             with current_device(lab.device):
-                pixels = preprocessor.upload.upload_pixels(sent.preprocess(sent.decode(request), request), sent.upload)
-                stock_pixels = whole.preprocess(whole.decode(request), request)
+                pixels, stock_pixels = sent.pixels(request), whole.preprocess(whole.decode(request), request)
                 grid = torch.tensor(stock_pixels.grids, device=lab.device)
                 truth = visual(stock_pixels.patches.to(lab.device, wide), grid_thw=grid)
                 made = vit.bind(recipe.vit, lab.checkpoint, sent.patch_format)(pixels, Tracer(lab.device, "off"))

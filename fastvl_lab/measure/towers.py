@@ -33,8 +33,7 @@ def _task(lab: Lab, request: Request, recipe: Recipe) -> Task:
     encode = vit.bind(recipe.vit, lab.checkpoint, images.patch_format)
     off = Tracer(lab.device, "off")
     with torch.inference_mode(), current_device(lab.device):
-        pixels = images.preprocess(images.decode(request), request)
-        pixels = preprocessor.upload.upload_pixels(pixels, images.upload)
+        pixels = images.pixels(request)
 
     @torch.inference_mode()
     def run() -> dict[str, float]:
@@ -47,15 +46,8 @@ def _task(lab: Lab, request: Request, recipe: Recipe) -> Task:
 
 
 def grids_of(lab: Lab, request: Request) -> tuple[Grid, ...]:
-    """The patch grids that the request's images become."""
-    images = preprocessor.bind(Recipe.baseline().preprocessor, lab.checkpoint)
-    return tuple(shape.grid for shape in images.decode(request).shapes)
-
-
-def window_side(lab: Lab) -> int | None:
-    """Visual tokens along a side of an attention window, or None for a tower that has none."""
-    config = lab.checkpoint.config.vision_config
-    return config.window_size // config.spatial_merge_size // config.patch_size if hasattr(config, "window_size") else None
+    """The patch grids that the request's images become, from their headers."""
+    return tuple(shape.grid for shape in preprocessor.open_images(request, lab.checkpoint)[1])
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -12,12 +12,12 @@ import torch
 
 from fastvl_lab.checkpoint import Checkpoint
 from fastvl_lab.preprocessor import decode_image, patchify, resize, stock, upload
-from fastvl_lab.preprocessor.decode_image import Decoder, as_image, as_tensor, open_image, read_orientation
+from fastvl_lab.preprocessor.decode_image import Decoder, Opened, as_image, as_tensor, open_image, read_orientation
 from fastvl_lab.preprocessor.layout import PatchLayout, shapes_of
 from fastvl_lab.preprocessor.resize import Each, Resize
 from fastvl_lab.preprocessor.upload import Copy, PatchUpload
 from fastvl_lab.recipe import Preprocessor
-from fastvl_lab.request import Decoded, PatchFormat, Picture, Pixels, Request
+from fastvl_lab.request import Decoded, ImageShape, PatchFormat, Picture, Pixels, Request
 
 # Resized images, uint8 [height, width, 3], to patches.
 ToPatches = Callable[[Sequence[torch.Tensor]], torch.Tensor]
@@ -36,12 +36,14 @@ class BoundPreprocessor:
     copy: Copy
     patch_format: PatchFormat
 
+    def pixels(self, request: Request) -> Pixels:
+        """All three stages: the request's images as what the vision tower is given, on the device."""
+        return upload.upload_pixels(self.preprocess(self.decode(request), request), self.upload)
+
 
 def bind(slot: Preprocessor, checkpoint: Checkpoint) -> BoundPreprocessor:
     """The functions that the slot's toggles name; raises `CheckpointError` where the checkpoint asks for what they have not."""
-    n_threads = {"one": 1, "all": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1}[
-        slot.threads
-    ]
+    n_threads = {"one": 1, "all": _n_cores()}[slot.threads]
     each: Each = map if n_threads == 1 else ThreadPoolExecutor(n_threads, thread_name_prefix="fastvl-preprocessor").map
     device, dtype, stock_frames = checkpoint.device, checkpoint.dtype, checkpoint.image_processor.temporal_patch_size
     copy = {"pageable": upload.pageable, "pinned": upload.pinned}[slot.upload](device)
@@ -88,13 +90,18 @@ def _decode(slot: Preprocessor, checkpoint: Checkpoint, copy: Copy, each: Each) 
     form: Callable[[Picture], Picture] = as_image if slot.resize in ("transformers", "pillow") else as_tensor
 
     def decode(request: Request) -> Decoded:
-        opened = [open_image(image) for image in request.image_inputs]
-        shapes_of([one.size for one in opened], request, checkpoint)  # which way up does not matter to the limits
-        opened = list(each(read_orientation, opened))
-        shapes = shapes_of([one.size for one in opened], request, checkpoint)
+        opened, shapes = open_images(request, checkpoint, each)
         return Decoded(pictures=tuple(each(lambda one, shape: form(decoder(one, shape)), opened, shapes)), shapes=shapes)
 
     return decode
+
+
+def open_images(request: Request, checkpoint: Checkpoint, each: Each = map) -> tuple[list[Opened], tuple[ImageShape, ...]]:
+    """The headers of a request's images and what will become of their sizes; raises for all that headers can be refused for."""
+    opened = [open_image(image) for image in request.image_inputs]
+    shapes_of([one.size for one in opened], request, checkpoint)  # which way up does not matter to the limits
+    opened = list(each(read_orientation, opened))
+    return opened, shapes_of([one.size for one in opened], request, checkpoint)
 
 
 def _resize(slot: Preprocessor, checkpoint: Checkpoint, copy: Copy, each: Each, n_threads: int) -> Resize:
@@ -119,3 +126,8 @@ def _to_patches(slot: Preprocessor, checkpoint: Checkpoint, copy: Copy, layout: 
     }
     to_patches = options[slot.patchify]
     return lambda resized: to_patches([image[None] for image in resized], layout, frames=frames, normalised=normalised)
+
+
+def _n_cores() -> int:
+    """Cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

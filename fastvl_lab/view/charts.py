@@ -34,7 +34,6 @@ def ttft_against_visual_tokens(rows: Sequence[Mapping[str, Any]]) -> go.Figure:
                 (row for row in rows if row["checkpoint"] == checkpoint and row["engine"] == engine and row["ttft_ms"]),
                 key=lambda row: row["visual_tokens"],
             )
-            colour = style.SERIES_COLOURS[number % len(style.SERIES_COLOURS)]
             figure.add_trace(
                 figure_of.Scatter(
                     x=[row["visual_tokens"] for row in points],
@@ -47,9 +46,7 @@ def ttft_against_visual_tokens(rows: Sequence[Mapping[str, Any]]) -> go.Figure:
                     name=html.escape(engine),
                     legendgroup=engine,
                     showlegend=column == 1,
-                    mode="lines+markers",
-                    line={"color": colour, "width": 2},
-                    marker={"color": colour, "symbol": style.SERIES_MARKERS[number % len(style.SERIES_MARKERS)], "size": 9},
+                    **style.series(number),
                     hovertemplate="%{x} visual tokens: %{y:.1f} ms<extra>%{fullData.name}</extra>",
                 ),
                 row=1,

@@ -79,30 +79,24 @@ def step_bars(rounds: Rounds, title: str) -> go.Figure:
     return figure
 
 
-def cost_against_size(
-    points: Mapping[float, Rounds], *, steps: Sequence[str] = (), x_title: str, y_title: str, log: bool = True
-) -> go.Figure:
-    """Median milliseconds of those steps (of all, if none is named) against a size, one line a variant."""
+def cost_against_size(points: Mapping[float, Rounds], *, x_title: str, y_title: str) -> go.Figure:
+    """Median milliseconds of all steps against a size, one line a variant, on logarithmic axes."""
     figure_of = style.graph_objects()
     figure = figure_of.Figure()
     sizes = sorted(points)
     for number, label in enumerate(points[sizes[0]].labels):
-        intervals = [points[size].median(label, *steps) for size in sizes]
-        colour = style.SERIES_COLOURS[number % len(style.SERIES_COLOURS)]
         figure.add_trace(
             figure_of.Scatter(
                 x=sizes,
-                y=[interval.median * 1e3 for interval in intervals],
+                y=[points[size].median(label).median * 1e3 for size in sizes],
                 name=html.escape(label),
-                mode="lines+markers",
-                line={"color": colour, "width": 2, "dash": ("solid", "dash")[number // len(style.SERIES_COLOURS) % 2]},
-                marker={"color": colour, "symbol": style.SERIES_MARKERS[number % len(style.SERIES_MARKERS)], "size": 9},
+                **style.series(number),
                 hovertemplate="%{x:.2f}: %{y:.2f} ms<extra>%{fullData.name}</extra>",
             )
         )
-    kind = {"type": "log", "tickvals": _TICKS, "minor": {"ticks": ""}} if log else {"rangemode": "tozero"}
-    figure.update_xaxes(title_text=x_title, gridcolor=style.GRID, **kind)
-    figure.update_yaxes(title_text=y_title, gridcolor=style.GRID, **kind)
+    axis = {"type": "log", "tickvals": _TICKS, "minor": {"ticks": ""}, "gridcolor": style.GRID}
+    figure.update_xaxes(title_text=x_title, **axis)
+    figure.update_yaxes(title_text=y_title, **axis)
     figure.update_layout(
         **style.layout(height=480, margin={"l": 80, "r": 30, "t": 30, "b": 60}),
         legend={"x": 1.02, "y": 1, "yanchor": "top"},

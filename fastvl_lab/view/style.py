@@ -32,6 +32,16 @@ GRID = "#DDDDDD"
 CONFIG = {"displaylogo": False, "modeBarButtonsToRemove": ["sendChartToCloud", "sendchart"]}
 
 
+def series(number: int) -> dict[str, Any]:
+    """How the number-th of several lines is drawn: colour, marker, and dashes once the colours have all been used."""
+    colour, again = SERIES_COLOURS[number % len(SERIES_COLOURS)], number // len(SERIES_COLOURS) % 2
+    return {
+        "mode": "lines+markers",
+        "line": {"color": colour, "width": 2, "dash": ("solid", "dash")[again]},
+        "marker": {"color": colour, "symbol": SERIES_MARKERS[number % len(SERIES_MARKERS)], "size": 9},
+    }
+
+
 def graph_objects() -> Any:
     """plotly.graph_objects, or a clear error naming the extra."""
     return require("plotly.graph_objects", "notebooks")

@@ -48,11 +48,11 @@ def bind(slot: Vit, checkpoint: Checkpoint, patch_format: PatchFormat) -> Encode
         "triton": partial(attention.triton, checkpoint.dtype),
     }
     attend = options[slot.attention]()
-    build = partial(lean.build_plan, tower, attend, operations.interpolate)
+    build = partial(lean.build_plan, tower, attend)
     planner = {"recomputed": recomputed, "cached": PlanCache}[slot.positions](build)
 
     def encode(pixels: Pixels, tracer: Tracer) -> VisionTokens:
-        return lean.encode(pixels, tower, patch_embed, attend, planner, operations.rotate, tracer.inner, tracer.count)
+        return lean.encode(pixels, tower, patch_embed, attend, planner, tracer)
 
     return encode
 

@@ -8,7 +8,6 @@ device or reads from it: what the host must know is in the grids.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,6 +17,7 @@ import torch.nn.functional as F
 from fastvl_lab.checkpoint import Family
 from fastvl_lab.errors import CheckpointError
 from fastvl_lab.request import Grid, Pixels, VisionTokens
+from fastvl_lab.trace import Tracer
 from fastvl_lab.vit import positions
 from fastvl_lab.vit.attention import SegmentAttention
 from fastvl_lab.vit.operations import AddNorm, Interpolate, Operations, Rotate
@@ -44,7 +44,8 @@ class Tower:
     """A tower over the stock module's parameters, with what its geometry decides.
 
     window: visual tokens along a window's side, or None without windows. learned_positions: [side * side, hidden] or None.
-    deepstack: block index -> merger. merger and deepstack map [n_patches, hidden] to [n_visual, out_hidden].
+    deepstack: block index -> merger. merger and deepstack map [n_patches, hidden] to [n_visual, out_hidden]. rotate, interpolate:
+    the operations of the toggles that are no block's own.
     """
 
     blocks: tuple[Block, ...]
@@ -55,6 +56,8 @@ class Tower:
     n_heads: int
     merge_size: int
     window: int | None
+    rotate: Rotate
+    interpolate: Interpolate
 
 
 def tower_of(visual: Any, family: Family, operations: Operations) -> Tower:
@@ -68,6 +71,9 @@ def tower_of(visual: Any, family: Family, operations: Operations) -> Tower:
         "inv_freq": visual.rotary_pos_emb.inv_freq.float(),
         "n_heads": config.num_heads,
         "merge_size": config.spatial_merge_size,
+        "window": positions.window_side(config),
+        "rotate": operations.rotate,
+        "interpolate": operations.interpolate,
     }
     if family == "qwen2_5_vl":
         full = set(config.fullatt_block_indexes)
@@ -76,7 +82,6 @@ def tower_of(visual: Any, family: Family, operations: Operations) -> Tower:
             merger=_merger_qwen2_5(visual.merger, operations),
             deepstack={},
             learned_positions=None,
-            window=config.window_size // config.spatial_merge_size // config.patch_size,
             **shared,
         )
     levels = zip(config.deepstack_visual_indexes, visual.deepstack_merger_list, strict=True)
@@ -85,7 +90,6 @@ def tower_of(visual: Any, family: Family, operations: Operations) -> Tower:
         merger=_merger_qwen3(visual.merger),
         deepstack={index: _merger_qwen3(merger) for index, merger in levels},
         learned_positions=visual.pos_embed.weight,
-        window=None,
         **shared,
     )
 
@@ -127,7 +131,7 @@ def _merger_qwen3(merger: Any) -> Function:
     return lambda x: second(F.gelu(first(merger.norm(x.reshape(-1, width)).view(-1, first.in_features))))
 
 
-def build_plan(tower: Tower, attention: SegmentAttention, interpolate: Interpolate, grids: Sequence[Grid]) -> Plan:
+def build_plan(tower: Tower, attention: SegmentAttention, grids: Sequence[Grid]) -> Plan:
     """Orders, tables and segments for these grids, computed on the tower's device."""
     merge, device = tower.merge_size, tower.inv_freq.device
     row_column, frames = positions.coordinates(grids, merge, device), positions.frames(grids)
@@ -141,7 +145,7 @@ def build_plan(tower: Tower, attention: SegmentAttention, interpolate: Interpola
     learned = None
     if tower.learned_positions is not None:
         side = round(tower.learned_positions.shape[0] ** 0.5)
-        learned = interpolate(tower.learned_positions, *positions.interpolation(grids, row_column, side))
+        learned = tower.interpolate(tower.learned_positions, *positions.interpolation(grids, row_column, side))
     cos, sin = positions.rotary(row_column, tower.inv_freq)
     return Plan(
         order=order,
@@ -160,23 +164,21 @@ def encode(
     patch_embed: PatchEmbed,
     attention: SegmentAttention,
     planner: Planner,
-    rotate: Rotate,
-    inner: Callable[[str], AbstractContextManager[None]],
-    count: Callable[[str], None],
+    tracer: Tracer,
 ) -> VisionTokens:
     """Patches to visual tokens (and DeepStack features), in the order of the prompt's placeholders."""
-    with inner("vit.positions"):
+    with tracer.inner("vit.positions"):
         plan, known = planner(pixels.grids)
-    count("vit.positions known" if known else "vit.positions built")
+    tracer.count("vit.positions known" if known else "vit.positions built")
     patches = pixels.patches if plan.order is None else pixels.patches.index_select(0, plan.order)
     hidden = patch_embed(patches)  # [N, hidden]
     added = plan.learned
 
     deepstack = []
     for index, block in enumerate(tower.blocks):
-        with inner(f"vit.block.{index}"):
+        with tracer.inner(f"vit.block.{index}"):
             hidden, normed = block.norm1(hidden, added)
-            q, k, v = rotate(block.qkv(normed), tower.n_heads, plan.cos, plan.sin)
+            q, k, v = tower.rotate(block.qkv(normed), tower.n_heads, plan.cos, plan.sin)
             attended = attention.attend(q, k, v, plan.windows if block.windowed else plan.frames)
             hidden, normed = block.norm2(hidden, block.proj(attended))
             added = block.mlp(normed)

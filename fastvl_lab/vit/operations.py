@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 
-from fastvl_lab.kernels.plain import rms_norm, rotate_half
+from fastvl_lab.kernels.plain import interpolate, rms_norm, rotate_half
 
 # (hidden, what a block adds to it or None) -> (their sum, which may take the place of hidden, and its norm).
 AddNorm = Callable[[torch.Tensor, torch.Tensor | None], tuple[torch.Tensor, torch.Tensor]]
@@ -49,7 +49,7 @@ def bind_operations(*, norms: str, rope: str, activation: str, interpolation: st
         layer_norm=layer_norm,
         rotate={"eager": lambda: _rotate, "halves": lambda: _rotate_halves, "fused": _fused_rotate}[rope](),
         silu_mul={"eager": lambda: _silu_mul, "fused": _fused_silu_mul}[activation](),
-        interpolate={"eager": lambda: _interpolate, "fused": _fused_interpolate}[interpolation](),
+        interpolate={"eager": lambda: interpolate, "fused": _fused_interpolate}[interpolation](),
     )
 
 
@@ -131,12 +131,7 @@ def _fused_silu_mul() -> Callable[[torch.Tensor, torch.Tensor], torch.Tensor]:
     return silu_mul
 
 
-def _interpolate(table: torch.Tensor, indices: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
-    corners = F.embedding(indices, table)  # [N, k, width]
-    return (corners * weights[:, :, None]).sum(1).to(table.dtype)
-
-
 def _fused_interpolate() -> Interpolate:
-    from fastvl_lab.kernels.interpolate import interpolate
+    from fastvl_lab.kernels import interpolate as kernel
 
-    return interpolate
+    return kernel.interpolate

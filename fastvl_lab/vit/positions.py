@@ -8,11 +8,18 @@ tokens row by row, frames and images one after another.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
 from fastvl_lab.request import Grid
+
+
+def window_side(vision_config: Any) -> int | None:
+    """Visual tokens along one side of an attention window (`window_size` is in pixels), or None for a tower without windows."""
+    if not hasattr(vision_config, "window_size"):
+        return None
+    return int(vision_config.window_size // vision_config.spatial_merge_size // vision_config.patch_size)
 
 
 class Group(NamedTuple):
@@ -104,7 +111,7 @@ def coordinates(grids: Sequence[Grid], merge_size: int, device: torch.device) ->
     parts = []
     for grid in grids:
         size = (grid.t, grid.h // merge_size, grid.w // merge_size, merge_size, merge_size)
-        _, rows, columns, m = (torch.arange(n, device=device) for n in size[:4])
+        rows, columns, m = (torch.arange(n, device=device) for n in size[1:4])
         row = rows[:, None, None, None] * merge_size + m[:, None]  # [G, 1, m, 1]
         column = columns[:, None, None] * merge_size + m  # [H, 1, m]
         parts.append(torch.stack([row.expand(size), column.expand(size)], dim=-1).view(-1, 2))

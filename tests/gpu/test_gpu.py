@@ -9,7 +9,7 @@ import torch
 
 from fastvl_lab import Lab, Recipe, Request, photo, preprocessor, toggles, vit
 from fastvl_lab.checkpoint import tiny
-from fastvl_lab.measure.preprocessing import pixel_differences
+from fastvl_lab.measure.preprocessing import model_pictures, pixel_differences
 from fastvl_lab.trace import Tracer
 
 pytestmark = pytest.mark.gpu
@@ -52,7 +52,8 @@ def test_resizing_on_the_device_is_within_two_levels_of_pillow() -> None:
     lab = Lab("tiny-qwen2.5-vl", device="cuda", dtype="float32")
     request = Request(images=[photo("coffee", (1280, 960))], prompt="?", max_pixels=300_000)
     device, stock = (Recipe.baseline().choose("preprocessor.resize", value) for value in ("device", "pillow"))
-    assert pixel_differences(lab, request, device, stock)[0].largest <= 2
+    (difference,) = pixel_differences(*(model_pictures(lab, request, recipe) for recipe in (device, stock)))
+    assert difference.largest <= 2
 
 
 @pytest.mark.parametrize("name", tiny.NAMES)
@@ -69,7 +70,7 @@ def test_every_way_through_the_lean_tower_equals_the_stock_one_and_waits_for_not
     recipes.append(free.replace({path: values[-1] for path, values in options.items()}))
     request = Request(images=[photo("coffee", (640, 480)), photo("rocket", (97, 310))], prompt="?")
     images = preprocessor.bind(free.preprocessor, lab.checkpoint)
-    pixels = preprocessor.upload.upload_pixels(images.preprocess(images.decode(request), request), images.upload)
+    pixels = images.pixels(request)
     off = Tracer(lab.device, "off")
 
     def encoded(of: Lab, recipe: Recipe) -> torch.Tensor:

@@ -13,7 +13,8 @@ import pytest
 import torch
 
 from fastvl_lab.kernels.add_norm import add_layer_norm, add_layer_norm_reference, add_rms_norm, add_rms_norm_reference
-from fastvl_lab.kernels.interpolate import interpolate, interpolate_reference
+from fastvl_lab.kernels.interpolate import interpolate
+from fastvl_lab.kernels.plain import interpolate as interpolate_reference
 from fastvl_lab.kernels.rotate_packed import rotate_packed, rotate_packed_reference
 from fastvl_lab.kernels.segment_attention import block_size, segment_attention, segment_attention_reference
 from fastvl_lab.kernels.silu_mul import silu_mul, silu_mul_reference

@@ -49,7 +49,8 @@ def test_the_models_picture_is_what_pillow_resizes_to(lab: Lab, request_: Reques
     expected = np.asarray(whole.resize((shape.resized_width, shape.resized_height), Image.Resampling.BICUBIC))
     for picture in pictures:
         assert np.array_equal(picture, expected)
-    difference = pixel_differences(lab, request_, Recipe.parse("fastest, preprocessor.decode=draft"), Recipe.baseline())[0]
+    drafted = model_pictures(lab, request_, Recipe.parse("fastest, preprocessor.decode=draft"))
+    (difference,) = pixel_differences(drafted, [expected])
     assert difference.largest == difference.levels.max()
     assert difference.levels.shape == expected.shape
 
@@ -79,9 +80,10 @@ def test_difference_maps_show_each_map_once_and_none_for_equal_pixels(labs: dict
         "torch again": Recipe.parse("baseline, preprocessor.resize=torch"),
         "device": Recipe.parse("fastest, preprocessor.resize=device"),
     }
-    differences = {name: pixel_differences(lab, request_, recipe, stock)[0] for name, recipe in recipes.items()}
+    reference = model_pictures(lab, request_, stock)
+    differences = {name: pixel_differences(model_pictures(lab, request_, recipe), reference)[0] for name, recipe in recipes.items()}
     assert differences["equal"].largest == 0 < differences["torch"].largest <= 2
-    figure = view.difference_maps(model_pictures(lab, request_, stock)[0], differences)
+    figure = view.difference_maps(reference[0], differences)
     assert len(figure.data) == 3
     titles = [annotation.text for annotation in figure.layout.annotations]
     assert titles[1].startswith(f"torch; torch again:<br>at most {differences['torch'].largest} of 255")

@@ -22,9 +22,10 @@ from fastvl_lab.checkpoint.random_weights import random_model, write_published_f
 from fastvl_lab.measure import tower_report
 from fastvl_lab.measure.floors import matmul_ceiling, vit_flops
 from fastvl_lab.measure.statistics import Interval
-from fastvl_lab.measure.towers import Cost, fit_cost, grids_of, time_towers, window_side
+from fastvl_lab.measure.towers import Cost, fit_cost, grids_of, time_towers
 from fastvl_lab.request import Grid
 from fastvl_lab.vit import attention
+from fastvl_lab.vit.positions import window_side
 
 
 @pytest.mark.parametrize("name", tiny.NAMES)
@@ -69,11 +70,13 @@ def test_what_the_notebook_draws(labs: dict[str, Lab]) -> None:
     assert blocks == [f"vit.block.{i}" for i in range(4)]
     assert sum(x for name, x in zip(bars.data[0].y, bars.data[0].x, strict=True) if "block" in name) <= bars.data[0].x[0]
 
-    layout = view.window_layout(picture, grid, window_side(lab), lab.checkpoint.merge_size)
+    side = window_side(lab.checkpoint.config.vision_config)
+    assert side == 4
+    layout = view.window_layout(picture, grid, side, lab.checkpoint.merge_size)
     drawn = {int(trace.name.split()[2]): int(trace.name.split()[0]) for trace in layout.data[1:]}
     assert sum(length * number for length, number in drawn.items()) == grid.n_patches
-    assert max(drawn) == (window_side(lab) * 2) ** 2
-    whole = view.window_layout(picture, grid, window_side(labs["tiny-qwen3-vl"]), 2)
+    assert max(drawn) == (side * 2) ** 2
+    whole = view.window_layout(picture, grid, window_side(labs["tiny-qwen3-vl"].checkpoint.config.vision_config), 2)
     assert whole.data[1].name.startswith(f"1 × {grid.n_patches} patches")
 
     rounds = time_towers(lab, request, {"stock": Recipe.baseline(), "lean": Recipe.fastest()}, repeats=2, warm_up=1)

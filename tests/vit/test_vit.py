@@ -234,9 +234,9 @@ def test_positions_are_built_once_a_grid_where_they_are_kept(
     built: list[Sequence[Grid]] = []
     build = lean.build_plan
 
-    def counted(tower: Any, attend: Any, interpolate: Any, grids: Sequence[Grid]) -> Plan:
+    def counted(tower: Any, attend: Any, grids: Sequence[Grid]) -> Plan:
         built.append(grids)
-        return build(tower, attend, interpolate, grids)
+        return build(tower, attend, grids)
 
     monkeypatch.setattr(lean, "build_plan", counted)
     fresh = Lab(lab.checkpoint.name, device="cpu", dtype="float32")
