@@ -13,6 +13,13 @@ def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
     return weight * wide.to(x.dtype)
 
 
+def rms_norm_by_length(x: torch.Tensor, weight: torch.Tensor, eps: torch.Tensor) -> torch.Tensor:
+    """`rms_norm` from each row's Euclidean length, which is one reduction; eps: float32 [1] on x's device."""
+    length = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=torch.float32)
+    scale = torch.addcmul(eps, length, length, value=1 / x.shape[-1]).rsqrt_()
+    return x.mul(scale).to(x.dtype).mul_(weight)
+
+
 def rotate_half(x: torch.Tensor) -> torch.Tensor:
     """[a, b] -> [-b, a] over the halves of the last dimension, the rotation of RoPE in split-half layout."""
     a, b = x.chunk(2, dim=-1)

@@ -16,21 +16,22 @@ def silu_mul_reference(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
 
 
 def silu_mul(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
-    """silu(gate) * up; contiguous and of one shape, float32 inside."""
+    """silu(gate) * up; [n, width] each, rows contiguous, so that they may be halves of one tensor; float32 inside."""
     assert gate.shape == up.shape
-    assert gate.is_contiguous()
-    assert up.is_contiguous()
-    out = torch.empty_like(gate)
-    n = gate.numel()
+    assert gate.stride(1) == up.stride(1) == 1
+    n, width = gate.shape
+    out = torch.empty((n, width), dtype=gate.dtype, device=gate.device)
     if n > 0:
-        _silu_mul_kernel[(triton.cdiv(n, _BLOCK),)](gate, up, out, n, block=_BLOCK)
+        grid = (n, triton.cdiv(width, _BLOCK))
+        _silu_mul_kernel[grid](gate, up, out, gate.stride(0), up.stride(0), width, block=_BLOCK)
     return out
 
 
 @triton.jit
-def _silu_mul_kernel(gate, up, out, n, block: tl.constexpr):
-    at = tl.program_id(0).to(tl.int64) * block + tl.arange(0, block)
-    inside = at < n
-    g = tl.load(gate + at, mask=inside, other=0).to(tl.float32)
-    u = tl.load(up + at, mask=inside, other=0).to(tl.float32)
-    tl.store(out + at, (g / (1 + tl.exp(-g)) * u).to(out.dtype.element_ty), mask=inside)
+def _silu_mul_kernel(gate, up, out, gate_stride, up_stride, width, block: tl.constexpr):
+    """One program a row and block of columns."""
+    row, column = tl.program_id(0).to(tl.int64), tl.program_id(1) * block + tl.arange(0, block)
+    inside = column < width
+    g = tl.load(gate + row * gate_stride + column, mask=inside, other=0).to(tl.float32)
+    u = tl.load(up + row * up_stride + column, mask=inside, other=0).to(tl.float32)
+    tl.store(out + row * width + column, (g / (1 + tl.exp(-g)) * u).to(out.dtype.element_ty), mask=inside)
