@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import dataclasses
 import queue
 import threading
 from collections.abc import Iterator
@@ -12,10 +14,11 @@ import torch
 
 from fastvl_lab import checkpoint as checkpoints
 from fastvl_lab import peers
-from fastvl_lab.errors import DeviceError, RecipeError
+from fastvl_lab.cache.memory import Memory, default_session_len
+from fastvl_lab.errors import CheckpointError, DeviceError, RecipeError
 from fastvl_lab.pipeline import Engine, Outcome, Pipeline
 from fastvl_lab.recipe import Recipe
-from fastvl_lab.request import Chunk, Request
+from fastvl_lab.request import Chunk, Request, check_whole_number
 from fastvl_lab.run import Kind, Run
 from fastvl_lab.streaming import Deliver
 from fastvl_lab.trace import Level, Tracer
@@ -32,12 +35,31 @@ class Lab:
 
     name: a folder, a hub id, "tiny-qwen2.5-vl", "tiny-qwen3-vl", or "random:<hub id>" (see `checkpoint.load`). One request runs
     at a time; a second caller waits before its clock starts.
+
+    session_len: tokens of prompt and answer that a request may have together; by default up to 32,768, as memory and model allow.
+    memory_budget: bytes that recipes' caches may take (`cache.memory.Memory`); by default what two sessions take and an eighth.
     """
 
     def __init__(
-        self, name: str | Path, *, device: str | torch.device | None = None, dtype: str | torch.dtype | None = None
+        self,
+        name: str | Path,
+        *,
+        device: str | torch.device | None = None,
+        dtype: str | torch.dtype | None = None,
+        session_len: int | None = None,
+        memory_budget: int | None = None,
     ) -> None:
-        self.checkpoint = checkpoints.load(name, device=device, dtype=dtype)
+        for what, value in (("session_len", session_len), ("memory_budget", memory_budget)):
+            if value is not None:
+                check_whole_number(what, value)
+        loaded = checkpoints.load(name, device=device, dtype=dtype)
+        session_len = default_session_len(loaded) if session_len is None else session_len
+        if session_len > loaded.max_length:
+            raise CheckpointError(
+                f"session_len is {session_len}; checkpoint {loaded.name!r} attends to {loaded.max_length} tokens at most"
+            )
+        self.checkpoint = dataclasses.replace(loaded, session_len=session_len)
+        self.memory = Memory(self.checkpoint, memory_budget)
         self._engines: dict[EngineName, Engine] = {}
         self._seen: set[tuple[object, ...]] = set()
         self._seen_by_thread = threading.local()
@@ -124,6 +146,16 @@ class Lab:
             if started.is_set():  # else it waits for its turn, and will leave without a trace
                 producer.join()
 
+    def apart(self) -> Lab:
+        """The same loaded checkpoint with caches and engines of its own: neither lab finds what the other's requests left behind.
+
+        Both together still run one request at a time.
+        """
+        other = copy.copy(self)
+        other.memory, other._engines = Memory(self.checkpoint, self.memory.budget), {}
+        other._seen, other._seen_by_thread = set(), threading.local()
+        return other
+
     def engine(self, engine: EngineName | None) -> EngineName:
         """What `run` would run: a recipe, or the text of a peer; raises `RecipeError` for a text that is neither."""
         if engine is None:
@@ -132,7 +164,7 @@ class Lab:
 
     def _bind(self, key: EngineName) -> Engine:
         if key not in self._engines:
-            bound = Pipeline(self.checkpoint, key) if isinstance(key, Recipe) else peers.bind(key, self.checkpoint)
+            bound = Pipeline(self.checkpoint, key, self.memory) if isinstance(key, Recipe) else peers.bind(key, self.checkpoint)
             self._engines[key] = bound
         return self._engines[key]
 
@@ -149,10 +181,12 @@ class Lab:
             ) from error
 
     def _kind(self, key: EngineName, outcome: Outcome) -> Kind:
-        """Whether this was the first run of its engine and shape; decode steps of any number share one shape.
+        """Whether anything was reused, else whether this was the first run of its engine and shape; decode steps share one shape.
 
         On a CPU each calling thread has a thread pool of its own in torch, so the first run of another thread is cold again.
         """
+        if outcome.reused:
+            return "cache_hit"
         seen = self._seen
         if self.device.type == "cpu":
             seen = self._seen_by_thread.__dict__.setdefault("seen", set())

@@ -8,16 +8,18 @@ from typing import Protocol
 import torch
 
 from fastvl_lab import attention, capture, preprocessor, streaming, vit
-from fastvl_lab.cache import new_cache
+from fastvl_lab.cache import BoundCache, Place
+from fastvl_lab.cache.memory import Memory
 from fastvl_lab.checkpoint import Checkpoint
 from fastvl_lab.language.decode import decode
-from fastvl_lab.language.decoder import decoder_weights
 from fastvl_lab.language.merge import merge
 from fastvl_lab.language.prefill import prefill
 from fastvl_lab.language.sample import greedy
+from fastvl_lab.language.weights import decoder_weights
+from fastvl_lab.preprocessor import OpenedImages
 from fastvl_lab.preprocessor.upload import upload_pixels, upload_prompt
 from fastvl_lab.recipe import Recipe
-from fastvl_lab.request import ImageShape, Request
+from fastvl_lab.request import ImageShape, Prompt, Request
 from fastvl_lab.streaming import Deliver, TokenBytes
 from fastvl_lab.tokenizer import tokenize
 from fastvl_lab.trace import Tracer
@@ -25,12 +27,16 @@ from fastvl_lab.trace import Tracer
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Outcome:
-    """What an engine reports when a request is done; `logits` are those of the last prompt token, float32 [vocab]."""
+    """What an engine reports when a request is done; `logits` are those of the last prompt token, float32 [vocab].
+
+    reused: whether anything of an earlier request was used.
+    """
 
     tokens: tuple[int, ...]
     n_prompt: int
     shapes: tuple[ImageShape, ...]
     logits: torch.Tensor
+    reused: bool = False
 
 
 class Engine(Protocol):
@@ -42,61 +48,90 @@ class Engine(Protocol):
 class Pipeline:
     """A recipe bound to a checkpoint: its functions are chosen here, once, and run over the checkpoint's own weights."""
 
-    def __init__(self, checkpoint: Checkpoint, recipe: Recipe) -> None:
+    def __init__(self, checkpoint: Checkpoint, recipe: Recipe, memory: Memory) -> None:
         recipe.check(checkpoint.device)
         self.checkpoint, self.recipe = checkpoint, recipe
         self.images = images = preprocessor.bind(recipe.preprocessor, checkpoint)
         self.encode = capture.bind(recipe.capture.vit, vit.bind(recipe.vit, checkpoint, images.patch_format))
         self.prefill = capture.bind(recipe.capture.prefill, prefill)
         self.decode = capture.bind(recipe.capture.decode, decode)
-        self.attention = attention.bind(recipe.attention)
+        self.decoder = attention.bind(recipe.attention, decoder_weights(checkpoint))
+        images_by = f"{checkpoint.name} {recipe.preprocessor} {recipe.vit} {recipe.capture.vit}"
+        self.cache = BoundCache(
+            recipe.cache, memory, images_by=images_by, family=f"{images_by} {recipe.attention} {recipe.capture}"
+        )
         self.new_emitter = streaming.bind(recipe.streaming)
-        self.weights = decoder_weights(checkpoint)
         self.token_bytes = TokenBytes.of(checkpoint.tokenizer)
 
     @torch.inference_mode()
     def run(self, request: Request, tracer: Tracer, deliver: Deliver) -> Outcome:
-        """Serve one request; raises `RequestError` for one that cannot be served."""
-        checkpoint, weights = self.checkpoint, self.weights
-        span, inner = tracer.span, tracer.inner
-        pixels = vision = None
+        """Serve one request; raises `RequestError` for one that cannot be served, before any pixel of it is read."""
+        span, opened = tracer.span, None
         if request.image_inputs:
             with span("decode_image"):
-                decoded = self.images.decode(request)
+                opened = self.images.open(request)
+        with span("tokenize"):
+            prompt = tokenize(request, opened.grids if opened else (), self.checkpoint)
+        with span("admit"):
+            place = self.cache.admit(prompt, request.max_new_tokens, opened.contents if opened else tuple)
+        try:
+            return self._serve(request, prompt, opened, place, tracer, deliver)
+        finally:
+            place.close()
+
+    def _serve(
+        self,
+        request: Request,
+        prompt: Prompt,
+        opened: OpenedImages | None,
+        place: Place,
+        tracer: Tracer,
+        deliver: Deliver,
+    ) -> Outcome:
+        span, inner, decoder, kv = tracer.span, tracer.inner, self.decoder, place.kv
+        n_prompt, rest = prompt.n_tokens, prompt.after(place.reused)
+        pixels = made = None
+        if opened is not None and place.to_make:
+            with span("decode_image"):
+                decoded = self.images.read(opened.only(place.to_make))
             with span("preprocess"):
                 pixels = self.images.preprocess(decoded, request)
-        with span("tokenize"):
-            prompt = tokenize(request, pixels.grids if pixels else (), checkpoint)
         with span("upload"):
-            prompt = upload_prompt(prompt, self.images.copy)
+            rest = upload_prompt(rest, self.images.copy)
             if pixels is not None:
                 pixels = upload_pixels(pixels, self.images.upload)
         if pixels is not None:
             with span("vit"):
-                vision = self.encode(pixels, tracer)
+                made = self.encode(pixels, tracer)
         with span("merge"):
-            hidden = merge(prompt, vision, weights.embed)
+            vision = place.visual_tokens(made)
+            hidden = merge(rest, vision, decoder.weights.embed)
         with span("prefill"):
-            cache = new_cache(self.recipe.cache, len(weights.layers))
-            prefilled = self.prefill(hidden, prompt, vision, weights, self.attention.prefill, cache, inner)
+            place.extend(rest.n_tokens)
+            logits = first_logits = self.prefill(hidden, rest, vision, decoder, kv, inner)
 
-        emitter, tokens, logits = self.new_emitter(self.token_bytes, deliver), [], prefilled.logits
-        position = torch.full((1,), prompt.next_position, device=checkpoint.device)
+        emitter, tokens = self.new_emitter(self.token_bytes, deliver), []
+        position = torch.full((1,), prompt.next_position, device=self.checkpoint.device)
         while True:
             with span("sample"):
-                token, token_id = greedy(logits)
+                token, token_id = greedy(logits[0], decoder)
             tokens.append(token_id)
-            done = len(tokens) == request.max_new_tokens or (not request.ignore_eos and token_id in checkpoint.eos_token_ids)
+            done = len(tokens) == request.max_new_tokens or (not request.ignore_eos and token_id in self.checkpoint.eos_token_ids)
             with span("emit"):
                 emitter.emit(token_id, last=done)
             if done:
                 break
             with span("decode"):
-                logits = self.decode(token, position, weights, self.attention.decode, cache, inner)
+                place.extend(1)
+                logits = self.decode(token, position, decoder, kv, inner)
                 position += 1
+        place.keep(tokens[:-1])  # the last one has been through no layer
+        for name, times in place.counts.items():
+            tracer.count(name, times)
         return Outcome(
             tokens=tuple(tokens),
-            n_prompt=prompt.n_tokens,
-            shapes=pixels.shapes if pixels else (),
-            logits=prefilled.logits,
+            n_prompt=n_prompt,
+            shapes=opened.shapes if opened else (),
+            logits=first_logits[0],
+            reused=place.hit,
         )

@@ -253,24 +253,93 @@ class Vit:
 
 @dataclass(frozen=True, kw_only=True)
 class Attention:
-    """The decoder's attention."""
+    """The decoder's attention, and the operations around it."""
 
     prefill: str = _toggle(
         Option(value="eager", does="scores, mask and softmax written out, scores kept in memory; Transformers' eager attention"),
         Option(value="sdpa", does="torch's scaled_dot_product_attention with its causal kernel; Transformers' default"),
+        Option(
+            value="varlen",
+            does="torch's variable-length flash attention: one call over all sequences, in half precision; vLLM and SGLang alike",
+            needs=("cuda",),
+        ),
+        Option(
+            value="triton",
+            does="a Triton kernel that reads keys and values where the cache keeps them; the lab's own",
+            needs=("cuda", "triton"),
+            requires=("cache.kv=static|paged",),
+        ),
     )
     decode: str = _toggle(
         Option(value="eager", does="one query against all keys, written out; Transformers' eager attention"),
-        Option(value="sdpa", does="torch's scaled_dot_product_attention with grouped heads; Transformers' default"),
+        Option(
+            value="sdpa",
+            does="torch's scaled_dot_product_attention, with the heads of a group as queries of one head; the lab's own",
+        ),
+        Option(
+            value="triton",
+            does="a Triton kernel with the keys split among programs, read where the cache keeps them; Flash-Decoding",
+            needs=("cuda", "triton"),
+            requires=("cache.kv=static|paged",),
+        ),
+    )
+    last_layer: str = _toggle(
+        Option(value="all_tokens", does="prefill's last layer is computed for every token, as the others are; Transformers"),
+        Option(
+            value="last_token",
+            does="it is computed for the token whose logits are read; of the others, keys and values alone; the lab's own",
+        ),
+    )
+    projections: str = _toggle(
+        Option(value="separate", does="q, k, v, gate and up are a product each; Transformers"),
+        Option(value="fused", does="q with k and v, and gate with up, are one product, over the same weights; vLLM, SGLang"),
+    )
+    norms: str = _toggle(
+        Option(value="eager", does="RMSNorm as its formula, an operation at a time; the published modelling code"),
+        Option(value="native", does="torch's own rms_norm"),
+        Option(value="by_length", does="RMSNorm from each row's length, torch's vector_norm, in five operations; the lab's own"),
+        Option(value="fused", does="residual add and norm in one Triton kernel; vLLM, SGLang", needs=("cuda", "triton")),
+    )
+    rope: str = _toggle(
+        Option(value="eager", does="angles of all three axes, q and k rotated one after the other; the published modelling code"),
+        Option(value="rolled", does="each angle made once, heads rotated by rolling their halves; the lab's own"),
+        Option(
+            value="fused",
+            does="norm of heads, rotation and the write into the cache in one Triton kernel; vLLM 49744",
+            needs=("cuda", "triton"),
+            requires=("cache.kv=static|paged",),
+        ),
+    )
+    activation: str = _toggle(
+        Option(value="eager", does="SiLU, then the product; the published modelling code"),
+        Option(value="fused", does="both in one Triton kernel; vLLM, SGLang 15640", needs=("cuda", "triton")),
+    )
+    argmax: str = _toggle(
+        Option(value="eager", does="torch's argmax over the vocabulary; Transformers"),
+        Option(value="fused", does="two Triton kernels over many programs; the lab's own", needs=("cuda", "triton")),
     )
 
 
 @dataclass(frozen=True, kw_only=True)
 class Cache:
-    """What is kept between steps."""
+    """What is kept between steps, and between requests."""
 
     kv: str = _toggle(
         Option(value="concat", does="keys and values grow by concatenation at every step; Transformers' DynamicCache"),
+        Option(value="static", does="room for a whole session is allocated once and written in place; gpt-fast, StaticCache"),
+        Option(value="paged", does="blocks of 16 tokens are taken as a sequence grows; vLLM (arXiv 2309.06180), SGLang"),
+    )
+    image_reuse: str = _toggle(
+        Option(value="off", does="every request's images go through the vision tower; Transformers"),
+        Option(value="on", does="visual tokens are kept by the image's bytes and all that shapes them; vLLM 11020, SGLang"),
+    )
+    prefix_reuse: str = _toggle(
+        Option(value="off", does="every prompt is computed from its first token; Transformers"),
+        Option(
+            value="on",
+            does="blocks are shared by the tokens and images that fill them, up to the first that differs; vLLM 11187, SGLang",
+            requires=("cache.kv=paged",),
+        ),
     )
 
 
@@ -375,7 +444,10 @@ class Recipe:
                 temporal="folded",
             ),
             vit=Vit(tower="lean", patch_embed="linear", attention="grouped", positions="cached", norms="native", rope="halves"),
-            attention=Attention(prefill="sdpa", decode="sdpa"),
+            attention=Attention(
+                prefill="sdpa", decode="sdpa", last_layer="last_token", projections="fused", norms="by_length", rope="rolled"
+            ),
+            cache=Cache(kv="static"),
         )
 
     @classmethod

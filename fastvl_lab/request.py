@@ -1,7 +1,7 @@
 """The nouns that travel: what one request is made of on its way from image bytes to text.
 
-A `Request` enters the pipeline; `Decoded`, `Pixels`, `Prompt`, `VisionTokens` and `Prefilled` pass between its stages; `Chunk`s
-leave it. All are frozen: a stage makes a new noun instead of changing one.
+A `Request` enters the pipeline; `Prompt`, `Decoded`, `Pixels` and `VisionTokens` pass between its stages; `Chunk`s leave it. All
+are frozen: a stage makes a new noun instead of changing one.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from __future__ import annotations
 import base64
 import operator
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
 from urllib.request import url2pathname
@@ -129,10 +129,10 @@ class Request:
             raise RequestError("images is not a list; put a single image in one: images=[image]")
         if self.messages is not None and len(self.images) > 0:
             raise RequestError("images belong inside the messages when messages are given; leave images empty")
-        _whole_number("max_new_tokens", self.max_new_tokens)
+        check_whole_number("max_new_tokens", self.max_new_tokens)
         for name in ("min_pixels", "max_pixels"):
             if getattr(self, name) is not None:
-                _whole_number(name, getattr(self, name))
+                check_whole_number(name, getattr(self, name))
         if self.min_pixels is not None and self.max_pixels is not None and self.min_pixels > self.max_pixels:
             raise RequestError(f"min_pixels {self.min_pixels} is over max_pixels {self.max_pixels}")
         messages = self.messages
@@ -149,8 +149,8 @@ class Request:
         object.__setattr__(self, "image_inputs", image_inputs)
 
 
-def _whole_number(name: str, value: Any) -> None:
-    """Any integer type from 1 up; a bool is none."""
+def check_whole_number(name: str, value: Any) -> None:
+    """Raise `RequestError` for all but an integer from 1 up, of any type; a bool is none."""
     try:
         good = not isinstance(value, bool) and operator.index(value) >= 1
     except TypeError:
@@ -289,17 +289,26 @@ class Prompt:
     """The prompt as the decoder reads it, placeholders already expanded to one token per visual token.
 
     input_ids: int64 [n_tokens]; positions: int64 [3, n_tokens], the temporal, height and width rows of M-RoPE;
-    visual_index: int64 [n_visual], where visual tokens stand; next_position: the position of the first decoded token.
+    visual_index: int64 [n_visual], where visual tokens stand; next_position: the position of the first decoded token. images: of
+    each image, in order, its first token and how many it has.
     """
 
     input_ids: torch.Tensor
     positions: torch.Tensor
     visual_index: torch.Tensor
     next_position: int
+    images: tuple[tuple[int, int], ...]
 
     @property
     def n_tokens(self) -> int:
         return self.input_ids.shape[0]
+
+    def after(self, n: int) -> Prompt:
+        """What remains behind the first n tokens; on the host. `images` stay as they are."""
+        if n == 0:
+            return self
+        visual_index = self.visual_index[self.visual_index >= n] - n
+        return replace(self, input_ids=self.input_ids[n:], positions=self.positions[:, n:], visual_index=visual_index)
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -312,13 +321,10 @@ class VisionTokens:
     embeds: torch.Tensor
     deepstack: tuple[torch.Tensor, ...] = ()
 
-
-@dataclass(frozen=True, kw_only=True, eq=False)
-class Prefilled:
-    """The state after prefill: logits of the last prompt token, float32 [vocab], and the filled KV cache."""
-
-    logits: torch.Tensor
-    cache: Any
+    @property
+    def parts(self) -> tuple[torch.Tensor, ...]:
+        """All of its tensors."""
+        return (self.embeds, *self.deepstack)
 
 
 @dataclass(frozen=True, kw_only=True)

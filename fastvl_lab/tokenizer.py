@@ -51,7 +51,7 @@ def _placeholder_ids(checkpoint: Checkpoint) -> tuple[int, int]:
 def tokenize(request: Request, grids: Sequence[Grid], checkpoint: Checkpoint) -> Prompt:
     """Write the prompt of a request whose images have these grids; int64 tensors on the host.
 
-    Raises `RequestError` if the prompt and the tokens to make exceed the model's length.
+    Raises `RequestError` if the prompt and the tokens to make exceed a session's length.
     """
     ids = np.asarray(checkpoint.tokenizer(chat_text(request, checkpoint), add_special_tokens=False).input_ids)
     is_image = ids == checkpoint.image_token_id
@@ -63,20 +63,22 @@ def tokenize(request: Request, grids: Sequence[Grid], checkpoint: Checkpoint) ->
 
     input_ids = np.repeat(ids, repeats)  # [n_tokens]
     positions, next_position = mrope_positions(is_image, grids, checkpoint.merge_size)
+    first_tokens = (np.cumsum(repeats) - repeats)[is_image].tolist()
     return Prompt(
         input_ids=torch.from_numpy(input_ids),
         positions=torch.from_numpy(positions),
         visual_index=torch.from_numpy(np.flatnonzero(input_ids == checkpoint.image_token_id)),
         next_position=next_position,
+        images=tuple(zip(first_tokens, visual_tokens, strict=True)),
     )
 
 
 def check_length(n_prompt: int, request: Request, checkpoint: Checkpoint, *, visual_tokens: int) -> None:
-    """Raise `RequestError` if prompt and answer together are longer than the model can attend to."""
-    if n_prompt + request.max_new_tokens > checkpoint.max_length:
+    """Raise `RequestError` if prompt and answer together are longer than a session."""
+    if n_prompt + request.max_new_tokens > checkpoint.session_len:
         raise RequestError(
             f"the prompt has {n_prompt} tokens ({visual_tokens} of them visual) and max_new_tokens is {request.max_new_tokens}: "
-            f"together over the model's {checkpoint.max_length} (max_position_embeddings); "
+            f"together over session_len, {checkpoint.session_len} (the model's own limit is {checkpoint.max_length}); "
             f"set a smaller max_pixels or max_new_tokens, or shorten the prompt"
         )
 

@@ -24,8 +24,9 @@ LEVELS: tuple[Level, ...] = ("off", "stages", "layers")
 # Stage -> the file or folder of the package that does the work, in the order a request meets them.
 STAGES: dict[str, str] = {
     "decode_image": "preprocessor/decode_image.py",
-    "preprocess": "preprocessor/",
     "tokenize": "tokenizer.py",
+    "admit": "cache/",
+    "preprocess": "preprocessor/",
     "upload": "preprocessor/upload.py",
     "vit": "vit/",
     "merge": "language/merge.py",
@@ -181,9 +182,10 @@ class Tracer:
         """A block or layer inside a stage; recorded at level "layers" only."""
         return self._record(name) if self.level == "layers" else nullcontext()
 
-    def count(self, name: str) -> None:
-        """Something happened once more."""
-        self._counts[name] = self._counts.get(name, 0) + 1
+    def count(self, name: str, times: int = 1) -> None:
+        """Something happened once more, or so many times; what did not happen is not written down."""
+        if times:
+            self._counts[name] = self._counts.get(name, 0) + times
 
     def modules(self, modules: Mapping[str, torch.nn.Module]) -> AbstractContextManager[None]:
         """Time stock modules as blocks or layers; touches them at level "layers" only."""

@@ -20,7 +20,12 @@ if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # kernels run in Triton's interpreter, on tensors of the host
 atexit.register(shutil.rmtree, os.environ["XDG_CACHE_HOME"], ignore_errors=True)
 
+from transformers import AutoConfig, AutoModelForImageTextToText
+
 from fastvl_lab import Lab, photo
+from fastvl_lab.checkpoint import Checkpoint, tiny
+from fastvl_lab.checkpoint.fused import fuse_projections
+from fastvl_lab.checkpoint.random_weights import randomise
 from fastvl_lab.measure.statistics import Interval
 from fastvl_lab.preprocessor.decode_image import as_image, open_image, read_orientation, with_pillow
 from fastvl_lab.request import ImageInput, ImageSource
@@ -76,6 +81,38 @@ def assert_reaches() -> Callable[[Callable[[], Interval], float], None]:
         raise AssertionError(f"{seen} are all below {bar}")
 
     return check
+
+
+@pytest.fixture(scope="session")
+def other_checkpoint() -> Callable[..., Checkpoint]:
+    """Make a random model of another geometry than the built-in ones; only what the decoder reads is there."""
+
+    def make(name: str, *, dtype: torch.dtype = torch.float32, seed: int = 5, **changes: object) -> Checkpoint:
+        config = AutoConfig.from_pretrained(tiny.folder(name))
+        text = config.text_config
+        for field, value in changes.items():
+            setattr(config if field == "tie_word_embeddings" else text, field, value)
+        half = (getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads) // 2
+        if sum(text.rope_parameters["mrope_section"]) != half:  # another head, so other sections
+            text.rope_parameters["mrope_section"] = [half - 2 * (half // 3), half // 3, half // 3]
+        config.vision_config.out_hidden_size = text.hidden_size
+        model = AutoModelForImageTextToText.from_config(config, dtype=dtype, attn_implementation="sdpa").eval()
+        randomise(model, seed=seed)
+        fuse_projections(model)
+        return Checkpoint(
+            name=name,
+            family=config.model_type,
+            model=model,
+            tokenizer=None,
+            image_processor=None,
+            eos_token_ids=(),
+            max_length=1000,
+            session_len=1000,
+            device=torch.device("cpu"),
+            dtype=dtype,
+        )
+
+    return make
 
 
 @pytest.fixture

@@ -93,7 +93,8 @@ def test_options_of_a_slot_do_not_import_each_other() -> None:
     options = {
         "preprocessor": {"stock", "resize", "patchify", "patchify_triton"},
         "vit": {"stock", "lean"},
-        "attention": {"eager", "sdpa"},
+        "attention": {"eager", "sdpa", "varlen", "slotted"},
+        "cache": {"concat", "slotted"},
     }
     for slot, names in options.items():
         for name in names:

@@ -125,3 +125,30 @@ def test_in_bfloat16_every_recipe_stays_near_transformers_own_error(labs: dict[s
         truth = high.run(request, oracle).logits
         stock = (low.run(request, oracle).logits - truth).norm()
         assert (low.run(request, recipe).logits - truth).norm() <= 2 * stock, engine
+
+
+REUSING = "fastest, cache.kv=paged, cache.image_reuse=on, cache.prefix_reuse=on"
+LONG = {
+    "one character": {"prompt": "a"},
+    "4,000 tokens": {"prompt": "".join(f"{number} bottles; " for number in range(315))},
+    "four images": {
+        "images": [photo(name, (140 + 28 * number, 112)) for number, name in enumerate(("coffee", "rocket", "astronaut", "cat"))],
+        "prompt": "Which of these is alive?",
+    },
+}
+
+
+@pytest.mark.parametrize("case", LONG)
+def test_64_tokens_of_short_and_long_prompts_with_every_cache(lab: Lab, case: str) -> None:
+    """With reuse the request comes twice: the second time it is a hit."""
+    request = Request(**LONG[case], max_new_tokens=64, ignore_eos=True)
+    expected = lab.run(request, _oracle(lab, Recipe.fastest()))
+    assert len(expected.tokens) == 64
+    if case == "4,000 tokens":
+        assert 3950 < expected.n_prompt < 4050
+    engines = [f"fastest, cache.kv={kind}" for kind in ("concat", "static", "paged")]
+    runs = [lab.run(request, engine) for engine in [*engines, REUSING, REUSING]]
+    for run in runs:
+        assert (run.logits - expected.logits).abs().max() < TOLERANCE, run.title()
+        assert run.tokens == expected.tokens, run.title()
+    assert runs[-1].kind == "cache_hit"

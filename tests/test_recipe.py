@@ -153,7 +153,7 @@ def test_a_recipe_that_cannot_run_here_is_refused_before_work(labs: dict[str, La
 def _bind_and_run(lab: Lab, recipe: Recipe) -> None:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Recipe, "check", lambda self, device: None)
-        pipeline = Pipeline(lab.checkpoint, recipe)
+        pipeline = Pipeline(lab.checkpoint, recipe, lab.memory)
     pipeline.run(Request(prompt="Hello.", max_new_tokens=1), Tracer(CPU), lambda text, tokens: None)
 
 

@@ -96,8 +96,8 @@ def test_templates_that_cannot_write_the_conversation_are_refused(
 
 
 def test_a_prompt_longer_than_the_model_is_refused_with_the_numbers(lab: Lab) -> None:
-    limit = lab.checkpoint.max_length
+    limit = lab.checkpoint.session_len
     request = Request(prompt="Hello.", max_new_tokens=limit)
     for engine in ("baseline", "transformers"):
-        with pytest.raises(RequestError, match=rf"max_new_tokens is {limit}: together over the model's {limit}"):
+        with pytest.raises(RequestError, match=rf"max_new_tokens is {limit}: together over session_len, {limit} "):
             lab.run(request, engine)

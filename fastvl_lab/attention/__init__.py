@@ -1,32 +1,62 @@
-"""Slot 3: the decoder's attention, for prefill and for one decode step.
-
-Every option has one signature: q is [n_q, n_heads, head_dim], k and v are [n_kv, n_kv_heads, head_dim], the result is like q.
-"""
+"""Slot 3: the decoder's attention, for prefill and for one decode step, and the operations around it."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
 
 import torch
 
 from fastvl_lab.attention import eager, sdpa
+from fastvl_lab.attention.operations import bind_operations
+from fastvl_lab.errors import CheckpointError
+from fastvl_lab.language.decoder import Attend, Decoder
+from fastvl_lab.language.weights import DecoderWeights
 from fastvl_lab.recipe import Attention
 
-Attend = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
 
-
-@dataclass(frozen=True, kw_only=True)
-class BoundAttention:
-    """The attention of prefill (causal, all of the prompt) and of decode (the last token against everything)."""
-
-    prefill: Attend
-    decode: Attend
-
-
-def bind(slot: Attention) -> BoundAttention:
-    """The functions that the slot's toggles name."""
-    return BoundAttention(
-        prefill={"eager": eager.prefill, "sdpa": sdpa.prefill}[slot.prefill],
-        decode={"eager": eager.decode, "sdpa": sdpa.decode}[slot.decode],
+def bind(slot: Attention, weights: DecoderWeights) -> Decoder:
+    """The decoder as the slot's toggles say; raises `CheckpointError` where the checkpoint asks for what an option has not."""
+    dtype, head_dim = weights.embed.dtype, weights.head_dim
+    if slot.prefill == "varlen" and dtype == torch.float32:
+        raise CheckpointError("attention.prefill=varlen needs the model in bfloat16 or float16, and it is in float32")
+    for toggle, option in (("prefill", slot.prefill), ("decode", slot.decode)):
+        if option in ("varlen", "triton") and (head_dim % 8 != 0 or head_dim > 128):
+            raise CheckpointError(
+                f"attention.{toggle}={option} takes heads of a multiple of 8 up to 128, and the checkpoint's have {head_dim}; "
+                f"choose 'eager' or 'sdpa'"
+            )
+    prefill: dict[str, Callable[[], Attend]] = {
+        "eager": lambda: eager.prefill,
+        "sdpa": lambda: sdpa.prefill,
+        "varlen": _varlen,
+        "triton": _triton_prefill,
+    }
+    decode: dict[str, Callable[[], Attend]] = {
+        "eager": lambda: eager.decode,
+        "sdpa": lambda: sdpa.decode,
+        "triton": _triton_decode,
+    }
+    return Decoder(
+        weights=weights,
+        operations=bind_operations(slot, weights),
+        attend_prefill=prefill[slot.prefill](),
+        attend_decode=decode[slot.decode](),
     )
+
+
+def _varlen() -> Attend:
+    from fastvl_lab.attention.varlen import bind_prefill  # absent from torch on some platforms
+
+    return bind_prefill()
+
+
+def _triton_prefill() -> Attend:
+    from fastvl_lab.attention import slotted  # triton is loaded where it is asked for
+
+    return slotted.prefill
+
+
+def _triton_decode() -> Attend:
+    from fastvl_lab.attention import slotted
+
+    return slotted.decode

@@ -4,17 +4,23 @@ from __future__ import annotations
 
 import torch
 
-
-def prefill(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
-    """Causal attention of a whole prompt; keeps scores [n_heads, n, n] in memory."""
-    n = q.shape[0]
-    future = torch.ones(n, n, dtype=torch.bool, device=q.device).triu(1)
-    return _attend(q, k, v, future)
+from fastvl_lab.language.decoder import KvCache
 
 
-def decode(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
-    """One query against all keys."""
-    return _attend(q, k, v, None)
+def prefill(q: torch.Tensor, cache: KvCache, layer: int) -> torch.Tensor:
+    """Causal attention of new tokens to all of their own sequence; keeps scores [n_heads, n_new, length] in memory."""
+    segments, parts = cache.segments, []
+    for number, q_NHD in enumerate(q.split(segments.new)):
+        before, n = segments.before[number], segments.new[number]
+        future = torch.ones(n, before + n, dtype=torch.bool, device=q.device).triu(before + 1)
+        parts.append(_attend(q_NHD, *cache.read(layer, number), future))
+    return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+
+def decode(q: torch.Tensor, cache: KvCache, layer: int) -> torch.Tensor:
+    """One query a sequence against all of its keys."""
+    parts = [_attend(q_1HD, *cache.read(layer, number), None) for number, q_1HD in enumerate(q.split(1))]
+    return parts[0] if len(parts) == 1 else torch.cat(parts)
 
 
 def _attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, hidden_mask: torch.Tensor | None) -> torch.Tensor:

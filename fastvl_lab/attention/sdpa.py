@@ -2,21 +2,37 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
+from torch.nn.attention.bias import causal_lower_right
+
+from fastvl_lab.language.decoder import KvCache
 
 
-def prefill(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
-    """Causal attention of a whole prompt, without a mask in memory."""
-    return _attend(q, k, v, is_causal=True)
+def prefill(q: torch.Tensor, cache: KvCache, layer: int) -> torch.Tensor:
+    """Causal attention, a call a sequence; without a mask in memory where nothing of the sequence was there before."""
+    segments, parts = cache.segments, []
+    for number, q_NHD in enumerate(q.split(segments.new)):
+        q_1HND, k_1HND, v_1HND = (x.transpose(0, 1)[None] for x in (q_NHD, *cache.read(layer, number)))
+        how: dict[str, Any] = {"is_causal": True}
+        if segments.before[number] > 0:  # `is_causal` would let the first query see the first key alone
+            how = {"attn_mask": causal_lower_right(q_1HND.shape[2], k_1HND.shape[2])}
+        out = F.scaled_dot_product_attention(q_1HND, k_1HND, v_1HND, enable_gqa=q_1HND.shape[1] != k_1HND.shape[1], **how)
+        parts.append(out[0].transpose(0, 1))
+    return parts[0] if len(parts) == 1 else torch.cat(parts)
 
 
-def decode(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
-    """One query against all keys; grouped heads are not repeated in memory."""
-    return _attend(q, k, v, is_causal=False)
+def decode(q: torch.Tensor, cache: KvCache, layer: int) -> torch.Tensor:
+    """One query a sequence against all of its keys.
 
-
-def _attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *, is_causal: bool) -> torch.Tensor:
-    q_1HND, k_1HND, v_1HND = (x.transpose(0, 1)[None] for x in (q, k, v))
-    out = F.scaled_dot_product_attention(q_1HND, k_1HND, v_1HND, is_causal=is_causal, enable_gqa=q.shape[1] != k.shape[1])
-    return out[0].transpose(0, 1)
+    The queries that share a key head stand as rows of one head: a single query needs no mask, and keys are read once a group.
+    """
+    parts = []
+    for number, q_1HD in enumerate(q.split(1)):
+        keys, values = cache.read(layer, number)
+        q_1KGD = q_1HD.view(1, keys.shape[1], -1, q_1HD.shape[2])
+        out = F.scaled_dot_product_attention(q_1KGD, keys.transpose(0, 1)[None], values.transpose(0, 1)[None])
+        parts.append(out.view(q_1HD.shape))
+    return parts[0] if len(parts) == 1 else torch.cat(parts)

@@ -19,6 +19,7 @@ from transformers.utils import cached_file, is_torchvision_available
 from transformers.utils import logging as transformers_logging
 
 from fastvl_lab.checkpoint import tiny
+from fastvl_lab.checkpoint.fused import fuse_projections
 from fastvl_lab.checkpoint.memory import available_bytes, gigabytes
 from fastvl_lab.checkpoint.random_weights import RANDOM_PREFIX, published, random_model, write_published_folder
 from fastvl_lab.errors import CheckpointError, DeviceError, FastvlError
@@ -34,8 +35,9 @@ class Checkpoint:
     """A model in memory, ready for any engine.
 
     `model` is the stock Transformers module in eval mode, whose parameters every engine shares. `image_processor` and `tokenizer`
-    are the checkpoint's own. `max_length` counts prompt and generated tokens (`max_position_embeddings`). `eos_token_ids`
-    end an answer (generation_config.json).
+    are the checkpoint's own. `max_length` is how many tokens, prompt and answer together, the model can attend to
+    (`max_position_embeddings`), and `session_len`, no larger, how many a request may have. `eos_token_ids` end an answer
+    (generation_config.json).
     """
 
     name: str
@@ -45,6 +47,7 @@ class Checkpoint:
     image_processor: Any
     eos_token_ids: tuple[int, ...]
     max_length: int
+    session_len: int
     device: torch.device
     dtype: torch.dtype
 
@@ -167,6 +170,8 @@ def _checkpoint(name: str, family: Family, model: Any, source: str) -> Checkpoin
     eos_token_ids = _eos_token_ids(source, model.config, tokenizer)
     # Greedy and nothing else: the published generation configs carry sampling settings and a repetition penalty.
     model.generation_config = GenerationConfig(do_sample=False, pad_token_id=tokenizer.pad_token_id)
+    fuse_projections(model)
+    max_length = int(model.config.get_text_config().max_position_embeddings)
     return Checkpoint(
         name=name,
         family=family,
@@ -174,7 +179,8 @@ def _checkpoint(name: str, family: Family, model: Any, source: str) -> Checkpoin
         tokenizer=tokenizer,
         image_processor=image_processor,
         eos_token_ids=eos_token_ids,
-        max_length=int(model.config.get_text_config().max_position_embeddings),
+        max_length=max_length,
+        session_len=max_length,
         device=next(model.parameters()).device,
         dtype=model.dtype,
     )

@@ -39,5 +39,5 @@ def _control_group_left(root: Path = Path("/sys/fs/cgroup")) -> int | None:
 
 
 def gigabytes(n_bytes: int) -> str:
-    """A byte count as a person reads it: decimal GB, one digit."""
-    return f"{n_bytes / 1e9:.1f} GB"
+    """A byte count as a person reads it: decimal GB, one digit; MB below one."""
+    return f"{n_bytes / 1e9:.1f} GB" if n_bytes >= 1e9 else f"{n_bytes / 1e6:.1f} MB"

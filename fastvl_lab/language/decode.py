@@ -1,17 +1,18 @@
-"""One new token through the decoder."""
+"""One new token of each sequence through the decoder."""
 
 from __future__ import annotations
 
 import torch
 import torch.nn.functional as F
 
-from fastvl_lab.language.decoder import Attend, DecoderWeights, Inner, KvCache, decode_layers, last_token_logits
+from fastvl_lab.language.decoder import Decoder, Inner, KvCache, logits_of, run_layers
 
 
-def decode(
-    token: torch.Tensor, position: torch.Tensor, weights: DecoderWeights, attend: Attend, cache: KvCache, inner: Inner
-) -> torch.Tensor:
-    """token int64 [1] at position int64 [1], both on the device, to the logits of the next one, float32 [vocab]."""
-    hidden = F.embedding(token, weights.embed)  # [1, hidden]
-    hidden = decode_layers(hidden, position.expand(3, 1), weights, attend, cache, inner)
-    return last_token_logits(hidden, weights)
+def decode(tokens: torch.Tensor, positions: torch.Tensor, decoder: Decoder, cache: KvCache, inner: Inner) -> torch.Tensor:
+    """tokens int64 [B] at positions int64 [B], both on the device, to the logits of the next ones, float32 [B, vocab].
+
+    The cache has been told of the new tokens (`extend`). Generated tokens are text: one position stands for all three axes.
+    """
+    hidden = F.embedding(tokens, decoder.weights.embed)  # [B, hidden]
+    hidden = run_layers(hidden, positions[None], decoder, decoder.attend_decode, cache, inner)
+    return logits_of(hidden, decoder)

@@ -1,7 +1,8 @@
-"""The decoder's layers as one plain forward over the checkpoint's own parameters, for prefill and decode alike.
+"""The decoder's layers as one plain forward over packed tokens, for prefill and decode alike.
 
 Both families: RMSNorm, grouped-query attention with M-RoPE, SwiGLU. Qwen2.5-VL has biases on q, k, v; Qwen3-VL has none and
-normalises each head of q and k.
+normalises each head of q and k. What the toggles of the attention slot choose comes in as `Operations`; what is kept between
+steps, as a `KvCache`. Shape letters: n new tokens of all sequences, B sequences, H heads, D head_dim.
 """
 
 from __future__ import annotations
@@ -9,73 +10,84 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 import torch.nn.functional as F
 
-from fastvl_lab.checkpoint import Checkpoint
-from fastvl_lab.errors import CheckpointError
-from fastvl_lab.kernels.plain import rms_norm, rotate_half
-from fastvl_lab.language.rope import MRope
+from fastvl_lab.language.segments import Segments
+from fastvl_lab.language.weights import DecoderWeights, Layer
 
-Attend = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
 Inner = Callable[[str], AbstractContextManager[None]]
 
 
-class KvCache(Protocol):
-    """What a layer asks of the cache slot."""
+class Slots(NamedTuple):
+    """A layer's keys and values where a kernel finds them.
 
-    def append(self, layer: int, k: torch.Tensor, v: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]: ...
+    keys, values: [n_slots, n_kv_heads, D]. slot_of: int64 [B, longest], the slot of each token of each sequence. lengths: int32
+    [B], tokens of each sequence, those of this forward included. written: int64 [n], the slots of this forward's tokens.
+    """
+
+    keys: torch.Tensor
+    values: torch.Tensor
+    slot_of: torch.Tensor
+    lengths: torch.Tensor
+    written: torch.Tensor
+
+
+class KvCache(Protocol):
+    """What a layer asks of the cache slot; `segments` are those of the forward that is under way."""
+
+    segments: Segments
+
+    def write(self, layer: int, k: torch.Tensor, v: torch.Tensor) -> None:
+        """Keep this forward's keys and values, [n, n_kv_heads, D] each."""
+
+    def read(self, layer: int, sequence: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """All keys and values of a sequence so far, [length, n_kv_heads, D] each."""
+
+    def slots(self, layer: int) -> Slots:
+        """Where they lie, for kernels that write and read them in place; a cache without slots has no such thing."""
+
+
+# (q [n, H, D], the cache, which layer) -> [n, H, D]. In prefill n rows are packed sequences; in decode each is a sequence of its
+# own.
+Attend = Callable[[torch.Tensor, KvCache, int], torch.Tensor]
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
-class DecoderWeights:
-    """The stock decoder's parameters, shared, with what its geometry decides.
+class Operations:
+    """What the attention slot's toggles choose, but for attention itself.
 
-    layers: the stock layer modules, of which only the weights are used. embed, lm_head: [vocab, hidden], one tensor when tied.
+    add_norm(hidden, added or None, weight) gives their sum, which may take the place of hidden, and its norm. qkv(x, layer) gives
+    q, k, v, [n, heads, D] each. angles(positions [3, n] or [1, n]) gives what `rotate` needs of them. rotate(q, k, v, layer,
+    angles, cache, index) normalises and rotates q and k, keeps k and v in the cache, and returns q. mlp(x, layer) gives what the
+    layer adds. argmax(logits [vocab]) gives int64 [1]. last_token_alone: whether prefill's last layer computes the last token only.
     """
 
-    layers: tuple[Any, ...]
-    embed: torch.Tensor
-    norm: torch.Tensor
-    lm_head: torch.Tensor
-    eps: float
-    head_dim: int
-    rope: MRope
+    add_norm: Callable[[torch.Tensor, torch.Tensor | None, torch.Tensor], tuple[torch.Tensor, torch.Tensor]]
+    qkv: Callable[[torch.Tensor, Layer], tuple[torch.Tensor, torch.Tensor, torch.Tensor]]
+    angles: Callable[[torch.Tensor], Any]
+    rotate: Callable[[torch.Tensor, torch.Tensor, torch.Tensor, Layer, Any, KvCache, int], torch.Tensor]
+    mlp: Callable[[torch.Tensor, Layer], torch.Tensor]
+    argmax: Callable[[torch.Tensor], torch.Tensor]
+    last_token_alone: bool
 
 
-def decoder_weights(checkpoint: Checkpoint) -> DecoderWeights:
-    """Read a stock model; no parameter is copied. Raises `CheckpointError` for geometries this decoder has no code for."""
-    text, config = checkpoint.model.model.language_model, checkpoint.config.get_text_config()
-    if "sliding_attention" in (getattr(config, "layer_types", None) or ()):
-        raise CheckpointError(f"checkpoint {checkpoint.name!r} uses sliding-window attention, which the lean decoder has not")
-    if text.rotary_emb.rope_type in ("dynamic", "longrope"):
-        raise CheckpointError(
-            f"checkpoint {checkpoint.name!r} uses {text.rotary_emb.rope_type} RoPE, whose frequencies change with length; "
-            f"the lean decoder has it not"
-        )
-    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    return DecoderWeights(
-        layers=tuple(text.layers),
-        embed=text.embed_tokens.weight,
-        norm=text.norm.weight,
-        lm_head=checkpoint.model.lm_head.weight,
-        eps=config.rms_norm_eps,
-        head_dim=head_dim,
-        rope=MRope(
-            inv_freq=text.rotary_emb.inv_freq.float(),
-            scaling=text.rotary_emb.attention_scaling,
-            sections=tuple(config.rope_parameters["mrope_section"]),
-            interleaved=checkpoint.family == "qwen3_vl",
-        ),
-    )
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Decoder:
+    """A checkpoint's decoder, bound: its weights, the operations, and the attention of prefill and of decode."""
+
+    weights: DecoderWeights
+    operations: Operations
+    attend_prefill: Attend
+    attend_decode: Attend
 
 
-def decode_layers(
+def run_layers(
     hidden: torch.Tensor,
     positions: torch.Tensor,
-    weights: DecoderWeights,
+    decoder: Decoder,
     attend: Attend,
     cache: KvCache,
     inner: Inner,
@@ -83,46 +95,40 @@ def decode_layers(
     deepstack: Sequence[torch.Tensor] = (),
     visual_index: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """All layers over new tokens: hidden [n, hidden] at positions [3, n]; returns [n, hidden] before the final norm.
+    """All layers over new tokens: hidden [n, hidden] at positions [3, n]; returns the last token of each sequence, [B, hidden].
 
-    deepstack: one [n_visual, hidden] per early layer, added after it at the rows of visual_index (arXiv 2406.04334).
+    deepstack: one [n_visual, hidden] per early layer, added after it at the rows of visual_index (arXiv 2406.04334). The result is
+    before the final norm.
     """
-    cos, sin = weights.rope.cos_sin(positions, hidden.dtype)  # [n, 1, head_dim]
+    weights, operations = decoder.weights, decoder.operations
+    angles, last_rows, added = operations.angles(positions), cache.segments.last_rows, None
     for index, layer in enumerate(weights.layers):
         with inner(f"language.layer.{index}"):
-            hidden = _layer(hidden, layer, index, cos, sin, weights, attend, cache)
-            if index < len(deepstack):
-                assert visual_index is not None
-                hidden.index_add_(0, visual_index, deepstack[index])
-    return hidden
+            hidden, x = operations.add_norm(hidden, added, layer.norm1)
+            q = operations.rotate(*operations.qkv(x, layer), layer, angles, cache, index)
+            if operations.last_token_alone and index == len(weights.layers) - 1 and index >= len(deepstack):
+                # Nothing reads the others' outputs any more; their keys and values are kept.
+                q, hidden = (_rows(t, last_rows) for t in (q, hidden))
+                attend = decoder.attend_decode
+            attended = attend(q, cache, index)
+            hidden, x = operations.add_norm(hidden, F.linear(attended.flatten(1), *layer.o), layer.norm2)
+            added = operations.mlp(x, layer)
+        if index < len(deepstack):
+            assert visual_index is not None
+            hidden, added = hidden + added, None
+            hidden.index_add_(0, visual_index, deepstack[index])
+    hidden = hidden if added is None else hidden + added
+    return hidden if len(hidden) == len(last_rows) else _rows(hidden, last_rows)
 
 
-def _layer(
-    hidden: torch.Tensor,
-    layer: Any,
-    index: int,
-    cos: torch.Tensor,
-    sin: torch.Tensor,
-    weights: DecoderWeights,
-    attend: Attend,
-    cache: KvCache,
-) -> torch.Tensor:
-    n, attention, mlp, eps = hidden.shape[0], layer.self_attn, layer.mlp, weights.eps
-    x = rms_norm(hidden, layer.input_layernorm.weight, eps)
-    q = attention.q_proj(x).view(n, -1, weights.head_dim)  # [n, n_heads, head_dim]
-    k = attention.k_proj(x).view(n, -1, weights.head_dim)  # [n, n_kv_heads, head_dim]
-    v = attention.v_proj(x).view(n, -1, weights.head_dim)
-    if hasattr(attention, "q_norm"):
-        q = rms_norm(q, attention.q_norm.weight, eps)
-        k = rms_norm(k, attention.k_norm.weight, eps)
-    q, k = (t * cos + rotate_half(t) * sin for t in (q, k))
-    keys, values = cache.append(index, k, v)
-    hidden = hidden + attention.o_proj(attend(q, keys, values).flatten(1))
-    x = rms_norm(hidden, layer.post_attention_layernorm.weight, eps)
-    written: torch.Tensor = mlp.down_proj(mlp.act_fn(mlp.gate_proj(x)) * mlp.up_proj(x))
-    return hidden + written
+def _rows(x: torch.Tensor, rows: tuple[int, ...]) -> torch.Tensor:
+    """Those rows, by slices: their numbers are known on the host, and stay there."""
+    if len(rows) == len(x):
+        return x
+    return x[rows[0] : rows[0] + 1] if len(rows) == 1 else torch.stack([x[row] for row in rows])
 
 
-def last_token_logits(hidden: torch.Tensor, weights: DecoderWeights) -> torch.Tensor:
-    """Final norm and LM head on the last token only: float32 [vocab]."""
-    return F.linear(rms_norm(hidden[-1], weights.norm, weights.eps), weights.lm_head).float()
+def logits_of(hidden: torch.Tensor, decoder: Decoder) -> torch.Tensor:
+    """Final norm and LM head on [B, hidden], one row a sequence: float32 [B, vocab]."""
+    _, x = decoder.operations.add_norm(hidden, None, decoder.weights.norm)
+    return F.linear(x, decoder.weights.lm_head).float()

@@ -1,32 +1,28 @@
-"""The whole prompt through the decoder, filling the KV cache."""
+"""The prompt through the decoder, filling the KV cache."""
 
 from __future__ import annotations
 
 import torch
 
-from fastvl_lab.language.decoder import Attend, DecoderWeights, Inner, KvCache, decode_layers, last_token_logits
-from fastvl_lab.request import Prefilled, Prompt, VisionTokens
+from fastvl_lab.language.decoder import Decoder, Inner, KvCache, logits_of, run_layers
+from fastvl_lab.request import Prompt, VisionTokens
 
 
 def prefill(
-    hidden: torch.Tensor,
-    prompt: Prompt,
-    vision: VisionTokens | None,
-    weights: DecoderWeights,
-    attend: Attend,
-    cache: KvCache,
-    inner: Inner,
-) -> Prefilled:
-    """hidden [n_tokens, hidden], as `merge` made it, to the logits of the last prompt token."""
-    deepstack = () if vision is None else vision.deepstack
-    hidden = decode_layers(
+    hidden: torch.Tensor, prompt: Prompt, vision: VisionTokens | None, decoder: Decoder, cache: KvCache, inner: Inner
+) -> torch.Tensor:
+    """hidden [n_tokens, hidden], as `merge` made it, to the logits of each sequence's last token, float32 [B, vocab].
+
+    The cache has been told of the new tokens (`extend`); what it holds of each sequence already is attended to.
+    """
+    hidden = run_layers(
         hidden,
         prompt.positions,
-        weights,
-        attend,
+        decoder,
+        decoder.attend_prefill,
         cache,
         inner,
-        deepstack=deepstack,
+        deepstack=() if vision is None else vision.deepstack,
         visual_index=prompt.visual_index,
     )
-    return Prefilled(logits=last_token_logits(hidden, weights), cache=cache)
+    return logits_of(hidden, decoder)

@@ -47,7 +47,7 @@ def _task(lab: Lab, request: Request, recipe: Recipe) -> Task:
 
 def grids_of(lab: Lab, request: Request) -> tuple[Grid, ...]:
     """The patch grids that the request's images become, from their headers."""
-    return tuple(shape.grid for shape in preprocessor.open_images(request, lab.checkpoint)[1])
+    return preprocessor.open_images(request, lab.checkpoint).grids
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
@@ -12,29 +12,55 @@ import torch
 
 from fastvl_lab.checkpoint import Checkpoint
 from fastvl_lab.preprocessor import decode_image, patchify, resize, stock, upload
-from fastvl_lab.preprocessor.decode_image import Decoder, Opened, as_image, as_tensor, open_image, read_orientation
+from fastvl_lab.preprocessor.decode_image import Decoder, Opened, as_image, as_tensor, content_of, open_image, read_orientation
 from fastvl_lab.preprocessor.layout import PatchLayout, shapes_of
 from fastvl_lab.preprocessor.resize import Each, Resize
 from fastvl_lab.preprocessor.upload import Copy, PatchUpload
 from fastvl_lab.recipe import Preprocessor
-from fastvl_lab.request import Decoded, ImageShape, PatchFormat, Picture, Pixels, Request
+from fastvl_lab.request import Decoded, Grid, ImageShape, PatchFormat, Picture, Pixels, Request
 
 # Resized images, uint8 [height, width, 3], to patches.
 ToPatches = Callable[[Sequence[torch.Tensor]], torch.Tensor]
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class OpenedImages:
+    """Images whose headers have been read, and what will become of their sizes."""
+
+    images: tuple[Opened, ...]
+    shapes: tuple[ImageShape, ...]
+
+    @property
+    def grids(self) -> tuple[Grid, ...]:
+        return tuple(shape.grid for shape in self.shapes)
+
+    def contents(self) -> Iterator[tuple[str, bytes]]:
+        """Of each image, what it is resized to and the bytes that stand for it; raises `ImageError`."""
+        for image, shape in zip(self.images, self.shapes, strict=True):
+            yield f"{shape.resized_width}x{shape.resized_height}", content_of(image)
+
+    def only(self, numbers: Sequence[int]) -> OpenedImages:
+        """Some of them, in order."""
+        return OpenedImages(images=tuple(self.images[i] for i in numbers), shapes=tuple(self.shapes[i] for i in numbers))
 
 
 @dataclass(frozen=True, kw_only=True)
 class BoundPreprocessor:
     """The stages of the slot: encoded images to RGB, RGB to patches, patches to the device, where they have `patch_format`.
 
-    `copy` is how any host tensor reaches the device.
+    `open` reads the headers, and raises for all that headers can be refused for. `copy` is how any host tensor reaches the device.
     """
 
-    decode: Callable[[Request], Decoded]
+    open: Callable[[Request], OpenedImages]
+    read: Callable[[OpenedImages], Decoded]
     preprocess: Callable[[Decoded, Request], Pixels]
     upload: PatchUpload
     copy: Copy
     patch_format: PatchFormat
+
+    def decode(self, request: Request) -> Decoded:
+        """Headers, then pixels."""
+        return self.read(self.open(request))
 
     def pixels(self, request: Request) -> Pixels:
         """All three stages: the request's images as what the vision tower is given, on the device."""
@@ -47,10 +73,12 @@ def bind(slot: Preprocessor, checkpoint: Checkpoint) -> BoundPreprocessor:
     each: Each = map if n_threads == 1 else ThreadPoolExecutor(n_threads, thread_name_prefix="fastvl-preprocessor").map
     device, dtype, stock_frames = checkpoint.device, checkpoint.dtype, checkpoint.image_processor.temporal_patch_size
     copy = {"pageable": upload.pageable, "pinned": upload.pinned}[slot.upload](device)
-    decode = _decode(slot, checkpoint, copy, each)
+    open_all = partial(open_images, checkpoint=checkpoint, each=each)
+    read = _read(slot, checkpoint, copy, each)
     if slot.resize == "transformers":
         return BoundPreprocessor(
-            decode=decode,
+            open=open_all,
+            read=read,
             preprocess=lambda decoded, request: stock.preprocess(decoded, request, checkpoint),
             upload=upload.normalised(copy, dtype),
             copy=copy,
@@ -66,7 +94,8 @@ def bind(slot: Preprocessor, checkpoint: Checkpoint) -> BoundPreprocessor:
         return Pixels(patches=to_patches(resized), shapes=decoded.shapes)
 
     return BoundPreprocessor(
-        decode=decode,
+        open=open_all,
+        read=read,
         preprocess=preprocess,
         upload={
             "float32": upload.normalised(copy, dtype),
@@ -78,8 +107,8 @@ def bind(slot: Preprocessor, checkpoint: Checkpoint) -> BoundPreprocessor:
     )
 
 
-def _decode(slot: Preprocessor, checkpoint: Checkpoint, copy: Copy, each: Each) -> Callable[[Request], Decoded]:
-    """Headers first, and everything that they can be refused for; then the pixels, in the form that the resize takes."""
+def _read(slot: Preprocessor, checkpoint: Checkpoint, copy: Copy, each: Each) -> Callable[[OpenedImages], Decoded]:
+    """The pixels, in the form that the resize takes."""
     decoders: dict[str, Decoder] = {
         "pillow": decode_image.with_pillow,
         "turbojpeg": decode_image.with_turbojpeg,
@@ -89,19 +118,19 @@ def _decode(slot: Preprocessor, checkpoint: Checkpoint, copy: Copy, each: Each) 
     decoder = decoders[slot.decode]
     form: Callable[[Picture], Picture] = as_image if slot.resize in ("transformers", "pillow") else as_tensor
 
-    def decode(request: Request) -> Decoded:
-        opened, shapes = open_images(request, checkpoint, each)
-        return Decoded(pictures=tuple(each(lambda one, shape: form(decoder(one, shape)), opened, shapes)), shapes=shapes)
+    def read(opened: OpenedImages) -> Decoded:
+        pictures = tuple(each(lambda one, shape: form(decoder(one, shape)), opened.images, opened.shapes))
+        return Decoded(pictures=pictures, shapes=opened.shapes)
 
-    return decode
+    return read
 
 
-def open_images(request: Request, checkpoint: Checkpoint, each: Each = map) -> tuple[list[Opened], tuple[ImageShape, ...]]:
+def open_images(request: Request, checkpoint: Checkpoint, each: Each = map) -> OpenedImages:
     """The headers of a request's images and what will become of their sizes; raises for all that headers can be refused for."""
     opened = [open_image(image) for image in request.image_inputs]
     shapes_of([one.size for one in opened], request, checkpoint)  # which way up does not matter to the limits
     opened = list(each(read_orientation, opened))
-    return opened, shapes_of([one.size for one in opened], request, checkpoint)
+    return OpenedImages(images=tuple(opened), shapes=shapes_of([one.size for one in opened], request, checkpoint))
 
 
 def _resize(slot: Preprocessor, checkpoint: Checkpoint, copy: Copy, each: Each, n_threads: int) -> Resize:

@@ -89,6 +89,14 @@ def read_orientation(opened: Opened) -> Opened:
     return dataclasses.replace(opened, orientation=orientation if known else 1)
 
 
+def content_of(opened: Opened) -> bytes:
+    """Bytes that are equal for equal images: the encoded ones, or the pixels of an image that came without; raises `ImageError`."""
+    if opened.data is not None:
+        return opened.data
+    pixels = as_tensor(with_pillow(opened)).numpy()
+    return repr(pixels.shape).encode() + pixels.tobytes()
+
+
 def with_pillow(opened: Opened, shape: ImageShape | None = None) -> Picture:
     """All pixels by Pillow, upright by their EXIF orientation, as Transformers' `load_image` gives them; raises `ImageError`.
 

@@ -91,10 +91,10 @@ def shapes_of(sizes: Sequence[tuple[int, int]], request: Request, checkpoint: Ch
         )
     shapes = tuple(_shape(*size, checkpoint.image_processor, least, most) for size in sizes)
     visual_tokens = sum(shape.visual_tokens for shape in shapes)
-    if visual_tokens > checkpoint.max_length:
+    if visual_tokens > checkpoint.session_len:
         raise RequestError(
-            f"the images alone have {visual_tokens} visual tokens, over the model's {checkpoint.max_length} tokens "
-            f"(max_position_embeddings); set a smaller max_pixels"
+            f"the images alone have {visual_tokens} visual tokens, over session_len, {checkpoint.session_len} tokens (the model's "
+            f"own limit is {checkpoint.max_length}); set a smaller max_pixels"
         )
     return shapes
 

@@ -1,171 +1,347 @@
-"""The decoder's parts against the stock modules, on geometries other than the built-in ones too."""
+"""The decoder against the stock modules: every option, packed sequences, and geometries other than the built-in ones."""
 
 from __future__ import annotations
 
+import itertools
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
+from types import SimpleNamespace
 
 import pytest
 import torch
-from transformers import AutoConfig, AutoModelForImageTextToText
 
-from fastvl_lab import CheckpointError, Lab
-from fastvl_lab.attention import sdpa
-from fastvl_lab.cache import ConcatCache
-from fastvl_lab.checkpoint import Checkpoint, tiny
-from fastvl_lab.checkpoint.random_weights import randomise
+from fastvl_lab import CheckpointError, Lab, toggles
+from fastvl_lab.attention import bind
+from fastvl_lab.cache.blocks import BlockPool
+from fastvl_lab.cache.concat import ConcatKv
+from fastvl_lab.cache.slotted import KvShape, SlottedKv
+from fastvl_lab.checkpoint import Checkpoint
 from fastvl_lab.language.decode import decode
-from fastvl_lab.language.decoder import decoder_weights
+from fastvl_lab.language.decoder import Decoder
 from fastvl_lab.language.merge import merge
 from fastvl_lab.language.prefill import prefill
 from fastvl_lab.language.sample import greedy
+from fastvl_lab.language.segments import Segments
+from fastvl_lab.language.weights import decoder_weights
+from fastvl_lab.recipe import Attention
 from fastvl_lab.request import Prompt, VisionTokens
+
+KINDS = ("concat", "static", "paged")
+BLOCK = 4
+CPU = torch.device("cpu")
 
 
 def _inner(_: str) -> nullcontext[None]:
     return nullcontext()
 
 
-def _checkpoint(name: str, **changes: object) -> Checkpoint:
-    """A random model of another geometry; only what the decoder reads is there."""
-    config = AutoConfig.from_pretrained(tiny.folder(name))
-    for field, value in changes.items():
-        setattr(config if field == "tie_word_embeddings" else config.text_config, field, value)
-    config.vision_config.out_hidden_size = config.text_config.hidden_size
-    model = AutoModelForImageTextToText.from_config(config, dtype=torch.float32, attn_implementation="sdpa").eval()
-    randomise(model, seed=5)
-    return Checkpoint(
-        name=name,
-        family=config.model_type,
-        model=model,
-        tokenizer=None,
-        image_processor=None,
-        eos_token_ids=(),
-        max_length=1000,
-        device=torch.device("cpu"),
-        dtype=torch.float32,
-    )
+class _Kv:
+    """Some sequences in a cache of one kind, given what they need before every forward."""
+
+    def __init__(self, kind: str, checkpoint: Checkpoint, n: int = 1, longest: int = 96) -> None:
+        self.pool, self.tables = BlockPool(n * longest, BLOCK), []
+        if kind == "concat":
+            self.kv: ConcatKv | SlottedKv = ConcatKv(checkpoint.config.text_config.num_hidden_layers, n)
+            return
+        store = KvShape.of(checkpoint).allocate(n * longest * BLOCK)
+        store.fill_(float("nan"))  # nothing may be read that was not written
+        self.kv = SlottedKv(store, block_size=BLOCK, longest=longest, reused=[0] * n)
+        if kind == "static":
+            for sequence in range(n):
+                self.kv.add_blocks(sequence, range(sequence * longest // BLOCK, (sequence + 1) * longest // BLOCK))
+        else:
+            self.tables = [self.pool.admit([], longest) for _ in range(n)]
+
+    def extend(self, new: Sequence[int]) -> None:
+        lengths = self.kv.segments.lengths
+        for number, table in enumerate(self.tables):  # block by block in turn, so that no sequence lies in one piece
+            while len(table.blocks) * BLOCK < lengths[number] + new[number]:
+                grown = self.pool.extend(table, len(table.blocks) * BLOCK + 1)
+                self.kv.add_blocks(number, grown)  # type: ignore[union-attr]
+                self.pool.extend(self.pool.admit([], BLOCK), 1)
+        self.kv.extend(new)
 
 
-def _prompt(n_tokens: int) -> Prompt:
-    generator = torch.Generator().manual_seed(1)
+def _attention(**options: str) -> Iterator[Attention]:
+    """Every combination of options that plain PyTorch can run on a CPU, or of those given."""
+    values = {
+        toggle.name: options.get(toggle.name, [o.value for o in toggle.options if o.unavailable(CPU) is None])
+        for toggle in toggles()
+        if toggle.slot == "attention"
+    }
+    for combination in itertools.product(*values.values()):
+        yield Attention(**dict(zip(values, combination, strict=True)))
+
+
+def _prompt(n_tokens: int, seed: int = 1, visual: Sequence[int] = (2, 3, 5)) -> Prompt:
+    generator = torch.Generator().manual_seed(seed)
     return Prompt(
         input_ids=torch.randint(0, 256, (n_tokens,), generator=generator),
         positions=torch.randint(0, 900, (3, n_tokens), generator=generator),
-        visual_index=torch.tensor([2, 3, 5]),
+        visual_index=torch.tensor([i for i in visual if i < n_tokens], dtype=torch.int64),
         next_position=901,
+        images=(),
     )
+
+
+def _vision(checkpoint: Checkpoint, n: int, seed: int = 2) -> VisionTokens:
+    generator, width = torch.Generator().manual_seed(seed), checkpoint.config.text_config.hidden_size
+    levels = 2 if checkpoint.family == "qwen3_vl" else 0
+    features = [torch.randn(n, width, generator=generator) for _ in range(1 + levels)]
+    return VisionTokens(embeds=features[0], deepstack=tuple(features[1:]))
+
+
+def _stock(checkpoint: Checkpoint, prompt: Prompt, vision: VisionTokens, tokens: Sequence[int]) -> list[torch.Tensor]:
+    """Logits of the prompt's last token, and after each of the tokens, by the stock modules."""
+    text, head = checkpoint.model.model.language_model, checkpoint.model.lm_head
+    embeds = text.embed_tokens(prompt.input_ids)
+    embeds = embeds.index_copy(0, prompt.visual_index, vision.embeds)
+    mask = torch.zeros(1, prompt.n_tokens, dtype=torch.bool)
+    mask[0, prompt.visual_index] = True
+    extra = {"visual_pos_masks": mask, "deepstack_visual_embeds": list(vision.deepstack)} if vision.deepstack else {}
+    out = text(inputs_embeds=embeds[None], position_ids=prompt.positions[:, None], use_cache=True, **extra)
+    logits = [head(out.last_hidden_state[0, -1])]
+    for number, token in enumerate(tokens):
+        out = text(
+            inputs_embeds=text.embed_tokens(torch.tensor([[token]])),
+            position_ids=torch.full((3, 1, 1), prompt.next_position + number),
+            past_key_values=out.past_key_values,
+            use_cache=True,
+        )
+        logits.append(head(out.last_hidden_state[0, -1]))
+    return logits
+
+
+def _ours(decoder: Decoder, kv: _Kv, prompt: Prompt, vision: VisionTokens | None, tokens: Sequence[int]) -> list[torch.Tensor]:
+    """The same by the lean decoder."""
+    kv.extend([prompt.n_tokens])
+    logits = [prefill(merge(prompt, vision, decoder.weights.embed), prompt, vision, decoder, kv.kv, _inner)[0]]
+    for number, token in enumerate(tokens):
+        kv.extend([1])
+        position = torch.tensor([prompt.next_position + number])
+        logits.append(decode(torch.tensor([token]), position, decoder, kv.kv, _inner)[0])
+    return logits
 
 
 GEOMETRIES = [
     ("tiny-qwen2.5-vl", {}),
     ("tiny-qwen2.5-vl", {"num_attention_heads": 8, "num_key_value_heads": 8, "hidden_size": 512, "tie_word_embeddings": False}),
+    ("tiny-qwen2.5-vl", {"num_attention_heads": 6, "num_key_value_heads": 2, "hidden_size": 384, "num_hidden_layers": 1}),
     ("tiny-qwen3-vl", {}),
     ("tiny-qwen3-vl", {"head_dim": 64, "num_key_value_heads": 1, "num_hidden_layers": 6, "hidden_size": 192}),
     ("tiny-qwen3-vl", {"num_key_value_heads": 4, "tie_word_embeddings": False, "intermediate_size": 100}),
+    ("tiny-qwen3-vl", {"num_hidden_layers": 2}),  # as many layers as DeepStack levels: the last one is needed for all tokens
 ]
 
 
+@pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize(("name", "changes"), GEOMETRIES)
 @torch.inference_mode()
-def test_prefill_and_decode_equal_the_stock_decoder(name: str, changes: dict) -> None:
-    """Random M-RoPE positions, visual tokens in the prompt, DeepStack where the family has it; then a token on top."""
-    checkpoint = _checkpoint(name, **changes)
-    stock, weights = checkpoint.model.model.language_model, decoder_weights(checkpoint)
-    sections = sum(weights.rope.sections)
-    if sections != weights.head_dim // 2:  # the geometry changed the head, so its sections change with it
-        third = weights.head_dim // 6
-        sections_now = [weights.head_dim // 2 - 2 * third, third, third]
-        checkpoint.config.text_config.rope_parameters["mrope_section"] = sections_now
-        stock.rotary_emb.mrope_section = sections_now
-        weights = decoder_weights(checkpoint)
-    prompt, hidden_size = _prompt(40), weights.embed.shape[1]
-    generator = torch.Generator().manual_seed(2)
-    levels = 2 if checkpoint.family == "qwen3_vl" else 0
-    features = [torch.randn(3, hidden_size, generator=generator) for _ in range(1 + levels)]
-    vision = VisionTokens(embeds=features[0], deepstack=tuple(features[1:]))
-    cache = ConcatCache(len(weights.layers))
-    merged = merge(prompt, vision, weights.embed)
-    embeds = merged.clone()
-    prefilled = prefill(merged, prompt, vision, weights, sdpa.prefill, cache, _inner)
+def test_every_combination_of_options_equals_the_stock_decoder(
+    other_checkpoint: Callable[..., Checkpoint], name: str, changes: dict, kind: str
+) -> None:
+    """Random M-RoPE positions, visual tokens in the prompt, DeepStack where the family has it; then tokens on top."""
+    checkpoint, tokens = other_checkpoint(name, **changes), (7, 250, 31)
+    prompt, vision = _prompt(40), _vision(checkpoint, 3)
+    expected, weights = _stock(checkpoint, prompt, vision, tokens), decoder_weights(checkpoint)
+    combinations = list(_attention() if not changes else _attention(prefill=["sdpa"], norms=["eager", "by_length"]))
+    assert len(combinations) >= 16
+    for slot in combinations:
+        ours = _ours(bind(slot, weights), _Kv(kind, checkpoint), prompt, vision, tokens)
+        for step, (one, other) in enumerate(zip(ours, expected, strict=True)):
+            assert (one - other).abs().max() < 1e-4, (slot, step)
 
-    mask = torch.zeros(1, 40, dtype=torch.bool)
-    mask[0, prompt.visual_index] = True
-    extra = {"visual_pos_masks": mask, "deepstack_visual_embeds": list(vision.deepstack)} if levels else {}
-    expected = stock(inputs_embeds=embeds[None], position_ids=prompt.positions[:, None], use_cache=True, **extra)
-    logits = checkpoint.model.lm_head(expected.last_hidden_state[0, -1])
-    assert (prefilled.logits - logits).abs().max() < 1e-4
 
-    token, token_id = greedy(prefilled.logits)
-    assert token_id == int(logits.argmax())
-    position = torch.tensor([prompt.next_position])
-    ours = decode(token, position, weights, sdpa.decode, prefilled.cache, _inner)
-    after = stock(
-        inputs_embeds=stock.embed_tokens(token[None]),
-        position_ids=position.expand(3, 1, 1),
-        past_key_values=expected.past_key_values,
-        use_cache=True,
-    )
-    assert (ours - checkpoint.model.lm_head(after.last_hidden_state[0, -1])).abs().max() < 1e-4
+@pytest.mark.parametrize("n_tokens", [1, 2, 16, 17])
+@torch.inference_mode()
+def test_the_shortest_prompts(other_checkpoint: Callable[..., Checkpoint], n_tokens: int) -> None:
+    for name in ("tiny-qwen2.5-vl", "tiny-qwen3-vl"):
+        checkpoint = other_checkpoint(name)
+        prompt, vision = _prompt(n_tokens, visual=()), _vision(checkpoint, 0)
+        expected = _stock(checkpoint, prompt, VisionTokens(embeds=vision.embeds), (9, 8))
+        for slot in _attention(norms=["eager"], rope=["eager", "rolled"], projections=["fused"]):
+            ours = _ours(bind(slot, decoder_weights(checkpoint)), _Kv("paged", checkpoint), prompt, None, (9, 8))
+            assert max((a - b).abs().max() for a, b in zip(ours, expected, strict=True)) < 1e-4
+
+
+TRITON = {"norms": ["fused"], "rope": ["fused"], "activation": ["fused"], "argmax": ["fused"]}
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="runs the kernels in Triton's interpreter")
+@pytest.mark.parametrize(
+    ("kind", "projections", "last_layer"), [("static", "fused", "last_token"), ("paged", "separate", "all_tokens")]
+)
+@pytest.mark.parametrize("name", ["tiny-qwen2.5-vl", "tiny-qwen3-vl"])
+@torch.inference_mode()
+def test_the_triton_options_equal_the_stock_decoder(
+    other_checkpoint: Callable[..., Checkpoint], name: str, kind: str, projections: str, last_layer: str
+) -> None:
+    checkpoint, tokens = other_checkpoint(name, num_hidden_layers=3), (7, 250)
+    prompt, vision = _prompt(11), _vision(checkpoint, 3)
+    expected, weights = _stock(checkpoint, prompt, vision, tokens), decoder_weights(checkpoint)
+    (slot,) = _attention(**TRITON, prefill=["triton"], decode=["triton"], projections=[projections], last_layer=[last_layer])
+    decoder = bind(slot, weights)
+    ours = _ours(decoder, _Kv(kind, checkpoint), prompt, vision, tokens)
+    assert max((a - b).abs().max() for a, b in zip(ours, expected, strict=True)) < 1e-4
+    assert [greedy(logits, decoder)[1] for logits in ours] == [int(logits.argmax()) for logits in expected]
+
+
+PACKED = [
+    Attention(),
+    Attention(prefill="sdpa", decode="sdpa", last_layer="last_token", projections="fused", norms="by_length", rope="rolled"),
+    *_attention(**TRITON, prefill=["triton"], decode=["triton"], projections=["fused"], last_layer=["last_token"]),
+]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("slot", PACKED, ids=["eager", "fast", "triton"])
+@pytest.mark.parametrize("name", ["tiny-qwen2.5-vl", "tiny-qwen3-vl"])
+@torch.inference_mode()
+def test_packed_sequences_do_not_see_each_other(
+    other_checkpoint: Callable[..., Checkpoint], name: str, slot: Attention, kind: str
+) -> None:
+    """Three prompts at once, then another piece of each on top, then steps of all three, against each alone."""
+    if slot.prefill == "triton" and (kind == "concat" or torch.cuda.is_available()):
+        pytest.skip("the kernels read slots" if kind == "concat" else "runs the kernels in Triton's interpreter")
+    checkpoint = other_checkpoint(name, num_hidden_layers=2)
+    decoder, lengths = bind(slot, decoder_weights(checkpoint)), (5, 9, 1)
+    wholes = [_prompt(n + 6, seed=n, visual=()) for n in lengths]
+    alone = []
+    for whole in wholes:
+        (last,) = _ours(decoder, _Kv(kind, checkpoint), whole, None, ())
+        alone.append(last)
+
+    kv = _Kv(kind, checkpoint, n=3)
+    pieces = [
+        ([0, 0, 0], list(lengths)),
+        (list(lengths), [4, 4, 4]),
+        ([n + 4 for n in lengths], [1] * 3),
+        ([n + 5 for n in lengths], [1] * 3),
+    ]
+    for starts, new in pieces:
+        cut = [slice(start, start + n) for start, n in zip(starts, new, strict=True)]
+        ids = torch.cat([whole.input_ids[c] for whole, c in zip(wholes, cut, strict=True)])
+        positions = torch.cat([whole.positions[:, c] for whole, c in zip(wholes, cut, strict=True)], dim=1)
+        packed = Prompt(
+            input_ids=ids, positions=positions, visual_index=torch.empty(0, dtype=torch.int64), next_position=0, images=()
+        )
+        kv.extend(new)
+        logits = prefill(merge(packed, None, decoder.weights.embed), packed, None, decoder, kv.kv, _inner)
+    assert logits.shape == (3, checkpoint.config.text_config.vocab_size)
+    for ours, expected in zip(logits, alone, strict=True):
+        assert (ours - expected).abs().max() < 1e-4
 
 
 @torch.inference_mode()
-def test_decoding_step_by_step_equals_prefilling_the_longer_prompt(lab: Lab) -> None:
-    weights = decoder_weights(lab.checkpoint)
-    ids = torch.arange(40, 64)
-    prompts = [
-        Prompt(input_ids=ids[:n], positions=torch.arange(n).expand(3, n), visual_index=ids[:0], next_position=n) for n in (20, 24)
-    ]
-    caches = [ConcatCache(len(weights.layers)) for _ in prompts]
-    results = [
-        prefill(merge(prompt, None, weights.embed), prompt, None, weights, sdpa.prefill, cache, _inner)
-        for prompt, cache in zip(prompts, caches, strict=True)
-    ]
-    for n in range(20, 24):
-        logits = decode(ids[n : n + 1], torch.tensor([n]), weights, sdpa.decode, caches[0], _inner)
-    assert (logits - results[1].logits).abs().max() < 1e-4
+def test_decode_steps_of_packed_sequences(other_checkpoint: Callable[..., Checkpoint]) -> None:
+    """`decode` takes one token of each sequence, at one position for all three axes."""
+    checkpoint = other_checkpoint("tiny-qwen2.5-vl")
+    for slot, kind in itertools.product(PACKED[:2], KINDS):
+        decoder, kv = bind(slot, decoder_weights(checkpoint)), _Kv(kind, checkpoint, n=2)
+        prompts = [_prompt(n, seed=n, visual=()) for n in (8, 11)]
+        expected = [_ours(decoder, _Kv(kind, checkpoint), prompt, None, (5,))[1] for prompt in prompts]
+        packed = Prompt(
+            input_ids=torch.cat([p.input_ids for p in prompts]),
+            positions=torch.cat([p.positions for p in prompts], dim=1),
+            visual_index=torch.empty(0, dtype=torch.int64),
+            next_position=0,
+            images=(),
+        )
+        kv.extend([8, 11])
+        prefill(merge(packed, None, decoder.weights.embed), packed, None, decoder, kv.kv, _inner)
+        kv.extend([1, 1])
+        logits = decode(torch.tensor([5, 5]), torch.tensor([901, 901]), decoder, kv.kv, _inner)
+        assert (logits - torch.stack(expected)).abs().max() < 1e-4
+
+
+def test_segments_count_rows_and_tokens() -> None:
+    segments = Segments.of([3, 1, 2], [0, 7, 5])
+    assert segments.starts == (0, 3, 4, 6)
+    assert segments.lengths == (3, 8, 7)
+    assert segments.last_rows == (2, 3, 5)
 
 
 def test_rope_equals_the_stock_modules(lab: Lab) -> None:
     positions = torch.randint(0, 5000, (3, 33), generator=torch.Generator().manual_seed(0))
-    stock = lab.checkpoint.model.model.language_model.rotary_emb
+    stock, rope = lab.checkpoint.model.model.language_model.rotary_emb, decoder_weights(lab.checkpoint).rope
     cos, sin = stock(torch.zeros(1, dtype=torch.float32), positions[:, None])
-    ours = decoder_weights(lab.checkpoint).rope.cos_sin(positions, torch.float32)
-    assert torch.equal(ours[0][:, 0], cos[0])
-    assert torch.equal(ours[1][:, 0], sin[0])
+    ours, halves = rope.cos_sin(positions, torch.float32), rope.halves(positions)
+    for expected, whole, half in zip((cos[0], sin[0]), ours, halves, strict=True):
+        assert torch.equal(whole, expected)
+        assert torch.equal(torch.cat([half, half], dim=-1), expected)
+    one = rope.halves(positions[:1])
+    assert torch.equal(one[0], rope.halves(positions[:1].expand(3, -1))[0])
 
 
 def test_merge_puts_visual_tokens_in_their_places_and_leaves_the_table_alone() -> None:
     table = torch.arange(12.0).reshape(6, 2)
-    prompt = Prompt(
-        input_ids=torch.tensor([1, 5, 5, 2]), positions=torch.zeros(3, 4), visual_index=torch.tensor([1, 2]), next_position=4
-    )
-    merged = merge(prompt, VisionTokens(embeds=torch.tensor([[-1.0, -2.0], [-3.0, -4.0]])), table)
+    prompt = SimpleNamespace(input_ids=torch.tensor([1, 5, 5, 2]), visual_index=torch.tensor([1, 2]))
+    merged = merge(prompt, VisionTokens(embeds=torch.tensor([[-1.0, -2.0], [-3.0, -4.0]])), table)  # type: ignore[arg-type]
     assert merged.tolist() == [[2, 3], [-1, -2], [-3, -4], [4, 5]]
     assert torch.equal(table, torch.arange(12.0).reshape(6, 2))
+
+
+def test_what_remains_of_a_prompt_behind_some_tokens() -> None:
+    prompt = _prompt(8)
+    rest = prompt.after(4)
+    assert torch.equal(rest.input_ids, prompt.input_ids[4:])
+    assert torch.equal(rest.positions, prompt.positions[:, 4:])
+    assert rest.visual_index.tolist() == [1]  # of 2, 3 and 5
+    assert rest.next_position == prompt.next_position
+    assert prompt.after(0) is prompt
 
 
 def test_the_decoder_copies_no_parameter(lab: Lab) -> None:
     weights, model = decoder_weights(lab.checkpoint), lab.checkpoint.model
     assert weights.embed is weights.lm_head is model.lm_head.weight
-    assert weights.layers[0].self_attn.q_proj.weight is model.model.language_model.layers[0].self_attn.q_proj.weight
+    text, layer = model.model.language_model, weights.layers[0]
+    fused = {id(layer.qkv.weight): text.layers[0].self_attn, id(layer.gate_up.weight): text.layers[0].mlp}
+    assert len(fused) == 2
+    before = layer.qkv.weight.clone()
+    n_q = layer.q.weight.shape[0]
+    assert torch.equal(before[:n_q], text.layers[0].self_attn.q_proj.weight)
+    assert layer.qkv.weight.untyped_storage().data_ptr() == layer.k.weight.untyped_storage().data_ptr()
+    assert layer.gate_up.weight.untyped_storage().data_ptr() == layer.up.weight.untyped_storage().data_ptr()
 
 
-def test_geometries_without_code_are_refused() -> None:
-    checkpoint = _checkpoint("tiny-qwen2.5-vl")
+def test_fused_projections_take_no_more_memory_than_the_plain_model(lab: Lab) -> None:
+    """Each storage counted once, against the parameters as published: within 1%."""
+    model = lab.checkpoint.model
+    storages = {p.untyped_storage().data_ptr(): p.untyped_storage().nbytes() for p in model.parameters()}
+    weights = decoder_weights(lab.checkpoint)
+    for layer in weights.layers:
+        for linear in (layer.qkv, layer.gate_up):
+            storages[linear.weight.untyped_storage().data_ptr()] = linear.weight.untyped_storage().nbytes()
+    plain = sum(p.numel() * p.element_size() for p in {id(p): p for p in model.parameters()}.values())
+    assert sum(storages.values()) <= 1.01 * plain
+
+
+def test_geometries_without_code_are_refused(other_checkpoint: Callable[..., Checkpoint]) -> None:
+    checkpoint = other_checkpoint("tiny-qwen2.5-vl")
     checkpoint.config.text_config.layer_types = ["full_attention", "sliding_attention"]
     with pytest.raises(CheckpointError, match="sliding-window attention"):
         decoder_weights(checkpoint)
-    checkpoint = _checkpoint("tiny-qwen2.5-vl")
+    checkpoint = other_checkpoint("tiny-qwen2.5-vl")
     checkpoint.model.model.language_model.rotary_emb.rope_type = "dynamic"
     with pytest.raises(CheckpointError, match="dynamic RoPE"):
         decoder_weights(checkpoint)
+    checkpoint = other_checkpoint("tiny-qwen2.5-vl")
+    checkpoint.config.text_config.hidden_act = "gelu"
+    with pytest.raises(CheckpointError, match="hidden_act='gelu'"):
+        decoder_weights(checkpoint)
 
 
-def test_cache_returns_all_that_was_appended() -> None:
-    cache, pieces = ConcatCache(2), [torch.randn(n, 1, 4) for n in (5, 1, 1)]
-    for piece in pieces:
-        keys, values = cache.append(1, piece, -piece)
-    assert torch.equal(keys, torch.cat(pieces))
-    assert torch.equal(values, -torch.cat(pieces))
-    first, _ = cache.append(0, pieces[0], pieces[0])
-    assert torch.equal(first, pieces[0])
+@pytest.mark.parametrize(
+    ("slot", "match"),
+    [
+        (Attention(prefill="varlen"), "attention.prefill=varlen needs the model in bfloat16 or float16"),
+        (Attention(decode="triton"), "attention.decode=triton takes heads of a multiple of 8 up to 128.*have 132"),
+        (Attention(prefill="triton"), "attention.prefill=triton takes heads.*choose 'eager' or 'sdpa'"),
+    ],
+)
+def test_heads_and_dtypes_that_a_kernel_has_not_are_refused(
+    other_checkpoint: Callable[..., Checkpoint], slot: Attention, match: str
+) -> None:
+    weights = decoder_weights(other_checkpoint("tiny-qwen3-vl", head_dim=132))
+    with pytest.raises(CheckpointError, match=match):
+        bind(slot, weights)

@@ -1,0 +1,186 @@
+"""Ways to do the decoder's operations around attention: projections, norms, rotation, activation, argmax.
+
+Each is plain PyTorch, or a Triton kernel that is imported where it is chosen.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+
+from fastvl_lab.kernels.plain import rms_norm, rms_norm_by_length, rotate_half
+from fastvl_lab.language.decoder import KvCache, Operations
+from fastvl_lab.language.weights import DecoderWeights, Layer
+from fastvl_lab.recipe import Attention
+
+Norm = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
+AddNorm = Callable[[torch.Tensor, torch.Tensor | None, torch.Tensor], tuple[torch.Tensor, torch.Tensor]]
+Qkv = Callable[[torch.Tensor, Layer], tuple[torch.Tensor, torch.Tensor, torch.Tensor]]
+Rotate = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, Layer, Any, KvCache, int], torch.Tensor]
+SiluMul = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
+
+
+def bind_operations(slot: Attention, weights: DecoderWeights) -> Operations:
+    """The operations by the values of the slot's toggles."""
+    norms: dict[str, Callable[[DecoderWeights], Norm]] = {
+        "eager": _eager_norm,
+        "native": _native_norm,
+        "by_length": _norm_by_length,
+        "fused": _native_norm,
+    }
+    norm = norms[slot.norms](weights)
+    add_norm = _fused_add_norm(weights.eps) if slot.norms == "fused" else _after_add(norm)
+    angles, rotate = {"eager": _eager_rope, "rolled": _rolled_rope, "fused": _fused_rope}[slot.rope](weights, norm)
+    silu_mul = {"eager": lambda: _silu_mul, "fused": _fused_silu_mul}[slot.activation]()
+    qkv = {"separate": _separate_qkv, "fused": _fused_qkv}[slot.projections](weights)
+    mlp = {"separate": _separate_mlp, "fused": _fused_mlp}[slot.projections]
+    return Operations(
+        add_norm=add_norm,
+        qkv=qkv,
+        angles=angles,
+        rotate=rotate,
+        mlp=partial(mlp, silu_mul),
+        argmax={"eager": lambda: _argmax, "fused": _fused_argmax}[slot.argmax](),
+        last_token_alone={"all_tokens": False, "last_token": True}[slot.last_layer],
+    )
+
+
+def _eager_norm(weights: DecoderWeights) -> Norm:
+    return lambda x, weight: rms_norm(x, weight, weights.eps)
+
+
+def _native_norm(weights: DecoderWeights) -> Norm:
+    return lambda x, weight: F.rms_norm(x, weight.shape, weight, weights.eps)
+
+
+def _norm_by_length(weights: DecoderWeights) -> Norm:
+    eps = torch.full((1,), weights.eps, dtype=torch.float32, device=weights.norm.device)
+    return lambda x, weight: rms_norm_by_length(x, weight, eps)
+
+
+def _after_add(norm: Norm) -> AddNorm:
+    def add_norm(hidden: torch.Tensor, added: torch.Tensor | None, weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        hidden = hidden if added is None else hidden.add_(added)
+        return hidden, norm(hidden, weight)
+
+    return add_norm
+
+
+def _fused_add_norm(eps: float) -> AddNorm:
+    from fastvl_lab.kernels.add_norm import add_rms_norm
+
+    return lambda hidden, added, weight: add_rms_norm(hidden, added, weight, eps)
+
+
+def _separate_qkv(weights: DecoderWeights) -> Qkv:
+    """Three products."""
+
+    def qkv(x: torch.Tensor, layer: Layer) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        q, k, v = (F.linear(x, *linear).view(len(x), -1, weights.head_dim) for linear in (layer.q, layer.k, layer.v))
+        return q, k, v
+
+    return qkv
+
+
+def _fused_qkv(weights: DecoderWeights) -> Qkv:
+    """One product; q, k and v are strided views of its result."""
+    heads = (weights.n_heads, weights.n_kv_heads, weights.n_kv_heads)
+
+    def qkv(x: torch.Tensor, layer: Layer) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        q, k, v = F.linear(x, *layer.qkv).view(len(x), -1, weights.head_dim).split(heads, dim=1)
+        return q, k, v
+
+    return qkv
+
+
+def _separate_mlp(silu_mul: SiluMul, x: torch.Tensor, layer: Layer) -> torch.Tensor:
+    return F.linear(silu_mul(F.linear(x, *layer.gate), F.linear(x, *layer.up)), *layer.down)
+
+
+def _fused_mlp(silu_mul: SiluMul, x: torch.Tensor, layer: Layer) -> torch.Tensor:
+    return F.linear(silu_mul(*F.linear(x, *layer.gate_up).chunk(2, dim=-1)), *layer.down)
+
+
+def _silu_mul(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
+    return F.silu(gate, inplace=True).mul_(up)
+
+
+def _fused_silu_mul() -> SiluMul:
+    from fastvl_lab.kernels.silu_mul import silu_mul
+
+    return silu_mul
+
+
+def _normalised(q: torch.Tensor, k: torch.Tensor, layer: Layer, norm: Norm) -> tuple[torch.Tensor, torch.Tensor]:
+    """Qwen3-VL's norm of each head; Qwen2.5-VL has none."""
+    if layer.q_norm is None or layer.k_norm is None:
+        return q, k
+    return norm(q, layer.q_norm), norm(k, layer.k_norm)
+
+
+def _eager_rope(weights: DecoderWeights, norm: Norm) -> tuple[Callable[[torch.Tensor], Any], Rotate]:
+    """As published: angles of all three axes, then q and k one after the other, in the model's dtype."""
+
+    def angles(positions: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        cos, sin = weights.rope.cos_sin(positions.expand(3, -1), weights.embed.dtype)
+        return cos[:, None], sin[:, None]  # [n, 1, D]
+
+    def rotate(
+        q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, layer: Layer, angles: Any, cache: KvCache, index: int
+    ) -> torch.Tensor:
+        cos, sin = angles
+        q, k = (x * cos + rotate_half(x) * sin for x in _normalised(q, k, layer, norm))
+        cache.write(index, k, v)
+        return q
+
+    return angles, rotate
+
+
+def _rolled_rope(weights: DecoderWeights, norm: Norm) -> tuple[Callable[[torch.Tensor], Any], Rotate]:
+    """In float32; a head rolled by half its width meets sines of which the first half is negative."""
+    half = weights.head_dim // 2
+
+    def angles(positions: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        cos, sin = weights.rope.halves(positions)
+        return torch.cat([cos, cos], dim=-1)[:, None], torch.cat([-sin, sin], dim=-1)[:, None]  # [n, 1, D]
+
+    def rotated(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+        wide = x.float()
+        return torch.mul(wide, cos).addcmul_(wide.roll(half, -1), sin).to(x.dtype)
+
+    def rotate(
+        q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, layer: Layer, angles: Any, cache: KvCache, index: int
+    ) -> torch.Tensor:
+        q, k = _normalised(q, k, layer, norm)
+        cache.write(index, rotated(k, *angles), v)
+        return rotated(q, *angles)
+
+    return angles, rotate
+
+
+def _fused_rope(weights: DecoderWeights, norm: Norm) -> tuple[Callable[[torch.Tensor], Any], Rotate]:
+    """Norm of heads, rotation and the write into the cache in one kernel."""
+    from fastvl_lab.kernels.rotate_and_keep import rotate_and_keep
+
+    def rotate(
+        q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, layer: Layer, angles: Any, cache: KvCache, index: int
+    ) -> torch.Tensor:
+        keys, values, _, _, written = cache.slots(index)
+        cos, sin = angles
+        return rotate_and_keep(q, k, v, cos, sin, layer.q_norm, layer.k_norm, weights.eps, keys, values, written)
+
+    return weights.rope.halves, rotate
+
+
+def _argmax(logits: torch.Tensor) -> torch.Tensor:
+    return logits.argmax(keepdim=True)
+
+
+def _fused_argmax() -> Callable[[torch.Tensor], torch.Tensor]:
+    from fastvl_lab.kernels.argmax import argmax
+
+    return argmax

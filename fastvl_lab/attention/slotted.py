@@ -1,0 +1,27 @@
+"""The lab's own Triton kernels, which read keys and values where the cache keeps them, gathering nothing."""
+
+from __future__ import annotations
+
+import torch
+
+from fastvl_lab.kernels.decode_attention import decode_attention
+from fastvl_lab.kernels.prefill_attention import block_size, prefill_attention
+from fastvl_lab.language.decoder import KvCache
+
+
+def prefill(q: torch.Tensor, cache: KvCache, layer: int) -> torch.Tensor:
+    """Causal attention of all sequences in one launch, over exactly the blocks that hold queries."""
+    slots, segments = cache.slots(layer), cache.segments
+    block, parts = block_size(q.dtype), []
+    for number, (start, n) in enumerate(zip(segments.starts[:-1], segments.new, strict=True)):
+        first = torch.arange(start, start + n, block, dtype=torch.int32, device=q.device)
+        of_sequence = [torch.full_like(first, x) for x in (start + n, number, segments.before[number] - start)]
+        parts.append(torch.stack([first, *of_sequence], dim=1))
+    blocks = parts[0] if len(parts) == 1 else torch.cat(parts)
+    return prefill_attention(q, slots.keys, slots.values, slots.slot_of, blocks)
+
+
+def decode(q: torch.Tensor, cache: KvCache, layer: int) -> torch.Tensor:
+    """One query a sequence against all of its keys, the keys split among programs."""
+    slots = cache.slots(layer)
+    return decode_attention(q, slots.keys, slots.values, slots.slot_of, slots.lengths, longest=max(cache.segments.lengths))

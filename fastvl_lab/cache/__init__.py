@@ -1,0 +1,171 @@
+"""Slot 4: what is kept between steps, and between requests.
+
+`bind(...).admit` gives a request its place: room for its keys and values, and what earlier requests left that it can use. Whatever
+becomes of the request, `Place.close` gives the room back.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+
+from fastvl_lab.cache.blocks import BlockPool, Table, Token
+from fastvl_lab.cache.concat import ConcatKv
+from fastvl_lab.cache.images import ImageStore, Kept, image_digest, join, split
+from fastvl_lab.cache.memory import BLOCK_SIZE, Memory
+from fastvl_lab.cache.slotted import SlottedKv
+from fastvl_lab.recipe import Cache
+from fastvl_lab.request import Prompt, VisionTokens
+
+# Of each image of a request: what it is resized to, and the bytes that stand for it.
+Contents = Callable[[], Iterable[tuple[str, bytes]]]
+
+
+class Place:
+    """One request's place in the caches.
+
+    reused: how many of its prompt's tokens are in the KV cache already. to_make: the numbers of the images whose visual tokens are
+    needed and not known. counts: what was found, in words, for the trace.
+    """
+
+    def __init__(
+        self,
+        kv: ConcatKv | SlottedKv,
+        prompt: Prompt,
+        *,
+        owner: _Owner | None = None,
+        images: ImageStore | None = None,
+        digests: Sequence[bytes] = (),
+        bytes_per_token: int = 0,
+    ) -> None:
+        self.kv = kv
+        self._prompt, self._owner, self._images, self._digests = prompt, owner, images, digests
+        self.reused = owner.table.reused if owner else 0
+        needed = [number for number, (first, length) in enumerate(prompt.images) if first + length > self.reused]
+        self._needed = needed
+        self._known: dict[int, Kept] = {}
+        if images is not None:
+            found = {number: images.get(digests[number]) for number in needed}
+            self._known = {number: kept for number, kept in found.items() if kept is not None}
+        self.to_make = tuple(number for number in needed if number not in self._known)
+        found_bytes = sum(kept.n_bytes for kept in self._known.values())
+        self.counts = {
+            "cache: prefix tokens found": self.reused,
+            "cache: prefix bytes found": self.reused * bytes_per_token,
+            "cache: images found": len(self._known),
+            "cache: image bytes found": found_bytes,
+        }
+
+    @property
+    def hit(self) -> bool:
+        """Whether anything of an earlier request is used."""
+        return self.reused > 0 or len(self._known) > 0
+
+    @property
+    def n_bytes(self) -> int:
+        """What holds the request's keys and values now: tensors that grow, the blocks it has taken, or a whole session's room."""
+        if isinstance(self.kv, ConcatKv) or self._owner is not None:
+            return self.kv.n_bytes
+        return self.kv.store_bytes
+
+    def extend(self, n: int) -> None:
+        """The next forward brings n more tokens."""
+        if self._owner is not None:
+            self._owner.grow(sum(self.kv.segments.lengths) + n)
+        self.kv.extend([n])
+
+    def visual_tokens(self, made: VisionTokens | None) -> VisionTokens | None:
+        """The visual tokens that the rest of the prompt needs, from those of `to_make` and those that are kept."""
+        if not self._needed:
+            return None
+        if self._images is None and self.reused == 0:
+            return made
+        lengths = [self._prompt.images[number][1] for number in self.to_make]
+        pieces = dict(zip(self.to_make, split(made, lengths), strict=True)) if made is not None else {}
+        if self._images is not None:
+            for number, vision in pieces.items():
+                self._images.put(self._digests[number], vision)
+        pieces |= {number: kept.vision for number, kept in self._known.items()}
+        first, length = self._prompt.images[self._needed[0]]
+        inside = max(self.reused - first, 0)  # tokens of the first image that are in the KV cache already
+        if inside > 0:
+            pieces[self._needed[0]] = split(pieces[self._needed[0]], (inside, length - inside))[1]
+        return join([pieces[number] for number in self._needed])
+
+    def keep(self, generated: Sequence[int]) -> None:
+        """Let later requests find this one's prompt and the generated tokens that went through the decoder."""
+        if self._owner is not None:
+            self._owner.keep(generated)
+
+    def close(self) -> None:
+        """Give the room back."""
+        if self._owner is not None:
+            self._owner.close()
+
+
+class _Owner:
+    """A request's blocks of the paged cache, and what may be done with them."""
+
+    def __init__(self, pool: BlockPool, table: Table, kv: SlottedKv, tokens: list[Token], family: str, *, reuse: bool) -> None:
+        self.table = table
+        self._pool, self._kv, self._tokens, self._family, self._reuse = pool, kv, tokens, family, reuse
+        kv.add_blocks(0, table.blocks)
+
+    def grow(self, length: int) -> None:
+        """Blocks for that many tokens; the first new one begins with what was found of a block, if that was only a part."""
+        new = self._pool.extend(self.table, length)
+        self._kv.add_blocks(0, new)
+        if self.table.source is not None:
+            source, n = self.table.source
+            self._kv.copy_tokens(source, new[0], n)
+            self._pool.copied(self.table)
+
+    def keep(self, generated: Sequence[int]) -> None:
+        if self._reuse:
+            self._pool.keep(self.table, [*self._tokens, *generated], family=self._family)
+
+    def close(self) -> None:
+        self._pool.free(self.table)
+
+
+class BoundCache:
+    """The slot's toggles over a lab's memory.
+
+    family: what decides how keys and values are rounded; images_by: what decides what becomes of an image.
+    """
+
+    def __init__(self, slot: Cache, memory: Memory, *, family: str, images_by: str) -> None:
+        self._kv, self._memory, self._family, self._images_by = slot.kv, memory, family, images_by
+        self._image_reuse, self._prefix_reuse = ({"off": False, "on": True}[x] for x in (slot.image_reuse, slot.prefix_reuse))
+
+    def admit(self, prompt: Prompt, max_new_tokens: int, contents: Contents) -> Place:
+        """A place for a prompt that is on the host still, and for the answer; raises `RequestError` where there is no room.
+
+        contents: of the request's images; asked for where something can be reused.
+        """
+        memory, digests = self._memory, []
+        if self._image_reuse or self._prefix_reuse:
+            digests = [image_digest(self._images_by, size, content) for size, content in contents()]
+        images = memory.images if self._image_reuse else None
+        if self._kv == "concat":
+            return Place(ConcatKv(memory.shape.n_layers), prompt, images=images, digests=digests)
+        total = prompt.n_tokens + max_new_tokens
+        if self._kv == "static":
+            kv = SlottedKv(memory.static, block_size=BLOCK_SIZE, longest=memory.session_len)
+            kv.add_blocks(0, range(-(-total // BLOCK_SIZE)))
+            return Place(kv, prompt, images=images, digests=digests)
+        assert self._kv == "paged"
+        reuse, paged = self._prefix_reuse, memory.paged
+        tokens = _tokens(prompt, digests) if reuse else []
+        table = paged.pool.admit(tokens, total, family=self._family, reuse=reuse)
+        kv = SlottedKv(paged.store, block_size=BLOCK_SIZE, longest=total, reused=[table.reused])
+        owner = _Owner(paged.pool, table, kv, tokens, self._family, reuse=reuse)
+        bytes_per_token = memory.shape.bytes_per_token
+        return Place(kv, prompt, owner=owner, images=images, digests=digests, bytes_per_token=bytes_per_token)
+
+
+def _tokens(prompt: Prompt, digests: Sequence[bytes]) -> list[Token]:
+    """What each token of the prompt is, so that equal tokens in equal places have equal keys and values."""
+    tokens: list[Token] = prompt.input_ids.tolist()
+    for (first, length), digest in zip(prompt.images, digests, strict=True):
+        tokens[first : first + length] = [(digest, row) for row in range(length)]
+    return tokens

@@ -1,0 +1,160 @@
+"""Keys and values in slots of a tensor that is allocated once: of a session as a whole, or block by block."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from fastvl_lab.checkpoint import Checkpoint
+from fastvl_lab.language.decoder import Slots
+from fastvl_lab.language.segments import Segments
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class KvShape:
+    """What a token takes in the cache, in every layer and all together."""
+
+    n_layers: int
+    n_kv_heads: int
+    head_dim: int
+    dtype: torch.dtype
+    device: torch.device
+
+    @classmethod
+    def of(cls, checkpoint: Checkpoint) -> KvShape:
+        config = checkpoint.config.get_text_config()
+        return cls(
+            n_layers=config.num_hidden_layers,
+            n_kv_heads=config.num_key_value_heads,
+            head_dim=getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads,
+            dtype=checkpoint.dtype,
+            device=checkpoint.device,
+        )
+
+    @property
+    def bytes_per_token(self) -> int:
+        return 2 * self.n_layers * self.n_kv_heads * self.head_dim * self.dtype.itemsize
+
+    def allocate(self, n_slots: int) -> torch.Tensor:
+        """[n_layers, 2, n_slots, n_kv_heads, head_dim], keys before values, not filled with anything."""
+        shape = (self.n_layers, 2, n_slots, self.n_kv_heads, self.head_dim)
+        return torch.empty(shape, dtype=self.dtype, device=self.device)
+
+
+class SlottedKv:
+    """The KV cache of some sequences whose blocks somebody else gives out.
+
+    store: as `KvShape.allocate` makes it. longest: how many tokens a sequence may come to have. `add_blocks` says where a sequence
+    goes on; `reused` how many of its tokens are there already.
+    """
+
+    def __init__(self, store: torch.Tensor, *, block_size: int, longest: int, reused: Sequence[int] = (0,)) -> None:
+        self._store, self._block_size, self._longest = store, block_size, longest
+        self._layers = [(store[layer, 0], store[layer, 1]) for layer in range(len(store))]
+        n_sequences = len(reused)
+        self._blocks: list[list[int]] = [[] for _ in range(n_sequences)]
+        self._in_one_piece = [True] * n_sequences
+        self.segments = Segments(new=(0,) * n_sequences, before=tuple(reused))
+        self._slots: torch.Tensor | None = None  # int64 [B, longest]; made when it is first asked for
+        self._lengths: torch.Tensor | None = None
+        self._written: torch.Tensor | None = None
+
+    @property
+    def n_bytes(self) -> int:
+        """What the sequences' blocks take, filled or not; a block that several share is counted once."""
+        n_blocks = len({block for blocks in self._blocks for block in blocks})
+        return n_blocks * self._block_size * self.store_bytes // self._store.shape[2]
+
+    @property
+    def store_bytes(self) -> int:
+        """What the whole store takes."""
+        return self._store.numel() * self._store.element_size()
+
+    def add_blocks(self, sequence: int, blocks: Sequence[int]) -> None:
+        """The sequence goes on in these blocks of the store."""
+        mine = self._blocks[sequence]
+        before = len(mine)
+        mine.extend(blocks)
+        if any(block != previous + 1 for previous, block in zip(mine[max(before - 1, 0) :], mine[max(before, 1) :], strict=False)):
+            self._in_one_piece[sequence] = False
+        if self._slots is not None:
+            self._write_slots(sequence, before)
+
+    def copy_tokens(self, source: int, target: int, n: int) -> None:
+        """Copy the first tokens of one block into another, in every layer."""
+        size = self._block_size
+        self._store[:, :, target * size : target * size + n] = self._store[:, :, source * size : source * size + n]
+
+    def _slot_of(self) -> torch.Tensor:
+        if self._slots is None:
+            width = -(-self._longest // self._block_size) * self._block_size
+            self._slots = torch.zeros((len(self._blocks), width), dtype=torch.int64, device=self._store.device)
+            for sequence in range(len(self._blocks)):
+                self._write_slots(sequence, 0)
+        return self._slots
+
+    def _write_slots(self, sequence: int, first: int) -> None:
+        """The slots of a sequence's blocks from one on, a run of neighbours at a time, on the device: nothing is copied there."""
+        assert self._slots is not None
+        blocks, size = self._blocks[sequence], self._block_size
+        while first < len(blocks):
+            end = first + 1
+            while end < len(blocks) and blocks[end] == blocks[end - 1] + 1:
+                end += 1
+            start, n = blocks[first] * size, (end - first) * size
+            torch.arange(start, start + n, out=self._slots[sequence, first * size : first * size + n])
+            first = end
+
+    def extend(self, new: Sequence[int]) -> None:
+        """The next forward brings this many tokens of each sequence, for which there are blocks."""
+        self.segments = Segments.of(new, self.segments.lengths)
+        held = [len(blocks) * self._block_size for blocks in self._blocks]
+        assert all(length <= n for length, n in zip(self.segments.lengths, held, strict=True)), "more tokens than slots"
+        self._written = None
+        if self._lengths is not None:
+            if set(new) == {1}:
+                self._lengths.add_(1)
+            else:
+                self._lengths = None
+
+    def write(self, layer: int, k: torch.Tensor, v: torch.Tensor) -> None:
+        keys, values = self._layers[layer]
+        if len(self._blocks) == 1 and self._in_one_piece[0]:
+            start = self._blocks[0][0] * self._block_size + self.segments.before[0]
+            keys[start : start + len(k)] = k
+            values[start : start + len(v)] = v
+        else:
+            written = self._slots_written()
+            keys.index_copy_(0, written, k)
+            values.index_copy_(0, written, v)
+
+    def read(self, layer: int, sequence: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Views where the sequence lies in one piece, else a copy."""
+        keys, values = self._layers[layer]
+        length = self.segments.lengths[sequence]
+        if self._in_one_piece[sequence]:
+            start = self._blocks[sequence][0] * self._block_size
+            return keys[start : start + length], values[start : start + length]
+        slots = self._slot_of()[sequence, :length]
+        return keys.index_select(0, slots), values.index_select(0, slots)
+
+    def slots(self, layer: int) -> Slots:
+        if self._lengths is None:
+            self._lengths = torch.empty(len(self._blocks), dtype=torch.int32, device=self._store.device)
+            for number, length in enumerate(self.segments.lengths):
+                self._lengths[number].fill_(length)
+        keys, values = self._layers[layer]
+        return Slots(keys=keys, values=values, slot_of=self._slot_of(), lengths=self._lengths, written=self._slots_written())
+
+    def _slots_written(self) -> torch.Tensor:
+        if self._written is None:
+            segments = self.segments
+            slot_of = self._slot_of()
+            parts = [
+                slot_of[number, before : before + new]
+                for number, (before, new) in enumerate(zip(segments.before, segments.new, strict=True))
+            ]
+            self._written = parts[0] if len(parts) == 1 else torch.cat(parts)
+        return self._written
