@@ -16,7 +16,7 @@ from fastvl_lab.measure.preprocessing import model_pictures, pixel_differences
 from fastvl_lab.measure.statistics import Interval, median_interval
 from fastvl_lab.recipe import Recipe
 from fastvl_lab.request import Request
-from fastvl_lab.run import Run
+from fastvl_lab.run import Kind, Run
 from fastvl_lab.trace import Lane
 
 
@@ -61,11 +61,9 @@ class Comparison:
     def engines(self) -> tuple[str, ...]:
         return tuple(dict.fromkeys(sample.engine for sample in self.samples))
 
-    def runs(self, engine: str, *, warm: bool = True) -> list[Run]:
-        """The timed runs of an engine that were warm; with warm=False the cold ones, warm-up rounds included."""
-        if warm:
-            return [s.run for s in self.samples if s.engine == engine and s.round >= 0 and s.run.kind == "warm"]
-        return [s.run for s in self.samples if s.engine == engine and s.run.kind == "cold"]
+    def runs(self, engine: str, kind: Kind = "warm") -> list[Run]:
+        """The timed runs of an engine that were of that kind; of "cold" ones those of warm-up rounds too."""
+        return [s.run for s in self.samples if s.engine == engine and s.run.kind == kind and (s.round >= 0 or kind == "cold")]
 
     def representative(self, engine: str) -> Run:
         """The run whose TTFT is the (lower) median of the warm ones; of all its runs where none was timed warm."""
@@ -92,12 +90,13 @@ class Comparison:
         return median_interval([warm[self.reference, number] / warm[engine, number] for number in rounds])
 
     def summary(self) -> list[dict[str, Any]]:
-        """One row an engine: TTFT and TPOT medians over warm runs (ms), the cold TTFT, parity, and the paired speed-up."""
+        """One row an engine: TTFT and TPOT medians over warm runs (ms), cold and cache-hit TTFT, parity, the paired speed-up."""
         rows = []
         for engine in self.engines:
-            warm, cold, shown = self.runs(engine), self.runs(engine, warm=False), self.representative(engine)
+            warm, cold, hits = self.runs(engine), self.runs(engine, "cold"), self.runs(engine, "cache_hit")
+            shown = self.representative(engine)
             ttft = median_interval([run.ttft * 1e3 for run in warm]) if warm else None
-            tpots = [run.tpot * 1e3 for run in warm if run.tpot is not None]
+            tpots = [run.tpot * 1e3 for run in warm or hits if run.tpot is not None]
             speedup = self.speedup(engine)
             row = {
                 "engine": engine,
@@ -108,6 +107,8 @@ class Comparison:
                 "ttft_low_ms": ttft.low if ttft else None,
                 "ttft_high_ms": ttft.high if ttft else None,
                 "cold_ttft_ms": cold[0].ttft * 1e3 if cold else None,
+                "hit_runs": len(hits),
+                "hit_ttft_ms": median_interval([run.ttft * 1e3 for run in hits]).median if hits else None,
                 "tpot_ms": median_interval(tpots).median if tpots else None,
                 "tokens_equal": self.parity(engine),
                 "oracle": self.oracles[engine].engine if engine in self.oracles else self.reference,
@@ -129,6 +130,9 @@ class Comparison:
             stages = run.trace.stages(lane)
             largest = max(stages, key=lambda stage: stages[stage])
             line = f"{engine} spends {stages[largest] / 1e9 / run.ttft:.0%} of its TTFT in {largest} ({lane})"
+            if hits := self.runs(engine, "cache_hit"):
+                ttft = median_interval([run.ttft * 1e3 for run in hits]).median
+                line += f"; {len(hits)} runs were cache hits, with a TTFT of {ttft:.1f} ms, and are compared with nothing"
             if engine != self.reference:
                 line += f"; {_against(speedup, self.reference, self.oracles.get(engine), self.parity(engine))}"
             lines.append(line)

@@ -11,6 +11,7 @@ STAGE_COLOURS = {
     "decode_image": "#E69F00",
     "preprocess": "#E69F00",
     "tokenize": "#8C8C8C",
+    "admit": "#8C8C8C",
     "upload": "#8C8C8C",
     "vit": "#0072B2",
     "merge": "#56B4E9",
@@ -27,6 +28,7 @@ DEVICE_PATTERN = "/"
 UNACCOUNTED_PATTERN = "x"
 INK = "#222222"
 GRID = "#DDDDDD"
+PAPER = "#FFFFFF"
 
 # plotly offers to upload charts to a cloud service; the lab does not.
 CONFIG = {"displaylogo": False, "modeBarButtonsToRemove": ["sendChartToCloud", "sendchart"]}

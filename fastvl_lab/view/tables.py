@@ -16,6 +16,7 @@ def summary_frame(rows: Sequence[Mapping[str, Any]]) -> Any:
 
     A speed-up stands only beside a parity check that held; an interval needs at least five warm runs.
     """
+    any_hits = any(row["hit_runs"] for row in rows)
     table = [
         {
             **{key: row[key] for key in ("checkpoint", "image") if key in row},
@@ -23,6 +24,7 @@ def summary_frame(rows: Sequence[Mapping[str, Any]]) -> Any:
             "visual tokens": row["visual_tokens"],
             "TTFT ms (95% CI)": _interval(row["ttft_ms"], row["ttft_low_ms"], row["ttft_high_ms"], ".1f"),
             "cold TTFT ms": _number(row["cold_ttft_ms"], ".0f"),
+            **({"cache-hit TTFT ms": _number(row["hit_ttft_ms"], ".1f")} if any_hits else {}),
             "TPOT ms": _number(row["tpot_ms"], ".2f"),
             "tokens equal": ("yes" if row["logit_difference"] is None else "yes, on its pixels") if row["tokens_equal"] else "NO",
             "speed-up (95% CI)": (

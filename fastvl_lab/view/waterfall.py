@@ -63,9 +63,8 @@ def waterfall(runs: Sequence[Run]) -> go.Figure:
 
 
 def _rows(run: Run) -> list[str]:
-    """The stages that ran before the first text, in the corridor's order, then unaccounted."""
-    ran = run.trace.stages()
-    return [stage for stage in STAGES if stage in ran] + ["unaccounted"]
+    """The stages that ran before the first text, in the order in which they began, then unaccounted."""
+    return [*run.trace.stages(), "unaccounted"]
 
 
 def _bars(run: Run, lane: str) -> list[dict[str, Any]]:
@@ -140,6 +139,8 @@ def _label_panel(figure: Any, run: Run, rows: list[str], number: int) -> None:
                 xshift=5,
                 showarrow=False,
                 font={"size": 12},
+                bgcolor=style.PAPER,  # the TTFT line passes behind it
+                borderpad=0,
             )
     figure.update_yaxes(
         categoryorder="array", categoryarray=rows, range=[len(rows) - 0.5, -0.5], ticklabelstandoff=6, row=number, col=1

@@ -8,7 +8,7 @@ import pytest
 
 from fastvl_lab import Comparison, Lab, RecipeError, Request, RequestError, Run, compare
 from fastvl_lab.measure.compare import Sample
-from fastvl_lab.measure.statistics import median_interval
+from fastvl_lab.measure.statistics import Interval, median_interval
 from fastvl_lab.peers.transformers import TransformersPeer
 from fastvl_lab.preprocessor import resize
 from fastvl_lab.trace import Span, Trace
@@ -52,6 +52,20 @@ def test_engines_run_interleaved_and_cold_runs_are_kept_apart(picture: bytes) ->
     assert [run.engine for run in comparison.runs("ours")] == ["ours"] * 4
 
 
+def test_cache_hits_are_shown_apart_and_compared_with_nothing(picture: bytes) -> None:
+    lab = Lab("tiny-qwen3-vl", device="cpu")
+    request = Request(images=[picture], prompt="What is this?", max_new_tokens=3, ignore_eos=True)
+    engines = {"stock": "transformers", "reusing": "fastest, cache.kv=paged, cache.prefix_reuse=on"}
+    comparison = compare(lab, request, engines, repeats=3, warm_up=1)
+    stock, reusing = comparison.summary()
+    assert (reusing["warm_runs"], reusing["hit_runs"], reusing["ttft_ms"], reusing["speedup"]) == (0, 3, None, None)
+    assert reusing["tokens_equal"]
+    assert reusing["hit_ttft_ms"] < reusing["cold_ttft_ms"]
+    assert (stock["hit_runs"], stock["hit_ttft_ms"]) == (0, None)
+    assert "3 runs were cache hits, with a TTFT of" in comparison.findings()[1]
+    assert comparison.representative("reusing").kind == "cache_hit"
+
+
 def test_speed_up_is_the_median_of_ratios_paired_by_round(run: Run) -> None:
     comparison = _comparison(run, {"a": [100, 200, 300, 400, 500], "b": [50, 50, 100, 400, 1000]})
     interval = comparison.speedup("b")
@@ -86,9 +100,9 @@ def test_findings_claim_no_more_than_the_interval_bears(run: Run, times: list[fl
 
 
 def test_an_engine_that_fails_is_recorded_or_raised(labs: dict[str, Lab]) -> None:
-    lab, limit = labs["tiny-qwen3-vl"], labs["tiny-qwen3-vl"].checkpoint.max_length
+    lab, limit = labs["tiny-qwen3-vl"], labs["tiny-qwen3-vl"].checkpoint.session_len
     request = Request(prompt="Hello.", max_new_tokens=limit)
-    with pytest.raises(RequestError, match="max_position_embeddings"):
+    with pytest.raises(RequestError, match="together over session_len"):
         compare(lab, request, {"a": "baseline"}, repeats=1)
     comparison = compare(lab, request, {"a": "baseline", "b": "transformers"}, repeats=2, keep_going=True)
     assert set(comparison.failures) == {"a", "b"}
@@ -112,6 +126,8 @@ def test_intervals_come_from_samples_and_few_samples_give_none() -> None:
     assert interval.median == 51
     assert 35 < interval.low < 51 < interval.high < 67
     assert median_interval(values) == interval
+    assert Interval(1.624, 1.5, 1.75).times() == "1.62× (95% CI 1.50 to 1.75)"
+    assert median_interval([2.0, 3.0]).times() == "2.50× (too few rounds for an interval)"
 
 
 def test_pixels_further_off_than_promised_are_a_red_parity_check(picture: bytes, monkeypatch: pytest.MonkeyPatch) -> None:
