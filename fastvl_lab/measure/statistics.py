@@ -17,6 +17,11 @@ class Interval(NamedTuple):
     low: float
     high: float
 
+    def times(self) -> str:
+        """A ratio in words, such as "1.62× (95% CI 1.59 to 1.66)"."""
+        known = f"95% CI {self.low:.2f} to {self.high:.2f}" if self.low == self.low else "too few rounds for an interval"
+        return f"{self.median:.2f}× ({known})"
+
 
 def median_interval(samples: Sequence[float]) -> Interval:
     """The median of samples; the resampling is seeded, so equal samples give equal intervals."""

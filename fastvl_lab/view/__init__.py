@@ -1,6 +1,7 @@
 """Figures, tables and reports, drawn from finished runs; needs the extra "notebooks"."""
 
 from fastvl_lab.view.charts import ttft_against_visual_tokens
+from fastvl_lab.view.decoder import bytes_over_steps, step_frame, step_panels, steps_against_length, turn_bars, turn_frame
 from fastvl_lab.view.slots import (
     block_waterfall,
     cost_against_size,
@@ -15,6 +16,7 @@ from fastvl_lab.view.waterfall import waterfall
 
 __all__ = [
     "block_waterfall",
+    "bytes_over_steps",
     "catalogue_frame",
     "cost_against_size",
     "cost_parts",
@@ -24,8 +26,13 @@ __all__ = [
     "show",
     "stage_frame",
     "step_bars",
+    "step_frame",
+    "step_panels",
+    "steps_against_length",
     "summary_frame",
     "ttft_against_visual_tokens",
+    "turn_bars",
+    "turn_frame",
     "waterfall",
     "window_layout",
 ]

@@ -140,22 +140,25 @@ def difference_maps(picture: np.ndarray, differences: Mapping[str, PixelDifferen
     return figure
 
 
-def block_waterfall(runs: Sequence[Run]) -> go.Figure:
-    """The vision tower of each run beside the others: every block from its start to its end, in ms since the tower's own start.
+def block_waterfall(runs: Sequence[Run], stage: str = "vit", number: int = 0) -> go.Figure:
+    """One stage of each run beside the others: every block or layer from its start to its end, in ms since the stage's own start.
 
-    The runs must have been traced with "layers". On CUDA the bars are the device's.
+    The runs must have been traced with "layers". number: which, of a stage that ran several times; -1 is its last time. On CUDA
+    the bars are the device's.
     """
     figure_of = style.graph_objects()
-    panels = [_tower_spans(run) for run in runs]
+    panels = [_inside(run, stage, number) for run in runs]
     figure = require("plotly.subplots", "notebooks").make_subplots(
         rows=1,
         cols=len(runs),
         shared_yaxes=True,
         horizontal_spacing=0.03,
-        subplot_titles=[f"{html.escape(run.engine[:60])}: {spans[0][2]:.2f} ms" for run, spans in zip(runs, panels, strict=True)],
+        subplot_titles=[
+            f"{html.escape(run.engine[: 90 // len(runs)])}: {spans[0][2]:.2f} ms" for run, spans in zip(runs, panels, strict=True)
+        ],
     )
     names = list(dict.fromkeys(name for spans in panels for name, _, _ in spans))
-    names = [name for name in names if "block" not in name] + [name for name in names if "block" in name]
+    names.sort(key=lambda name: name.rpartition(".")[2].isdigit())  # blocks and layers below what has no number
     for column, spans in enumerate(panels, start=1):
         figure.add_trace(
             figure_of.Bar(
@@ -164,7 +167,7 @@ def block_waterfall(runs: Sequence[Run]) -> go.Figure:
                 x=[length for _, _, length in spans],
                 orientation="h",
                 showlegend=False,
-                marker={"color": [style.STAGE_COLOURS["vit" if name == "vit" else "merge"] for name, _, _ in spans]},
+                marker={"color": [style.STAGE_COLOURS[stage if name == stage else "merge"] for name, _, _ in spans]},
                 text=[f"{length:.2f}" for _, _, length in spans],
                 textposition="outside",
                 cliponaxis=False,
@@ -174,18 +177,19 @@ def block_waterfall(runs: Sequence[Run]) -> go.Figure:
             col=column,
         )
     longest = max(spans[0][2] for spans in panels)
-    figure.update_xaxes(range=[0, longest * 1.15], title_text="ms since the tower began", gridcolor=style.GRID)
-    figure.update_yaxes(categoryorder="array", categoryarray=names[::-1])
-    figure.update_layout(**style.layout(height=160 + 24 * len(names), margin={"l": 110, "r": 30, "t": 60, "b": 55}))
+    figure.update_xaxes(range=[0, longest * 1.25], title_text=f"ms since {stage} began", gridcolor=style.GRID)
+    figure.update_yaxes(categoryorder="array", categoryarray=names[::-1], ticklabelstandoff=6)
+    figure.update_layout(**style.layout(height=160 + 24 * len(names), margin={"l": 120, "r": 30, "t": 60, "b": 55}))
     return figure
 
 
-def _tower_spans(run: Run) -> list[tuple[str, float, float]]:
+def _inside(run: Run, stage: str, number: int) -> list[tuple[str, float, float]]:
     """(name, start, length) in ms: the whole stage first, then what is inside it."""
     lane = "device" if run.trace.has_device_lane else "host"
-    stage = next(span for span in run.trace.spans if span.name == "vit" and span.lane == lane)
-    inside = [span for span in run.trace.spans if span.name.startswith("vit.") and span.lane == lane]
-    return [(s.name, (s.start_ns - stage.start_ns) / 1e6, s.duration_ns / 1e6) for s in (stage, *inside)]
+    mine = [span for span in run.trace.spans if span.lane == lane]
+    whole = [span for span in mine if span.name == stage and span.depth == 0][number]
+    inside = [span for span in mine if span.depth > 0 and whole.start_ns <= span.start_ns and span.end_ns <= whole.end_ns]
+    return [(s.name, (s.start_ns - whole.start_ns) / 1e6, s.duration_ns / 1e6) for s in (whole, *inside)]
 
 
 def window_layout(picture: bytes, grid: Grid, window: int | None, merge_size: int) -> go.Figure:
@@ -228,8 +232,18 @@ def window_layout(picture: bytes, grid: Grid, window: int | None, merge_size: in
     return figure
 
 
-def cost_parts(points: Mapping[int, Rounds], costs: Mapping[str, Cost]) -> go.Figure:
-    """Measured times against patches, and what of the fitted curve is fixed, linear and quadratic; one panel a variant."""
+def cost_parts(
+    points: Mapping[int, Rounds],
+    costs: Mapping[str, Cost],
+    *,
+    steps: Sequence[str] = (),
+    unit: str = "patches",
+    y_title: str = "vision tower, ms",
+) -> go.Figure:
+    """Measured times against a size, and what of the fitted curve is fixed, linear and quadratic; one panel a variant.
+
+    steps: what is timed of the rounds; all, if none is named. unit: what the sizes count.
+    """
     figure_of = style.graph_objects()
     figure = require("plotly.subplots", "notebooks").make_subplots(
         rows=1, cols=len(costs), shared_yaxes=True, horizontal_spacing=0.03, subplot_titles=[html.escape(label) for label in costs]
@@ -237,7 +251,7 @@ def cost_parts(points: Mapping[int, Rounds], costs: Mapping[str, Cost]) -> go.Fi
     sizes = sorted(points)
     line = np.linspace(0, sizes[-1], 60)
     grey, sky, blue = style.SERIES_COLOURS[6], style.SERIES_COLOURS[5], style.SERIES_COLOURS[0]
-    parts = (("fixed", grey, "."), ("with patches", sky, ""), ("with their square", blue, "/"))
+    parts = (("fixed", grey, "."), (f"with {unit}", sky, ""), ("with their square", blue, "/"))
     for column, (label, cost) in enumerate(costs.items(), start=1):
         for number, (name, colour, pattern) in enumerate(parts):
             figure.add_trace(
@@ -252,12 +266,12 @@ def cost_parts(points: Mapping[int, Rounds], costs: Mapping[str, Cost]) -> go.Fi
                     name=name,
                     legendgroup=name,
                     showlegend=column == 1,
-                    hovertemplate=name + ": %{y:.2f} ms at %{x:.0f} patches<extra></extra>",
+                    hovertemplate=name + ": %{y:.2f} ms at %{x:.0f} " + unit + "<extra></extra>",
                 ),
                 row=1,
                 col=column,
             )
-        measured = [points[n].median(label).median * 1e3 for n in sizes]
+        measured = [points[n].median(label, *steps).median * 1e3 for n in sizes]
         figure.add_trace(
             figure_of.Scatter(
                 x=sizes,
@@ -267,14 +281,14 @@ def cost_parts(points: Mapping[int, Rounds], costs: Mapping[str, Cost]) -> go.Fi
                 name="measured (medians)",
                 legendgroup="measured",
                 showlegend=column == 1,
-                hovertemplate="%{y:.2f} ms at %{x} patches<extra></extra>",
+                hovertemplate="%{y:.2f} ms at %{x} " + unit + "<extra></extra>",
             ),
             row=1,
             col=column,
         )
-    figure.update_xaxes(title_text="patches", rangemode="tozero", gridcolor=style.GRID)
+    figure.update_xaxes(title_text=unit, rangemode="tozero", gridcolor=style.GRID)
     figure.update_yaxes(rangemode="tozero", gridcolor=style.GRID)
-    figure.update_yaxes(title_text="vision tower, ms", row=1, col=1)
+    figure.update_yaxes(title_text=y_title, row=1, col=1)
     figure.update_layout(
         **style.layout(height=440, margin={"l": 80, "r": 30, "t": 90, "b": 60}),
         legend={"orientation": "h", "x": 0, "y": 1.12, "yanchor": "bottom"},

@@ -23,6 +23,17 @@ NOTEBOOKS = sorted((REPOSITORY / "notebooks").glob("*.ipynb"))
 
 # Small parameters, so that each notebook runs in seconds; a notebook without an entry runs with its own.
 SMALL: dict[str, dict[str, Any]] = {
+    "attention": {"image_size": [168, 140], "max_new_tokens": 4, "length": 64, "lengths": [32, 64, 128], "steps": 2, "repeats": 2},
+    "cache": {
+        "image_size": [168, 140],
+        "texts": ["What is it?", "And behind?"],
+        "max_new_tokens": 4,
+        "session_len": 1024,
+        "lengths": [32, 64],
+        "length": 30,
+        "steps": 8,
+        "repeats": 2,
+    },
     "ttft_sweep": {"image_sizes": [[168, 140], [336, 280]], "max_new_tokens": 4, "repeats": 2},
     "preprocessor": {"image_size": [640, 480], "sizes": [[168, 140], [640, 480]], "max_pixels": 100_000, "repeats": 2},
     "vit": {"image_size": [336, 280], "sizes": [[112, 112], [224, 224], [336, 336]], "repeats": 2},
@@ -61,7 +72,8 @@ def test_a_notebook_runs_headless_and_its_result_is_consistent(path: Path, tmp_p
                 assert engine["tokens"] == expected["tokens"], name
                 assert engine["text"] == expected["text"], name
             *stages, unaccounted, ttft = engine["stages"]
-            assert [row["stage"] for row in stages] == [stage for stage in STAGES if stage in {r["stage"] for r in stages}]
+            if name != point["reference"]:  # a peer has an order of its own
+                assert [row["stage"] for row in stages] == [stage for stage in STAGES if stage in {r["stage"] for r in stages}]
             assert {"decode_image", "preprocess", "tokenize", "vit", "merge", "prefill", "sample", "emit"} <= {
                 r["stage"] for r in stages
             }

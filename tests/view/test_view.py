@@ -9,7 +9,10 @@ from pathlib import Path
 
 import pytest
 
-from fastvl_lab import Lab, Request, Run, compare, view
+from fastvl_lab import Lab, Recipe, Request, Run, compare, view
+from fastvl_lab.measure.conversation import converse
+from fastvl_lab.measure.rounds import Rounds, Timing
+from fastvl_lab.measure.towers import Cost
 from fastvl_lab.trace import Span, Trace
 from fastvl_lab.view import style
 
@@ -113,6 +116,99 @@ def test_the_layer_table_has_everything_inside_the_stages_once(labs: dict[str, L
     blocks = [f"vit.block.{i}" for i in range(config.vision_config.depth)]
     layers = [f"language.layer.{i}" for i in range(config.text_config.num_hidden_layers)]
     assert list(frame["block or layer"]) == ["vit.positions", *blocks, *layers]
+
+
+def test_a_stage_is_opened_layer_by_layer(labs: dict[str, Lab], picture: bytes) -> None:
+    lab = labs["tiny-qwen2.5-vl"]
+    request = Request(images=[picture], prompt="What?", max_new_tokens=3, ignore_eos=True)
+    runs = [lab.run(request, engine, trace="layers") for engine in ("transformers", "fastest")]
+    layers = [f"language.layer.{i}" for i in range(lab.checkpoint.config.text_config.num_hidden_layers)]
+    for stage, number in (("prefill", 0), ("decode", 0), ("decode", -1)):
+        figure = view.block_waterfall(runs, stage, number)
+        for run, bars in zip(runs, figure.data, strict=True):
+            whole = [span for span in run.trace.spans if span.name == stage][number]
+            assert list(bars.y) == [stage, *layers]
+            assert bars.x[0] == whole.duration_ns / 1e6
+            ends = [start + length for start, length in zip(bars.base, bars.x, strict=True)]
+            assert 0 < bars.base[1] < ends[-1] <= ends[0]
+        assert figure.layout.xaxis.title.text == f"ms since {stage} began"
+
+
+def _rounds(**medians: tuple[float, float]) -> Rounds:
+    """Seconds of prefill and decode of some variants, the same in five rounds."""
+    timings = [
+        Timing(label=label, round=number, steps={"prefill": prefill, "decode": decode})
+        for label, (prefill, decode) in medians.items()
+        for number in range(5)
+    ]
+    return Rounds(timings=tuple(timings))
+
+
+def test_steps_have_columns_panels_and_lines_of_their_own() -> None:
+    titles = {"prefill": "prefill of <8> tokens", "decode": "one step"}
+    rounds = _rounds(stock=(0.2, 0.004), ours=(0.1, 0.001))
+    frame = view.step_frame(rounds, "stock")
+    assert list(frame["prefill ms"]) == ["200.00", "100.00"]
+    assert list(frame["decode, times as fast as stock (95% CI)"]) == ["reference", "4.00× [4.00, 4.00]"]
+
+    bars = view.step_panels(rounds, titles)
+    assert [dict(zip(panel.y, panel.x, strict=True)) for panel in bars.data] == [
+        {"ours": 100, "stock": 200},
+        {"ours": 1, "stock": 4},
+    ]
+    assert bars.layout.annotations[0].text == "prefill of &lt;8&gt; tokens"
+
+    lines = view.steps_against_length({64: _rounds(stock=(0.4, 0.008), ours=(0.3, 0.001)), 8: rounds}, titles)
+    drawn = {(line.name, line.xaxis): (list(line.x), list(line.y)) for line in lines.data}
+    assert drawn["stock", "x"] == ([8, 64], [200, 400])
+    assert drawn["ours", "x2"] == ([8, 64], [1, 1])
+    assert [line.showlegend for line in lines.data] == [True, True, False, False]
+    assert lines.layout.yaxis2.type == "log"
+
+    costs = {"ours": Cost(fixed=0, per_patch=1e-3, per_pair=0)}
+    parts = view.cost_parts({8: rounds, 64: rounds}, costs, steps=["prefill"], unit="tokens", y_title="prefill, ms")
+    assert list(parts.data[-1].y) == [100, 100]
+    assert parts.layout.xaxis.title.text == "tokens"
+    assert "tokens" in parts.data[-1].hovertemplate
+
+
+def test_bytes_of_every_cache_and_of_those_that_grow_on_a_scale_of_their_own() -> None:
+    held = {"concat": [2**20, 2**21], "static": [2**24, 2**24], "paged": [2**21, 2**21 + 2**19]}
+    figure = view.bytes_over_steps(held, 100)
+    drawn = [(line.name, line.xaxis, list(line.y)) for line in figure.data]
+    assert drawn == [
+        ("concat", "x", [1, 2]),
+        ("static", "x", [16, 16]),
+        ("paged", "x", [2, 2.5]),
+        ("concat", "x2", [1, 2]),
+        ("paged", "x2", [2, 2.5]),
+    ]
+    assert len({line.line.dash for line in figure.data[:3]}) == 3  # told apart by more than colour
+    assert len(view.bytes_over_steps({"static": [1, 1]}, 100).data) == 1  # what never changes is not magnified
+
+
+def test_a_chat_is_drawn_turn_by_turn(labs: dict[str, Lab], picture: bytes) -> None:
+    paged = Recipe.parse("fastest, cache.kv=paged")
+    engines = {"off": paged, "<on>": paged.replace("cache.prefix_reuse", "on")}
+    chat = converse(labs["tiny-qwen3-vl"], picture, ["What?", "Why?"], engines, max_new_tokens=4, repeats=1)
+    figure = view.turn_bars(chat)
+    assert [bars.name for bars in figure.data[:-1]] == ["off", "&lt;on&gt;"]
+    for engine, bars in zip(engines, figure.data, strict=False):
+        assert list(bars.y) == [chat.ttft(engine, turn).median * 1e3 for turn in range(2)]
+    assert [list(bars.marker.pattern.shape) for bars in figure.data[:-1]] == [["", ""], ["", "/"]]
+    assert figure.data[-1].name.startswith("hatched")
+    assert figure.data[1].customdata[1] == ["cache hit", chat.found("<on>", 1)[0], 0]
+
+    frame = view.turn_frame(chat, "off")
+    assert list(frame["kind"]) == ["warm", "warm", "warm", "cache hit"]
+    assert list(frame["tokens equal"]) == ["yes"] * 4
+    assert list(frame["times as fast as off (95% CI)"])[::2] == ["reference"] * 2
+    tokens = tuple(
+        dataclasses.replace(t, run=dataclasses.replace(t.run, tokens=())) if t.engine == "<on>" else t for t in chat.played
+    )
+    red = view.turn_frame(dataclasses.replace(chat, played=tokens), "off")
+    assert list(red["tokens equal"]) == ["yes", "NO"] * 2
+    assert list(red["times as fast as off (95% CI)"])[1::2] == ["–"] * 2
 
 
 def test_the_catalogue_table_has_every_option() -> None:
