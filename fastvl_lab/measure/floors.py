@@ -1,13 +1,14 @@
-"""What a stage must cost at least: its floating-point operations, and what the device was seen to do per second."""
+"""What a stage must cost at least: its operations and the bytes it reads, and what the device was seen to do per second."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
+from fastvl_lab.cache.slotted import KvShape
 from fastvl_lab.checkpoint import Checkpoint
 from fastvl_lab.measure.rounds import now
 from fastvl_lab.measure.statistics import median_interval
@@ -16,11 +17,11 @@ from fastvl_lab.vit import positions
 
 
 @dataclass(frozen=True, kw_only=True)
-class VitFlops:
-    """Floating-point operations of one forward of the vision tower, a multiply and an add counted as two.
+class Flops:
+    """Floating-point operations of one forward, a multiply and an add counted as two.
 
-    linear: of the matrix products with weights, in proportion to patches. attention: of queries with keys and weights with values,
-    in proportion to the sum of squares of segment lengths.
+    linear: of the matrix products with weights, in proportion to patches or tokens. attention: of queries with keys and weights
+    with values, in proportion to the pairs that see one another.
     """
 
     linear: int
@@ -31,7 +32,7 @@ class VitFlops:
         return self.linear + self.attention
 
 
-def vit_flops(checkpoint: Checkpoint, grids: Sequence[Grid], *, frames: int | None = None) -> VitFlops:
+def vit_flops(checkpoint: Checkpoint, grids: Sequence[Grid], *, frames: int | None = None) -> Flops:
     """Operations for these grids, whatever does them; frames: how many times an image is in its clip (config: twice)."""
     visual = checkpoint.model.model.visual
     config, merge = visual.config, visual.config.spatial_merge_size
@@ -48,7 +49,34 @@ def vit_flops(checkpoint: Checkpoint, grids: Sequence[Grid], *, frames: int | No
     if (window := positions.window_side(config)) is not None:
         n_windowed = len(visual.blocks) - len(set(config.fullatt_block_indexes))
         squares += n_windowed * (_squares(positions.windows(grids, merge, window)) - _squares(segments))
-    return VitFlops(linear=linear, attention=4 * config.hidden_size * squares)
+    return Flops(linear=linear, attention=4 * config.hidden_size * squares)
+
+
+def prefill_flops(checkpoint: Checkpoint, length: int, *, last_token_alone: bool = False) -> Flops:
+    """Operations of a prompt of `length` tokens in the decoder, whatever does them, and of the LM head on the last token.
+
+    Causal attention counts as what it needs: a query with its own key and those before it. last_token_alone: of the last layer,
+    the keys and values of all tokens, and all else of the last token only.
+    """
+    layers = checkpoint.model.model.language_model.layers
+    linear = length * sum(_matrix_weights(layer) for layer in layers) + checkpoint.model.lm_head.weight.numel()
+    pairs = len(layers) * length * (length + 1) // 2
+    last = layers[-1].self_attn
+    if last_token_alone:
+        kept = last.k_proj.weight.numel() + last.v_proj.weight.numel()
+        linear -= (length - 1) * (_matrix_weights(layers[-1]) - kept)
+        pairs -= length * (length - 1) // 2
+    return Flops(linear=2 * linear, attention=4 * last.q_proj.out_features * pairs)
+
+
+def decode_bytes(checkpoint: Checkpoint, length: int) -> int:
+    """Bytes that one decode step must read, with keys and values of `length` tokens.
+
+    Every weight of the layers, the final norm and the LM head once; of the embedding table one row, tied to the head or not.
+    """
+    text, head = checkpoint.model.model.language_model, checkpoint.model.lm_head
+    weights: list[torch.Tensor] = [*text.layers.parameters(), *text.norm.parameters(), head.weight, text.embed_tokens.weight[0]]
+    return sum(weight.nbytes for weight in weights) + length * KvShape.of(checkpoint).bytes_per_token
 
 
 def _squares(groups: positions.Groups) -> int:
@@ -69,10 +97,24 @@ def matmul_ceiling(device: torch.device, dtype: torch.dtype, *, size: int | None
     side = size or (8192 if device.type == "cuda" else 2048)
     generator = torch.Generator(device).manual_seed(0)
     a, b = (torch.randn(side, side, generator=generator, device=device, dtype=torch.float32).to(dtype) for _ in range(2))
+    return 2 * side**3 / _median_seconds(device, lambda: torch.mm(a, b), repeats)
+
+
+def copy_ceiling(device: torch.device, *, n_bytes: int | None = None, repeats: int = 5) -> float:
+    """Bytes a second that a large copy inside the device reads and writes, both counted; the median of some.
+
+    n_bytes: of what is copied; by default 1 GiB on CUDA and 256 MiB on a CPU, more than its caches hold.
+    """
+    n = (n_bytes or (2**30 if device.type == "cuda" else 2**28)) // 4
+    source, target = (torch.full((n,), value, dtype=torch.float32, device=device) for value in (1.0, 0.0))
+    return 2 * source.nbytes / _median_seconds(device, lambda: target.copy_(source), repeats)
+
+
+def _median_seconds(device: torch.device, work: Callable[[], object], repeats: int) -> float:
     seconds = []
     for number in range(repeats + 2):
         started = now(device)
-        torch.mm(a, b)
+        work()
         if number >= 2:  # the first ones set libraries up
             seconds.append(now(device) - started)
-    return 2 * side**3 / median_interval(seconds).median
+    return median_interval(seconds).median

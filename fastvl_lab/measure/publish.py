@@ -18,7 +18,7 @@ def published_point(checkpoint: str, image: str, comparison: Comparison) -> dict
     for row in comparison.summary():
         run = comparison.representative(row["engine"])
         engines[row["engine"]] = {
-            **{key: _json_value(value) for key, value in row.items() if key != "engine"},
+            **{key: json_value(value) for key, value in row.items() if key != "engine"},
             "kind": run.kind,
             "tokens": list(run.tokens),
             "text": run.text,
@@ -38,6 +38,6 @@ def publish(result: dict[str, Any]) -> None:
     require("IPython.display", "notebooks").display({MIME_TYPE: result, "text/plain": text}, raw=True)
 
 
-def _json_value(value: Any) -> Any:
+def json_value(value: Any) -> Any:
     """NaN has no JSON form; an interval that does not exist is null."""
     return None if isinstance(value, float) and value != value else value

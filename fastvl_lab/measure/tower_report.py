@@ -8,14 +8,10 @@ Without arguments it needs a GPU: the published 3B and 4B geometries with random
 
 from __future__ import annotations
 
-import argparse
 import copy
 import dataclasses
 import io
-import json
-import sys
 from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -27,8 +23,9 @@ from fastvl_lab.checkpoint import Family
 from fastvl_lab.errors import sentence
 from fastvl_lab.lab import Lab, current_device, device_name
 from fastvl_lab.measure.floors import matmul_ceiling, vit_flops
+from fastvl_lab.measure.slot_report import Row, command, runnable, table, wider, within_budget, worst_error
 from fastvl_lab.measure.towers import grids_of, time_towers
-from fastvl_lab.recipe import Recipe, toggles
+from fastvl_lab.recipe import Recipe
 from fastvl_lab.request import Request
 from fastvl_lab.trace import Tracer
 
@@ -55,15 +52,14 @@ def variants(device: torch.device, dtype: torch.dtype, family: Family) -> dict[s
     lean = Recipe.parse("baseline, preprocessor.resize=pillow, vit.tower=lean")
     recipes = {"stock": Recipe.parse("baseline, preprocessor.resize=pillow"), "lean": lean}
     last: dict[str, Any] = {}
-    for toggle in (t for t in toggles() if t.slot == "vit" and t.name != "tower"):
-        for option in toggle.options[1:]:
-            in_half = option.value != "varlen" or dtype != torch.float32
-            if option.exact and in_half and option.unavailable(device) is None:
-                if f"{toggle.name}={option.value}" not in IDLE[family]:
-                    recipes[f"{toggle.name}={option.value}"] = lean.replace(toggle.path, option.value)
-                last[toggle.path] = option.value
+    for toggle, option in runnable("vit", device, dtype):
+        if toggle.name != "tower":
+            label = f"{toggle.name}={option.value}"
+            if option.value != lean.value(toggle.path) and label not in IDLE[family]:
+                recipes[label] = lean.replace(toggle.path, option.value)
+            last[toggle.path] = option.value
     recipes["last of each"] = lean.replace(last)
-    if last.get("vit.attention") == "triton":
+    if last["vit.attention"] == "triton" and dtype != torch.float32:
         recipes["last of each, varlen"] = lean.replace(last | {"vit.attention": "varlen"})
     recipes["fastest"] = Recipe.fastest(device)
     return recipes
@@ -73,10 +69,9 @@ def variants(device: torch.device, dtype: torch.dtype, family: Family) -> dict[s
 def errors(lab: Lab, request: Request, recipes: Mapping[str, Recipe]) -> dict[str, float | str]:
     """The worst visual token's relative error of each recipe, DeepStack features included, or why it could not run.
 
-    Against the stock tower in float64 (float32 on CUDA) on the recipe's own pixels. The worst token, and not all together: a window
-    that went wrong is a few tokens of thousands.
+    Against the stock tower in a wider dtype, on the recipe's own pixels.
     """
-    wide = torch.float64 if lab.device.type == "cpu" else torch.float32
+    wide = wider(lab.dtype)
     visual = copy.deepcopy(lab.checkpoint.model.model.visual).to(wide)
     found: dict[str, float | str] = {}
     for label, recipe in recipes.items():
@@ -90,8 +85,7 @@ def errors(lab: Lab, request: Request, recipes: Mapping[str, Recipe]) -> dict[st
                 truth = visual(stock_pixels.patches.to(lab.device, wide), grid_thw=grid)
                 made = vit.bind(recipe.vit, lab.checkpoint, sent.patch_format)(pixels, Tracer(lab.device, "off"))
                 features = getattr(truth, "deepstack_features", None) or []
-                pairs = zip((made.embeds, *made.deepstack), (truth.pooler_output, *features), strict=True)
-                found[label] = max(float(((ours.to(wide) - t).norm(dim=1) / t.norm(dim=1)).max()) for ours, t in pairs)
+                found[label] = worst_error(zip((made.embeds, *made.deepstack), (truth.pooler_output, *features), strict=True))
         except Exception as error:  # one option that a device cannot run must not cost the others their rows
             found[label] = sentence(error)
     return found
@@ -104,13 +98,13 @@ def report(
     dtype: str,
     *,
     repeats: int = 20,
-    on_rows: Callable[[list[dict[str, Any]]], object] = lambda rows: None,
-) -> list[dict[str, Any]]:
+    on_rows: Callable[[list[Row]], object] = lambda rows: None,
+) -> list[Row]:
     """One row a checkpoint, size and recipe: error, and where it is within twice the stock tower's, ms, ratio and floor.
 
     on_rows is called with all rows so far after each size.
     """
-    rows: list[dict[str, Any]] = []
+    rows: list[Row] = []
     for name in checkpoints:
         lab = Lab(name, device=device, dtype=dtype)
         recipes = variants(lab.device, lab.dtype, lab.checkpoint.family)
@@ -118,12 +112,11 @@ def report(
             request = Request(images=[_jpeg(width, height)], prompt="?")
             grids, ceiling = grids_of(lab, request), matmul_ceiling(lab.device, lab.dtype)
             found = errors(lab, request, recipes)
-            stock = found["stock"]
-            bound = 2 * stock + torch.finfo(lab.dtype).eps if isinstance(stock, float) else 0.0
-            good = {label: recipe for label, recipe in recipes.items() if _number(found[label]) <= bound}
+            right = within_budget(found, "stock", lab.dtype)
+            good = {label: recipe for label, recipe in recipes.items() if label in right}
             rounds = time_towers(lab, request, good, repeats=repeats) if good else None
             for label, recipe in recipes.items():
-                row: dict[str, Any] = {"checkpoint": name, "image": f"{width}x{height}", "recipe": label}
+                row: Row = {"checkpoint": name, "image": f"{width}x{height}", "recipe": label}
                 row |= {"device": device_name(lab.device), "dtype": dtype, "error": found[label], "parity": label in good}
                 if rounds is not None and label in good:
                     frames = 1 if recipe.preprocessor.temporal == "folded" else None
@@ -137,26 +130,16 @@ def report(
     return rows
 
 
-def _number(error: float | str) -> float:
-    return error if isinstance(error, float) else float("inf")
-
-
-def table(rows: Sequence[Mapping[str, Any]]) -> str:
+def text(rows: Sequence[Row]) -> str:
     """The rows as text, a block a checkpoint and size."""
-    lines, place = [], ("", "")
-    for row in rows:
-        if (row["checkpoint"], row["image"]) != place:
-            place = (row["checkpoint"], row["image"])
-            lines += ["", f"{row['checkpoint']}, {row['image']}, {row['device']} {row['dtype']}"]
-        if row["parity"]:
-            lines.append(
-                f"  {row['recipe']:<26} {row['ms']:9.3f} ms  {row['ratio']:5.2f}x [{row['ratio_low']:.2f}, {row['ratio_high']:.2f}]"
-                f"  floor {row['floor_ms']:8.3f} ms  {row['share_of_ceiling']:4.0%} of the ceiling  error {row['error']:.1e}"
-            )
-        else:
-            why = f"parity failed: error {row['error']:.1e}" if isinstance(row["error"], float) else f"failed: {row['error']}"
-            lines.append(f"  {row['recipe']:<26} {why}; not timed")
-    return "\n".join(lines).lstrip()
+    return table(
+        rows,
+        lambda row: f"{row['checkpoint']}, {row['image']}, {row['device']} {row['dtype']}",
+        lambda row: (
+            f"{row['ms']:9.3f} ms  {row['ratio']:5.2f}x [{row['ratio_low']:.2f}, {row['ratio_high']:.2f}]"
+            f"  floor {row['floor_ms']:8.3f} ms  {row['share_of_ceiling']:4.0%} of the ceiling  error {row['error']:.1e}"
+        ),
+    )
 
 
 def _jpeg(width: int, height: int) -> bytes:
@@ -170,20 +153,7 @@ def _jpeg(width: int, height: int) -> bytes:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--tiny", action="store_true", help="the built-in checkpoints on small images, on any device")
-    parser.add_argument("--out", type=Path, help="a file for the rows as JSON")
-    parser.add_argument("--repeats", type=int, default=20, help="timed rounds")
-    given = parser.parse_args(arguments)
-
-    def keep(rows: list[dict[str, Any]]) -> None:
-        if given.out is not None:
-            given.out.write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
-
-    rows = report(**(TINY if given.tiny else FULL), repeats=given.repeats, on_rows=keep)
-    print(table(rows))
-    if not all(row["parity"] for row in rows):
-        sys.exit(1)
+    command(report, text, full=FULL, tiny=TINY, about=__doc__, repeats=20, arguments=arguments)
 
 
 if __name__ == "__main__":

@@ -9,7 +9,14 @@ import torch
 
 from fastvl_lab import Lab, Recipe, Request, photo, preprocessor, toggles, vit
 from fastvl_lab.checkpoint import tiny
+from fastvl_lab.kernels.argmax import argmax, argmax_reference
+from fastvl_lab.kernels.decode_attention import decode_attention, decode_attention_reference
+from fastvl_lab.kernels.prefill_attention import block_size, prefill_attention, prefill_attention_reference
+from fastvl_lab.kernels.rotate_and_keep import rotate_and_keep, rotate_and_keep_reference
+from fastvl_lab.measure import decoder_report
+from fastvl_lab.measure.decoding import BoundDecoder, text_prompt
 from fastvl_lab.measure.preprocessing import model_pictures, pixel_differences
+from fastvl_lab.measure.slot_report import within_budget
 from fastvl_lab.trace import Tracer
 
 pytestmark = pytest.mark.gpu
@@ -89,6 +96,161 @@ def test_every_way_through_the_lean_tower_equals_the_stock_one_and_waits_for_not
     stock = (encoded(lab, Recipe.baseline()) - truth).norm()
     for recipe in recipes:
         assert (encoded(lab, recipe) - truth).norm() <= 2 * stock + 1e-3 * truth.norm(), str(recipe)
+
+
+def _decoders(lab: Lab) -> dict[str, Recipe]:
+    """Every option of the attention slot and every KV cache that can run here, all of the last ones together, and the presets."""
+    engines = decoder_report.variants(lab.device, lab.dtype)
+    assert {"prefill=triton", "decode=triton", "rope=fused", "kv=static", "kv=paged"} <= set(engines)
+    return {label: engine for label, engine in engines.items() if isinstance(engine, Recipe)}
+
+
+@pytest.mark.parametrize("name", tiny.NAMES)
+def test_every_way_through_the_decoder_gives_transformers_tokens(name: str) -> None:
+    """Two images, so that the axes of their positions and DeepStack count; 64 greedy tokens on top."""
+    lab = Lab(name, device="cuda", dtype="float32")
+    images = [photo("coffee", (201, 133)), photo("rocket", (97, 310))]
+    request = Request(images=images, prompt="Compare.", max_new_tokens=64, ignore_eos=True)
+    recipes = _decoders(lab)
+    oracles = {label: recipe.oracle(lab.checkpoint.image_backend) for label, recipe in recipes.items()}
+    expected = {oracle: lab.run(request, oracle) for oracle in set(oracles.values())}
+    for label, recipe in recipes.items():
+        run = lab.run(request, recipe)
+        assert (run.logits - expected[oracles[label]].logits).abs().max() < 1e-3, label
+        assert run.tokens == expected[oracles[label]].tokens, label
+
+
+@pytest.mark.parametrize("length", [1, 200, 1100])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("name", tiny.NAMES)
+def test_every_way_through_the_decoder_stays_within_the_error_budget(name: str, dtype: str, length: int) -> None:
+    """The same tokens forced on all: logits of the prompt's last token, and of 64 steps."""
+    lab = Lab(name, device="cuda", dtype=dtype)
+    engines = decoder_report.variants(lab.device, lab.dtype)
+    found = {label: check.error for label, check in decoder_report.check(lab, length, 64, engines).items()}
+    assert within_budget(found, decoder_report.STOCK, lab.dtype) == set(engines), found
+
+
+@pytest.mark.parametrize("name", tiny.NAMES)
+def test_no_way_through_the_decoder_waits_for_the_device(name: str) -> None:
+    """Torch raises where the host would wait, in prefill, in decode steps and in the choice of their tokens."""
+    lab, steps = Lab(name, device="cuda", dtype="bfloat16"), 8
+    prompt = text_prompt(lab, 60, steps)
+    for label, recipe in _decoders(lab).items():
+        bound = BoundDecoder.of(lab, recipe)
+        for mode in ("default", "error"):  # kernels are built, and may wait, once
+            with torch.inference_mode():
+                place = bound.cache.admit(prompt, steps + 1, tuple)
+                torch.cuda.set_sync_debug_mode(mode)
+                try:
+                    position = torch.full((1,), prompt.next_position, device=lab.device)
+                    logits = bound.prefill(prompt, place)
+                    for _ in range(steps):
+                        logits = bound.step(bound.decoder.operations.argmax(logits), position, place)
+                        position += 1
+                except RuntimeError as error:
+                    raise AssertionError(label) from error
+                finally:
+                    torch.cuda.set_sync_debug_mode("default")
+                    place.close()
+            assert logits.isfinite().all(), label
+
+
+def _randn(*shape: int, dtype: torch.dtype = torch.float64, seed: int = 0) -> torch.Tensor:
+    generator = torch.Generator("cuda").manual_seed(seed)
+    return torch.randn(shape, generator=generator, dtype=torch.float64, device="cuda").to(dtype)
+
+
+def _assert_budget(ours: torch.Tensor, plain: torch.Tensor, truth: torch.Tensor) -> None:
+    """At most twice the error of plain PyTorch in the same dtype, plus rounding; a NaN is over it."""
+    error, allowed = ((x.double() - truth).abs().max() for x in (ours, plain))
+    assert error <= 2 * allowed + 4 * torch.finfo(ours.dtype).eps * truth.abs().max()
+
+
+def _scattered(lengths: list[int], n_slots: int) -> torch.Tensor:
+    """The slots of each sequence's tokens, in no order; behind their end a slot that nothing may read."""
+    order, at = torch.randperm(n_slots - 1, generator=torch.Generator().manual_seed(1)), 0
+    slot_of = torch.full((len(lengths), max(lengths) + 5), n_slots - 1)
+    for row, length in enumerate(lengths):
+        slot_of[row, :length] = order[at : at + length]
+        at += length
+    return slot_of.to("cuda")
+
+
+def _kept(n_slots: int, kv_heads: int, dim: int, dtype: torch.dtype) -> list[torch.Tensor]:
+    stores = [_randn(n_slots, kv_heads, dim, dtype=dtype, seed=seed) for seed in (1, 2)]
+    for store in stores:
+        store[-1] = float("nan")
+    return stores
+
+
+# Of the decoders of 3B, 4B and 7B, and a head that is no power of two.
+HEADS = [(16, 2, 128), (32, 8, 128), (28, 4, 128), (4, 2, 72)]
+DTYPES = [torch.float32, torch.bfloat16]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("heads", "kv_heads", "dim"), HEADS)
+def test_rotation_native(heads: int, kv_heads: int, dim: int, dtype: torch.dtype) -> None:
+    n = 301
+    packed, angles = _randn(n, heads + 2 * kv_heads, dim, dtype=dtype), _randn(n, dim // 2, seed=3)
+    written = torch.randperm(400, generator=torch.Generator().manual_seed(4))[:n].to("cuda")
+    for norms in ([None, None], [_randn(dim, dtype=dtype, seed=seed) for seed in (5, 6)]):
+
+        def made(function, of: torch.dtype, norms: list = norms) -> list[torch.Tensor]:  # type: ignore[no-untyped-def]
+            q, k, v = packed.to(of).split((heads, kv_heads, kv_heads), dim=1)
+            table = torch.float64 if of == torch.float64 else torch.float32
+            kept = [torch.full((400, kv_heads, dim), float("nan"), dtype=of, device="cuda") for _ in range(2)]
+            cast = [None if norm is None else norm.to(of) for norm in norms]
+            out = function(q, k, v, angles.cos().to(table), angles.sin().to(table), *cast, 1e-6, *kept, written)
+            assert all(int(store.isnan().all(dim=(1, 2)).sum()) == 400 - n for store in kept)
+            return [out, *(store[written] for store in kept)]
+
+        ours, plain = made(rotate_and_keep, dtype), made(rotate_and_keep_reference, dtype)
+        for one, other, truth in zip(ours, plain, made(rotate_and_keep_reference, torch.float64), strict=True):
+            _assert_budget(one, other, truth)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("heads", "kv_heads", "dim"), HEADS)
+def test_prefill_attention_native(heads: int, kv_heads: int, dim: int, dtype: torch.dtype) -> None:
+    """Three sequences in one launch: a new one, a piece on top of many tokens, and one token on top of some."""
+    before, new = [0, 300, 64], [257, 70, 1]
+    lengths, blocks, start = [b + n for b, n in zip(before, new, strict=True)], [], 0
+    for sequence, (b, n) in enumerate(zip(before, new, strict=True)):
+        blocks += [[first, start + n, sequence, b - start] for first in range(start, start + n, block_size(dtype))]
+        start += n
+    table = torch.tensor(blocks, dtype=torch.int32, device="cuda")
+    q = _randn(sum(new), heads + 2, dim, dtype=dtype)[:, :heads]
+    kept, slot_of = _kept(sum(lengths) + 9, kv_heads, dim, dtype), _scattered(lengths, sum(lengths) + 9)
+    truth = prefill_attention_reference(q.double(), *(x.double() for x in kept), slot_of, table)
+    ours, plain = (f(q, *kept, slot_of, table) for f in (prefill_attention, prefill_attention_reference))
+    _assert_budget(ours, plain, truth)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("heads", "kv_heads", "dim"), HEADS)
+def test_decode_attention_native(heads: int, kv_heads: int, dim: int, dtype: torch.dtype) -> None:
+    """With shares of the keys that are empty: of the short sequences nearly all."""
+    lengths = [1, 5000, 130]
+    q = _randn(len(lengths), heads + 1, dim, dtype=dtype)[:, :heads]
+    kept, slot_of = _kept(sum(lengths) + 9, kv_heads, dim, dtype), _scattered(lengths, sum(lengths) + 9)
+    counts = torch.tensor(lengths, dtype=torch.int32, device="cuda")
+    truth = decode_attention_reference(q.double(), *(x.double() for x in kept), slot_of, counts)
+    plain = decode_attention_reference(q, *kept, slot_of, counts)
+    for longest in (5000, 5001, 100_000):
+        _assert_budget(decode_attention(q, *kept, slot_of, counts, longest=longest), plain, truth)
+
+
+def test_argmax_native() -> None:
+    """Over a published vocabulary: of equals the first, and a NaN before all, as in torch on the host."""
+    x = _randn(151_936, dtype=torch.float32)
+    cases = [x, torch.zeros_like(x), torch.full_like(x, float("-inf"))]
+    for first, second in ((0, 151_935), (1_023, 1_024), (77_777, 150_000)):
+        for value in (9e9, float("inf"), float("nan")):
+            cases.append(x.index_fill(0, torch.tensor([first, second], device="cuda"), value))
+    for case in cases:
+        assert argmax(case).tolist() == argmax_reference(case.cpu()).tolist()
 
 
 @pytest.mark.parametrize("name", tiny.NAMES)
