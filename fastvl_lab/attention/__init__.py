@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 
 import torch
 
@@ -29,7 +30,7 @@ def bind(slot: Attention, weights: DecoderWeights) -> Decoder:
         "eager": lambda: eager.prefill,
         "sdpa": lambda: sdpa.prefill,
         "varlen": _varlen,
-        "triton": _triton_prefill,
+        "triton": partial(_triton_prefill, dtype),
     }
     decode: dict[str, Callable[[], Attend]] = {
         "eager": lambda: eager.decode,
@@ -50,10 +51,10 @@ def _varlen() -> Attend:
     return bind_prefill()
 
 
-def _triton_prefill() -> Attend:
-    from fastvl_lab.attention import slotted  # triton is loaded where it is asked for
+def _triton_prefill(dtype: torch.dtype) -> Attend:
+    from fastvl_lab.attention.slotted import bind_prefill  # triton is loaded where it is asked for
 
-    return slotted.prefill
+    return bind_prefill(dtype)
 
 
 def _triton_decode() -> Attend:

@@ -6,19 +6,30 @@ import torch
 
 from fastvl_lab.kernels.decode_attention import decode_attention
 from fastvl_lab.kernels.prefill_attention import block_size, prefill_attention
-from fastvl_lab.language.decoder import KvCache
+from fastvl_lab.language.decoder import Attend, KvCache
+from fastvl_lab.language.segments import Segments, once_a_forward
 
 
-def prefill(q: torch.Tensor, cache: KvCache, layer: int) -> torch.Tensor:
-    """Causal attention of all sequences in one launch, over exactly the blocks that hold queries."""
-    slots, segments = cache.slots(layer), cache.segments
-    block, parts = block_size(q.dtype), []
-    for number, (start, n) in enumerate(zip(segments.starts[:-1], segments.new, strict=True)):
-        first = torch.arange(start, start + n, block, dtype=torch.int32, device=q.device)
-        of_sequence = [torch.full_like(first, x) for x in (start + n, number, segments.before[number] - start)]
-        parts.append(torch.stack([first, *of_sequence], dim=1))
-    blocks = parts[0] if len(parts) == 1 else torch.cat(parts)
-    return prefill_attention(q, slots.keys, slots.values, slots.slot_of, blocks)
+def bind_prefill(dtype: torch.dtype) -> Attend:
+    """Causal attention of all sequences in one launch, over exactly the blocks that hold queries; dtype: of the queries."""
+    block = block_size(dtype)
+
+    def query_blocks(segments: Segments, device: torch.device) -> torch.Tensor:
+        """int32 [n_blocks, 4], as `prefill_attention` takes them, written on the device."""
+        parts = []
+        for number, (start, n) in enumerate(zip(segments.starts[:-1], segments.new, strict=True)):
+            first = torch.arange(start, start + n, block, dtype=torch.int32, device=device)
+            of_sequence = [torch.full_like(first, x) for x in (start + n, number, segments.before[number] - start)]
+            parts.append(torch.stack([first, *of_sequence], dim=1))
+        return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+    blocks_of = once_a_forward(query_blocks)
+
+    def prefill(q: torch.Tensor, cache: KvCache, layer: int) -> torch.Tensor:
+        slots = cache.slots(layer)
+        return prefill_attention(q, slots.keys, slots.values, slots.slot_of, blocks_of(cache.segments, q.device))
+
+    return prefill
 
 
 def decode(q: torch.Tensor, cache: KvCache, layer: int) -> torch.Tensor:

@@ -9,17 +9,21 @@ import torch
 from torch.nn.attention.varlen import varlen_attn
 
 from fastvl_lab.language.decoder import Attend, KvCache
+from fastvl_lab.language.segments import once_a_forward
 
 
 def bind_prefill() -> Attend:
     """Causal prefill; torch 2.11 takes grouped heads without being told, later versions have a switch for it."""
     grouped: dict[str, Any] = {"enable_gqa": True} if "enable_gqa" in inspect.signature(varlen_attn).parameters else {}
+    boundaries_of = once_a_forward(
+        lambda segments, device: tuple(_boundaries(lengths, device) for lengths in (segments.new, segments.lengths))
+    )
 
     def prefill(q: torch.Tensor, cache: KvCache, layer: int) -> torch.Tensor:
         segments = cache.segments
         read = [cache.read(layer, number) for number in range(len(segments.new))]
         keys, values = (x[0] if len(x) == 1 else torch.cat(x) for x in zip(*read, strict=True))
-        ends_q, ends_k = (_boundaries(lengths, q.device) for lengths in (segments.new, segments.lengths))
+        ends_q, ends_k = boundaries_of(segments, q.device)
         longest_q, longest_k = max(segments.new), max(segments.lengths)
         out = varlen_attn(q, keys, values, ends_q, ends_k, longest_q, longest_k, window_size=(-1, 0), **grouped)
         assert isinstance(out, torch.Tensor)

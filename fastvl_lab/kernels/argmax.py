@@ -29,21 +29,29 @@ def argmax(x: torch.Tensor) -> torch.Tensor:
 
 
 @triton.jit
+def _first_largest(value, place, inside, behind):
+    """The largest value and its first place, or a NaN and the first place of one; `behind` is after all places."""
+    is_nan = (value != value) & inside
+    has_nan = tl.max(is_nan.to(tl.int32)) > 0
+    largest = tl.max(tl.where(inside & (value == value), value, float("-inf")))
+    is_largest = (is_nan & has_nan) | ((value == largest) & inside & (has_nan == 0))
+    return tl.where(has_nan, float("nan"), largest), tl.min(tl.where(is_largest, place, behind))
+
+
+@triton.jit
 def _block_kernel(x, largest, places, n, block: tl.constexpr):
     """One program a block."""
     number = tl.program_id(0)
     place = number.to(tl.int64) * block + tl.arange(0, block)
-    value = tl.load(x + place, mask=place < n, other=float("-inf"))
-    value = tl.where(value != value, float("inf"), value)
-    maximum = tl.max(value)
-    tl.store(largest + number, maximum)
-    tl.store(places + number, tl.min(tl.where((value == maximum) & (place < n), place, n)))
+    value, first = _first_largest(tl.load(x + place, mask=place < n, other=0), place, place < n, n)
+    tl.store(largest + number, value)
+    tl.store(places + number, first)
 
 
 @triton.jit
 def _last_kernel(largest, places, out, n_blocks, block: tl.constexpr):
-    """One program: the first block that holds the maximum."""
+    """One program: the first block that holds the largest value."""
     number = tl.arange(0, block)
-    value = tl.load(largest + number, mask=number < n_blocks, other=float("-inf"))
-    first = tl.min(tl.where((value == tl.max(value)) & (number < n_blocks), number, block))
+    inside = number < n_blocks
+    _, first = _first_largest(tl.load(largest + number, mask=inside, other=0), number, inside, block)
     tl.store(out, tl.load(places + first))

@@ -185,3 +185,5 @@ def test_argmax(n: int) -> None:
         assert argmax(one).tolist() == [place]
         one[place] = float("nan")
         assert argmax(one).tolist() == argmax_reference(one).tolist() == [place]
+        one[0] = float("inf") if place else one[0]  # infinity is less than no number
+        assert argmax(one).tolist() == argmax_reference(one).tolist() == [place]
