@@ -26,6 +26,10 @@ class CheckpointError(FastvlError):
     """A checkpoint that is unknown, incomplete, or not of a supported family."""
 
 
+class CaptureError(FastvlError):
+    """A stage that cannot be compiled or captured here."""
+
+
 class DeviceError(FastvlError):
     """A device that is absent, or that has too little memory for what was asked."""
 

@@ -15,6 +15,9 @@ import torch
 from fastvl_lab import checkpoint as checkpoints
 from fastvl_lab import peers
 from fastvl_lab.cache.memory import Memory, default_session_len
+from fastvl_lab.capture.compile_cache import keep_compiled
+from fastvl_lab.capture.execute import Capture
+from fastvl_lab.capture.graphs import GraphStore
 from fastvl_lab.errors import CheckpointError, DeviceError, RecipeError
 from fastvl_lab.pipeline import Engine, Outcome, Pipeline
 from fastvl_lab.recipe import Recipe
@@ -24,6 +27,9 @@ from fastvl_lab.streaming import Deliver
 from fastvl_lab.trace import Level, Tracer
 
 EngineName = Recipe | str
+
+GRAPH_BUDGET = 4 * 2**30
+MAX_GRAPHS = 256
 
 
 class _CancelledError(Exception):
@@ -38,6 +44,7 @@ class Lab:
 
     session_len: tokens of prompt and answer that a request may have together; by default up to 32,768, as memory and model allow.
     memory_budget: bytes that recipes' caches may take (`cache.memory.Memory`); by default what two sessions take and an eighth.
+    graph_budget: bytes that CUDA graphs may take, of all recipes together; at most `MAX_GRAPHS` are kept.
     """
 
     def __init__(
@@ -48,10 +55,12 @@ class Lab:
         dtype: str | torch.dtype | None = None,
         session_len: int | None = None,
         memory_budget: int | None = None,
+        graph_budget: int = GRAPH_BUDGET,
     ) -> None:
-        for what, value in (("session_len", session_len), ("memory_budget", memory_budget)):
+        for what, value in (("session_len", session_len), ("memory_budget", memory_budget), ("graph_budget", graph_budget)):
             if value is not None:
                 check_whole_number(what, value)
+        keep_compiled()
         loaded = checkpoints.load(name, device=device, dtype=dtype)
         session_len = default_session_len(loaded) if session_len is None else session_len
         if session_len > loaded.max_length:
@@ -60,6 +69,7 @@ class Lab:
             )
         self.checkpoint = dataclasses.replace(loaded, session_len=session_len)
         self.memory = Memory(self.checkpoint, memory_budget)
+        self.graphs = _graph_store(self.device, graph_budget)
         self._engines: dict[EngineName, Engine] = {}
         self._seen: set[tuple[object, ...]] = set()
         self._seen_by_thread = threading.local()
@@ -107,6 +117,7 @@ class Lab:
             chunks=tuple(chunks),
             trace=finished,
             logits=outcome.logits.cpu(),
+            captures=outcome.captures,
         )
 
     def stream(self, request: Request, engine: EngineName | None = None) -> Iterator[Chunk]:
@@ -146,6 +157,11 @@ class Lab:
             if started.is_set():  # else it waits for its turn, and will leave without a trace
                 producer.join()
 
+    def captures(self, recipe: Recipe | str) -> tuple[Capture, ...]:
+        """What has been compiled and captured for a recipe and is kept, and what each has cost; none before its first run."""
+        bound = self._engines.get(self.engine(recipe))
+        return bound.stages.captures if isinstance(bound, Pipeline) else ()
+
     def apart(self) -> Lab:
         """The same loaded checkpoint with caches and engines of its own: neither lab finds what the other's requests left behind.
 
@@ -153,6 +169,8 @@ class Lab:
         """
         other = copy.copy(self)
         other.memory, other._engines = Memory(self.checkpoint, self.memory.budget), {}
+        if self.graphs is not None:
+            other.graphs = _graph_store(self.device, self.graphs.max_bytes)
         other._seen, other._seen_by_thread = set(), threading.local()
         return other
 
@@ -164,8 +182,10 @@ class Lab:
 
     def _bind(self, key: EngineName) -> Engine:
         if key not in self._engines:
-            bound = Pipeline(self.checkpoint, key, self.memory) if isinstance(key, Recipe) else peers.bind(key, self.checkpoint)
-            self._engines[key] = bound
+            if isinstance(key, Recipe):
+                self._engines[key] = Pipeline(self.checkpoint, key, self.memory, self.graphs)
+            else:
+                self._engines[key] = peers.bind(key, self.checkpoint)
         return self._engines[key]
 
     def _serve(self, engine: Engine, request: Request, tracer: Tracer, deliver: Deliver) -> Outcome:
@@ -183,9 +203,10 @@ class Lab:
     def _kind(self, key: EngineName, outcome: Outcome) -> Kind:
         """Whether anything was reused, else whether this was the first run of its engine and shape; decode steps share one shape.
 
+        A run that compiled or captured something on its way is cold in any case.
         On a CPU each calling thread has a thread pool of its own in torch, so the first run of another thread is cold again.
         """
-        if outcome.reused:
+        if outcome.reused and not outcome.captures:
             return "cache_hit"
         seen = self._seen
         if self.device.type == "cpu":
@@ -193,7 +214,16 @@ class Lab:
         shape = (key, outcome.n_prompt, *(s.grid for s in outcome.shapes), len(outcome.tokens) > 1)
         first = shape not in seen
         seen.add(shape)
-        return "cold" if first else "warm"
+        return "cold" if first or outcome.captures else "warm"
+
+
+def _graph_store(device: torch.device, max_bytes: int) -> GraphStore | None:
+    """Room for CUDA graphs, on CUDA."""
+    if device.type != "cuda":
+        return None
+    from fastvl_lab.capture.cuda_graphs import CudaRecorder
+
+    return GraphStore(CudaRecorder(device), max_bytes=max_bytes, max_graphs=MAX_GRAPHS)
 
 
 def current_device(device: torch.device) -> AbstractContextManager[None]:

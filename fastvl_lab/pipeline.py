@@ -7,13 +7,14 @@ from typing import Protocol
 
 import torch
 
-from fastvl_lab import attention, capture, preprocessor, streaming, vit
+from fastvl_lab import attention, preprocessor, streaming, vit
 from fastvl_lab.cache import BoundCache, Place
 from fastvl_lab.cache.memory import Memory
+from fastvl_lab.capture import Stages
+from fastvl_lab.capture.execute import Capture
+from fastvl_lab.capture.graphs import GraphStore
 from fastvl_lab.checkpoint import Checkpoint
-from fastvl_lab.language.decode import decode
 from fastvl_lab.language.merge import merge
-from fastvl_lab.language.prefill import prefill
 from fastvl_lab.language.sample import greedy
 from fastvl_lab.language.weights import decoder_weights
 from fastvl_lab.preprocessor import OpenedImages
@@ -29,7 +30,7 @@ from fastvl_lab.trace import Tracer
 class Outcome:
     """What an engine reports when a request is done; `logits` are those of the last prompt token, float32 [vocab].
 
-    reused: whether anything of an earlier request was used.
+    reused: whether anything of an earlier request was used. captures: what was compiled or captured on the way.
     """
 
     tokens: tuple[int, ...]
@@ -37,6 +38,7 @@ class Outcome:
     shapes: tuple[ImageShape, ...]
     logits: torch.Tensor
     reused: bool = False
+    captures: tuple[Capture, ...] = ()
 
 
 class Engine(Protocol):
@@ -48,17 +50,25 @@ class Engine(Protocol):
 class Pipeline:
     """A recipe bound to a checkpoint: its functions are chosen here, once, and run over the checkpoint's own weights."""
 
-    def __init__(self, checkpoint: Checkpoint, recipe: Recipe, memory: Memory) -> None:
+    def __init__(self, checkpoint: Checkpoint, recipe: Recipe, memory: Memory, graphs: GraphStore | None = None) -> None:
         recipe.check(checkpoint.device)
         self.checkpoint, self.recipe = checkpoint, recipe
         self.images = images = preprocessor.bind(recipe.preprocessor, checkpoint)
-        self.encode = capture.bind(recipe.capture.vit, vit.bind(recipe.vit, checkpoint, images.patch_format))
-        self.prefill = capture.bind(recipe.capture.prefill, prefill)
-        self.decode = capture.bind(recipe.capture.decode, decode)
+        compiled = recipe.capture.vit == "compile"
+        encode = vit.bind(recipe.vit, checkpoint, images.patch_format, compiled=compiled)
         self.decoder = attention.bind(recipe.attention, decoder_weights(checkpoint))
         images_by = f"{checkpoint.name} {recipe.preprocessor} {recipe.vit} {recipe.capture.vit}"
         self.cache = BoundCache(
             recipe.cache, memory, images_by=images_by, family=f"{images_by} {recipe.attention} {recipe.capture}"
+        )
+        self.stages = Stages(
+            recipe.capture,
+            encode,
+            self.decoder,
+            layers=self.cache.layers,
+            in_place=self.cache.in_place,
+            merge_size=checkpoint.config.vision_config.spatial_merge_size,
+            graphs=graphs,
         )
         self.new_emitter = streaming.bind(recipe.streaming)
         self.token_bytes = TokenBytes.of(checkpoint.tokenizer)
@@ -66,6 +76,7 @@ class Pipeline:
     @torch.inference_mode()
     def run(self, request: Request, tracer: Tracer, deliver: Deliver) -> Outcome:
         """Serve one request; raises `RequestError` for one that cannot be served, before any pixel of it is read."""
+        self.stages.take_fresh()  # what a request that failed has made is no part of this one
         span, opened = tracer.span, None
         if request.image_inputs:
             with span("decode_image"):
@@ -88,7 +99,7 @@ class Pipeline:
         tracer: Tracer,
         deliver: Deliver,
     ) -> Outcome:
-        span, inner, decoder, kv = tracer.span, tracer.inner, self.decoder, place.kv
+        span, stages, decoder, kv = tracer.span, self.stages, self.decoder, place.kv
         n_prompt, rest = prompt.n_tokens, prompt.after(place.reused)
         pixels = made = None
         if opened is not None and place.to_make:
@@ -100,21 +111,28 @@ class Pipeline:
             rest = upload_prompt(rest, self.images.copy)
             if pixels is not None:
                 pixels = upload_pixels(pixels, self.images.upload)
-        if pixels is not None:
-            with span("vit"):
-                made = self.encode(pixels, tracer)
-        with span("merge"):
-            vision = place.visual_tokens(made)
-            hidden = merge(rest, vision, decoder.weights.embed)
-        with span("prefill"):
-            place.extend(rest.n_tokens)
-            logits = first_logits = self.prefill(hidden, rest, vision, decoder, kv, inner)
+        first: torch.Tensor | None = None
+        if stages.first_token_alone:
+            with span("first_token"):
+                place.extend(rest.n_tokens)
+                logits, first = stages.first_token(pixels, rest, kv, tracer)
+        else:
+            if pixels is not None:
+                with span("vit"):
+                    made = stages.encode(pixels, tracer)
+            with span("merge"):
+                vision = place.visual_tokens(made)
+                hidden = merge(rest, vision, decoder.weights.embed)
+            with span("prefill"):
+                place.extend(rest.n_tokens)
+                logits = stages.prefill(hidden, rest, vision, kv, tracer)
 
-        emitter, tokens = self.new_emitter(self.token_bytes, deliver), []
+        first_logits, emitter = logits, self.new_emitter(self.token_bytes, deliver)
+        tokens: list[int] = []
         position = torch.full((1,), prompt.next_position, device=self.checkpoint.device)
         while True:
             with span("sample"):
-                token, token_id = greedy(logits[0], decoder)
+                token, token_id = greedy(logits[0], decoder) if first is None or tokens else (first, int(first))
             tokens.append(token_id)
             done = len(tokens) == request.max_new_tokens or (not request.ignore_eos and token_id in self.checkpoint.eos_token_ids)
             with span("emit"):
@@ -123,7 +141,7 @@ class Pipeline:
                 break
             with span("decode"):
                 place.extend(1)
-                logits = self.decode(token, position, decoder, kv, inner)
+                logits = stages.decode(token, position, kv, tracer)
                 position += 1
         place.keep(tokens[:-1])  # the last one has been through no layer
         for name, times in place.counts.items():
@@ -134,4 +152,5 @@ class Pipeline:
             shapes=opened.shapes if opened else (),
             logits=first_logits[0],
             reused=place.hit,
+            captures=stages.take_fresh(),
         )

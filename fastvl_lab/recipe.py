@@ -10,6 +10,8 @@ from __future__ import annotations
 
 import dataclasses
 import importlib.util
+import os
+import shutil
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cache
@@ -30,12 +32,12 @@ ImageBackend = Literal["pillow", "torchvision"]
 class Option:
     """One way to do the work of a toggle.
 
-    `exact` options give the same tokens as Transformers up to rounding. `needs` names "cuda" or packages. `decides` names the
-    other toggles of the slot that this option takes over: they must stay at their first option, or the recipe means nothing.
-    `requires` names choices elsewhere, "slot.toggle=value" or "slot.toggle=value|value", without which this one cannot work.
-    `pixels` says whose resized pixels the option makes, where it touches them: "pillow" or "torchvision" (Transformers' image
-    backends: which of them is the stock one depends on what is installed), or "own". `within` is by how many levels of 255 the
-    pixels of an exact option may differ from those of the stock backend, where they are not the same.
+    `exact` options give the same tokens as Transformers up to rounding. `needs` names "cuda", "a C++ compiler" or packages.
+    `decides` names the other toggles of the slot that this option takes over: they must stay at their first option, or the recipe
+    means nothing. `requires` names choices elsewhere, "slot.toggle=value" or "slot.toggle=value|value", without which this one
+    cannot work. `pixels` says whose resized pixels the option makes, where it touches them: "pillow" or "torchvision"
+    (Transformers' image backends: which of them is the stock one depends on what is installed), or "own". `within` is by how many
+    levels of 255 the pixels of an exact option may differ from those of the stock backend, where they are not the same.
     """
 
     value: OptionValue
@@ -68,9 +70,16 @@ class Option:
             if need == "cuda":
                 if device.type != "cuda":
                     return f"it needs a CUDA device, and the lab runs on {device.type}"
+            elif need == "a C++ compiler":
+                if not any(map(shutil.which, (os.environ.get("CXX") or "c++", "g++", "clang++"))):
+                    return "it needs a C++ compiler, and neither c++, g++ nor clang++ is found"
             elif importlib.util.find_spec(need) is None:
                 return f"it needs the package {need}, which is not installed"
         return None
+
+
+# What padded stages are programs over.
+_PADDING = ("vit.tower=lean", "cache.kv=static|paged")
 
 
 def _toggle(*options: Option) -> Any:
@@ -347,9 +356,79 @@ class Cache:
 class Capture:
     """How a stage is executed."""
 
-    vit: str = _toggle(Option(value="eager", does="one kernel launch an operation, from Python"))
-    prefill: str = _toggle(Option(value="eager", does="one kernel launch an operation, from Python"))
-    decode: str = _toggle(Option(value="eager", does="one kernel launch an operation, from Python"))
+    vit: str = _toggle(
+        Option(value="eager", does="one kernel launch an operation, from Python"),
+        Option(
+            value="compile",
+            does="torch.compile of the whole tower but its attention, for any image size; vLLM 23207, 40116",
+            needs=("a C++ compiler",),
+            requires=("vit.tower=lean",),
+        ),
+        Option(
+            value="graph",
+            does="one CUDA graph for each size of its inputs; vLLM 35963, 40830, SGLang 14422, 15320",
+            needs=("cuda",),
+            requires=("vit.tower=lean",),
+        ),
+    )
+    prefill: str = _toggle(
+        Option(value="eager", does="one kernel launch an operation, from Python"),
+        Option(
+            value="compile",
+            does="torch.compile of the whole decoder, for any length of the prompt; gpt-fast, vLLM",
+            needs=("a C++ compiler",),
+            requires=("cache.kv=static|paged",),
+        ),
+        Option(
+            value="graph",
+            does="one CUDA graph for each length of the prompt, from its first token; SGLang 13055",
+            needs=("cuda",),
+            requires=("cache.kv=static|paged", "cache.prefix_reuse=off"),
+        ),
+    )
+    decode: str = _toggle(
+        Option(value="eager", does="one kernel launch an operation, from Python"),
+        Option(
+            value="compile",
+            does="torch.compile of the whole decoder, for any number of keys; gpt-fast, vLLM",
+            needs=("a C++ compiler",),
+            requires=("cache.kv=static|paged",),
+        ),
+        Option(
+            value="graph",
+            does="CUDA graphs by the number of keys, rounded up: to a power of two where shapes are exact; SGLang, vLLM",
+            needs=("cuda",),
+            requires=("cache.kv=static|paged",),
+        ),
+    )
+    first_token: str = _toggle(
+        Option(value="per_stage", does="vision tower, merge, prefill and argmax one after another"),
+        Option(
+            value="single_graph",
+            does="all from the patches to the first token as one CUDA graph: one launch and one wait; FlashRT",
+            needs=("cuda",),
+            decides=("vit", "prefill"),
+            requires=("vit.tower=lean", "cache.kv=static|paged", "cache.image_reuse=off", "cache.prefix_reuse=off"),
+        ),
+    )
+    shapes: str = _toggle(
+        Option(value="exact", does="every stage computes what is there"),
+        Option(
+            value="multiples_of_64",
+            does="visual tokens, prompt and keys are padded to the next multiple of 64, and masked, so that sizes share a program",
+            requires=_PADDING,
+        ),
+        Option(
+            value="multiples_of_256",
+            does="the same with multiples of 256: fewer programs, more padding; token budgets of vLLM 35963",
+            requires=_PADDING,
+        ),
+        Option(
+            value="powers_of_two",
+            does="the same with powers of two from 64 on: fewest programs, up to half of the work padding",
+            requires=_PADDING,
+        ),
+    )
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 
+from fastvl_lab.capture.execute import Capture
 from fastvl_lab.errors import MissingExtraError
 from fastvl_lab.recipe import Recipe
 from fastvl_lab.request import Chunk, Grid, ImageShape
@@ -27,9 +28,9 @@ _EIGHTHS = " ▏▎▍▌▋▊▉"
 class Run:
     """What one engine did with one request.
 
-    `kind` is "cold" for the first run of its engine, shape and thread (JIT, capture and autotune included), "warm" after that,
-    "cache_hit" when something was reused from an earlier request. `logits` are those of the last prompt token, float32 [vocab] on
-    the host.
+    `kind` is "cold" for the first run of its engine, shape and thread, and for any run that compiled or captured something (they
+    are its `captures`), "warm" after that, "cache_hit" when something was reused from an earlier request. `logits` are those of the
+    last prompt token, float32 [vocab] on the host.
     """
 
     engine: str
@@ -44,6 +45,7 @@ class Run:
     chunks: tuple[Chunk, ...]
     trace: Trace
     logits: torch.Tensor
+    captures: tuple[Capture, ...] = ()
 
     @property
     def ttft(self) -> float:
@@ -110,6 +112,7 @@ class Run:
             "tokens": list(self.tokens),
             "chunks": [{"text": c.text, "tokens": list(c.tokens), "time": c.time} for c in self.chunks],
             "trace": self.trace.to_record(),
+            "captures": [vars(capture) for capture in self.captures],
         }
 
     @classmethod
@@ -121,6 +124,7 @@ class Run:
         data["tokens"] = tuple(record["tokens"])
         data["chunks"] = tuple(Chunk(**{**chunk, "tokens": tuple(chunk["tokens"])}) for chunk in record["chunks"])
         data["trace"] = Trace.from_record(record["trace"])
+        data["captures"] = tuple(Capture(**capture) for capture in record.get("captures", ()))  # absent in older records
         return cls(**data, logits=torch.empty(0))
 
     def _bar(self, intervals: list[tuple[int, int]]) -> str:
@@ -148,6 +152,7 @@ class Run:
     def __repr__(self) -> str:
         lines = [self.title(), self.subtitle(), self._summary()]
         lines += [f"{stage:<13} {ms:9.3f} ms {share:6.1%} {bar}".rstrip() for stage, ms, share, bar in self._rows_with_bars()]
+        lines += [f"{c.how} of {c.stage}: {c.seconds:.2f} s, {c.n_bytes / 1e6:.1f} MB ({c.shape})" for c in self.captures]
         if self.trace.counts:
             lines.append("counted: " + ", ".join(f"{name} {times}" for name, times in self.trace.counts.items()))
         return "\n".join(lines)

@@ -16,6 +16,9 @@ from typing import Any, Literal
 
 import torch
 
+# What times a block or a layer inside a stage, by its name.
+Inner = Callable[[str], AbstractContextManager[None]]
+
 Lane = Literal["host", "device"]
 Level = Literal["off", "stages", "layers"]
 
@@ -31,6 +34,7 @@ STAGES: dict[str, str] = {
     "vit": "vit/",
     "merge": "language/merge.py",
     "prefill": "language/prefill.py",
+    "first_token": "capture/stages.py",
     "sample": "language/sample.py",
     "emit": "streaming.py",
     "decode": "language/decode.py",
@@ -138,6 +142,11 @@ class Trace:
         spans = tuple(Span(**dict(zip(fields, row, strict=True))) for row in record["spans"])
         counts = record.get("counts", {})  # absent in records of before they were kept
         return cls(spans=spans, first_chunk_ns=record["first_chunk_ns"], end_ns=record["end_ns"], counts=counts)
+
+
+def no_inner(_: str) -> AbstractContextManager[None]:
+    """Times nothing: for what is compiled or captured, where no clock can be read."""
+    return nullcontext()
 
 
 class Tracer:

@@ -97,8 +97,8 @@ def test_running_out_of_memory_is_one_sentence(labs: dict[str, Lab], monkeypatch
     def exhausted_on_cpu(*_: object, **__: object) -> None:
         raise RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes.")
 
-    monkeypatch.setattr(lab._bind(Recipe.baseline()), "encode", exhausted)
-    monkeypatch.setattr(lab._bind(Recipe.fastest()), "encode", exhausted_on_cpu)
+    monkeypatch.setattr(lab._bind(Recipe.baseline()).stages, "encode", exhausted)  # type: ignore[attr-defined]
+    monkeypatch.setattr(lab._bind(Recipe.fastest()).stages, "encode", exhausted_on_cpu)  # type: ignore[attr-defined]
     request = Request(images=[np.zeros((40, 40, 3), np.uint8)], prompt="?")
     with pytest.raises(
         DeviceError, match=r"ran out of memory \(CUDA out of memory. Tried to allocate 20 GiB.\); set a smaller max_pixels"

@@ -95,6 +95,7 @@ def test_options_of_a_slot_do_not_import_each_other() -> None:
         "vit": {"stock", "lean"},
         "attention": {"eager", "sdpa", "varlen", "slotted"},
         "cache": {"concat", "slotted"},
+        "capture": {"compiled", "graphs"},
     }
     for slot, names in options.items():
         for name in names:

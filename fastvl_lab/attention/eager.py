@@ -19,7 +19,10 @@ def prefill(q: torch.Tensor, cache: KvCache, layer: int) -> torch.Tensor:
 
 def decode(q: torch.Tensor, cache: KvCache, layer: int) -> torch.Tensor:
     """One query a sequence against all of its keys."""
-    parts = [_attend(q_1HD, *cache.read(layer, number), None) for number, q_1HD in enumerate(q.split(1))]
+    parts, visible = [], cache.visible
+    for number, q_1HD in enumerate(q.split(1)):
+        hidden_mask = None if visible is None else ~visible[number]
+        parts.append(_attend(q_1HD, *cache.read(layer, number), hidden_mask))
     return parts[0] if len(parts) == 1 else torch.cat(parts)
 
 

@@ -6,8 +6,8 @@ import torch
 
 from fastvl_lab.kernels.decode_attention import decode_attention
 from fastvl_lab.kernels.prefill_attention import block_size, prefill_attention
-from fastvl_lab.language.decoder import Attend, KvCache
-from fastvl_lab.language.segments import Segments, once_a_forward
+from fastvl_lab.language.decoder import Attend, KvCache, once_a_forward
+from fastvl_lab.language.segments import Segments
 
 
 def bind_prefill(dtype: torch.dtype) -> Attend:
@@ -27,7 +27,7 @@ def bind_prefill(dtype: torch.dtype) -> Attend:
 
     def prefill(q: torch.Tensor, cache: KvCache, layer: int) -> torch.Tensor:
         slots = cache.slots(layer)
-        return prefill_attention(q, slots.keys, slots.values, slots.slot_of, blocks_of(cache.segments, q.device))
+        return prefill_attention(q, slots.keys, slots.values, slots.slot_of, blocks_of(cache, q.device))
 
     return prefill
 

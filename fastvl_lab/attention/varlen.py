@@ -8,8 +8,7 @@ from typing import Any
 import torch
 from torch.nn.attention.varlen import varlen_attn
 
-from fastvl_lab.language.decoder import Attend, KvCache
-from fastvl_lab.language.segments import once_a_forward
+from fastvl_lab.language.decoder import Attend, KvCache, once_a_forward
 
 
 def bind_prefill() -> Attend:
@@ -23,7 +22,7 @@ def bind_prefill() -> Attend:
         segments = cache.segments
         read = [cache.read(layer, number) for number in range(len(segments.new))]
         keys, values = (x[0] if len(x) == 1 else torch.cat(x) for x in zip(*read, strict=True))
-        ends_q, ends_k = boundaries_of(segments, q.device)
+        ends_q, ends_k = boundaries_of(cache, q.device)
         longest_q, longest_k = max(segments.new), max(segments.lengths)
         out = varlen_attn(q, keys, values, ends_q, ends_k, longest_q, longest_k, window_size=(-1, 0), **grouped)
         assert isinstance(out, torch.Tensor)

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 
+import torch
+
 from fastvl_lab.cache.blocks import BlockPool, Table, Token
 from fastvl_lab.cache.concat import ConcatKv
 from fastvl_lab.cache.images import ImageStore, Kept, image_digest, join, split
@@ -136,6 +138,19 @@ class BoundCache:
     def __init__(self, slot: Cache, memory: Memory, *, family: str, images_by: str) -> None:
         self._kv, self._memory, self._family, self._images_by = slot.kv, memory, family, images_by
         self._image_reuse, self._prefix_reuse = ({"off": False, "on": True}[x] for x in (slot.image_reuse, slot.prefix_reuse))
+
+    @property
+    def layers(self) -> list[tuple[torch.Tensor, torch.Tensor]]:
+        """The store that every request's keys and values are in, a pair a layer; none where each request has tensors of its own."""
+        if self._kv == "concat":
+            return []
+        store = self._memory.static if self._kv == "static" else self._memory.paged.store
+        return [(layer[0], layer[1]) for layer in store]
+
+    @property
+    def in_place(self) -> bool:
+        """Whether token i of a request is kept in slot i of the store."""
+        return self._kv == "static"
 
     def admit(self, prompt: Prompt, max_new_tokens: int, contents: Contents) -> Place:
         """A place for a prompt that is on the host still, and for the answer; raises `RequestError` where there is no room.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 
@@ -17,6 +18,8 @@ class ConcatKv:
         self._keys: list[list[torch.Tensor | None]] = [[None] * n_sequences for _ in range(n_layers)]
         self._values: list[list[torch.Tensor | None]] = [[None] * n_sequences for _ in range(n_layers)]
         self.segments = Segments(new=(0,) * n_sequences, before=(0,) * n_sequences)
+        self.made: dict[Any, Any] = {}
+        self.visible = None  # all keys that `read` gives are the sequence's
 
     @property
     def n_bytes(self) -> int:
@@ -26,7 +29,7 @@ class ConcatKv:
 
     def extend(self, new: Sequence[int]) -> None:
         """The next forward brings this many tokens of each sequence."""
-        self.segments = Segments.of(new, self.segments.lengths)
+        self.segments, self.made = Segments.of(new, self.segments.lengths), {}
 
     def write(self, layer: int, k: torch.Tensor, v: torch.Tensor) -> None:
         for stored, packed in ((self._keys[layer], k), (self._values[layer], v)):
@@ -40,6 +43,9 @@ class ConcatKv:
         assert keys is not None
         assert values is not None
         return keys, values
+
+    def last(self, x: torch.Tensor) -> torch.Tensor:
+        return self.segments.last(x)
 
     def slots(self, layer: int) -> Slots:
         raise AssertionError("a recipe whose kernels need slots has a cache with slots")

@@ -50,7 +50,8 @@ class Memory:
                 f"larger memory_budget or a smaller session_len"
             )
         self._session_blocks = session_blocks = -(-self.session_len // BLOCK_SIZE)
-        self._pool_blocks = (self.budget - self.budget // _IMAGE_SHARE) // block_bytes - session_blocks
+        spare = 2 * self.shape.bytes_per_token  # a slot that is no sequence's, in either store
+        self._pool_blocks = (self.budget - self.budget // _IMAGE_SHARE - spare) // block_bytes - session_blocks
         self.images = ImageStore(self.budget // _IMAGE_SHARE)
         self._static: torch.Tensor | None = None
         self._paged: Paged | None = None
@@ -86,7 +87,7 @@ class Memory:
 
 def least_budget(shape: KvShape, session_len: int) -> int:
     """Bytes of two sessions and of the visual tokens' share beside them."""
-    kv_bytes = 2 * -(-session_len // BLOCK_SIZE) * BLOCK_SIZE * shape.bytes_per_token
+    kv_bytes = 2 * (-(-session_len // BLOCK_SIZE) * BLOCK_SIZE + 1) * shape.bytes_per_token
     return -(-kv_bytes * _IMAGE_SHARE // (_IMAGE_SHARE - 1))
 
 

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
+import torch.nn.functional as F
 
 from fastvl_lab.checkpoint import Checkpoint
 from fastvl_lab.language.decoder import Slots
@@ -38,9 +40,12 @@ class KvShape:
         return 2 * self.n_layers * self.n_kv_heads * self.head_dim * self.dtype.itemsize
 
     def allocate(self, n_slots: int) -> torch.Tensor:
-        """[n_layers, 2, n_slots, n_kv_heads, head_dim], keys before values, not filled with anything."""
-        shape = (self.n_layers, 2, n_slots, self.n_kv_heads, self.head_dim)
-        return torch.empty(shape, dtype=self.dtype, device=self.device)
+        """[n_layers, 2, n_slots + 1, n_kv_heads, head_dim], keys before values, all zero.
+
+        The last slot is no sequence's. What was never written must be finite: a padded stage reads it, with weight zero.
+        """
+        shape = (self.n_layers, 2, n_slots + 1, self.n_kv_heads, self.head_dim)
+        return torch.zeros(shape, dtype=self.dtype, device=self.device)
 
 
 class SlottedKv:
@@ -57,6 +62,8 @@ class SlottedKv:
         self._blocks: list[list[int]] = [[] for _ in range(n_sequences)]
         self._in_one_piece = [True] * n_sequences
         self.segments = Segments(new=(0,) * n_sequences, before=tuple(reused))
+        self.made: dict[Any, Any] = {}
+        self.visible = None  # all keys that `read` gives are the sequence's
         self._slots: torch.Tensor | None = None  # int64 [B, longest]; made when it is first asked for
         self._lengths: torch.Tensor | None = None
         self._written: torch.Tensor | None = None
@@ -65,7 +72,7 @@ class SlottedKv:
     def n_bytes(self) -> int:
         """What the sequences' blocks take, filled or not; a block that several share is counted once."""
         n_blocks = len({block for blocks in self._blocks for block in blocks})
-        return n_blocks * self._block_size * self.store_bytes // self._store.shape[2]
+        return n_blocks * self._block_size * (self.store_bytes // self._store.shape[2])
 
     @property
     def store_bytes(self) -> int:
@@ -109,7 +116,7 @@ class SlottedKv:
 
     def extend(self, new: Sequence[int]) -> None:
         """The next forward brings this many tokens of each sequence, for which there are blocks."""
-        self.segments = Segments.of(new, self.segments.lengths)
+        self.segments, self.made = Segments.of(new, self.segments.lengths), {}
         held = [len(blocks) * self._block_size for blocks in self._blocks]
         assert all(length <= n for length, n in zip(self.segments.lengths, held, strict=True)), "more tokens than slots"
         self._written = None
@@ -141,12 +148,30 @@ class SlottedKv:
         return keys.index_select(0, slots), values.index_select(0, slots)
 
     def slots(self, layer: int) -> Slots:
+        keys, values = self._layers[layer]
+        return Slots(keys=keys, values=values, slot_of=self._slot_of(), lengths=self._lengths_now(), written=self._slots_written())
+
+    def last(self, x: torch.Tensor) -> torch.Tensor:
+        return self.segments.last(x)
+
+    @property
+    def layers(self) -> list[tuple[torch.Tensor, torch.Tensor]]:
+        """Keys and values of each layer, [n_slots, n_kv_heads, D]."""
+        return self._layers
+
+    def table(self, width: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Of a single sequence: int64 [1, width], the slots of its tokens and then any; and int32 [1], its length."""
+        slot_of = self._slot_of()
+        if width > slot_of.shape[1]:
+            slot_of = F.pad(slot_of, (0, width - slot_of.shape[1]))
+        return slot_of[:, :width], self._lengths_now()
+
+    def _lengths_now(self) -> torch.Tensor:
         if self._lengths is None:
             self._lengths = torch.empty(len(self._blocks), dtype=torch.int32, device=self._store.device)
             for number, length in enumerate(self.segments.lengths):
                 self._lengths[number].fill_(length)
-        keys, values = self._layers[layer]
-        return Slots(keys=keys, values=values, slot_of=self._slot_of(), lengths=self._lengths, written=self._slots_written())
+        return self._lengths
 
     def _slots_written(self) -> torch.Tensor:
         if self._written is None:

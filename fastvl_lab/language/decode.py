@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 
-from fastvl_lab.language.decoder import Decoder, Inner, KvCache, logits_of, run_layers
+from fastvl_lab.language.decoder import Decoder, KvCache, logits_of, run_layers
+from fastvl_lab.trace import Inner
 
 
 def decode(tokens: torch.Tensor, positions: torch.Tensor, decoder: Decoder, cache: KvCache, inner: Inner) -> torch.Tensor:

@@ -8,17 +8,15 @@ steps, as a `KvCache`. Shape letters: n new tokens of all sequences, B sequences
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, TypeVar
 
 import torch
 import torch.nn.functional as F
 
 from fastvl_lab.language.segments import Segments
 from fastvl_lab.language.weights import DecoderWeights, Layer
-
-Inner = Callable[[str], AbstractContextManager[None]]
+from fastvl_lab.trace import Inner
 
 
 class Slots(NamedTuple):
@@ -36,9 +34,21 @@ class Slots(NamedTuple):
 
 
 class KvCache(Protocol):
-    """What a layer asks of the cache slot; `segments` are those of the forward that is under way."""
+    """What a layer asks of the cache slot.
 
-    segments: Segments
+    segments: those of the forward that is under way. made: what attention has made of them for all layers, by the function that
+    made it; empty when a forward begins. visible: bool [B, length], which of the keys that `read` gives are the sequence's, or None
+    where all are.
+    """
+
+    @property
+    def segments(self) -> Segments: ...
+
+    @property
+    def made(self) -> dict[Any, Any]: ...
+
+    @property
+    def visible(self) -> torch.Tensor | None: ...
 
     def write(self, layer: int, k: torch.Tensor, v: torch.Tensor) -> None:
         """Keep this forward's keys and values, [n, n_kv_heads, D] each."""
@@ -48,6 +58,24 @@ class KvCache(Protocol):
 
     def slots(self, layer: int) -> Slots:
         """Where they lie, for kernels that write and read them in place; a cache without slots has no such thing."""
+
+    def last(self, x: torch.Tensor) -> torch.Tensor:
+        """The rows of x [n, ...] that are the sequences' last tokens, [B, ...]."""
+
+
+T = TypeVar("T")
+
+
+def once_a_forward(build: Callable[[Segments, torch.device], T]) -> Callable[[KvCache, torch.device], T]:
+    """What `build` makes of a forward's segments, made in the first layer that asks and kept for the others."""
+
+    def of(cache: KvCache, device: torch.device) -> T:
+        if build not in cache.made:
+            cache.made[build] = build(cache.segments, device)
+        made: T = cache.made[build]
+        return made
+
+    return of
 
 
 # (q [n, H, D], the cache, which layer) -> [n, H, D]. In prefill n rows are packed sequences; in decode each is a sequence of its
@@ -100,15 +128,15 @@ def run_layers(
     deepstack: one [n_visual, hidden] per early layer, added after it at the rows of visual_index (arXiv 2406.04334). The result is
     before the final norm.
     """
-    weights, operations = decoder.weights, decoder.operations
-    angles, last_rows, added = operations.angles(positions), cache.segments.last_rows, None
+    weights, operations, alone = decoder.weights, decoder.operations, False
+    angles, added = operations.angles(positions), None
     for index, layer in enumerate(weights.layers):
         with inner(f"language.layer.{index}"):
             hidden, x = operations.add_norm(hidden, added, layer.norm1)
             q = operations.rotate(*operations.qkv(x, layer), layer, angles, cache, index)
             if operations.last_token_alone and index == len(weights.layers) - 1 and index >= len(deepstack):
                 # Nothing reads the others' outputs any more; their keys and values are kept.
-                q, hidden = (_rows(t, last_rows) for t in (q, hidden))
+                q, hidden, alone = cache.last(q), cache.last(hidden), True
                 attend = decoder.attend_decode
             attended = attend(q, cache, index)
             hidden, x = operations.add_norm(hidden, F.linear(attended.flatten(1), *layer.o), layer.norm2)
@@ -118,14 +146,7 @@ def run_layers(
             hidden, added = hidden + added, None
             hidden.index_add_(0, visual_index, deepstack[index])
     hidden = hidden if added is None else hidden + added
-    return hidden if len(hidden) == len(last_rows) else _rows(hidden, last_rows)
-
-
-def _rows(x: torch.Tensor, rows: tuple[int, ...]) -> torch.Tensor:
-    """Those rows, by slices: their numbers are known on the host, and stay there."""
-    if len(rows) == len(x):
-        return x
-    return x[rows[0] : rows[0] + 1] if len(rows) == 1 else torch.stack([x[row] for row in rows])
+    return hidden if alone else cache.last(hidden)
 
 
 def logits_of(hidden: torch.Tensor, decoder: Decoder) -> torch.Tensor:

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import torch
 
-from fastvl_lab.language.decoder import Decoder, Inner, KvCache, logits_of, run_layers
+from fastvl_lab.language.decoder import Decoder, KvCache, logits_of, run_layers
 from fastvl_lab.request import Prompt, VisionTokens
+from fastvl_lab.trace import Inner
 
 
 def prefill(

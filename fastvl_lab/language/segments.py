@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import accumulate
-from typing import TypeVar
 
 import torch
-
-T = TypeVar("T")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,14 +40,9 @@ class Segments:
         """The row of each sequence's last token."""
         return tuple(end - 1 for end in self.starts[1:])
 
-
-def once_a_forward(build: Callable[[Segments, torch.device], T]) -> Callable[[Segments, torch.device], T]:
-    """What `build` makes of a forward's segments, made in the first layer that asks and kept for the others."""
-    kept: list[tuple[Segments, T]] = []
-
-    def of(segments: Segments, device: torch.device) -> T:
-        if not kept or kept[0][0] is not segments:
-            kept[:] = [(segments, build(segments, device))]
-        return kept[0][1]
-
-    return of
+    def last(self, x: torch.Tensor) -> torch.Tensor:
+        """The rows of x [n, ...] that are the sequences' last tokens, by slices: their numbers are known on the host."""
+        rows = self.last_rows
+        if len(rows) == len(x):
+            return x
+        return x[rows[0] : rows[0] + 1] if len(rows) == 1 else torch.stack([x[row] for row in rows])

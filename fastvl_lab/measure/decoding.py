@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from contextlib import nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -20,6 +19,7 @@ from fastvl_lab.language.weights import decoder_weights
 from fastvl_lab.measure.rounds import Rounds, Task, now, time_rounds
 from fastvl_lab.recipe import Recipe, toggles
 from fastvl_lab.request import Prompt
+from fastvl_lab.trace import no_inner
 
 
 def time_decoding(
@@ -126,16 +126,12 @@ class BoundDecoder:
         """A text prompt through the decoder: logits of its last token, float32 [vocab]."""
         hidden = merge(prompt, None, self.decoder.weights.embed)
         place.extend(prompt.n_tokens)
-        return prefill(hidden, prompt, None, self.decoder, place.kv, _no_inner)[0]
+        return prefill(hidden, prompt, None, self.decoder, place.kv, no_inner)[0]
 
     def step(self, token: torch.Tensor, position: torch.Tensor, place: Place) -> torch.Tensor:
         """One more token: the logits after it, float32 [vocab]."""
         place.extend(1)
-        return decode(token, position, self.decoder, place.kv, _no_inner)[0]
-
-
-def _no_inner(_: str) -> nullcontext[None]:
-    return nullcontext()
+        return decode(token, position, self.decoder, place.kv, no_inner)[0]
 
 
 def _task(lab: Lab, prompt: Prompt, engine: EngineName, steps: int) -> Task:

@@ -2,28 +2,67 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Hashable, Mapping
+from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import torch
+import torch.nn.functional as F
 
 from fastvl_lab.checkpoint import Checkpoint
 from fastvl_lab.errors import CheckpointError
 from fastvl_lab.recipe import Vit
 from fastvl_lab.request import PatchFormat, Pixels, VisionTokens
-from fastvl_lab.trace import Tracer
+from fastvl_lab.trace import Inner, Tracer
 from fastvl_lab.vit import attention, lean, stock
 from fastvl_lab.vit.operations import bind_operations
 from fastvl_lab.vit.patch_embed import PatchEmbed, PatchProjection, bind_patch_embed, fold
-from fastvl_lab.vit.plan import PlanCache, recomputed
+from fastvl_lab.vit.plan import Plan, PlanCache, Planner, recomputed
 
 Encode = Callable[[Pixels, Tracer], VisionTokens]
 
 
-def bind(slot: Vit, checkpoint: Checkpoint, patch_format: PatchFormat) -> Encode:
+@dataclass(frozen=True, kw_only=True, eq=False)
+class LeanEncoder:
+    """The lean tower, to be called as it is, or in its two halves: what follows from the grids, and the forward itself."""
+
+    tower: lean.Tower
+    patch_embed: PatchEmbed
+    attention: attention.SegmentAttention
+    planner: Planner
+
+    def __call__(self, pixels: Pixels, tracer: Tracer) -> VisionTokens:
+        return lean.encode(pixels.patches, self._plan(pixels, tracer), self.tower, self.patch_embed, self.attention, tracer.inner)
+
+    def inputs(self, pixels: Pixels, tracer: Tracer, n_patches: int | None) -> tuple[dict[str, torch.Tensor], Hashable]:
+        """What `forward` takes: tensors by name, and what decides which program it is.
+
+        n_patches: None, or as many as requests of other images have with which the program is to be shared; then what is missing
+        of them is padding, rows of zeros at the end.
+        """
+        tensors, rest = self._plan(pixels, tracer, n_patches).split()
+        patches = pixels.patches
+        if n_patches is not None:
+            patches = F.pad(patches, (0, 0, 0, n_patches - len(patches)))
+        return {"patches": patches, **tensors}, rest
+
+    def forward(self, tensors: Mapping[str, torch.Tensor], rest: Any, inner: Inner) -> VisionTokens:
+        """Tensors in, tensors out; visual tokens of padding come last."""
+        plan = Plan.joined(tensors, rest)
+        return lean.encode(tensors["patches"], plan, self.tower, self.patch_embed, self.attention, inner)
+
+    def _plan(self, pixels: Pixels, tracer: Tracer, n_patches: int | None = None) -> Plan:
+        with tracer.inner("vit.positions"):
+            plan, known = self.planner(pixels.grids, n_patches)
+        tracer.count("vit.positions known" if known else "vit.positions built")
+        return plan
+
+
+def bind(slot: Vit, checkpoint: Checkpoint, patch_format: PatchFormat, *, compiled: bool = False) -> Encode | LeanEncoder:
     """The function that encodes patches of that format, as the slot's toggles say; the tracer times its blocks.
 
-    Raises `CheckpointError` where the checkpoint asks for what an option has not.
+    compiled: whether torch.compile is to read it. Raises `CheckpointError` where the checkpoint asks for what an option has not.
     """
     if slot.tower == "transformers":
         assert patch_format == stock_format(checkpoint), "the recipe lets the stock tower have stock patches only"
@@ -48,13 +87,11 @@ def bind(slot: Vit, checkpoint: Checkpoint, patch_format: PatchFormat) -> Encode
         "triton": partial(attention.triton, checkpoint.dtype),
     }
     attend = options[slot.attention]()
+    if compiled:
+        attend = attention.opaque(slot.attention, attend)
     build = partial(lean.build_plan, tower, attend)
     planner = {"recomputed": recomputed, "cached": PlanCache}[slot.positions](build)
-
-    def encode(pixels: Pixels, tracer: Tracer) -> VisionTokens:
-        return lean.encode(pixels, tower, patch_embed, attend, planner, tracer)
-
-    return encode
+    return LeanEncoder(tower=tower, patch_embed=patch_embed, attention=attend, planner=planner)
 
 
 def stock_format(checkpoint: Checkpoint) -> PatchFormat:

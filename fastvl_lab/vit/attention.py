@@ -6,39 +6,56 @@ Shape letters: N patches of all segments, H heads, D head_dim.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 from dataclasses import dataclass
-from typing import Any
+from functools import cache
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 
-from fastvl_lab.vit.positions import Groups
+from fastvl_lab.vit.positions import Group, Groups
+
+
+class Prepared(NamedTuple):
+    """What an option made of the segments: a table that its kernel reads, and what its calls themselves depend on."""
+
+    table: torch.Tensor | None
+    fixed: Hashable
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class SegmentAttention:
-    """prepare(groups, device) -> prepared; attend(q_HND, k_HND, v_HND, prepared) -> [N, H * D]."""
+    """prepare(groups, device) -> prepared; attend(q_HND, k_HND, v_HND, prepared) -> [N, H * D].
 
-    prepare: Callable[[Groups, torch.device], Any]
-    attend: Callable[[torch.Tensor, torch.Tensor, torch.Tensor, Any], torch.Tensor]
+    room(table) is the same table with room for more segments, so that requests of different images have tables of one size.
+    """
+
+    prepare: Callable[[Groups, torch.device], Prepared]
+    attend: Callable[[torch.Tensor, torch.Tensor, torch.Tensor, Prepared], torch.Tensor]
+    room: Callable[[torch.Tensor], torch.Tensor] = lambda table: table
 
 
 def per_window() -> SegmentAttention:
     """One call of SDPA a segment, in a Python loop, as the stock tower does."""
 
-    def attend(q_HND: torch.Tensor, k_HND: torch.Tensor, v_HND: torch.Tensor, lengths: list[int]) -> torch.Tensor:
+    def attend(q_HND: torch.Tensor, k_HND: torch.Tensor, v_HND: torch.Tensor, prepared: Prepared) -> torch.Tensor:
+        lengths: Any = prepared.fixed
         segments = zip(*(x.split(lengths, dim=1) for x in (q_HND, k_HND, v_HND)), strict=True)
         outputs = [F.scaled_dot_product_attention(q[None], k[None], v[None])[0] for q, k, v in segments]
         return torch.cat(outputs, dim=1).transpose(0, 1).flatten(1)
 
-    return SegmentAttention(prepare=lambda groups, device: [g.length for g in groups for _ in range(g.number)], attend=attend)
+    def prepare(groups: Groups, _: torch.device) -> Prepared:
+        return Prepared(None, tuple(group.length for group in groups for _ in range(group.number)))
+
+    return SegmentAttention(prepare=prepare, attend=attend)
 
 
 def grouped() -> SegmentAttention:
     """One call of SDPA for all neighbouring segments of equal length."""
 
-    def attend(q_HND: torch.Tensor, k_HND: torch.Tensor, v_HND: torch.Tensor, groups: Groups) -> torch.Tensor:
+    def attend(q_HND: torch.Tensor, k_HND: torch.Tensor, v_HND: torch.Tensor, prepared: Prepared) -> torch.Tensor:
+        groups: Any = prepared.fixed
         outputs = []
         for start, number, length in groups:
             batched = [x[:, start : start + number * length].unflatten(1, (number, length)) for x in (q_HND, k_HND, v_HND)]
@@ -46,36 +63,95 @@ def grouped() -> SegmentAttention:
             outputs.append(out.transpose(1, 2).reshape(number * length, -1))
         return outputs[0] if len(outputs) == 1 else torch.cat(outputs)
 
-    return SegmentAttention(prepare=lambda groups, device: groups, attend=attend)
+    return SegmentAttention(prepare=lambda groups, _: Prepared(None, groups), attend=attend)
 
 
 def varlen() -> SegmentAttention:
     """torch's variable-length attention: one call of its flash kernel over all segments, on CUDA in half precision."""
     from torch.nn.attention.varlen import varlen_attn
 
-    def prepare(groups: Groups, device: torch.device) -> tuple[torch.Tensor, int]:
+    def prepare(groups: Groups, device: torch.device) -> Prepared:
         starts = [g.start + g.length * torch.arange(g.number, dtype=torch.int32, device=device) for g in groups]
         end = groups[-1].start + groups[-1].number * groups[-1].length
-        return torch.cat([*starts, torch.full((1,), end, dtype=torch.int32, device=device)]), max(g.length for g in groups)
+        boundaries = torch.cat([*starts, torch.full((1,), end, dtype=torch.int32, device=device)])
+        return Prepared(boundaries, max(g.length for g in groups))
 
-    def attend(q_HND: torch.Tensor, k_HND: torch.Tensor, v_HND: torch.Tensor, prepared: tuple[torch.Tensor, int]) -> torch.Tensor:
-        boundaries, longest = prepared
+    def attend(q_HND: torch.Tensor, k_HND: torch.Tensor, v_HND: torch.Tensor, prepared: Prepared) -> torch.Tensor:
+        longest: Any = prepared.fixed
+        assert prepared.table is not None
+        boundaries = prepared.table
         q, k, v = (x.transpose(0, 1) for x in (q_HND, k_HND, v_HND))
         out = varlen_attn(q, k, v, boundaries, boundaries, longest, longest)
         assert isinstance(out, torch.Tensor)
         return out.flatten(1)
 
-    return SegmentAttention(prepare=prepare, attend=attend)
+    def room(boundaries: torch.Tensor) -> torch.Tensor:
+        """Empty segments at the end."""
+        return torch.cat([boundaries, boundaries[-1:].expand(_power_of_two(len(boundaries)) - len(boundaries))])
+
+    return SegmentAttention(prepare=prepare, attend=attend, room=room)
 
 
 def triton(dtype: torch.dtype) -> SegmentAttention:
     """The lab's own kernel over blocks of queries, none of them empty; dtype: of q, k and v."""
     from fastvl_lab.kernels.segment_attention import block_size, segment_attention
 
-    def prepare(groups: Groups, device: torch.device) -> torch.Tensor:
-        return torch.cat([_query_blocks(*group, block_size(dtype), device) for group in groups])
+    def prepare(groups: Groups, device: torch.device) -> Prepared:
+        return Prepared(torch.cat([_query_blocks(*group, block_size(dtype), device) for group in groups]), None)
 
-    return SegmentAttention(prepare=prepare, attend=lambda q, k, v, blocks: segment_attention(q, k, v, blocks).flatten(1))
+    def attend(q_HND: torch.Tensor, k_HND: torch.Tensor, v_HND: torch.Tensor, prepared: Prepared) -> torch.Tensor:
+        assert prepared.table is not None
+        return segment_attention(q_HND, k_HND, v_HND, prepared.table).flatten(1)
+
+    def room(blocks: torch.Tensor) -> torch.Tensor:
+        """Blocks without queries at the end."""
+        return F.pad(blocks, (0, 0, 0, _power_of_two(len(blocks)) - len(blocks)))
+
+    return SegmentAttention(prepare=prepare, attend=attend, room=room)
+
+
+def opaque(option: str, attention: SegmentAttention) -> SegmentAttention:
+    """The option as one operator, into which torch.compile does not look.
+
+    Else each arrangement of windows would be another program, and a new image size would compile again. What an option's calls
+    depend on comes to the operator as a table on the host; torch's varlen is such an operator by itself.
+    """
+    if option == "varlen":
+        return attention
+    operator = _operator(option)
+
+    def prepare(groups: Groups, device: torch.device) -> Prepared:
+        if option == "triton":
+            return attention.prepare(groups, device)
+        none = Group(0, 0, 0)  # torch.compile takes a table of one row for another kind of table
+        return Prepared(torch.tensor([*groups, none]), None)
+
+    return SegmentAttention(
+        prepare=prepare, attend=lambda q, k, v, prepared: operator(q, k, v, prepared.table), room=attention.room
+    )
+
+
+@cache  # an operator has its name once in a process
+def _operator(option: str) -> Callable[..., torch.Tensor]:
+    attention = {"per_window": per_window, "grouped": grouped, "triton": lambda: triton(torch.float32)}[option]()  # type: ignore[no-untyped-call]
+
+    @torch.library.custom_op(f"fastvl_lab::{option}_attention", mutates_args=())
+    def operator(q_HND: torch.Tensor, k_HND: torch.Tensor, v_HND: torch.Tensor, table: torch.Tensor) -> torch.Tensor:
+        if option == "triton":
+            return attention.attend(q_HND, k_HND, v_HND, Prepared(table, None))
+        groups = tuple(Group(*row) for row in table.tolist() if row[1] > 0)
+        return attention.attend(q_HND, k_HND, v_HND, attention.prepare(groups, q_HND.device)).contiguous()
+
+    def like(q_HND: torch.Tensor, k_HND: torch.Tensor, v_HND: torch.Tensor, table: torch.Tensor) -> torch.Tensor:
+        return q_HND.new_empty(q_HND.shape[1], q_HND.shape[0] * q_HND.shape[2])
+
+    operator.register_fake(like)
+    return operator
+
+
+def _power_of_two(n: int) -> int:
+    """The least that is not below n."""
+    return 1 << (n - 1).bit_length()
 
 
 def _query_blocks(start: int, number: int, length: int, block: int, device: torch.device) -> torch.Tensor:

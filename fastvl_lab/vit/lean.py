@@ -16,13 +16,13 @@ import torch.nn.functional as F
 
 from fastvl_lab.checkpoint import Family
 from fastvl_lab.errors import CheckpointError
-from fastvl_lab.request import Grid, Pixels, VisionTokens
-from fastvl_lab.trace import Tracer
+from fastvl_lab.request import Grid, VisionTokens
+from fastvl_lab.trace import Inner
 from fastvl_lab.vit import positions
-from fastvl_lab.vit.attention import SegmentAttention
+from fastvl_lab.vit.attention import Prepared, SegmentAttention
 from fastvl_lab.vit.operations import AddNorm, Interpolate, Operations, Rotate
 from fastvl_lab.vit.patch_embed import PatchEmbed
-from fastvl_lab.vit.plan import Plan, Planner
+from fastvl_lab.vit.plan import Plan
 
 Function = Callable[[torch.Tensor], torch.Tensor]
 
@@ -131,52 +131,55 @@ def _merger_qwen3(merger: Any) -> Function:
     return lambda x: second(F.gelu(first(merger.norm(x.reshape(-1, width)).view(-1, first.in_features))))
 
 
-def build_plan(tower: Tower, attention: SegmentAttention, grids: Sequence[Grid]) -> Plan:
-    """Orders, tables and segments for these grids, computed on the tower's device."""
+def build_plan(tower: Tower, attention: SegmentAttention, grids: Sequence[Grid], n_patches: int | None) -> Plan:
+    """Orders, tables and segments for these grids, computed on the tower's device.
+
+    n_patches: None, or theirs and more to be shared with other grids. The rest is padding, which stays last, at position 0, in
+    segments of its own; tables of segments then have room for those of other grids.
+    """
     merge, device = tower.merge_size, tower.inv_freq.device
-    row_column, frames = positions.coordinates(grids, merge, device), positions.frames(grids)
+    padding = 0 if n_patches is None else n_patches - sum(grid.n_patches for grid in grids)
+    row_column, frames = positions.coordinates(grids, merge, device), positions.frames(grids, padding)
     order = rank = None
     windows = frames
     if tower.window is not None:
         token_order, rank = positions.window_order(grids, merge, tower.window, device)
-        windows = positions.windows(grids, merge, tower.window)
+        windows = positions.windows(grids, merge, tower.window, padding)
         order = (token_order[:, None] * merge**2 + torch.arange(merge**2, device=device)).flatten()
         row_column = row_column[order]
     learned = None
     if tower.learned_positions is not None:
         side = round(tower.learned_positions.shape[0] ** 0.5)
         learned = tower.interpolate(tower.learned_positions, *positions.interpolation(grids, row_column, side))
-    cos, sin = positions.rotary(row_column, tower.inv_freq)
-    return Plan(
-        order=order,
-        rank=rank,
-        cos=cos,
-        sin=sin,
-        learned=learned,
-        windows=attention.prepare(windows, device),
-        frames=attention.prepare(frames, device),
-    )
+    cos, sin = positions.rotary(F.pad(row_column, (0, 0, 0, padding)), tower.inv_freq)
+    prepared = [attention.prepare(segments, device) for segments in (windows, frames)]
+    if n_patches is not None:
+        order, rank = _followed(order, n_patches), _followed(rank, n_patches // merge**2)
+        learned = None if learned is None else F.pad(learned, (0, 0, 0, padding))
+        prepared = [p if p.table is None else Prepared(attention.room(p.table), p.fixed) for p in prepared]
+    return Plan(order=order, rank=rank, cos=cos, sin=sin, learned=learned, windows=prepared[0], frames=prepared[1])
+
+
+def _followed(order: torch.Tensor | None, n: int) -> torch.Tensor | None:
+    """An order of the first of n things, followed by the others as they are."""
+    return None if order is None else torch.cat([order, torch.arange(len(order), n, device=order.device)])
 
 
 def encode(
-    pixels: Pixels,
+    patches: torch.Tensor,
+    plan: Plan,
     tower: Tower,
     patch_embed: PatchEmbed,
     attention: SegmentAttention,
-    planner: Planner,
-    tracer: Tracer,
+    inner: Inner,
 ) -> VisionTokens:
-    """Patches to visual tokens (and DeepStack features), in the order of the prompt's placeholders."""
-    with tracer.inner("vit.positions"):
-        plan, known = planner(pixels.grids)
-    tracer.count("vit.positions known" if known else "vit.positions built")
-    patches = pixels.patches if plan.order is None else pixels.patches.index_select(0, plan.order)
-    hidden = patch_embed(patches)  # [N, hidden]
+    """Patches to visual tokens (and DeepStack features), in the order of the prompt's placeholders; padding stays last."""
+    hidden = patch_embed(patches if plan.order is None else patches.index_select(0, plan.order))  # [N, hidden]
     added = plan.learned
 
     deepstack = []
     for index, block in enumerate(tower.blocks):
-        with tracer.inner(f"vit.block.{index}"):
+        with inner(f"vit.block.{index}"):
             hidden, normed = block.norm1(hidden, added)
             q, k, v = tower.rotate(block.qkv(normed), tower.n_heads, plan.cos, plan.sin)
             attended = attention.attend(q, k, v, plan.windows if block.windowed else plan.frames)

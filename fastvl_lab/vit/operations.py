@@ -102,9 +102,12 @@ def _rotate_halves(
     n, half = cos.shape
     packed = qkv.view(n, 3, n_heads, 2, half).permute(1, 2, 3, 0, 4)  # [3, H, 2, N, D / 2]
     a, b = (packed[:2, :, i].float() for i in (0, 1))  # [2, H, N, D / 2]
-    rotated = torch.empty((2, n_heads, n, 2, half), dtype=torch.float32, device=qkv.device)
-    torch.mul(a, cos, out=rotated[..., 0, :]).addcmul_(b, sin, value=-1)
-    torch.mul(b, cos, out=rotated[..., 1, :]).addcmul_(a, sin)
+    if torch.compiler.is_compiling():  # which fuses this, and takes no strided `out`
+        rotated = torch.stack([a * cos - b * sin, b * cos + a * sin], dim=3)
+    else:
+        rotated = torch.empty((2, n_heads, n, 2, half), dtype=torch.float32, device=qkv.device)
+        torch.mul(a, cos, out=rotated[..., 0, :]).addcmul_(b, sin, value=-1)
+        torch.mul(b, cos, out=rotated[..., 1, :]).addcmul_(a, sin)
     q, k = rotated.flatten(3).to(qkv.dtype).unbind(0)
     return q, k, qkv.view(n, 3, n_heads, 2 * half)[:, 2].transpose(0, 1).contiguous()
 

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass, fields
-from typing import Any
 
 import torch
 
 from fastvl_lab.request import Grid
+from fastvl_lab.vit.attention import Prepared
 
 MAX_ENTRIES = 64
 MAX_BYTES = 128 * 2**20
@@ -29,22 +29,41 @@ class Plan:
     cos: torch.Tensor
     sin: torch.Tensor
     learned: torch.Tensor | None
-    windows: Any
-    frames: Any
+    windows: Prepared
+    frames: Prepared
+
+    def split(self) -> tuple[dict[str, torch.Tensor], Hashable]:
+        """All tensors by name, and the rest, which decides what the tower's program is; `joined` puts them together again."""
+        held = {field.name: getattr(self, field.name) for field in fields(self)}
+        held |= {name: held[name].table for name in ("windows", "frames")}
+        tensors = {name: tensor for name, tensor in held.items() if tensor is not None}
+        return tensors, (self.windows.fixed, self.frames.fixed)
+
+    @classmethod
+    def joined(cls, tensors: Mapping[str, torch.Tensor], rest: tuple[Hashable, Hashable]) -> Plan:
+        return cls(
+            order=tensors.get("order"),
+            rank=tensors.get("rank"),
+            cos=tensors["cos"],
+            sin=tensors["sin"],
+            learned=tensors.get("learned"),
+            windows=Prepared(tensors.get("windows"), rest[0]),
+            frames=Prepared(tensors.get("frames"), rest[1]),
+        )
 
     @property
     def n_bytes(self) -> int:
-        held: list[Any] = [getattr(self, field.name) for field in fields(self)]
-        held += [part for value in held if isinstance(value, tuple) for part in value]  # what an attention prepared
-        return sum(value.numel() * value.element_size() for value in held if isinstance(value, torch.Tensor))
+        return sum(tensor.numel() * tensor.element_size() for tensor in self.split()[0].values())
 
 
-Planner = Callable[[Sequence[Grid]], tuple[Plan, bool]]
+# The grids of a request, and how many patches the plan is for (`lean.build_plan`).
+Build = Callable[[Sequence[Grid], int | None], Plan]
+Planner = Callable[[Sequence[Grid], int | None], tuple[Plan, bool]]
 
 
-def recomputed(build: Callable[[Sequence[Grid]], Plan]) -> Planner:
+def recomputed(build: Build) -> Planner:
     """A new plan for every request."""
-    return lambda grids: (build(grids), False)
+    return lambda grids, n_patches: (build(grids, n_patches), False)
 
 
 class PlanCache:
@@ -53,20 +72,18 @@ class PlanCache:
     A request's images are known together, in their order. One thread at a time, as a `Lab` runs them.
     """
 
-    def __init__(
-        self, build: Callable[[Sequence[Grid]], Plan], *, max_entries: int = MAX_ENTRIES, max_bytes: int = MAX_BYTES
-    ) -> None:
+    def __init__(self, build: Build, *, max_entries: int = MAX_ENTRIES, max_bytes: int = MAX_BYTES) -> None:
         self._build, self._max_entries, self._max_bytes = build, max_entries, max_bytes
-        self._plans: OrderedDict[tuple[Grid, ...], Plan] = OrderedDict()
+        self._plans: OrderedDict[Hashable, Plan] = OrderedDict()
         self._bytes = 0
 
-    def __call__(self, grids: Sequence[Grid]) -> tuple[Plan, bool]:
+    def __call__(self, grids: Sequence[Grid], n_patches: int | None = None) -> tuple[Plan, bool]:
         """The plan, and whether it was there already."""
-        key = tuple(grids)
+        key = (n_patches, *grids)
         if key in self._plans:
             self._plans.move_to_end(key)
             return self._plans[key], True
-        plan = self._build(grids)
+        plan = self._build(grids, n_patches)
         if plan.n_bytes > self._max_bytes:  # it would push out all others, and then itself
             return plan, False
         self._plans[key] = plan

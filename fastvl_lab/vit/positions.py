@@ -48,18 +48,22 @@ def _of_lengths(runs: Sequence[tuple[int, int]]) -> Groups:
     return tuple(groups)
 
 
-def frames(grids: Sequence[Grid]) -> Groups:
-    """The segments of full attention, which stays inside a frame."""
-    return _of_lengths([(grid.t, grid.h * grid.w) for grid in grids])
+def frames(grids: Sequence[Grid], padding: int = 0) -> Groups:
+    """The segments of full attention, which stays inside a frame; patches of padding stand last, in a segment of their own."""
+    return _of_lengths([*((grid.t, grid.h * grid.w) for grid in grids), (1, padding)])
 
 
-def windows(grids: Sequence[Grid], merge_size: int, window: int) -> Groups:
-    """The segments of windowed attention in the order of `window_rank`; window: visual tokens along one side."""
+def windows(grids: Sequence[Grid], merge_size: int, window: int, padding: int = 0) -> Groups:
+    """The segments of windowed attention in the order of `window_rank`; window: visual tokens along one side.
+
+    Patches of padding stand last, in windows of their own.
+    """
     runs = []
     for grid in grids:
         for _ in range(grid.t):
             runs += [(number, tokens * merge_size**2) for number, tokens in _kinds(grid, merge_size, window)]
-    return _of_lengths(runs)
+    whole, rest = divmod(padding, (window * merge_size) ** 2)
+    return _of_lengths([*runs, (whole, (window * merge_size) ** 2), (1, rest)])
 
 
 def _kinds(grid: Grid, merge_size: int, window: int) -> list[tuple[int, int]]:

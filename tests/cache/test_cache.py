@@ -234,7 +234,7 @@ def test_room_comes_back_from_requests_that_fail_or_are_left(fresh: Lab, monkeyp
     stream.close()
     assert (pool.n_used, pool.n_available) == (0, pool.n_blocks)
 
-    engine = fresh._bind(fresh.engine(recipe))
+    engine = fresh._bind(fresh.engine(recipe)).stages  # type: ignore[attr-defined]
     for stage in ("encode", "prefill", "decode"):
 
         def fail(*_: object) -> None:

@@ -127,6 +127,12 @@ SEGMENTS = {
 }
 
 
+def _blocks(groups: tuple[Group, ...], dtype: torch.dtype) -> torch.Tensor:
+    table = attention.triton(dtype).prepare(groups, DEVICE).table
+    assert table is not None
+    return table
+
+
 @pytest.mark.usefixtures("poisoned")
 @pytest.mark.parametrize("segments", SEGMENTS)
 @pytest.mark.parametrize("head_dim", [24, 64, 72, 80, 128])
@@ -135,7 +141,7 @@ def test_segment_attention(segments: str, head_dim: int, dtype: torch.dtype) -> 
     if dtype == torch.bfloat16 and DEVICE.type == "cpu":
         pytest.skip("Triton's interpreter computes bfloat16 dots wrongly")
     groups = SEGMENTS[segments]
-    blocks = attention.triton(dtype).prepare(groups, DEVICE)
+    blocks = _blocks(groups, dtype)
     n = groups[-1].start + groups[-1].number * groups[-1].length
     q, k, v = _random(n, 3, 2, head_dim, dtype=dtype).permute(1, 2, 0, 3)  # [H, N, D], as they lie in the packed projection
     exact = segment_attention_reference(q.double(), k.double(), v.double(), blocks)
@@ -145,7 +151,7 @@ def test_segment_attention(segments: str, head_dim: int, dtype: torch.dtype) -> 
 
 def test_large_scores_do_not_overflow() -> None:
     groups = (Group(0, 1, BLOCK + 30),)
-    blocks = attention.triton(torch.float32).prepare(groups, DEVICE)
+    blocks = _blocks(groups, torch.float32)
     q, k, v = (_random(1, BLOCK + 30, 64, seed=seed) * scale for seed, scale in enumerate((100, 100, 1)))
     made = segment_attention(q, k, v, blocks)
     assert torch.allclose(made, segment_attention_reference(q, k, v, blocks), atol=1e-3)
@@ -155,7 +161,7 @@ def test_large_scores_do_not_overflow() -> None:
 @pytest.mark.parametrize("segments", SEGMENTS)
 def test_every_query_is_in_one_block_and_no_block_is_empty(segments: str, dtype: torch.dtype) -> None:
     groups = SEGMENTS[segments]
-    blocks = attention.triton(dtype).prepare(groups, DEVICE)
+    blocks = _blocks(groups, dtype)
     assert blocks.dtype == torch.int32
     queries = [query for first, _, end in blocks.tolist() for query in range(first, min(first + block_size(dtype), end))]
     assert queries == list(range(groups[-1].start + groups[-1].number * groups[-1].length))

@@ -64,7 +64,7 @@ def test_bytes_of_keys_and_values_are_those_of_what_is_kept(lab: Lab) -> None:
         for kind in ("concat", "static", "paged")
     )
     assert concat == [n * a_token for n in tokens]
-    assert static == [lab.checkpoint.session_len * a_token] * (steps + 1)
+    assert static == [(lab.checkpoint.session_len + 1) * a_token] * (steps + 1)
     assert paged == [-(-n // BLOCK_SIZE) * BLOCK_SIZE * a_token for n in tokens]
     assert lab.memory.paged.pool.n_used == 0  # the blocks are given back
 

@@ -147,9 +147,9 @@ def test_one_option_that_fails_or_loses_one_window_is_red_and_the_rest_are_timed
     recipes = tower_report.variants(lab.device, lab.dtype, lab.checkpoint.family)
     attend = attention.grouped().attend
 
-    def without_the_last_window(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, groups: Any) -> torch.Tensor:
-        out = attend(q, k, v, groups)
-        out[-groups[-1].length :] = 0
+    def without_the_last_window(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, prepared: Any) -> torch.Tensor:
+        out = attend(q, k, v, prepared)
+        out[-prepared.fixed[-1].length :] = 0
         return out
 
     broken = dataclasses.replace(attention.grouped(), attend=without_the_last_window)

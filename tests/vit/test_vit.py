@@ -27,7 +27,7 @@ from fastvl_lab.recipe import OptionValue
 from fastvl_lab.request import Grid, ImageShape, Pixels
 from fastvl_lab.trace import Tracer
 from fastvl_lab.vit import attention, bind, lean, positions, stock_format
-from fastvl_lab.vit.attention import SegmentAttention
+from fastvl_lab.vit.attention import Prepared, SegmentAttention
 from fastvl_lab.vit.operations import bind_operations
 from fastvl_lab.vit.patch_embed import PatchProjection, bind_patch_embed, fold
 from fastvl_lab.vit.plan import Plan, PlanCache
@@ -234,9 +234,9 @@ def test_positions_are_built_once_a_grid_where_they_are_kept(
     built: list[Sequence[Grid]] = []
     build = lean.build_plan
 
-    def counted(tower: Any, attend: Any, grids: Sequence[Grid]) -> Plan:
+    def counted(tower: Any, attend: Any, grids: Sequence[Grid], n_patches: int | None) -> Plan:
         built.append(grids)
-        return build(tower, attend, grids)
+        return build(tower, attend, grids, n_patches)
 
     monkeypatch.setattr(lean, "build_plan", counted)
     fresh = Lab(lab.checkpoint.name, device="cpu", dtype="float32")
@@ -255,9 +255,9 @@ def test_positions_are_built_once_a_grid_where_they_are_kept(
 def test_the_cache_of_plans_is_bounded() -> None:
     """10,000 grids leave no more behind than the bounds allow, and the latest are known."""
 
-    def build(grids: Sequence[Grid]) -> Plan:
-        table = torch.empty(grids[0].n_patches, 8)
-        return Plan(order=None, rank=None, cos=table, sin=table, learned=None, windows=(), frames=())
+    def build(grids: Sequence[Grid], _: int | None = None) -> Plan:
+        table, none = torch.empty(grids[0].n_patches, 8), Prepared(None, ())
+        return Plan(order=None, rank=None, cos=table, sin=table, learned=None, windows=none, frames=none)
 
     cache = PlanCache(build, max_entries=20, max_bytes=50_000)
     for number in range(10_000):

@@ -1,0 +1,145 @@
+"""Slot 5: how a stage is executed: launched from Python operation by operation, compiled, or replayed as a CUDA graph."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import cast
+
+import torch
+
+from fastvl_lab.capture.compiled import Compiled
+from fastvl_lab.capture.execute import Capture, Eager, Execute, Program
+from fastvl_lab.capture.graphs import Graphs, GraphStore
+from fastvl_lab.capture.shapes import Size, keys_of_a_step, size_of
+from fastvl_lab.capture.stages import (
+    PLAN_INPUTS,
+    Encoder,
+    Layers,
+    Programs,
+    SlotTable,
+    prompt_inputs,
+    step_inputs,
+    vit_inputs,
+    with_rows,
+)
+from fastvl_lab.language.decode import decode
+from fastvl_lab.language.decoder import Decoder, KvCache
+from fastvl_lab.language.prefill import prefill
+from fastvl_lab.recipe import Capture as Slot
+from fastvl_lab.request import Pixels, Prompt, VisionTokens
+from fastvl_lab.trace import Tracer
+
+Encode = Callable[[Pixels, Tracer], VisionTokens]
+
+
+class Stages:
+    """The stages of one recipe, executed as the slot's toggles say.
+
+    A stage that is eager, on shapes as they are, is the plain function over any tower and cache; else it is a program of
+    `stages.py`, over the lean tower and a cache with slots, which the catalogue requires. layers, in_place: `Programs`. graphs:
+    where CUDA graphs are kept, None without CUDA.
+    """
+
+    def __init__(
+        self,
+        slot: Slot,
+        encode: Encode,
+        decoder: Decoder,
+        *,
+        layers: Layers,
+        in_place: bool,
+        merge_size: int,
+        graphs: GraphStore | None,
+    ) -> None:
+        self._encode, self._decoder, self._merge_size = encode, decoder, merge_size
+        self._encoder = encoder = cast(Encoder, encode)
+        self._size = size = size_of(slot.shapes)
+        # Exact graphs of decode steps would be one a length: their keys are padded in any case.
+        self._keys: Size | None = keys_of_a_step if size is None and slot.decode == "graph" else size
+        padded = size is not None
+        programs = Programs(encoder=encoder, decoder=decoder, layers=layers, in_place=in_place)
+
+        def execute(stage: str, option: str, program: Program) -> Execute:
+            options: dict[str, Callable[[str, Program], Execute]] = {"eager": Eager, "compile": Compiled}
+            if graphs is not None:
+                options["graph"] = partial(Graphs, store=graphs, constant=_is_of_a_plan)
+            return options[option](stage, program)
+
+        self._vit = execute("vit", slot.vit, programs.vit()) if slot.vit != "eager" or padded else None
+        self._prefill = (
+            execute("prefill", slot.prefill, programs.prefill(padded=padded)) if slot.prefill != "eager" or padded else None
+        )
+        self._decode = (
+            execute("decode", slot.decode, programs.decode(padded=self._keys is not None))
+            if slot.decode != "eager" or padded
+            else None
+        )
+        alone = {"per_stage": False, "single_graph": True}[slot.first_token]
+        self._first_token = execute("first_token", "graph", programs.first_token(padded=padded)) if alone else None
+        self._executed = [x for x in (self._vit, self._prefill, self._decode, self._first_token) if x is not None]
+
+    @property
+    def captures(self) -> tuple[Capture, ...]:
+        """The programs that were made and are kept, and what each has cost."""
+        return tuple(capture for execute in self._executed for capture in execute.captures)
+
+    def take_fresh(self) -> tuple[Capture, ...]:
+        """Those that were made since this was asked last."""
+        fresh = tuple(capture for execute in self._executed for capture in execute.fresh)
+        for execute in self._executed:
+            execute.fresh.clear()
+        return fresh
+
+    @property
+    def first_token_alone(self) -> bool:
+        """Whether all from patches to the first token is one program, `first_token`."""
+        return self._first_token is not None
+
+    def encode(self, pixels: Pixels, tracer: Tracer) -> VisionTokens:
+        """Patches to visual tokens."""
+        if self._vit is None:
+            return self._encode(pixels, tracer)
+        n_visual = len(pixels.patches) // self._merge_size**2
+        inputs, rest = vit_inputs(self._encoder, pixels, self._merge_size, self._size, tracer)
+        embeds, *deepstack = (part[:n_visual] for part in self._vit(inputs, rest, tracer))
+        return VisionTokens(embeds=embeds, deepstack=tuple(deepstack))
+
+    def prefill(
+        self, hidden: torch.Tensor, prompt: Prompt, vision: VisionTokens | None, kv: KvCache, tracer: Tracer
+    ) -> torch.Tensor:
+        """The merged prompt to the logits of its last token, float32 [1, vocab]."""
+        if self._prefill is None:
+            return prefill(hidden, prompt, vision, self._decoder, kv, tracer.inner)
+        n_visual = 0 if vision is None else self._padded(len(vision.embeds))
+        inputs = prompt_inputs(prompt, {"hidden": hidden}, n_visual, cast(SlotTable, kv), self._size, tracer)
+        for level, added in enumerate(() if vision is None else vision.deepstack):
+            inputs[f"deepstack.{level}"] = with_rows(added, n_visual)
+        return self._prefill(inputs, None, tracer)[0]
+
+    def decode(self, token: torch.Tensor, position: torch.Tensor, kv: KvCache, tracer: Tracer) -> torch.Tensor:
+        """One more token, int64 [1] at position int64 [1], to the logits of the next, float32 [1, vocab]."""
+        if self._decode is None:
+            return decode(token, position, self._decoder, kv, tracer.inner)
+        return self._decode(step_inputs(token, position, cast(SlotTable, kv), self._keys, tracer), None, tracer)[0]
+
+    def first_token(self, pixels: Pixels | None, prompt: Prompt, kv: KvCache, tracer: Tracer) -> tuple[torch.Tensor, torch.Tensor]:
+        """Patches and prompt to the logits of its last token, float32 [1, vocab], and the likeliest next one, int64 [1]."""
+        assert self._first_token is not None
+        of_vit: dict[str, torch.Tensor] = {}
+        rest, n_visual = None, 0
+        if pixels is not None:
+            of_vit, rest = vit_inputs(self._encoder, pixels, self._merge_size, self._size, tracer)
+            n_visual = len(of_vit["patches"]) // self._merge_size**2
+        inputs = prompt_inputs(prompt, {"input_ids": prompt.input_ids}, n_visual, cast(SlotTable, kv), self._size, tracer)
+        inputs |= {f"vit.{name}": tensor for name, tensor in of_vit.items()}
+        logits, token = self._first_token(inputs, rest, tracer)
+        return logits, token
+
+    def _padded(self, n: int) -> int:
+        return n if self._size is None else self._size(n)
+
+
+def _is_of_a_plan(name: str) -> bool:
+    """Whether an input follows from the grids of a request alone: a plan that is kept keeps its tensors, and never changes them."""
+    return name.removeprefix("vit.") in PLAN_INPUTS

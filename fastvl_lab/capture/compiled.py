@@ -1,0 +1,84 @@
+"""torch.compile of a stage as a whole, for any size of its inputs; what was compiled is counted, and never a part left out."""
+
+from __future__ import annotations
+
+import shutil
+import time
+import types
+import uuid
+from collections.abc import Callable, Hashable, Sequence
+from typing import Any, cast
+
+import torch
+
+from fastvl_lab.capture.compile_cache import inductor_folder
+from fastvl_lab.capture.execute import Capture, Program, Tensors, shape_of
+from fastvl_lab.errors import CaptureError, sentence
+from fastvl_lab.trace import Tracer
+
+# Inputs of one size, and those whose second dimension is what varies; of all others it is the first.
+_FIXED = ("token", "position", "length")
+_BY_COLUMN = ("positions", "slot_of")
+
+
+class Compiled:
+    """One stage's program by torch.compile, with dynamic shapes: a new size is no reason to compile again.
+
+    torch compiles again nevertheless what it must take for another program, as where a size is 1 or an input is absent; the tracer
+    counts it, and the run is a cold one. Raises `CaptureError` where nothing can be compiled.
+    """
+
+    def __init__(self, stage: str, program: Program) -> None:
+        self._stage, self._tracer = stage, Tracer(torch.device("cpu"), "off")
+        self._captures: list[Capture] = []
+        self.fresh: list[Capture] = []
+        self._n_graphs = 0
+        # torch counts recompiles by code object, giving up at 8, and takes by name what varied in one for varying in all: each
+        # recipe's stage has a code object, and a name, of its own.
+        own = types.FunctionType(
+            program.__code__.replace(co_name=f"{stage}_{uuid.uuid4().hex}"),
+            program.__globals__,
+            program.__name__,
+            program.__defaults__,
+            program.__closure__,
+        )
+        self._program = torch.compile(own, backend=self._compile, fullgraph=True)
+
+    @property
+    def captures(self) -> tuple[Capture, ...]:
+        return tuple(self._captures)
+
+    def __call__(self, tensors: Tensors, rest: Hashable, tracer: Tracer) -> tuple[torch.Tensor, ...]:
+        self._tracer, before, started = tracer, self._n_graphs, time.perf_counter()
+        for name, tensor in tensors.items():
+            if name not in _FIXED:
+                torch._dynamo.maybe_mark_dynamic(tensor, 1 if name in _BY_COLUMN else 0)
+        try:
+            out: tuple[torch.Tensor, ...] = self._program(tensors, rest)
+        except torch._dynamo.exc.TorchDynamoException as error:
+            raise CaptureError(
+                f"capture.{self._stage}=compile: torch.compile cannot compile this stage here ({sentence(error)}); "
+                f"choose 'eager', or other options inside the stage"
+            ) from error
+        if self._n_graphs > before:
+            seconds = time.perf_counter() - started  # with the first run of what was compiled, which is small beside it
+            shape = shape_of(tensors)
+            self._captures.append(Capture(stage=self._stage, how="compile", shape=shape, seconds=seconds, n_bytes=0))
+            self.fresh.append(self._captures[-1])
+            tracer.count(f"{self._stage}: compilations", self._n_graphs - before)
+        self._captures[-1].uses += 1
+        return out
+
+    def _compile(self, graph: torch.fx.GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:
+        """Called by torch for every program that it has not got yet."""
+        from torch._inductor.compile_fx import compile_fx  # seconds to import
+
+        self._n_graphs += 1
+        with self._tracer.span(f"{self._stage}.compile"):
+            try:
+                return cast(Callable[..., Any], compile_fx(graph, list(inputs)))
+            except Exception:
+                # What other processes left in the cache may be damaged; what is wrong with the program itself comes up again.
+                if (folder := inductor_folder()) is not None:
+                    shutil.rmtree(folder, ignore_errors=True)
+                return cast(Callable[..., Any], compile_fx(graph, list(inputs)))

@@ -1,0 +1,64 @@
+"""Ways to run a stage's program: as it is, or what somebody else made of it once."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable, Mapping
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+
+from fastvl_lab.trace import Tracer
+
+Tensors = Mapping[str, torch.Tensor]
+
+# (tensors by name, what decides which program it is) -> tensors: on the same inputs it does the same, however often it is called.
+Program = Callable[[Tensors, Any], tuple[torch.Tensor, ...]]
+
+
+@dataclass(kw_only=True, eq=False)
+class Capture:
+    """One program made for a stage, and what it cost.
+
+    stage: "vit", "prefill", "decode" or "first_token". how: "compile" or "graph". shape: the sizes of its inputs, in words.
+    seconds: from the decision to make it until it could be used. n_bytes: of the device, held as long as it is kept; 0 for compiled
+    code. uses: how often it has run since.
+    """
+
+    stage: str
+    how: str
+    shape: str
+    seconds: float
+    n_bytes: int
+    uses: int = 0
+
+
+class Execute(Protocol):
+    """Runs one stage's program; `captures` are those that it has made and not given up, `fresh` those not yet reported."""
+
+    fresh: list[Capture]
+
+    @property
+    def captures(self) -> tuple[Capture, ...]: ...
+
+    def __call__(self, tensors: Tensors, rest: Hashable, tracer: Tracer) -> tuple[torch.Tensor, ...]: ...
+
+
+class Eager:
+    """The program itself."""
+
+    def __init__(self, stage: str, program: Program) -> None:
+        self._program = program
+        self.fresh: list[Capture] = []
+
+    @property
+    def captures(self) -> tuple[Capture, ...]:
+        return ()
+
+    def __call__(self, tensors: Tensors, rest: Hashable, tracer: Tracer) -> tuple[torch.Tensor, ...]:
+        return self._program(tensors, rest)
+
+
+def shape_of(tensors: Tensors) -> str:
+    """The sizes of tensors in words: "patches 192x588, hidden 64x64"."""
+    return ", ".join(f"{name} {'x'.join(map(str, tensor.shape))}" for name, tensor in tensors.items())

@@ -1,0 +1,33 @@
+"""To what sizes a stage's inputs are padded, so that requests of neighbouring sizes share a program."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+Size = Callable[[int], int]
+
+_LEAST = 64
+
+# How many keys a captured decode step reads at least; from there, powers of two.
+_LEAST_KEYS = 256
+
+
+def size_of(option: str) -> Size | None:
+    """The function from a number of tokens to the number that is computed, or None for no padding at all."""
+    sizes: dict[str, Size | None] = {
+        "exact": None,
+        "multiples_of_64": lambda n: -(-n // 64) * 64,
+        "multiples_of_256": lambda n: -(-n // 256) * 256,
+        "powers_of_two": lambda n: max(_LEAST, power_of_two(n)),
+    }
+    return sizes[option]
+
+
+def keys_of_a_step(n: int) -> int:
+    """Keys that a captured decode step reads where n are there: a graph for every length would be captured at every step."""
+    return max(_LEAST_KEYS, power_of_two(n))
+
+
+def power_of_two(n: int) -> int:
+    """The least that is not below n."""
+    return 1 << (n - 1).bit_length()

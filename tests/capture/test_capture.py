@@ -1,0 +1,319 @@
+"""Slot 5: compiled, padded and recorded stages do what the plain ones do, and what they cost is counted."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+from fastvl_lab import Lab, Recipe, Request, photo
+from fastvl_lab.cache.memory import Memory
+from fastvl_lab.capture.graphs import Graphs, GraphStore, Recording
+from fastvl_lab.capture.shapes import keys_of_a_step, size_of
+from fastvl_lab.errors import CaptureError, RecipeError
+from fastvl_lab.language.merge import merge
+from fastvl_lab.measure.decoding import text_prompt
+from fastvl_lab.pipeline import Pipeline
+from fastvl_lab.request import Grid, ImageShape, Pixels, Prompt, VisionTokens
+from fastvl_lab.trace import Tracer
+
+CPU = torch.device("cpu")
+OFF = Tracer(CPU, "off")
+SIZES = [(56, 56), (168, 140), (140, 168), (84, 300), (300, 84), (224, 224), (448, 336), (336, 448), (28, 28), (500, 333)]
+SIZES += [(112, 112), (640, 480)]
+PADDINGS = ("multiples_of_64", "multiples_of_256", "powers_of_two")
+
+
+class PlayedRecorder:
+    """Records on a CPU: a replay runs the program again on its buffers, and copies its results into the same outputs."""
+
+    def __init__(self) -> None:
+        self.n_bytes, self.n_recorded = 0, 0
+
+    def record(self, program: Callable[[], tuple[torch.Tensor, ...]]) -> Recording:
+        outputs = tuple(output.clone() for output in program())
+        self.n_bytes += sum(output.nbytes for output in outputs)
+        self.n_recorded += 1
+
+        def replay() -> None:
+            for output, made in zip(outputs, program(), strict=True):
+                output.copy_(made)
+
+        for output in outputs:
+            output.fill_(float("nan") if output.is_floating_point() else -1)  # what is not replayed is not there
+        return Recording(replay=replay, outputs=outputs)
+
+    def forget(self) -> None:
+        self.n_bytes = 0
+
+
+@pytest.fixture
+def played(lab: Lab, monkeypatch: pytest.MonkeyPatch) -> Lab:
+    """The checkpoint in a lab of its own, whose CUDA graphs are played on the CPU."""
+    monkeypatch.setattr(Recipe, "check", lambda self, device: None)
+    mine = lab.apart()
+    mine.graphs = GraphStore(PlayedRecorder(), max_bytes=2**30, max_graphs=1000)
+    return mine
+
+
+def _request(size: tuple[int, int] | None, prompt: str = "What is this?", n: int = 6) -> Request:
+    return Request(images=[photo("coffee", size)] if size else [], prompt=prompt, max_new_tokens=n, ignore_eos=True)
+
+
+def _strip(lab: Lab, n_visual: int) -> Pixels:
+    """Random patches of a strip of so many visual tokens, and of a square of four in a second image."""
+    vision = lab.checkpoint.config.vision_config
+    dim = 3 * vision.temporal_patch_size * vision.patch_size**2
+    grids = (Grid(1, 2, 2 * (n_visual - 4)), Grid(1, 4, 4))
+    patches = torch.randn(4 * n_visual, dim, generator=torch.Generator().manual_seed(n_visual))
+    shapes = tuple(
+        ImageShape(width=1, height=1, resized_width=1, resized_height=1, grid=grid, visual_tokens=grid.n_patches // 4)
+        for grid in grids
+    )
+    return Pixels(patches=patches, shapes=shapes)
+
+
+def _pair(lab: Lab, padding: str, more: str = "") -> tuple[Pipeline, Pipeline]:
+    """The fastest recipe on stock patches, as it is and padded."""
+    text = f"fastest, preprocessor.payload=float32, preprocessor.temporal=duplicated{more}"
+    plain, padded = (Recipe.parse(text + changes) for changes in ("", f", capture.shapes={padding}"))
+    checkpoint = dataclasses.replace(lab.checkpoint, session_len=1024)
+    return Pipeline(checkpoint, plain, Memory(checkpoint)), Pipeline(checkpoint, padded, Memory(checkpoint))
+
+
+def _close(ours: torch.Tensor, theirs: torch.Tensor) -> bool:
+    """Within 1e-5 of the largest value."""
+    assert ours.shape == theirs.shape
+    return bool((ours - theirs).abs().max() <= 1e-5 * theirs.abs().max())
+
+
+def test_sizes() -> None:
+    sizes = {option: size_of(option) for option in PADDINGS}
+    for size in sizes.values():
+        assert size is not None
+        padded = [size(n) for n in range(1, 2000)]
+        assert all(p >= n for n, p in enumerate(padded, 1))
+        assert all(size(p) == p for p in padded)
+    expected = {
+        "multiples_of_64": [64, 64, 128, 1664],
+        "multiples_of_256": [256, 256, 256, 1792],
+        "powers_of_two": [64, 64, 128, 2048],
+    }
+    assert {option: [size(n) for n in (1, 64, 65, 1636)] for option, size in sizes.items() if size} == expected
+    assert size_of("exact") is None
+    assert [keys_of_a_step(n) for n in (1, 256, 257)] == [256, 256, 512]
+
+
+@pytest.mark.parametrize("padding", PADDINGS)
+@torch.inference_mode()
+def test_padded_visual_tokens_are_the_same_at_every_edge(lab: Lab, padding: str) -> None:
+    plain, padded = _pair(lab, padding)
+    size = size_of(padding)
+    assert size is not None
+    for edge in (size(1), 2 * size(1)):
+        for n in (edge - 1, edge, edge + 1):
+            pixels = _strip(lab, n)
+            ours, theirs = padded.stages.encode(pixels, OFF), plain.stages.encode(pixels, OFF)
+            assert len(ours.parts) == len(theirs.parts)
+            assert all(_close(a, b) for a, b in zip(ours.parts, theirs.parts, strict=True))
+
+
+@pytest.mark.parametrize("kv", ["static", "paged"])
+@pytest.mark.parametrize("padding", PADDINGS)
+@torch.inference_mode()
+def test_padded_prompts_and_steps_are_the_same_at_every_edge(lab: Lab, padding: str, kv: str) -> None:
+    """Logits of prompts and of steps across an edge, with visual tokens and without; the store holds the tokens and no padding."""
+    pipelines, size = _pair(lab, padding, f", cache.kv={kv}"), size_of(padding)
+    assert size is not None
+    for n in (size(1) - 2, size(1) - 1, size(1), size(1) + 1, 2 * size(1)):
+        for n_visual in (0, 9):
+            prompt, vision = _prompt(lab, n, n_visual)
+            logits, stores = [], []
+            for pipeline in pipelines:
+                place = pipeline.cache.admit(prompt, 8, tuple)
+                for store in pipeline.cache.layers:
+                    for side in store:
+                        side.zero_()
+                hidden = merge(prompt, vision, pipeline.decoder.weights.embed)
+                place.extend(n)
+                made = [pipeline.stages.prefill(hidden, prompt, vision, place.kv, OFF)]
+                for step in range(4):
+                    place.extend(1)
+                    token, position = torch.full((1,), 7 * step), torch.full((1,), n + step)
+                    made.append(pipeline.stages.decode(token, position, place.kv, OFF))
+                logits.append(torch.cat(made))
+                stores.append([side[:-1].clone() for store in pipeline.cache.layers for side in store])
+                place.close()
+            assert _close(logits[1], logits[0])
+            for ours, theirs in zip(*reversed(stores), strict=True):
+                assert torch.equal(ours.any(-1), theirs.any(-1)), "padding is kept nowhere but in the slot that is no sequence's"
+                assert int(ours.flatten(1).any(-1).sum()) == n + 4
+
+
+def _prompt(lab: Lab, n: int, n_visual: int) -> tuple[Prompt, VisionTokens | None]:
+    prompt, width = text_prompt(lab, n, 8), lab.checkpoint.config.get_text_config().hidden_size
+    if n_visual == 0:
+        return prompt, None
+    levels = len(getattr(lab.checkpoint.config.vision_config, "deepstack_visual_indexes", ()))
+    parts = torch.randn(1 + levels, n_visual, width, generator=torch.Generator().manual_seed(n))
+    index = torch.arange(3, 3 + n_visual)
+    with_image = Prompt(
+        input_ids=prompt.input_ids, positions=prompt.positions, visual_index=index, next_position=n, images=((3, n_visual),)
+    )
+    return with_image, VisionTokens(embeds=parts[0], deepstack=tuple(parts[1:]))
+
+
+@pytest.mark.parametrize("padding", PADDINGS)
+def test_padded_recipes_make_the_same_tokens(lab: Lab, padding: str) -> None:
+    recipe = Recipe.parse(f"fastest, capture.shapes={padding}")
+    for request in (_request((168, 140)), _request(None), _request((300, 84), "A longer question about it, " * 9)):
+        ours, theirs = lab.run(request, recipe), lab.run(request, recipe.oracle(lab.checkpoint.image_backend))
+        assert ours.tokens == theirs.tokens
+        assert (ours.logits - theirs.logits).abs().max() < 1e-4
+    assert ours.trace.counts["vit: patches of padding"] > 0
+    assert ours.trace.counts["prefill: tokens of padding"] > 0
+
+
+def test_compiled_stages_take_any_image_size(lab: Lab) -> None:
+    """12 sizes, text alone among them: the tokens of Transformers, and at most 4 compilations a stage."""
+    fresh = lab.apart()
+    text = "fastest, capture.vit=compile, capture.prefill=compile, capture.decode=compile"
+    recipe = Recipe.parse(text)
+    oracle = recipe.oracle(lab.checkpoint.image_backend)
+    kinds, compilations = [], 0
+    for size in [*SIZES, None, SIZES[0]]:
+        run, theirs = fresh.run(_request(size), recipe), fresh.run(_request(size), oracle)
+        assert run.tokens == theirs.tokens
+        assert (run.logits - theirs.logits).abs().max() < 1e-4
+        assert (len(run.captures) > 0) == any("compilations" in name for name in run.trace.counts)
+        kinds.append(run.kind)
+        compilations += len(run.captures)
+        if run.captures:
+            assert run.kind == "cold"
+            assert any(span.name.endswith(".compile") and span.depth == 1 for span in run.trace.spans)
+            assert "compile of" in repr(run)
+    assert kinds[0] == "cold"
+    assert kinds[-1] == "warm"
+    made = fresh.captures(recipe)
+    assert len(made) == compilations
+    for stage in ("vit", "prefill", "decode"):
+        mine = [capture for capture in made if capture.stage == stage]
+        assert 1 <= len(mine) <= 4
+        assert all(capture.seconds > 0 and capture.how == "compile" for capture in mine)
+
+
+@pytest.mark.parametrize(
+    "text", ["capture.vit=graph", "capture.prefill=graph", "capture.decode=graph", "capture.first_token=single_graph"]
+)
+def test_graphs_are_refused_on_a_cpu_with_the_reason(lab: Lab, text: str) -> None:
+    with pytest.raises(RecipeError, match="needs a CUDA device, and the lab runs on cpu"):
+        lab.run(_request(None), f"fastest, {text}")
+
+
+GRAPHS = {
+    "stages": "capture.vit=graph, capture.prefill=graph, capture.decode=graph",
+    "single": "capture.first_token=single_graph, capture.decode=graph",
+}
+
+
+@pytest.mark.parametrize("shapes", ["exact", "multiples_of_64"])
+@pytest.mark.parametrize("graphs", GRAPHS)
+def test_recorded_stages_make_the_same_tokens_and_record_nothing_in_steady_state(played: Lab, graphs: str, shapes: str) -> None:
+    recipe = Recipe.parse(f"fastest, {GRAPHS[graphs]}, capture.shapes={shapes}")
+    oracle = recipe.oracle(played.checkpoint.image_backend)
+    requests = [_request(size) for size in (SIZES[1], SIZES[2], None, SIZES[5])]
+    theirs = [played.run(request, oracle) for request in requests]
+    first = [played.run(request, recipe) for request in requests]
+    again = [played.run(request, recipe) for request in requests]
+    for ours, truth in zip([*first, *again], [*theirs, *theirs], strict=True):
+        assert ours.tokens == truth.tokens
+        assert (ours.logits - truth.logits).abs().max() < 1e-4
+    assert len(first[0].captures) == {"stages": 3, "single": 2}[graphs]
+    assert all(run.kind == "cold" for run in first)
+    assert all(run.captures == () and run.kind == "warm" for run in again)
+    stages = {span.name for span in again[0].trace.spans if span.depth == 0}
+    assert ("first_token" in stages) == (graphs == "single")
+    assert stages.isdisjoint({"vit", "merge", "prefill"} if graphs == "single" else {"first_token"})
+    kept = played.captures(recipe)
+    assert len(kept) == sum(len(run.captures) for run in first)
+    assert all(capture.how == "graph" and capture.n_bytes > 0 and capture.uses > 0 for capture in kept)
+
+
+def test_a_request_that_is_left_leaves_its_graphs_usable(played: Lab) -> None:
+    recipe = Recipe.parse(f"fastest, {GRAPHS['stages']}")
+    truth = played.run(_request(SIZES[1], n=12), recipe.oracle(played.checkpoint.image_backend))
+    for chunk in played.stream(_request(SIZES[1], n=12), recipe):
+        assert chunk.tokens
+        break
+    assert played.run(_request(SIZES[1], n=12), recipe).tokens == truth.tokens
+
+
+def test_a_request_of_another_image_does_not_see_what_was_replayed_before(played: Lab) -> None:
+    recipe = Recipe.parse(f"fastest, {GRAPHS['single']}")
+    same_size = [Request(images=[photo(name, (168, 140))], prompt="?", max_new_tokens=4) for name in ("coffee", "rocket", "coffee")]
+    runs = [played.run(request, recipe) for request in same_size]
+    assert torch.equal(runs[0].logits, runs[2].logits)
+    assert not torch.equal(runs[0].logits, runs[1].logits)
+    assert [len(run.captures) > 0 for run in runs] == [True, False, False]
+
+
+def test_many_shapes_stay_within_the_budget(played: Lab) -> None:
+    """60 requests of 20 shapes in a room for a few graphs, by number and by bytes."""
+    recipe = Recipe.parse(f"fastest, {GRAPHS['single']}")
+    for max_bytes, max_graphs in ((2**30, 5), (3_000_000, 1000)):
+        played.graphs = store = GraphStore(PlayedRecorder(), max_bytes=max_bytes, max_graphs=max_graphs)
+        played._engines.clear()
+        for number in range(60):
+            played.run(_request((28 * (number % 20 + 1), 56), n=2), recipe)
+            assert len(store) <= max_graphs
+            assert store.n_bytes <= max_bytes
+
+
+def test_the_graph_unused_for_longest_goes_first() -> None:
+    recorder = PlayedRecorder()
+    store = GraphStore(recorder, max_bytes=10_000, max_graphs=2)
+    graphs = Graphs("vit", lambda tensors, rest: (tensors["x"] * 2,), store, lambda name: False)
+    for length, recorded in ((3, 1), (4, 2), (3, 2), (5, 3), (3, 3), (4, 4)):
+        x = torch.arange(float(length))
+        (y,) = graphs({"x": x}, None, OFF)
+        assert torch.equal(y, 2 * x)
+        assert recorder.n_recorded == recorded
+    assert [(capture.shape, capture.uses) for capture in graphs.captures] == [("x 3", 3), ("x 4", 1)]
+    with pytest.raises(CaptureError, match=r"takes \d+ bytes, and graph_budget is 10000"):
+        graphs({"x": torch.zeros(5000)}, None, OFF)
+    assert len(store) == store.n_bytes == 0
+
+
+FIRST_RUN = """
+import fastvl_lab as fl
+lab = fl.Lab("tiny-qwen2.5-vl", device="cpu", dtype="float32")
+run = lab.run(fl.Request(prompt="What?", max_new_tokens=3, ignore_eos=True), "fastest, capture.decode=compile")
+print(run.tokens)
+"""
+
+
+def test_compiled_code_is_kept_between_processes_and_a_damaged_cache_is_no_obstacle(tmp_path: Path) -> None:
+    environment = {name: value for name, value in os.environ.items() if name not in ("TORCHINDUCTOR_CACHE_DIR", "TRITON_CACHE_DIR")}
+    environment["XDG_CACHE_HOME"] = str(tmp_path)
+
+    def run() -> str:
+        done = subprocess.run([sys.executable, "-c", FIRST_RUN], capture_output=True, text=True, check=False, env=environment)
+        assert done.returncode == 0, done.stderr[-2000:]
+        return done.stdout
+
+    tokens = run()
+    compiled = [path for path in (tmp_path / "fastvl_lab" / "compiled").rglob("*") if path.is_file()]
+    assert compiled
+    stamps = {path: path.stat().st_mtime_ns for path in compiled if path.suffix == ".so"}
+    assert stamps
+    assert run() == tokens
+    assert all(path.stat().st_mtime_ns == stamp for path, stamp in stamps.items()), "nothing was compiled again"
+    for path in compiled:
+        path.write_bytes(b"damaged")
+    assert run() == tokens
