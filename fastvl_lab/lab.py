@@ -6,11 +6,12 @@ import copy
 import dataclasses
 import queue
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 
 import torch
+from tqdm.auto import tqdm
 
 from fastvl_lab import checkpoint as checkpoints
 from fastvl_lab import peers
@@ -18,6 +19,7 @@ from fastvl_lab.cache.memory import Memory, default_session_len
 from fastvl_lab.capture.compile_cache import keep_compiled
 from fastvl_lab.capture.execute import Capture
 from fastvl_lab.capture.graphs import GraphStore
+from fastvl_lab.capture.warm_up import Shape, requests_of
 from fastvl_lab.errors import CheckpointError, DeviceError, RecipeError
 from fastvl_lab.pipeline import Engine, Outcome, Pipeline
 from fastvl_lab.recipe import Recipe
@@ -156,6 +158,22 @@ class Lab:
             gone.set()
             if started.is_set():  # else it waits for its turn, and will leave without a trace
                 producer.join()
+
+    def warm_up(
+        self, recipe: Recipe | str, shapes: Iterable[Shape], *, max_new_tokens: int = 32, progress: bool = True
+    ) -> tuple[Capture, ...]:
+        """Serve a request of each shape, so that what is built, compiled and captured for it is there before the first that counts.
+
+        shapes: (width, height) of an image, or a `Request` as it will come. Everything that a request does is done, from decoding
+        its image to its `max_new_tokens`, and caches keep of it what they keep of any request. The largest shape had best come
+        first: graphs captured later then find memory that they can share. progress: whether to show a bar. Returns what was
+        compiled and captured. Raises `RequestError`, and what `run` raises.
+        """
+        requests = requests_of(shapes, max_new_tokens)
+        made: list[Capture] = []
+        for request in tqdm(requests, desc="warm-up", unit="shape", disable=not progress):
+            made += self.run(request, recipe, trace="off").captures
+        return tuple(made)
 
     def captures(self, recipe: Recipe | str) -> tuple[Capture, ...]:
         """What has been compiled and captured for a recipe and is kept, and what each has cost; none before its first run."""

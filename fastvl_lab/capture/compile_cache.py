@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 from pathlib import Path
 
 import torch
@@ -31,7 +32,10 @@ def keep_compiled() -> None:
             os.environ[variable] = str(folder / name)
 
 
-def inductor_folder() -> Path | None:
-    """Where torch keeps what it compiles for this process, if it has been told."""
+def discard() -> bool:
+    """Throw torch's compiled code away if it is in the user's cache folder of this package; a folder of others' is not touched."""
     folder = os.environ.get("TORCHINDUCTOR_CACHE_DIR")
-    return None if folder is None else Path(folder)
+    if folder is None or not Path(folder).is_relative_to(cache_root()):
+        return False
+    shutil.rmtree(folder, ignore_errors=True)
+    return True

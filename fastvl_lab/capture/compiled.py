@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 import time
 import types
 import uuid
@@ -11,7 +10,7 @@ from typing import Any, cast
 
 import torch
 
-from fastvl_lab.capture.compile_cache import inductor_folder
+from fastvl_lab.capture.compile_cache import discard
 from fastvl_lab.capture.execute import Capture, Program, Tensors, shape_of
 from fastvl_lab.errors import CaptureError, sentence
 from fastvl_lab.trace import Tracer
@@ -79,6 +78,6 @@ class Compiled:
                 return cast(Callable[..., Any], compile_fx(graph, list(inputs)))
             except Exception:
                 # What other processes left in the cache may be damaged; what is wrong with the program itself comes up again.
-                if (folder := inductor_folder()) is not None:
-                    shutil.rmtree(folder, ignore_errors=True)
+                if not discard():
+                    raise
                 return cast(Callable[..., Any], compile_fx(graph, list(inputs)))

@@ -14,10 +14,13 @@ import torch
 
 from fastvl_lab import Lab, Recipe, Request, photo
 from fastvl_lab.cache.memory import Memory
+from fastvl_lab.capture.compile_cache import discard, keep_compiled
+from fastvl_lab.capture.execute import Capture
 from fastvl_lab.capture.graphs import Graphs, GraphStore, Recording
 from fastvl_lab.capture.shapes import keys_of_a_step, size_of
-from fastvl_lab.errors import CaptureError, RecipeError
+from fastvl_lab.errors import CaptureError, RecipeError, RequestError
 from fastvl_lab.language.merge import merge
+from fastvl_lab.measure.capturing import break_even
 from fastvl_lab.measure.decoding import text_prompt
 from fastvl_lab.pipeline import Pipeline
 from fastvl_lab.request import Grid, ImageShape, Pixels, Prompt, VisionTokens
@@ -290,6 +293,33 @@ def test_the_graph_unused_for_longest_goes_first() -> None:
     assert len(store) == store.n_bytes == 0
 
 
+def test_warming_up_leaves_nothing_to_be_made_for_its_shapes(played: Lab, capsys: pytest.CaptureFixture[str]) -> None:
+    recipe = Recipe.parse(f"fastest, {GRAPHS['stages']}, capture.shapes=powers_of_two")
+    long = Request(prompt="A question without an image. " * 20, max_new_tokens=80, ignore_eos=True)
+    requests = [_request((300, 200), n=20), _request((168, 140), n=20), long]
+    made = played.warm_up(recipe, requests)
+    assert {capture.stage for capture in made} == {"vit", "prefill", "decode"}
+    assert {id(capture) for capture in played.captures(recipe)} == {id(capture) for capture in made}
+    assert "warm-up" in capsys.readouterr().err
+    for request in requests:
+        assert played.run(request, recipe).captures == ()
+    assert played.warm_up(recipe, [(640, 480)], progress=False) != ()
+    assert played.warm_up(recipe, [(640, 480)], progress=False) == ()
+    for shape in ((300,), (0, 10), "300x200"):
+        with pytest.raises(RequestError, match="a shape to warm up is"):
+            played.warm_up(recipe, [shape])  # type: ignore[list-item]
+
+
+def test_a_capture_pays_after_as_many_requests_as_its_seconds_need() -> None:
+    costs = [
+        Capture(stage=stage, how="graph", shape="", seconds=seconds, n_bytes=0)
+        for stage, seconds in (("vit", 0.5), ("decode", 0.26))
+    ]
+    assert break_even(costs, eager=0.020, captured=0.010) == 76
+    assert break_even(costs, eager=0.010, captured=0.010) is None
+    assert break_even([], eager=0.020, captured=0.010) == 0
+
+
 FIRST_RUN = """
 import fastvl_lab as fl
 lab = fl.Lab("tiny-qwen2.5-vl", device="cpu", dtype="float32")
@@ -317,3 +347,13 @@ def test_compiled_code_is_kept_between_processes_and_a_damaged_cache_is_no_obsta
     for path in compiled:
         path.write_bytes(b"damaged")
     assert run() == tokens
+
+
+def test_a_cache_folder_of_somebody_else_is_left_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    theirs = tmp_path / "theirs"
+    theirs.mkdir()
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(theirs))
+    keep_compiled()
+    assert os.environ["TORCHINDUCTOR_CACHE_DIR"] == str(theirs)
+    assert discard() is False
+    assert theirs.is_dir()

@@ -283,3 +283,59 @@ def test_tracing_adds_no_synchronisation_to_a_request() -> None:
         names = [event.key for event in profile.key_averages() for _ in range(event.count)]
         counts[level] = names.count("cudaStreamSynchronize")
     assert counts["off"] == counts["stages"]
+
+
+GRAPHS = (
+    "capture.vit=graph, capture.prefill=graph, capture.decode=graph",
+    "capture.first_token=single_graph, capture.decode=graph",
+)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("kv", ["static", "paged"])
+@pytest.mark.parametrize("graphs", GRAPHS)
+@pytest.mark.parametrize("name", tiny.NAMES)
+def test_graphs_equal_eager_stages_of_the_same_shapes_bit_for_bit(name: str, graphs: str, kv: str, dtype: str) -> None:
+    """Replayed and captured, with other images in between; steady state captures nothing."""
+    lab = Lab(name, device="cuda", dtype=dtype)
+    eager = Recipe.parse(f"fastest, cache.kv={kv}, capture.shapes=multiples_of_64", lab.device)
+    captured = Recipe.parse(f"fastest, cache.kv={kv}, capture.shapes=multiples_of_64, {graphs}", lab.device)
+    sizes = ((448, 336), (168, 140), (140, 168), (448, 336))
+    requests = [Request(images=[photo("coffee", size)], prompt="What?", max_new_tokens=24, ignore_eos=True) for size in sizes]
+    expected = [lab.run(request, eager) for request in requests]
+    for steady in (False, True):
+        for request, theirs in zip(requests, expected, strict=True):
+            run = lab.run(request, captured)
+            assert run.tokens == theirs.tokens
+            assert torch.equal(run.logits, theirs.logits)
+            assert not steady or run.captures == ()
+
+
+def test_graphs_of_many_shapes_stay_within_the_budget_and_a_left_request_leaves_them_usable() -> None:
+    """200 requests of 40 shapes."""
+    budget = 256 * 2**20
+    lab = Lab("tiny-qwen2.5-vl", device="cuda", dtype="bfloat16", graph_budget=budget)
+    recipe = Recipe.parse(f"fastest, {GRAPHS[1]}", lab.device)
+    requests = [Request(images=[photo("coffee", (28 * (n + 2), 112))], prompt="?", max_new_tokens=4) for n in range(40)]
+    lab.run(requests[-1], recipe)
+    assert lab.graphs is not None
+    for number in range(200):
+        lab.run(requests[number * 7 % 40], recipe)
+        assert lab.graphs.n_bytes <= budget
+    held = torch.cuda.memory_reserved()
+    truth = lab.run(requests[3], recipe).tokens
+    for _ in lab.stream(requests[3], recipe):
+        break
+    assert lab.run(requests[3], recipe).tokens == truth
+    assert torch.cuda.memory_reserved() <= held + budget
+
+
+@pytest.mark.parametrize("stage", ["vit", "prefill", "decode"])
+@pytest.mark.parametrize("name", tiny.NAMES)
+def test_compiled_stages_make_the_same_tokens_on_the_device(name: str, stage: str) -> None:
+    lab = Lab(name, device="cuda", dtype="float32")
+    recipe = Recipe.parse(f"fastest, capture.{stage}=compile", lab.device)
+    for size in ((448, 336), (168, 140), (140, 168)):
+        request = Request(images=[photo("coffee", size)], prompt="What?", max_new_tokens=16, ignore_eos=True)
+        assert lab.run(request, recipe).tokens == lab.run(request, recipe.oracle(lab.checkpoint.image_backend)).tokens
+    assert len(lab.captures(recipe)) <= 4
