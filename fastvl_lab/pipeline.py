@@ -57,7 +57,7 @@ class Pipeline:
         compiled = recipe.capture.vit == "compile"
         encode = vit.bind(recipe.vit, checkpoint, images.patch_format, compiled=compiled)
         self.decoder = attention.bind(recipe.attention, decoder_weights(checkpoint))
-        images_by = f"{checkpoint.name} {recipe.preprocessor} {recipe.vit} {recipe.capture.vit}"
+        images_by = f"{checkpoint.name} {recipe.preprocessor} {recipe.vit} {recipe.capture.vit} {recipe.capture.shapes}"
         self.cache = BoundCache(
             recipe.cache, memory, images_by=images_by, family=f"{images_by} {recipe.attention} {recipe.capture}"
         )

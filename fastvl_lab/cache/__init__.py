@@ -14,7 +14,7 @@ from fastvl_lab.cache.blocks import BlockPool, Table, Token
 from fastvl_lab.cache.concat import ConcatKv
 from fastvl_lab.cache.images import ImageStore, Kept, image_digest, join, split
 from fastvl_lab.cache.memory import BLOCK_SIZE, Memory
-from fastvl_lab.cache.slotted import SlottedKv
+from fastvl_lab.cache.slotted import SlottedKv, layers_of
 from fastvl_lab.recipe import Cache
 from fastvl_lab.request import Prompt, VisionTokens
 
@@ -144,8 +144,7 @@ class BoundCache:
         """The store that every request's keys and values are in, a pair a layer; none where each request has tensors of its own."""
         if self._kv == "concat":
             return []
-        store = self._memory.static if self._kv == "static" else self._memory.paged.store
-        return [(layer[0], layer[1]) for layer in store]
+        return layers_of(self._memory.static if self._kv == "static" else self._memory.paged.store)
 
     @property
     def in_place(self) -> bool:

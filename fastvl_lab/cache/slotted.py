@@ -48,6 +48,11 @@ class KvShape:
         return torch.zeros(shape, dtype=self.dtype, device=self.device)
 
 
+def layers_of(store: torch.Tensor) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    """Keys and values of each layer of a store, [n_slots, n_kv_heads, D] each."""
+    return [(layer[0], layer[1]) for layer in store]
+
+
 class SlottedKv:
     """The KV cache of some sequences whose blocks somebody else gives out.
 
@@ -57,7 +62,7 @@ class SlottedKv:
 
     def __init__(self, store: torch.Tensor, *, block_size: int, longest: int, reused: Sequence[int] = (0,)) -> None:
         self._store, self._block_size, self._longest = store, block_size, longest
-        self._layers = [(store[layer, 0], store[layer, 1]) for layer in range(len(store))]
+        self.layers = layers_of(store)
         n_sequences = len(reused)
         self._blocks: list[list[int]] = [[] for _ in range(n_sequences)]
         self._in_one_piece = [True] * n_sequences
@@ -127,7 +132,7 @@ class SlottedKv:
                 self._lengths = None
 
     def write(self, layer: int, k: torch.Tensor, v: torch.Tensor) -> None:
-        keys, values = self._layers[layer]
+        keys, values = self.layers[layer]
         if len(self._blocks) == 1 and self._in_one_piece[0]:
             start = self._blocks[0][0] * self._block_size + self.segments.before[0]
             keys[start : start + len(k)] = k
@@ -139,7 +144,7 @@ class SlottedKv:
 
     def read(self, layer: int, sequence: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Views where the sequence lies in one piece, else a copy."""
-        keys, values = self._layers[layer]
+        keys, values = self.layers[layer]
         length = self.segments.lengths[sequence]
         if self._in_one_piece[sequence]:
             start = self._blocks[sequence][0] * self._block_size
@@ -148,16 +153,11 @@ class SlottedKv:
         return keys.index_select(0, slots), values.index_select(0, slots)
 
     def slots(self, layer: int) -> Slots:
-        keys, values = self._layers[layer]
+        keys, values = self.layers[layer]
         return Slots(keys=keys, values=values, slot_of=self._slot_of(), lengths=self._lengths_now(), written=self._slots_written())
 
     def last(self, x: torch.Tensor) -> torch.Tensor:
         return self.segments.last(x)
-
-    @property
-    def layers(self) -> list[tuple[torch.Tensor, torch.Tensor]]:
-        """Keys and values of each layer, [n_slots, n_kv_heads, D]."""
-        return self._layers
 
     def table(self, width: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Of a single sequence: int64 [1, width], the slots of its tokens and then any; and int32 [1], its length."""

@@ -13,7 +13,6 @@ from fastvl_lab.capture.execute import Capture, Eager, Execute, Program
 from fastvl_lab.capture.graphs import Graphs, GraphStore
 from fastvl_lab.capture.shapes import Size, keys_of_a_step, size_of
 from fastvl_lab.capture.stages import (
-    PLAN_INPUTS,
     Encoder,
     Layers,
     Programs,
@@ -60,23 +59,17 @@ class Stages:
         padded = size is not None
         programs = Programs(encoder=encoder, decoder=decoder, layers=layers, in_place=in_place)
 
-        def execute(stage: str, option: str, program: Program) -> Execute:
+        def execute(stage: str, option: str, program: Program, *, plain: bool) -> Execute | None:
             options: dict[str, Callable[[str, Program], Execute]] = {"eager": Eager, "compile": Compiled}
             if graphs is not None:
                 options["graph"] = partial(Graphs, store=graphs, constant=_is_of_a_plan)
-            return options[option](stage, program)
+            return None if plain and option == "eager" else options[option](stage, program)
 
-        self._vit = execute("vit", slot.vit, programs.vit()) if slot.vit != "eager" or padded else None
-        self._prefill = (
-            execute("prefill", slot.prefill, programs.prefill(padded=padded)) if slot.prefill != "eager" or padded else None
-        )
-        self._decode = (
-            execute("decode", slot.decode, programs.decode(padded=self._keys is not None))
-            if slot.decode != "eager" or padded
-            else None
-        )
-        alone = {"per_stage": False, "single_graph": True}[slot.first_token]
-        self._first_token = execute("first_token", "graph", programs.first_token(padded=padded)) if alone else None
+        first_token = {"per_stage": "eager", "single_graph": "graph"}[slot.first_token]
+        self._vit = execute("vit", slot.vit, programs.vit(), plain=not padded)
+        self._prefill = execute("prefill", slot.prefill, programs.prefill(padded=padded), plain=not padded)
+        self._decode = execute("decode", slot.decode, programs.decode(padded=self._keys is not None), plain=not padded)
+        self._first_token = execute("first_token", first_token, programs.first_token(padded=padded), plain=True)
         self._executed = [x for x in (self._vit, self._prefill, self._decode, self._first_token) if x is not None]
 
     @property
@@ -141,5 +134,5 @@ class Stages:
 
 
 def _is_of_a_plan(name: str) -> bool:
-    """Whether an input follows from the grids of a request alone: a plan that is kept keeps its tensors, and never changes them."""
-    return name.removeprefix("vit.") in PLAN_INPUTS
+    """Whether an input is of the vision tower's plan (`Encoder.inputs`), alone or as part of the first token's."""
+    return name.startswith(("plan.", "vit.plan."))

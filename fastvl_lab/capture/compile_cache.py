@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import os
 import shutil
+from collections.abc import Callable
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 from torch._inductor.runtime.cache_dir_utils import default_cache_dir
 
 from fastvl_lab.checkpoint.user_cache import cache_root
+
+T = TypeVar("T")
 
 _VARIABLES = {"TORCHINDUCTOR_CACHE_DIR": "inductor", "TRITON_CACHE_DIR": "triton"}
 
@@ -32,10 +36,23 @@ def keep_compiled() -> None:
             os.environ[variable] = str(folder / name)
 
 
-def discard() -> bool:
-    """Throw torch's compiled code away if it is in the user's cache folder of this package; a folder of others' is not touched."""
-    folder = os.environ.get("TORCHINDUCTOR_CACHE_DIR")
-    if folder is None or not Path(folder).is_relative_to(cache_root()):
-        return False
-    shutil.rmtree(folder, ignore_errors=True)
-    return True
+def may_be_damaged() -> bool:
+    """Whether torch's cache is in this package's cache folder, and holds anything; a folder of somebody else's is not judged."""
+    folder = Path(os.environ.get("TORCHINDUCTOR_CACHE_DIR", ""))
+    return folder.is_relative_to(cache_root()) and folder.is_dir()
+
+
+def without_cache(compiled: Callable[[], T]) -> T:
+    """Call it without what torch's cache holds: if that helps, the cache was damaged and is given up; else it stays as it was."""
+    assert may_be_damaged()
+    folder = Path(os.environ["TORCHINDUCTOR_CACHE_DIR"])
+    aside = folder.with_name(f".{folder.name}-{os.getpid()}")
+    folder.rename(aside)
+    try:
+        made = compiled()
+    except Exception:
+        shutil.rmtree(folder, ignore_errors=True)
+        aside.rename(folder)
+        raise
+    shutil.rmtree(aside, ignore_errors=True)
+    return made

@@ -6,11 +6,12 @@ import time
 import types
 import uuid
 from collections.abc import Callable, Hashable, Sequence
+from dataclasses import replace
 from typing import Any, cast
 
 import torch
 
-from fastvl_lab.capture.compile_cache import discard
+from fastvl_lab.capture.compile_cache import may_be_damaged, without_cache
 from fastvl_lab.capture.execute import Capture, Program, Tensors, shape_of
 from fastvl_lab.errors import CaptureError, sentence
 from fastvl_lab.trace import Tracer
@@ -28,10 +29,13 @@ class Compiled:
     """
 
     def __init__(self, stage: str, program: Program) -> None:
-        self._stage, self._tracer = stage, Tracer(torch.device("cpu"), "off")
+        self._stage = stage
         self._captures: list[Capture] = []
+        self._uses: list[int] = []  # of each of them
         self.fresh: list[Capture] = []
-        self._n_graphs = 0
+        # Of the call that is under way, for `_compile`.
+        self._tracer, self._started = Tracer(torch.device("cpu"), "off"), 0.0
+        self._tensors: Tensors = {}
         # torch counts recompiles by code object, giving up at 8, and takes by name what varied in one for varying in all: each
         # recipe's stage has a code object, and a name, of its own.
         own = types.FunctionType(
@@ -45,10 +49,10 @@ class Compiled:
 
     @property
     def captures(self) -> tuple[Capture, ...]:
-        return tuple(self._captures)
+        return tuple(replace(capture, uses=uses) for capture, uses in zip(self._captures, self._uses, strict=True))
 
     def __call__(self, tensors: Tensors, rest: Hashable, tracer: Tracer) -> tuple[torch.Tensor, ...]:
-        self._tracer, before, started = tracer, self._n_graphs, time.perf_counter()
+        self._tracer, self._started, self._tensors = tracer, time.perf_counter(), tensors
         for name, tensor in tensors.items():
             if name not in _FIXED:
                 torch._dynamo.maybe_mark_dynamic(tensor, 1 if name in _BY_COLUMN else 0)
@@ -59,25 +63,31 @@ class Compiled:
                 f"capture.{self._stage}=compile: torch.compile cannot compile this stage here ({sentence(error)}); "
                 f"choose 'eager', or other options inside the stage"
             ) from error
-        if self._n_graphs > before:
-            seconds = time.perf_counter() - started  # with the first run of what was compiled, which is small beside it
-            shape = shape_of(tensors)
-            self._captures.append(Capture(stage=self._stage, how="compile", shape=shape, seconds=seconds, n_bytes=0))
-            self.fresh.append(self._captures[-1])
-            tracer.count(f"{self._stage}: compilations", self._n_graphs - before)
-        self._captures[-1].uses += 1
         return out
 
     def _compile(self, graph: torch.fx.GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:
-        """Called by torch for every program that it has not got yet."""
+        """Called by torch for every program that it has not got yet, while a call waits for it."""
         from torch._inductor.compile_fx import compile_fx  # seconds to import
 
-        self._n_graphs += 1
+        def compiled() -> Callable[..., Any]:
+            return cast(Callable[..., Any], compile_fx(graph, list(inputs)))
+
         with self._tracer.span(f"{self._stage}.compile"):
             try:
-                return cast(Callable[..., Any], compile_fx(graph, list(inputs)))
+                program = compiled()
             except Exception:
-                # What other processes left in the cache may be damaged; what is wrong with the program itself comes up again.
-                if not discard():
+                if not may_be_damaged():
                     raise
-                return cast(Callable[..., Any], compile_fx(graph, list(inputs)))
+                program = without_cache(compiled)
+        seconds, number = time.perf_counter() - self._started, len(self._captures)
+        capture = Capture(stage=self._stage, how="compile", shape=shape_of(self._tensors), seconds=seconds, n_bytes=0)
+        self._captures.append(capture)
+        self._uses.append(0)
+        self.fresh.append(capture)
+        self._tracer.count(f"{self._stage}: compilations")
+
+        def counted(*inputs: Any) -> Any:
+            self._uses[number] += 1
+            return program(*inputs)
+
+        return counted

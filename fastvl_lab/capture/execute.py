@@ -16,13 +16,13 @@ Tensors = Mapping[str, torch.Tensor]
 Program = Callable[[Tensors, Any], tuple[torch.Tensor, ...]]
 
 
-@dataclass(kw_only=True, eq=False)
+@dataclass(frozen=True, kw_only=True)
 class Capture:
     """One program made for a stage, and what it cost.
 
     stage: "vit", "prefill", "decode" or "first_token". how: "compile" or "graph". shape: the sizes of its inputs, in words.
     seconds: from the decision to make it until it could be used. n_bytes: of the device, held as long as it is kept; 0 for compiled
-    code. uses: how often it has run since.
+    code. uses: how often it had run when this was said.
     """
 
     stage: str

@@ -9,7 +9,7 @@ from __future__ import annotations
 import time
 from collections import OrderedDict
 from collections.abc import Callable, Hashable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple, Protocol
 
 import torch
@@ -41,12 +41,13 @@ class Recorder(Protocol):
 
 @dataclass(kw_only=True, eq=False)
 class _Graph:
-    """One recording, its input buffers, and the constant tensors that were copied into them last."""
+    """One recording, its input buffers, the constant tensors that were copied into them last, and how often it was replayed."""
 
     capture: Capture
     buffers: dict[str, torch.Tensor]
     recording: Recording
     sources: dict[str, torch.Tensor] = field(default_factory=dict)
+    uses: int = 0
 
 
 class Key(NamedTuple):
@@ -75,12 +76,14 @@ class GraphStore:
     @property
     def n_bytes(self) -> int:
         """What the pool takes, and the input buffers, which are outside of it."""
-        return self._recorder.n_bytes + sum(t.nbytes for graph in self._graphs.values() for t in graph.buffers.values())
+        return self._recorder.n_bytes + sum(_n_bytes(graph.buffers) for graph in self._graphs.values())
 
     def captures(self, owner: object) -> tuple[Capture, ...]:
-        return tuple(graph.capture for key, graph in self._graphs.items() if key.owner is owner)
+        """The graphs of one owner, the one unused for longest first."""
+        return tuple(replace(graph.capture, uses=graph.uses) for key, graph in self._graphs.items() if key.owner is owner)
 
     def find(self, key: Key) -> _Graph | None:
+        """The graph of that key, which is now the one used last; or None."""
         graph = self._graphs.get(key)
         if graph is not None:
             self._graphs.move_to_end(key)
@@ -88,31 +91,40 @@ class GraphStore:
 
     def record(self, key: Key, stage: str, program: Program, tensors: Tensors, rest: Any) -> _Graph:
         """Record the program on buffers of these tensors' sizes; what it writes elsewhere it writes while it is recorded, too."""
-        started, before = time.perf_counter(), self.n_bytes
+        started, shape = time.perf_counter(), shape_of(tensors)
         while len(self._graphs) >= self.max_graphs:
             self._graphs.popitem(last=False)
-        buffers = {name: tensor.clone() for name, tensor in tensors.items()}
-        recording = self._recorder.record(lambda: program(buffers, rest))
-        capture = Capture(stage=stage, how="graph", shape=shape_of(tensors), seconds=0.0, n_bytes=0)
-        graph = self._graphs[key] = _Graph(capture=capture, buffers=buffers, recording=recording)
-        capture.seconds, capture.n_bytes = time.perf_counter() - started, max(self.n_bytes - before, 0)
-        if self.n_bytes > self.max_bytes:
-            if len(self._graphs) == 1:
-                n_bytes = self.n_bytes
-                self.forget()
-                raise CaptureError(
-                    f"one graph of {stage} ({capture.shape}) takes {n_bytes} bytes, and graph_budget is {self.max_bytes}; "
-                    f"set a larger graph_budget, or capture.{stage} to 'eager'"
-                )
-            del graph, recording, buffers
+        before = self.n_bytes
+        buffers, recording = self._recorded(program, tensors, rest)
+        if self.n_bytes + _n_bytes(buffers) > self.max_bytes and self._graphs:
+            del buffers, recording  # which would keep memory of the pool that goes
             self.forget()
-            return self.record(key, stage, program, tensors, rest)
+            before = self.n_bytes
+            buffers, recording = self._recorded(program, tensors, rest)
+        n_bytes = self.n_bytes + _n_bytes(buffers) - before
+        if self.n_bytes + _n_bytes(buffers) > self.max_bytes:
+            self.forget()
+            raise CaptureError(
+                f"one graph of {stage} ({shape}) takes {n_bytes} bytes, and graph_budget is {self.max_bytes}; set a larger "
+                f"graph_budget, or choose another way to execute {stage}"
+            )
+        seconds = time.perf_counter() - started
+        capture = Capture(stage=stage, how="graph", shape=shape, seconds=seconds, n_bytes=n_bytes)
+        graph = self._graphs[key] = _Graph(capture=capture, buffers=buffers, recording=recording)
         return graph
+
+    def _recorded(self, program: Program, tensors: Tensors, rest: Any) -> tuple[dict[str, torch.Tensor], Recording]:
+        buffers = {name: tensor.clone() for name, tensor in tensors.items()}
+        return buffers, self._recorder.record(lambda: program(buffers, rest))
 
     def forget(self) -> None:
         """Give all graphs up."""
         self._graphs.clear()
         self._recorder.forget()
+
+
+def _n_bytes(buffers: Tensors) -> int:
+    return sum(tensor.nbytes for tensor in buffers.values())
 
 
 class Graphs:
@@ -145,5 +157,5 @@ class Graphs:
                 if self._constant(name):
                     graph.sources[name] = tensor
         graph.recording.replay()
-        graph.capture.uses += 1
+        graph.uses += 1
         return tuple(output.clone() for output in graph.recording.outputs)

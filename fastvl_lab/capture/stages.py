@@ -26,15 +26,12 @@ Layers = Sequence[tuple[torch.Tensor, torch.Tensor]]
 
 Inputs = dict[str, torch.Tensor]
 
-# Those of the vision tower's inputs that follow from the grids of a request alone.
-PLAN_INPUTS = ("order", "rank", "cos", "sin", "learned", "windows", "frames")
-
 
 class Encoder(Protocol):
     """The lean vision tower, as `vit.bind` gives it."""
 
-    def inputs(self, pixels: Pixels, tracer: Tracer, n_patches: int | None) -> tuple[dict[str, torch.Tensor], Hashable]:
-        """ "patches", and some of `PLAN_INPUTS`; and what else decides the program."""
+    def inputs(self, pixels: Pixels, tracer: Tracer, n_patches: int | None) -> tuple[Inputs, Hashable]:
+        """The request's "patches" and its "plan.…", which never changes once it is made; and what else decides the program."""
 
     def forward(self, tensors: Tensors, rest: Any, inner: Inner) -> VisionTokens: ...
 
@@ -148,9 +145,9 @@ def prompt_inputs(prompt: Prompt, rows_of: Tensors, n_visual: int, kv: SlotTable
     tracer.count("prefill: tokens of padding", rows - n)
     slot_of, length = kv.table(before + rows)
     tensors = {name: with_rows(tensor, rows) for name, tensor in rows_of.items()}
-    tensors |= {"positions": F.pad(prompt.positions, (0, rows - n)), "slot_of": slot_of, "length": length}
+    tensors |= {"positions": _padded(prompt.positions, rows), "slot_of": slot_of, "length": length}
     if n_visual > 0:
-        tensors["visual_index"] = F.pad(prompt.visual_index, (0, n_visual - len(prompt.visual_index)), value=rows - 1)
+        tensors["visual_index"] = _padded(prompt.visual_index, n_visual, value=rows - 1)
     return tensors
 
 
@@ -164,5 +161,10 @@ def step_inputs(token: torch.Tensor, position: torch.Tensor, kv: SlotTable, size
 
 
 def with_rows(tensor: torch.Tensor, rows: int) -> torch.Tensor:
-    """Rows of zeros at the end."""
-    return F.pad(tensor, [0, 0] * (tensor.dim() - 1) + [0, rows - len(tensor)])
+    """Rows of zeros at the end of [n, width] or [n]; the tensor itself if it has that many."""
+    return tensor if len(tensor) == rows else F.pad(tensor, [0, 0] * (tensor.dim() - 1) + [0, rows - len(tensor)])
+
+
+def _padded(tensor: torch.Tensor, n: int, value: int = 0) -> torch.Tensor:
+    """More of a value at the end of the last dimension; the tensor itself if it is that long."""
+    return tensor if tensor.shape[-1] == n else F.pad(tensor, (0, n - tensor.shape[-1]), value=value)

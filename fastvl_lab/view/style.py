@@ -16,6 +16,7 @@ STAGE_COLOURS = {
     "vit": "#0072B2",
     "merge": "#56B4E9",
     "prefill": "#009E73",
+    "first_token": "#0072B2",
     "sample": "#CC79A7",
     "emit": "#CC79A7",
     "decode": "#D55E00",

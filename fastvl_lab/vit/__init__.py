@@ -38,18 +38,19 @@ class LeanEncoder:
     def inputs(self, pixels: Pixels, tracer: Tracer, n_patches: int | None) -> tuple[dict[str, torch.Tensor], Hashable]:
         """What `forward` takes: tensors by name, and what decides which program it is.
 
-        n_patches: None, or as many as requests of other images have with which the program is to be shared; then what is missing
-        of them is padding, rows of zeros at the end.
+        "patches" are the request's; what is named "plan.…" follows from its grids, and never changes once it is made. n_patches:
+        None, or as many as requests of other images have with which the program is to be shared; then what is missing of them is
+        padding, rows of zeros at the end.
         """
         tensors, rest = self._plan(pixels, tracer, n_patches).split()
         patches = pixels.patches
         if n_patches is not None:
             patches = F.pad(patches, (0, 0, 0, n_patches - len(patches)))
-        return {"patches": patches, **tensors}, rest
+        return {"patches": patches} | {f"plan.{name}": tensor for name, tensor in tensors.items()}, rest
 
     def forward(self, tensors: Mapping[str, torch.Tensor], rest: Any, inner: Inner) -> VisionTokens:
         """Tensors in, tensors out; visual tokens of padding come last."""
-        plan = Plan.joined(tensors, rest)
+        plan = Plan.joined({name.removeprefix("plan."): tensor for name, tensor in tensors.items()}, rest)
         return lean.encode(tensors["patches"], plan, self.tower, self.patch_embed, self.attention, inner)
 
     def _plan(self, pixels: Pixels, tracer: Tracer, n_patches: int | None = None) -> Plan:

@@ -12,10 +12,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from fastvl_lab import Lab, Recipe, Request, photo
+from fastvl_lab import Lab, Recipe, Request, Run, photo
 from fastvl_lab.cache.memory import Memory
-from fastvl_lab.capture.compile_cache import discard, keep_compiled
-from fastvl_lab.capture.execute import Capture
+from fastvl_lab.capture.compile_cache import keep_compiled, may_be_damaged, without_cache
+from fastvl_lab.capture.compiled import Compiled
+from fastvl_lab.capture.execute import Capture, Tensors
 from fastvl_lab.capture.graphs import Graphs, GraphStore, Recording
 from fastvl_lab.capture.shapes import keys_of_a_step, size_of
 from fastvl_lab.errors import CaptureError, RecipeError, RequestError
@@ -183,6 +184,14 @@ def test_padded_recipes_make_the_same_tokens(lab: Lab, padding: str) -> None:
     assert ours.trace.counts["prefill: tokens of padding"] > 0
 
 
+def test_images_kept_by_a_padded_recipe_are_not_another_one_s(lab: Lab) -> None:
+    """Padding rounds differently, and what is reused was rounded by the recipe that finds it."""
+    mine, request = lab.apart(), _request((168, 140))
+    text = "fastest, cache.image_reuse=on"
+    recipes = (text, f"{text}, capture.shapes=multiples_of_64")
+    assert [mine.run(request, recipe).kind for recipe in (*recipes, *recipes)] == ["cold", "cold", "cache_hit", "cache_hit"]
+
+
 def test_compiled_stages_take_any_image_size(lab: Lab) -> None:
     """12 sizes, text alone among them: the tokens of Transformers, and at most 4 compilations a stage."""
     fresh = lab.apart()
@@ -201,6 +210,7 @@ def test_compiled_stages_take_any_image_size(lab: Lab) -> None:
             assert run.kind == "cold"
             assert any(span.name.endswith(".compile") and span.depth == 1 for span in run.trace.spans)
             assert "compile of" in repr(run)
+            assert Run.from_record(run.to_record()).captures == run.captures
     assert kinds[0] == "cold"
     assert kinds[-1] == "warm"
     made = fresh.captures(recipe)
@@ -299,7 +309,9 @@ def test_warming_up_leaves_nothing_to_be_made_for_its_shapes(played: Lab, capsys
     requests = [_request((300, 200), n=20), _request((168, 140), n=20), long]
     made = played.warm_up(recipe, requests)
     assert {capture.stage for capture in made} == {"vit", "prefill", "decode"}
-    assert {id(capture) for capture in played.captures(recipe)} == {id(capture) for capture in made}
+    kept = played.captures(recipe)
+    assert len(kept) == len(made)
+    assert {(capture.stage, capture.shape) for capture in kept} == {(capture.stage, capture.shape) for capture in made}
     assert "warm-up" in capsys.readouterr().err
     for request in requests:
         assert played.run(request, recipe).captures == ()
@@ -355,5 +367,39 @@ def test_a_cache_folder_of_somebody_else_is_left_alone(tmp_path: Path, monkeypat
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(theirs))
     keep_compiled()
     assert os.environ["TORCHINDUCTOR_CACHE_DIR"] == str(theirs)
-    assert discard() is False
+    assert not may_be_damaged()
+    monkeypatch.setattr("torch._inductor.compile_fx.compile_fx", _broken)
+    with pytest.raises(CaptureError, match=r"capture.vit=compile: torch.compile cannot compile this stage here \(.*out of order"):
+        Compiled("vit", _doubled)({"patches": torch.ones(3, 2)}, None, OFF)
     assert theirs.is_dir()
+
+
+def _broken(*_: object) -> None:
+    raise RuntimeError("out of order")
+
+
+def _doubled(tensors: Tensors, rest: object) -> tuple[torch.Tensor, ...]:
+    return (tensors["patches"] * 2,)
+
+
+def test_the_cache_goes_if_it_was_at_fault_and_stays_if_not(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    kept = tmp_path / "fastvl_lab" / "compiled" / "inductor" / "kept"
+    kept.parent.mkdir(parents=True)
+    kept.write_text("good")
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(kept.parent))
+    assert may_be_damaged()
+    with pytest.raises(RuntimeError, match="out of order"):
+        without_cache(_broken)
+    assert kept.read_text() == "good"
+    assert without_cache(lambda: kept.exists()) is False
+    assert not kept.exists()
+    assert not [path for path in kept.parent.parent.iterdir() if path.name.startswith(".")]
+
+
+def test_each_compiled_program_counts_its_own_uses() -> None:
+    compiled = Compiled("vit", _doubled)
+    for n in (1, 5, 6, 1, 7, 1):  # torch takes one row for a program of its own
+        (out,) = compiled({"patches": torch.ones(n, 2)}, None, OFF)
+        assert torch.equal(out, torch.full((n, 2), 2.0))
+    assert [capture.uses for capture in compiled.captures] == [3, 3]
