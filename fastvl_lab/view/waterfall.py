@@ -146,8 +146,10 @@ def _label_panel(figure: Any, run: Run, rows: list[str], number: int) -> None:
         categoryorder="array", categoryarray=rows, range=[len(rows) - 0.5, -0.5], ticklabelstandoff=6, row=number, col=1
     )
     figure.add_vline(x=run.ttft * 1e3, line={"color": style.INK, "width": 1.5, "dash": "dot"}, row=number, col=1)
-    heading = f"<b>{html.escape(run.engine)}: TTFT {_ms(run.ttft * 1e3)}</b> · {html.escape(run.checkpoint)} · "
-    heading += f"{html.escape(run.device)} {run.dtype} · {run.kind}<br><span style='font-size:12px'>{run.subtitle()}</span>"
+    # What a long recipe may push out of the picture comes last.
+    kind = run.kind.replace("_", " ")
+    heading = f"<b>{html.escape(run.engine)}: {kind} TTFT {_ms(run.ttft * 1e3)}</b> · {html.escape(run.checkpoint)} · "
+    heading += f"{html.escape(run.device)} {run.dtype}<br><span style='font-size:12px'>{run.subtitle()}</span>"
     figure.add_annotation(
         x=0,
         y=1,

@@ -50,7 +50,7 @@ def test_every_bar_is_a_span_and_every_span_a_bar(runs: list[Run]) -> None:
     assert view.waterfall(runs[:1]).data[0].customdata[0][1] == "inside transformers"
     texts = " ".join(annotation.text for annotation in figure.layout.annotations)
     for run in runs:
-        assert f"{run.engine}: TTFT" in texts
+        assert f"{run.engine}: {run.kind} TTFT" in texts
         assert run.subtitle() in texts
 
 
