@@ -16,9 +16,11 @@ if TYPE_CHECKING:
         ImageError,
         MissingExtraError,
         RecipeError,
+        RequestCancelledError,
         RequestError,
     )
     from fastvl_lab.lab import Lab
+    from fastvl_lab.measure.audit import Audit, audit
     from fastvl_lab.measure.compare import Comparison, compare
     from fastvl_lab.measure.photo import photo
     from fastvl_lab.measure.sweep import SweepSettings, sweep
@@ -40,6 +42,8 @@ _PUBLIC = {
     "Comparison": "measure.compare",
     "sweep": "measure.sweep",
     "SweepSettings": "measure.sweep",
+    "audit": "measure.audit",
+    "Audit": "measure.audit",
     "photo": "measure.photo",
     "FastvlError": "errors",
     "RequestError": "errors",
@@ -47,6 +51,7 @@ _PUBLIC = {
     "RecipeError": "errors",
     "CheckpointError": "errors",
     "DeviceError": "errors",
+    "RequestCancelledError": "errors",
     "MissingExtraError": "errors",
 }
 

@@ -34,6 +34,10 @@ class DeviceError(FastvlError):
     """A device that is absent, or that has too little memory for what was asked."""
 
 
+class RequestCancelledError(FastvlError):
+    """A request that was given up before its answer was complete."""
+
+
 class MissingExtraError(FastvlError, ImportError):
     """A feature whose optional packages are not installed; names the extra that brings them."""
 

@@ -6,7 +6,7 @@ import copy
 import dataclasses
 import queue
 import threading
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 
@@ -25,17 +25,13 @@ from fastvl_lab.pipeline import Engine, Outcome, Pipeline
 from fastvl_lab.recipe import Recipe
 from fastvl_lab.request import Chunk, Request, check_whole_number
 from fastvl_lab.run import Kind, Run
-from fastvl_lab.streaming import Deliver
+from fastvl_lab.streaming.text import Deliver
 from fastvl_lab.trace import Level, Tracer
 
 EngineName = Recipe | str
 
 GRAPH_BUDGET = 4 * 2**30
 MAX_GRAPHS = 256
-
-
-class _CancelledError(Exception):
-    """The consumer of a stream has gone."""
 
 
 class Lab:
@@ -88,17 +84,29 @@ class Lab:
     def __repr__(self) -> str:
         return f"Lab({self.checkpoint.name!r}, device={str(self.device)!r}, dtype={_dtype_name(self.dtype)!r})"
 
-    def run(self, request: Request, engine: EngineName | None = None, *, trace: Level = "stages") -> Run:
+    def run(
+        self,
+        request: Request,
+        engine: EngineName | None = None,
+        *,
+        trace: Level = "stages",
+        on_chunk: Callable[[Chunk], object] | None = None,
+        stop: threading.Event | None = None,
+    ) -> Run:
         """Serve a request to the end and report on it.
 
         engine: a `Recipe`, a recipe's text such as "fastest, vit.tower=lean", or a peer's text such as "transformers"; by default
-        the baseline. trace: "off", "stages", or "layers" to also time ViT blocks and decoder layers. Raises `FastvlError`s.
+        the baseline. trace: "off", "stages", or "layers" to also time ViT blocks and decoder layers. on_chunk: given each chunk as
+        it leaves; the engine waits for it. stop: once it is set, the request ends at its next stage or step with a
+        `RequestCancelledError`. Raises `FastvlError`s.
         """
         key = self.engine(engine)
-        bound, tracer, chunks = self._bind(key), Tracer(self.device, trace), []
+        bound, tracer, chunks = self._bind(key), Tracer(self.device, trace, stop=stop), []
 
         def deliver(text: str, tokens: tuple[int, ...]) -> None:
             chunks.append(Chunk(text=text, tokens=tokens, time=tracer.delivered()))
+            if on_chunk is not None:
+                on_chunk(chunks[-1])
 
         with self._lock:
             tracer.start()
@@ -123,17 +131,11 @@ class Lab:
         )
 
     def stream(self, request: Request, engine: EngineName | None = None) -> Iterator[Chunk]:
-        """Yield text as it is made; leaving the loop early stops the engine at its next chunk."""
-        key = self.engine(engine)
-        bound, tracer = self._bind(key), Tracer(self.device, "off")
+        """Yield text as it is made; leaving the loop early stops the engine at its next stage or step."""
+        key, gone, started = self.engine(engine), threading.Event(), threading.Event()
+        bound, tracer = self._bind(key), Tracer(self.device, "off", stop=gone)
         # Unbounded: an engine that waited for its consumer would keep the lab from everybody else; the answer's length bounds it.
         ready: queue.SimpleQueue[tuple[str, tuple[int, ...]] | BaseException | None] = queue.SimpleQueue()
-        gone, started = threading.Event(), threading.Event()
-
-        def deliver(text: str, tokens: tuple[int, ...]) -> None:
-            if gone.is_set():
-                raise _CancelledError
-            ready.put((text, tokens))
 
         def produce() -> None:
             try:
@@ -142,7 +144,7 @@ class Lab:
                     if gone.is_set():  # the consumer left while others were served
                         return
                     tracer.start()
-                    self._kind(key, self._serve(bound, request, tracer, deliver))
+                    self._kind(key, self._serve(bound, request, tracer, lambda text, tokens: ready.put((text, tokens))))
                 ready.put(None)
             except BaseException as error:  # handed to the consumer, whose call it is
                 ready.put(error)

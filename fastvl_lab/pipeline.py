@@ -21,7 +21,8 @@ from fastvl_lab.preprocessor import OpenedImages
 from fastvl_lab.preprocessor.upload import upload_pixels, upload_prompt
 from fastvl_lab.recipe import Recipe
 from fastvl_lab.request import ImageShape, Prompt, Request
-from fastvl_lab.streaming import Deliver, TokenBytes
+from fastvl_lab.streaming.answer import Answer
+from fastvl_lab.streaming.text import Deliver, Emitter, TokenBytes
 from fastvl_lab.tokenizer import tokenize
 from fastvl_lab.trace import Tracer
 
@@ -70,7 +71,7 @@ class Pipeline:
             merge_size=checkpoint.config.vision_config.spatial_merge_size,
             graphs=graphs,
         )
-        self.new_emitter = streaming.bind(recipe.streaming)
+        self.complete = streaming.bind(recipe.streaming, checkpoint.device)
         self.token_bytes = TokenBytes.of(checkpoint.tokenizer)
 
     @torch.inference_mode()
@@ -111,11 +112,10 @@ class Pipeline:
             rest = upload_prompt(rest, self.images.copy)
             if pixels is not None:
                 pixels = upload_pixels(pixels, self.images.upload)
-        first: torch.Tensor | None = None
         if stages.first_token_alone:
             with span("first_token"):
                 place.extend(rest.n_tokens)
-                logits, first = stages.first_token(pixels, rest, kv, tracer)
+                first_logits, first = stages.first_token(pixels, rest, kv, tracer)
         else:
             if pixels is not None:
                 with span("vit"):
@@ -125,29 +125,31 @@ class Pipeline:
                 hidden = merge(rest, vision, decoder.weights.embed)
             with span("prefill"):
                 place.extend(rest.n_tokens)
-                logits = stages.prefill(hidden, rest, vision, kv, tracer)
-
-        first_logits, emitter = logits, self.new_emitter(self.token_bytes, deliver)
-        tokens: list[int] = []
-        position = torch.full((1,), prompt.next_position, device=self.checkpoint.device)
-        while True:
+                first_logits = stages.prefill(hidden, rest, vision, kv, tracer)
             with span("sample"):
-                token, token_id = greedy(logits[0], decoder) if first is None or tokens else (first, int(first))
-            tokens.append(token_id)
-            done = len(tokens) == request.max_new_tokens or (not request.ignore_eos and token_id in self.checkpoint.eos_token_ids)
-            with span("emit"):
-                emitter.emit(token_id, last=done)
-            if done:
-                break
-            with span("decode"):
-                place.extend(1)
-                logits = stages.decode(token, position, kv, tracer)
-                position += 1
+                first = greedy(first_logits[0], decoder)
+
+        def decode(token: torch.Tensor, position: torch.Tensor) -> torch.Tensor:
+            place.extend(1)
+            return stages.decode(token, position, kv, tracer)
+
+        answer = Answer(
+            first=first,
+            next_position=prompt.next_position,
+            decode=decode,
+            sample=lambda logits: greedy(logits[0], decoder),
+            max_new_tokens=request.max_new_tokens,
+            ends=() if request.ignore_eos else self.checkpoint.eos_token_ids,
+            emitter=Emitter(self.token_bytes, deliver),
+            tracer=tracer,
+        )
+        self.complete(answer)
+        tokens = tuple(answer.tokens)
         place.keep(tokens[:-1])  # the last one has been through no layer
         for name, times in place.counts.items():
             tracer.count(name, times)
         return Outcome(
-            tokens=tuple(tokens),
+            tokens=tokens,
             n_prompt=n_prompt,
             shapes=opened.shapes if opened else (),
             logits=first_logits[0],

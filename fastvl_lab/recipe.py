@@ -435,8 +435,34 @@ class Capture:
 class Streaming:
     """How tokens leave."""
 
-    steps_per_round: int = _toggle(Option(value=1, does="every decode step may send its token; vLLM, SGLang"))
-    gate: str = _toggle(Option(value="open", does="a token leaves as soon as it is made; LMDeploy since 0.12.0 (PR 4265)"))
+    steps_per_round: int = _toggle(
+        Option(value=1, does="a decode step is launched when the token before it has been read and sent; Transformers"),
+        Option(
+            value=2,
+            does="two are launched before the first is read, so the device need not wait for the host; LMDeploy with "
+            "prefill_interval=2, asynchronous scheduling of vLLM and SGLang",
+        ),
+        Option(
+            value=16,
+            does="sixteen are launched before the first is read; what follows the end of an answer is thrown away; LMDeploy "
+            "0.9.0 to 0.11.1",
+        ),
+    )
+    gate: str = _toggle(
+        Option(value="open", does="a token leaves as soon as it has been read; LMDeploy since 0.12.0 (PR 4265)"),
+        Option(
+            value="round",
+            does="tokens are held while a round of steps is being launched, and in the second half of its results; LMDeploy 0.9.0 "
+            "to 0.11.1 (issue 4114)",
+        ),
+    )
+    positions: str = _toggle(
+        Option(value="on_device", does="positions of all steps are made on the device at once; LMDeploy since 0.12.3 (PR 4393)"),
+        Option(
+            value="host_sync",
+            does="each step's is copied from a Python list, for which the host waits for the device; LMDeploy up to 0.12.2",
+        ),
+    )
 
 
 @dataclass(frozen=True, kw_only=True)

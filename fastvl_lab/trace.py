@@ -3,11 +3,15 @@
 A `Tracer` records while a request runs; `Tracer.finish` turns what it saw into a frozen `Trace`. The host lane holds
 `time.perf_counter_ns` intervals. The device lane (CUDA only) holds pairs of CUDA events, read after the request has ended and
 placed on the host's axis through an anchor event recorded while the device was idle. A device span reaches from when the device
-came to the stage's first command to when it had passed its last; time it waited for launches in between is inside the span.
+came to the stage's first command to when it had passed its last; time it waited for launches in between is inside the span. A
+thread that plays the device on a CPU writes its spans on the device lane.
+
+Every stage begins with a look at whether anybody still waits for the request, so that it ends at the next door once nobody does.
 """
 
 from __future__ import annotations
 
+import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -15,6 +19,8 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import torch
+
+from fastvl_lab.errors import RequestCancelledError
 
 # What times a block or a layer inside a stage, by its name.
 Inner = Callable[[str], AbstractContextManager[None]]
@@ -36,7 +42,7 @@ STAGES: dict[str, str] = {
     "prefill": "language/prefill.py",
     "first_token": "capture/stages.py",
     "sample": "language/sample.py",
-    "emit": "streaming.py",
+    "emit": "streaming/text.py",
     "decode": "language/decode.py",
 }
 
@@ -149,21 +155,33 @@ def no_inner(_: str) -> AbstractContextManager[None]:
     return nullcontext()
 
 
+class _OfThread(threading.local):
+    """What one thread of a request has open, and the lane on which it writes."""
+
+    def __init__(self) -> None:
+        self.open: list[tuple[str, int, Any]] = []
+        self.lane: Lane = "host"
+
+
 class Tracer:
     """Records the spans of one run; level "off" records none, "stages" the stages, "layers" also blocks and layers.
 
     Usage: `start()`, then `with span("vit"):` at each stage, `delivered()` at the consumer, then `finish()`. Synchronises the
-    device in `start` and `finish` only, both outside the request.
+    device in `start` and `finish` only, both outside the request. Spans nest by thread, so a request's threads may share it; the
+    device is watched from the thread that started it. stop: set by whoever gives the request up; the next stage of it to begin
+    raises `RequestCancelledError`.
     """
 
-    def __init__(self, device: torch.device, level: Level = "stages") -> None:
+    def __init__(self, device: torch.device, level: Level = "stages", *, stop: threading.Event | None = None) -> None:
         if level not in LEVELS:
             raise ValueError(f"trace is {level!r}; the choices are {', '.join(LEVELS)}")
         self.level = level
+        self.stop = stop or threading.Event()
         self._cuda = device.type == "cuda"
         self._device = device
-        self._open: list[tuple[str, int, Any]] = []
-        self._closed: list[tuple[str, int, int, int, Any, Any]] = []
+        self._mine = _OfThread()
+        self._owner = threading.get_ident()
+        self._closed: list[tuple[str, Lane, int, int, int, Any, Any]] = []
         self._anchor: Any = None
         self._started_ns = 0
         self._first_chunk_ns: int | None = None
@@ -171,6 +189,7 @@ class Tracer:
 
     def start(self) -> None:
         """Start the clock: what follows is the request."""
+        self._owner = threading.get_ident()
         if self._cuda:
             torch.cuda.synchronize(self._device)
             self._anchor = self._event()
@@ -184,8 +203,23 @@ class Tracer:
         return (now - self._started_ns) / 1e9
 
     def span(self, name: str) -> AbstractContextManager[None]:
-        """A stage."""
+        """A stage; raises `RequestCancelledError` if the request has been given up."""
+        self.check()
         return nullcontext() if self.level == "off" else self._record(name)
+
+    def check(self) -> None:
+        """Raise `RequestCancelledError` if the request has been given up."""
+        if self.stop.is_set():
+            raise RequestCancelledError("the request was given up by whoever made it")
+
+    @contextmanager
+    def on_device(self) -> Iterator[None]:
+        """The calling thread's spans are those of a device that it plays."""
+        self._mine.lane = "device"
+        try:
+            yield
+        finally:
+            self._mine.lane = "host"
 
     def inner(self, name: str) -> AbstractContextManager[None]:
         """A block or layer inside a stage; recorded at level "layers" only."""
@@ -202,19 +236,21 @@ class Tracer:
 
     def begin(self, name: str) -> None:
         """Open a span where no `with` can stand, as in a hook; close it with `end`."""
+        self.check()
         if self.level != "off":
-            self._open.append((name, time.perf_counter_ns(), self._event() if self._cuda else None))
+            self._mine.open.append((name, time.perf_counter_ns(), self._event()))
 
     def end(self, name: str) -> None:
         """Close the span `name`, and with it any that an exception left open inside it."""
         if self.level == "off":
             return
-        assert any(name == opened for opened, _, _ in self._open), f"span {name!r} is not open"
+        opened = self._mine.open
+        assert any(name == other for other, _, _ in opened), f"span {name!r} is not open"
         closed = ""
         while closed != name:
-            closed, start_ns, start_event = self._open.pop()
-            end_event = self._event() if self._cuda else None
-            self._closed.append((closed, len(self._open), start_ns, time.perf_counter_ns(), start_event, end_event))
+            closed, start_ns, start_event = opened.pop()
+            end_event = self._event() if start_event is not None else None
+            self._closed.append((closed, self._mine.lane, len(opened), start_ns, time.perf_counter_ns(), start_event, end_event))
 
     @contextmanager
     def _record(self, name: str) -> Iterator[None]:
@@ -225,6 +261,9 @@ class Tracer:
             self.end(name)
 
     def _event(self) -> Any:
+        """A mark in the device's own work, or None from where that is not launched."""
+        if not self._cuda or threading.get_ident() != self._owner:
+            return None
         event = torch.cuda.Event(enable_timing=True)
         event.record(torch.cuda.current_stream(self._device))
         return event
@@ -232,13 +271,13 @@ class Tracer:
     def finish(self) -> Trace:
         """Stop the clock, wait for the device, and put both lanes on one axis."""
         end_ns = time.perf_counter_ns() - self._started_ns
-        assert not self._open, f"spans left open: {[name for name, _, _ in self._open]}"
+        assert not self._mine.open, f"spans left open: {[name for name, _, _ in self._mine.open]}"
         if self._cuda:
             torch.cuda.synchronize(self._device)
         spans = []
-        for name, depth, start_ns, stop_ns, start_event, end_event in self._closed:
+        for name, lane, depth, start_ns, stop_ns, start_event, end_event in self._closed:
             begin, stop = start_ns - self._started_ns, stop_ns - self._started_ns
-            spans.append(Span(name=name, lane="host", depth=depth, start_ns=begin, end_ns=stop))
+            spans.append(Span(name=name, lane=lane, depth=depth, start_ns=begin, end_ns=stop))
             if start_event is not None:
                 begin = round(self._anchor.elapsed_time(start_event) * 1e6)
                 stop = round(self._anchor.elapsed_time(end_event) * 1e6)

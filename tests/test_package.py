@@ -96,6 +96,7 @@ def test_options_of_a_slot_do_not_import_each_other() -> None:
         "attention": {"eager", "sdpa", "varlen", "slotted"},
         "cache": {"concat", "slotted"},
         "capture": {"compiled", "graphs"},
+        "streaming": {"one_by_one", "rounds"},
     }
     for slot, names in options.items():
         for name in names:

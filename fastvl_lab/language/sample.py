@@ -7,7 +7,6 @@ import torch
 from fastvl_lab.language.decoder import Decoder
 
 
-def greedy(logits: torch.Tensor, decoder: Decoder) -> tuple[torch.Tensor, int]:
-    """The likeliest token of float32 [vocab]: int64 [1] on the device, and its id on the host, for which the host waits."""
-    token = decoder.operations.argmax(logits)
-    return token, int(token)
+def greedy(logits: torch.Tensor, decoder: Decoder) -> torch.Tensor:
+    """The likeliest token of float32 [vocab]: int64 [1] on the device, where it stays until somebody reads it."""
+    return decoder.operations.argmax(logits)

@@ -21,7 +21,7 @@ from fastvl_lab.pipeline import Outcome
 from fastvl_lab.preprocessor import bind
 from fastvl_lab.recipe import Preprocessor
 from fastvl_lab.request import Grid, Request
-from fastvl_lab.streaming import Deliver, Emitter, TokenBytes
+from fastvl_lab.streaming.text import Deliver, Emitter, TokenBytes
 from fastvl_lab.tokenizer import chat_text, check_length
 from fastvl_lab.trace import Tracer
 
@@ -105,7 +105,7 @@ class _Streamer(BaseStreamer):
         self._left -= 1
         token = int(value)
         with self._tracer.span("emit"):
-            self._emitter.emit(token, last=self._left == 0 or token in self._ends)
+            self._emitter.emit((token,), last=self._left == 0 or token in self._ends)
 
     def end(self) -> None:
         pass

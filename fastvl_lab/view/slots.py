@@ -185,8 +185,8 @@ def block_waterfall(runs: Sequence[Run], stage: str = "vit", number: int = 0) ->
 
 def _inside(run: Run, stage: str, number: int) -> list[tuple[str, float, float]]:
     """(name, start, length) in ms: the whole stage first, then what is inside it."""
-    lane = "device" if run.trace.has_device_lane else "host"
-    mine = [span for span in run.trace.spans if span.lane == lane]
+    lanes = {span.lane for span in run.trace.spans if span.name == stage}
+    mine = [span for span in run.trace.spans if span.lane == ("device" if "device" in lanes else "host")]
     whole = [span for span in mine if span.name == stage and span.depth == 0][number]
     inside = [span for span in mine if span.depth > 0 and whole.start_ns <= span.start_ns and span.end_ns <= whole.end_ns]
     return [(s.name, (s.start_ns - whole.start_ns) / 1e6, s.duration_ns / 1e6) for s in (whole, *inside)]

@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fastvl_lab import CheckpointError, Lab
-from fastvl_lab.streaming import Detokenizer, Emitter, TokenBytes
+from fastvl_lab.streaming.text import Detokenizer, Emitter, TokenBytes
 
 
 @pytest.fixture(scope="module")
@@ -19,7 +19,7 @@ def _stream(tokenizer, tokens: list[int]) -> tuple[list[str], list[tuple[int, ..
     texts, held = [], []
     emitter = Emitter(TokenBytes.of(tokenizer), lambda text, ids: (texts.append(text), held.append(ids))[0])
     for number, token in enumerate(tokens, start=1):
-        emitter.emit(token, last=number == len(tokens))
+        emitter.emit((token,), last=number == len(tokens))
     return texts, held
 
 

@@ -1,16 +1,15 @@
-"""Slot 6: how tokens leave, and the text they carry."""
+"""The text that tokens carry, as a consumer receives it: whole characters, each as soon as it is complete."""
 
 from __future__ import annotations
 
 import codecs
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 from fastvl_lab.errors import CheckpointError
-from fastvl_lab.recipe import Streaming
 
 Deliver = Callable[[str, tuple[int, ...]], None]
 
@@ -55,11 +54,6 @@ class Detokenizer:
         return self._decoder.decode(b"", final=True)
 
 
-def bind(slot: Streaming) -> type[Emitter]:
-    """How tokens leave, as the slot's toggles say."""
-    return {(1, "open"): Emitter}[slot.steps_per_round, slot.gate]
-
-
 class Emitter:
     """Hands each new piece of text to the consumer as soon as it is complete, with the tokens it took.
 
@@ -72,9 +66,10 @@ class Emitter:
         self._deliver = deliver
         self._held: list[int] = []
 
-    def emit(self, token: int, *, last: bool) -> None:
-        self._held.append(token)
-        text = self._detokenizer.push(token)
+    def emit(self, tokens: Sequence[int], *, last: bool) -> None:
+        """Take new tokens of the answer, all at once; last: whether no more will come."""
+        self._held += tokens
+        text = "".join(map(self._detokenizer.push, tokens))
         if last:
             text += self._detokenizer.flush()
         if text or last:

@@ -1,0 +1,33 @@
+"""Slot 6: how decode steps are launched, and when their tokens leave."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+
+import torch
+
+from fastvl_lab.recipe import Streaming
+from fastvl_lab.streaming.answer import Answer, host_sync, on_device
+from fastvl_lab.streaming.gate import CountingGate
+from fastvl_lab.streaming.launch import CudaStream, PlayedStream
+from fastvl_lab.streaming.one_by_one import one_by_one
+from fastvl_lab.streaming.rounds import in_rounds
+
+# Makes an answer whole, and sends it on its way.
+Loop = Callable[[Answer], None]
+
+
+def bind(slot: Streaming, device: torch.device) -> Loop:
+    """How answers are made on a device, as the slot's toggles say."""
+    positions = {"on_device": on_device, "host_sync": host_sync}[slot.positions]
+    new_gate = {"open": None, "round": CountingGate}[slot.gate]
+    if slot.steps_per_round == 1 and new_gate is None:
+        return partial(one_by_one, positions=positions)
+    return partial(
+        in_rounds,
+        new_stream=CudaStream if device.type == "cuda" else PlayedStream,
+        positions=positions,
+        steps_per_round=slot.steps_per_round,
+        new_gate=new_gate,
+    )

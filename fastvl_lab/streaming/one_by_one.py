@@ -1,0 +1,22 @@
+"""A step at a time: the host reads a token, sends it on, and only then launches the next step."""
+
+from __future__ import annotations
+
+from fastvl_lab.streaming.answer import Answer, Positions, no_wait
+
+
+def one_by_one(answer: Answer, *, positions: Positions) -> None:
+    """Make the answer; it is complete on return."""
+    span, position, token = answer.tracer.span, positions(answer, no_wait), answer.first
+    while True:
+        with span("sample"):
+            token_id = int(token)  # the host waits for the device
+        last = answer.take(token_id)
+        with span("emit"):
+            answer.emitter.emit((token_id,), last=last)
+        if last:
+            return
+        with span("decode"):
+            logits = answer.decode(token, position(len(answer.tokens) - 1))
+        with span("sample"):
+            token = answer.sample(logits)

@@ -1,0 +1,234 @@
+"""How tokens leave: the same ones in every setting, held back only where the recipe says so, and nothing left running."""
+
+from __future__ import annotations
+
+import dataclasses
+import signal
+import threading
+import time
+from collections.abc import Callable
+from itertools import product
+
+import pytest
+import torch
+
+from fastvl_lab import Chunk, Lab, Recipe, Request, RequestCancelledError, Run
+from fastvl_lab.recipe import toggles
+from fastvl_lab.streaming.gate import CountingGate
+from fastvl_lab.trace import Tracer
+
+CHOICES = {toggle.name: toggle.values for toggle in toggles() if toggle.slot == "streaming"}
+SETTINGS = [dict(zip(CHOICES, values, strict=True)) for values in product(*CHOICES.values())]
+REPORTED = {"steps_per_round": 16, "gate": "round", "positions": "host_sync"}
+
+
+def _recipe(settings: dict[str, int | str], preset: str = "fastest") -> Recipe:
+    return Recipe.parse(preset).replace({f"streaming.{name}": value for name, value in settings.items()})
+
+
+def _label(settings: dict[str, int | str]) -> str:
+    return "-".join(map(str, settings.values()))
+
+
+@pytest.fixture
+def answer_of(picture: bytes) -> Callable[..., Request]:
+    return lambda n=40, **more: Request(images=[picture], prompt="What is this?", max_new_tokens=n, ignore_eos=True, **more)
+
+
+@pytest.mark.parametrize("settings", SETTINGS, ids=_label)
+def test_tokens_are_the_same_in_every_setting(lab: Lab, answer_of: Callable[..., Request], settings: dict) -> None:
+    """Of answers that end within a round, at its end, at once, and with no decode step at all."""
+    for n in (1, 2, 17, 40):
+        run, plain = lab.run(answer_of(n), _recipe(settings)), lab.run(answer_of(n), "fastest")
+        assert run.tokens == plain.tokens
+        assert run.text == plain.text
+        assert tuple(token for chunk in run.chunks for token in chunk.tokens) == plain.tokens
+        assert [chunk.time for chunk in run.chunks] == sorted(chunk.time for chunk in run.chunks)
+        if settings["gate"] == "open":
+            assert [chunk.tokens for chunk in run.chunks] == [chunk.tokens for chunk in plain.chunks]
+
+
+@pytest.mark.parametrize("settings", SETTINGS, ids=_label)
+def test_a_token_that_ends_the_answer_ends_it_within_a_round(
+    labs: dict[str, Lab], picture: bytes, settings: dict, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    request = Request(images=[picture], prompt="What is this?", max_new_tokens=30, ignore_eos=True)
+    plain = labs["tiny-qwen3-vl"].run(request, "fastest").tokens
+    number = next(n for n in range(4, 30) if plain[n] not in plain[:n])
+    lab = labs["tiny-qwen3-vl"].apart()
+    monkeypatch.setattr(lab, "checkpoint", dataclasses.replace(lab.checkpoint, eos_token_ids=(plain[number],)))
+    run = lab.run(Request(images=[picture], prompt="What is this?", max_new_tokens=30), _recipe(settings))
+    assert run.tokens == plain[: number + 1]
+
+
+def test_the_reported_settings_hold_the_answer_to_its_end_and_each_undone_alone_lets_it_go(
+    lab: Lab, answer_of: Callable[..., Request]
+) -> None:
+    request = answer_of(128)
+
+    def warm(settings: dict[str, int | str]) -> Run:
+        lab.run(request, _recipe(settings))
+        return lab.run(request, _recipe(settings))
+
+    reported = warm(REPORTED)
+    assert len(reported.chunks) <= 2
+    assert reported.ttft >= 0.9 * reported.chunks[-1].time
+    for name, values in CHOICES.items():
+        run = warm(REPORTED | {name: values[0]})
+        assert run.ttft < 0.5 * run.chunks[-1].time, name
+        assert len(run.chunks) > 10, name
+    assert warm(REPORTED | {"steps_per_round": 2}).ttft < 0.5 * reported.ttft  # the cure in the affected versions
+
+
+@pytest.mark.parametrize("steps", CHOICES["steps_per_round"])
+def test_an_open_gate_costs_the_first_token_nothing(lab: Lab, answer_of: Callable[..., Request], steps: int) -> None:
+    """Of the reported settings with an open gate: within a quarter of the plain TTFT, in pairs, which fails if three say no."""
+    recipe, ratios = _recipe(REPORTED | {"gate": "open", "steps_per_round": steps}), []
+    for _ in range(2):
+        lab.run(answer_of(8), recipe), lab.run(answer_of(8), "fastest")
+    for _ in range(3):
+        pairs = [(lab.run(answer_of(8), recipe).ttft, lab.run(answer_of(8), "fastest").ttft) for _ in range(9)]
+        ratios.append(sorted(ours / plain for ours, plain in pairs)[4])
+        if ratios[-1] < 1.25:
+            return
+    pytest.fail(f"TTFT is {ratios} of the plain one's")
+
+
+def test_steps_are_launched_ahead_of_their_results_and_in_lockstep_with_host_sync(
+    labs: dict[str, Lab], answer_of: Callable[..., Request]
+) -> None:
+    """Launches are on the host's lane, the steps on the lane of the device that is played."""
+    lab = labs["tiny-qwen2.5-vl"]
+
+    def spans(settings: dict[str, int | str]) -> tuple[list[tuple[int, int]], list[tuple[int, int]]]:
+        found = lab.run(answer_of(17), _recipe(settings)).trace.spans
+        lanes = [[(s.start_ns, s.end_ns) for s in found if s.name == "decode" and s.lane == lane] for lane in ("host", "device")]
+        assert [len(lane) for lane in lanes] == [16, 16]
+        return lanes[0], lanes[1]
+
+    launched, done = spans({"steps_per_round": 16})
+    assert launched[-1][1] < done[8][0]  # all of the round is launched before half of it is done
+    launched, done = spans({"steps_per_round": 16, "positions": "host_sync"})
+    for number in range(1, 16):
+        assert launched[number][1] > done[number - 1][1]
+
+
+@pytest.mark.parametrize("settings", SETTINGS, ids=_label)
+def test_a_request_that_is_given_up_ends_at_its_next_step(
+    labs: dict[str, Lab], answer_of: Callable[..., Request], settings: dict
+) -> None:
+    lab, stop = labs["tiny-qwen3-vl"], threading.Event()
+    recipe = _recipe(settings).replace({"cache.kv": "paged", "cache.prefix_reuse": "on"})
+    lab.run(answer_of(2), recipe)
+    seen: list[Chunk] = []
+    timer = threading.Timer(0.3, stop.set)  # a consumer that goes, though nothing may have reached it yet
+    timer.start()
+    started = time.monotonic()
+    with pytest.raises(RequestCancelledError, match="given up"):
+        lab.run(answer_of(20_000), recipe, on_chunk=seen.append, stop=stop)
+    assert time.monotonic() - started < 5  # of minutes that all of it would take
+    assert not [t for t in threading.enumerate() if t.name in ("fastvl-launch", "fastvl-receive", "fastvl-respond")]
+    assert lab.run(answer_of(3), recipe).tokens == lab.run(answer_of(3), "fastest").tokens
+
+
+@pytest.mark.parametrize("settings", SETTINGS, ids=_label)
+def test_what_a_consumer_raises_reaches_the_caller_and_frees_the_request(
+    labs: dict[str, Lab], answer_of: Callable[..., Request], settings: dict
+) -> None:
+    lab = labs["tiny-qwen2.5-vl"]
+
+    def broken(_: Chunk) -> None:
+        raise KeyError("the consumer's own")
+
+    with pytest.raises(KeyError, match="the consumer's own"):
+        lab.run(answer_of(40), _recipe(settings), on_chunk=broken)
+    assert not [t for t in threading.enumerate() if t.name in ("fastvl-launch", "fastvl-receive", "fastvl-respond")]
+    assert lab.run(answer_of(3), _recipe(settings)).tokens
+
+
+@pytest.mark.parametrize("settings", SETTINGS, ids=_label)
+def test_what_a_step_raises_reaches_the_caller(
+    labs: dict[str, Lab], answer_of: Callable[..., Request], settings: dict, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lab, recipe = labs["tiny-qwen2.5-vl"], _recipe(settings)
+    stages = lab._bind(recipe).stages  # type: ignore[attr-defined]
+    decode, calls = stages.decode, []
+
+    def fails_at_the_fifth(*arguments: object) -> torch.Tensor:
+        calls.append(1)
+        if len(calls) == 5:
+            raise ZeroDivisionError("in a step")
+        return decode(*arguments)
+
+    monkeypatch.setattr(stages, "decode", fails_at_the_fifth)
+    with pytest.raises(ZeroDivisionError, match="in a step"):
+        lab.run(answer_of(40), recipe)
+    assert len(calls) == 5  # no later step was taken on what the failed one left
+
+
+@pytest.mark.parametrize("settings", SETTINGS, ids=_label)
+def test_an_interruption_by_the_keyboard_leaves_nothing_running(
+    labs: dict[str, Lab], answer_of: Callable[..., Request], settings: dict
+) -> None:
+    lab, recipe = labs["tiny-qwen2.5-vl"], _recipe(settings)
+    lab.run(answer_of(2), recipe)
+    timer = threading.Timer(0.2, lambda: signal.raise_signal(signal.SIGINT))
+    timer.start()
+    with pytest.raises(KeyboardInterrupt):
+        lab.run(answer_of(20_000), recipe)
+    assert not [t for t in threading.enumerate() if t.name in ("fastvl-launch", "fastvl-receive", "fastvl-respond")]
+    assert lab.run(answer_of(3), recipe).tokens == lab.run(answer_of(3), "fastest").tokens
+
+
+def test_on_chunk_is_given_what_the_run_reports(lab: Lab, answer_of: Callable[..., Request]) -> None:
+    for engine in ("transformers", "fastest", _recipe(REPORTED)):
+        seen: list[Chunk] = []
+        run = lab.run(answer_of(20), engine, on_chunk=seen.append)
+        assert tuple(seen) == run.chunks
+
+
+def test_a_peer_can_be_given_up_too(labs: dict[str, Lab], answer_of: Callable[..., Request]) -> None:
+    lab, stop = labs["tiny-qwen2.5-vl"], threading.Event()
+    with pytest.raises(RequestCancelledError):
+        lab.run(answer_of(5000), "transformers", on_chunk=lambda chunk: stop.set(), stop=stop)
+    assert not [m for m in lab.checkpoint.model.modules() if m._forward_hooks or m._forward_pre_hooks]
+
+
+def test_a_gate_opens_when_all_that_raised_it_has_lowered_it() -> None:
+    gate, passed = CountingGate(), []
+
+    def consumer() -> None:
+        gate.wait()
+        passed.append(time.monotonic())
+
+    gate.wait()  # nobody has raised it
+    gate.raise_()
+    gate.raise_()
+    thread = threading.Thread(target=consumer)
+    thread.start()
+    gate.lower()
+    thread.join(0.05)
+    assert not passed
+    gate.lower()
+    gate.raise_()  # closed again at once: who waited has passed all the same
+    thread.join(5)
+    assert len(passed) == 1
+    gate.stay_open()
+    gate.raise_()
+    gate.wait()
+
+
+def test_spans_of_several_threads_nest_by_thread() -> None:
+    tracer = Tracer(torch.device("cpu"), "layers")
+    tracer.start()
+
+    def other() -> None:
+        with tracer.on_device(), tracer.span("decode"), tracer.inner("language.layer.0"):
+            pass
+
+    with tracer.span("emit"):
+        thread = threading.Thread(target=other)
+        thread.start()
+        thread.join()
+    spans = [(s.name, s.lane, s.depth) for s in tracer.finish().spans]
+    assert spans == [("emit", "host", 0), ("decode", "device", 0), ("language.layer.0", "device", 1)]
