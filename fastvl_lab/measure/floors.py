@@ -79,6 +79,64 @@ def decode_bytes(checkpoint: Checkpoint, length: int) -> int:
     return sum(weight.nbytes for weight in weights) + length * KvShape.of(checkpoint).bytes_per_token
 
 
+@dataclass(frozen=True, kw_only=True)
+class Ceilings:
+    """What a device was seen to do per second.
+
+    matmul: operations of matrix products. copied: bytes read and written inside the device. uploaded: bytes from page-locked memory
+    of the host to the device; None on a CPU, which needs no upload.
+    """
+
+    matmul: float
+    copied: float
+    uploaded: float | None
+
+    @classmethod
+    def measure(cls, device: torch.device, dtype: torch.dtype) -> Ceilings:
+        """Measure all of them here."""
+        uploaded = upload_ceiling(device) if device.type == "cuda" else None
+        return cls(matmul=matmul_ceiling(device, dtype), copied=copy_ceiling(device), uploaded=uploaded)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Work:
+    """What a stage cannot do with less of: operations, bytes to and from the device's memory, and bytes from the host."""
+
+    flops: int = 0
+    moved: int = 0
+    uploaded: int = 0
+
+    def seconds(self, ceilings: Ceilings) -> float:
+        """The stage's floor: the time of whichever of them takes longest, as if the others were free."""
+        upload = self.uploaded / ceilings.uploaded if ceilings.uploaded else 0.0
+        return max(self.flops / ceilings.matmul, self.moved / ceilings.copied, upload)
+
+
+def stage_works(checkpoint: Checkpoint, grids: Sequence[Grid], length: int, *, last_token_alone: bool = True) -> dict[str, Work]:
+    """The least work of "upload", "vit" and "prefill" for images of these grids in a prompt of `length` tokens, and of a "decode"
+    step.
+
+    An image counts once in its clip, and goes to the device as bytes. A stage reads each of its weights once, and what is handed
+    from layer to layer inside it counts as free. The decode step is the first, with the keys and values of the prompt.
+    last_token_alone: `prefill_flops`.
+    """
+    visual, row = checkpoint.model.model.visual, checkpoint.model.model.language_model.embed_tokens.weight[0].nbytes
+    config, patch = visual.config, visual.patch_embed.proj.weight[0]
+    pixels = sum(grid.n_patches for grid in grids) * patch.numel() // config.temporal_patch_size
+    n_visual = sum(grid.visual_tokens(config.spatial_merge_size) for grid in grids)
+    made = (1 + len(getattr(config, "deepstack_visual_indexes", ()))) * n_visual * row
+    of_vit = sum(weight.nbytes for weight in visual.parameters())
+    prompt, longer = prefill_flops(checkpoint, length), prefill_flops(checkpoint, length + 1)
+    step = prefill_flops(checkpoint, 1).linear + longer.attention - prompt.attention
+    prefill = prefill_flops(checkpoint, length, last_token_alone=last_token_alone)
+    return {
+        "upload": Work(uploaded=pixels),
+        "vit": Work(flops=vit_flops(checkpoint, grids, frames=1).total, moved=of_vit + pixels + made),
+        "prefill": Work(flops=prefill.total, moved=decode_bytes(checkpoint, length) + (length - 1) * row),
+        "decode": Work(flops=step, moved=decode_bytes(checkpoint, length + 1)),
+    }
+
+
 def _squares(groups: positions.Groups) -> int:
     """Pairs of patches that see one another."""
     return sum(group.number * group.length**2 for group in groups)
@@ -108,6 +166,12 @@ def copy_ceiling(device: torch.device, *, n_bytes: int | None = None, repeats: i
     n = (n_bytes or (2**30 if device.type == "cuda" else 2**28)) // 4
     source, target = (torch.full((n,), value, dtype=torch.float32, device=device) for value in (1.0, 0.0))
     return 2 * source.nbytes / _median_seconds(device, lambda: target.copy_(source), repeats)
+
+
+def upload_ceiling(device: torch.device, *, n_bytes: int = 2**28, repeats: int = 5) -> float:
+    """Bytes a second of a large copy from page-locked memory of the host to a CUDA device, the median of some."""
+    source, target = torch.ones(n_bytes, dtype=torch.uint8, pin_memory=True), torch.empty(n_bytes, dtype=torch.uint8, device=device)
+    return n_bytes / _median_seconds(device, lambda: target.copy_(source, non_blocking=True), repeats)
 
 
 def _median_seconds(device: torch.device, work: Callable[[], object], repeats: int) -> float:

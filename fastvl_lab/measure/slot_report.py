@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import argparse
+import io
 import json
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
+from PIL import Image
 
 from fastvl_lab.measure.publish import json_value
 from fastvl_lab.recipe import Option, Toggle, toggles
@@ -48,18 +51,31 @@ def within_budget(found: Mapping[str, float | str], reference: str, dtype: torch
     return frozenset(label for label, error in found.items() if not isinstance(error, str) and error <= bound)
 
 
+def picture(width: int, height: int) -> bytes:
+    """A JPEG with edges, gradients and noise, for machines without photographs."""
+    row, column = np.linspace(0, 6, height)[:, None], np.linspace(0, 8, width)
+    waves = np.stack([np.sin(row * column), np.cos(row + column), np.sin(row) * np.cos(3 * column)], axis=-1)
+    noise = np.random.default_rng(0).normal(0, 8, waves.shape)
+    out = io.BytesIO()
+    Image.fromarray((127 + 100 * waves + noise).clip(0, 255).astype(np.uint8)).save(out, "JPEG", quality=92)
+    return out.getvalue()
+
+
 def table(rows: Sequence[Row], title: Callable[[Row], str], line: Callable[[Row], str]) -> str:
-    """The rows as text, a block for each title; a row whose parity failed says why instead of its line."""
+    """The rows as text, a block for each title; one whose parity failed, or that has an error for another reason, says why instead.
+
+    Rows have "recipe", "parity" (None where nothing was checked), and "error", a number or a sentence.
+    """
     lines, above = [], ""
     for row in rows:
         if title(row) != above:
             above = title(row)
             lines += ["", above]
-        if row["parity"]:
-            lines.append(f"  {row['recipe']:<26} {line(row)}")
-        else:
+        if row["parity"] is False:
             why = f"failed: {row['error']}" if isinstance(row["error"], str) else f"parity failed: error {row['error']:.1e}"
-            lines.append(f"  {row['recipe']:<26} {why}; not timed")
+        else:
+            why = row["error"] if isinstance(row["error"], str) else ""
+        lines.append(f"  {row['recipe']:<26} {f'{why}; not timed' if why else line(row)}")
     return "\n".join(lines).lstrip()
 
 
@@ -67,21 +83,24 @@ def command(
     report: Callable[..., list[Row]],
     table: Callable[[list[Row]], str],
     *,
-    full: Mapping[str, Any],
-    tiny: Mapping[str, Any],
+    full: dict[str, Any],
+    tiny: dict[str, Any],
     about: str | None,
     repeats: int,
     arguments: Sequence[str] | None,
+    more: Mapping[str, Mapping[str, Any]] | None = None,
 ) -> None:
     """A report's command: the rows to a file as they come, the table to the terminal, status 1 if a parity check failed.
 
     full, tiny: the report's arguments without and with `--tiny`. about: what `--help` prints first. arguments: those of the
-    process, if None.
+    process, if None. more: options of this report alone, an argument of it each: name -> what argparse is told about it.
     """
     parser = argparse.ArgumentParser(description=about, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tiny", action="store_true", help="the built-in checkpoints and small inputs, on any device")
     parser.add_argument("--out", type=Path, help="a file for the rows as JSON")
     parser.add_argument("--repeats", type=int, default=repeats, help=f"timed rounds (default {repeats})")
+    for name, option in (more or {}).items():
+        parser.add_argument(f"--{name}", **option)
     given = parser.parse_args(arguments)
 
     def keep(rows: list[Row]) -> None:
@@ -89,7 +108,8 @@ def command(
             plain = [{key: json_value(value) for key, value in row.items()} for row in rows]
             given.out.write_text(json.dumps(plain, indent=1) + "\n", encoding="utf-8")
 
-    rows = report(**(tiny if given.tiny else full), repeats=given.repeats, on_rows=keep)
+    own = {name: getattr(given, name) for name in more or {}}
+    rows = report(**((tiny if given.tiny else full) | own), repeats=given.repeats, on_rows=keep)
     print(table(rows))
-    if not all(row["parity"] for row in rows):
+    if any(row["parity"] is False for row in rows):  # None: nothing was checked
         sys.exit(1)

@@ -10,20 +10,17 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-import io
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-import numpy as np
 import torch
-from PIL import Image
 
 from fastvl_lab import preprocessor, vit
 from fastvl_lab.checkpoint import Family
 from fastvl_lab.errors import sentence
 from fastvl_lab.lab import Lab, current_device, device_name
 from fastvl_lab.measure.floors import matmul_ceiling, vit_flops
-from fastvl_lab.measure.slot_report import Row, command, runnable, table, wider, within_budget, worst_error
+from fastvl_lab.measure.slot_report import Row, command, picture, runnable, table, wider, within_budget, worst_error
 from fastvl_lab.measure.towers import grids_of, time_towers
 from fastvl_lab.recipe import Recipe
 from fastvl_lab.request import Request
@@ -109,7 +106,7 @@ def report(
         lab = Lab(name, device=device, dtype=dtype)
         recipes = variants(lab.device, lab.dtype, lab.checkpoint.family)
         for width, height in sizes:
-            request = Request(images=[_jpeg(width, height)], prompt="?")
+            request = Request(images=[picture(width, height)], prompt="?")
             grids, ceiling = grids_of(lab, request), matmul_ceiling(lab.device, lab.dtype)
             found = errors(lab, request, recipes)
             right = within_budget(found, "stock", lab.dtype)
@@ -140,16 +137,6 @@ def text(rows: Sequence[Row]) -> str:
             f"  floor {row['floor_ms']:8.3f} ms  {row['share_of_ceiling']:4.0%} of the ceiling  error {row['error']:.1e}"
         ),
     )
-
-
-def _jpeg(width: int, height: int) -> bytes:
-    """A picture with edges, gradients and noise, for machines without photographs."""
-    row, column = np.linspace(0, 6, height)[:, None], np.linspace(0, 8, width)
-    waves = np.stack([np.sin(row * column), np.cos(row + column), np.sin(row) * np.cos(3 * column)], axis=-1)
-    noise = np.random.default_rng(0).normal(0, 8, waves.shape)
-    out = io.BytesIO()
-    Image.fromarray((127 + 100 * waves + noise).clip(0, 255).astype(np.uint8)).save(out, "JPEG", quality=92)
-    return out.getvalue()
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

@@ -1,4 +1,7 @@
-"""`python -m fastvl_lab.view RUN_FOLDER`: print the table of a finished sweep and where its report is."""
+"""`python -m fastvl_lab.view RUN_FOLDER`: print the table of a finished sweep and where its report is.
+
+With the rows of a GPU report, `python -m fastvl_lab.view gpu.json`: print its tables, and draw them on a page beside the file.
+"""
 
 from __future__ import annotations
 
@@ -6,10 +9,21 @@ import json
 import sys
 from pathlib import Path
 
+from fastvl_lab.measure.gpu_tables import text
+from fastvl_lab.view import gpu_report
 from fastvl_lab.view.tables import summary_frame
 
 
-def main(folder: Path) -> None:
+def main(path: Path) -> None:
+    if path.is_file():
+        rows, page = json.loads(path.read_text(encoding="utf-8")), path.with_suffix(".html")
+        page.write_text(gpu_report.report_html(rows), encoding="utf-8")
+        print(f"{text(rows)}\n\nreport: {page}")
+    else:
+        _sweep(path)
+
+
+def _sweep(folder: Path) -> None:
     result = json.loads((folder / "result.json").read_text())
     rows = [
         {"checkpoint": point["checkpoint"], "image": point["image"], "engine": engine, **row}
@@ -26,5 +40,5 @@ def main(folder: Path) -> None:
 
 if __name__ == "__main__":
     if len(sys.argv) != 2:
-        raise SystemExit("usage: python -m fastvl_lab.view RUN_FOLDER")
+        raise SystemExit("usage: python -m fastvl_lab.view RUN_FOLDER or GPU_REPORT.json")
     main(Path(sys.argv[1]))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import html
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from fastvl_lab.errors import require
@@ -26,7 +27,6 @@ th { background: #f4f4f4; } .error { color: #a00; }
 
 def report_html(result: SweepResult) -> str:
     """The page: settings, what failed, the summary, TTFT against visual tokens, and each point's waterfalls with their tables."""
-    plotly_js = require("plotly.offline", "notebooks").get_plotlyjs()
     environment = " · ".join(f"{key} {value}" for key, value in result.environment.items())
     body = [f"<h1>TTFT sweep</h1><p>{html.escape(environment)}</p>", _errors(result)]
     if result.points:
@@ -38,15 +38,21 @@ def report_html(result: SweepResult) -> str:
             "Transformers' model on the same pixels.</p>",
             _table(summary_frame(rows)),
             "<h2>TTFT against visual tokens</h2>",
-            _figure(ttft_against_visual_tokens(rows)),
+            figure_html(ttft_against_visual_tokens(rows)),
         ]
     for point in result.points:
         runs = [point.comparison.representative(engine) for engine in point.comparison.engines]
-        body += [f"<h2>{html.escape(point.label)}</h2>", _figure(waterfall(runs)), _table(stage_frame(runs))]
+        body += [f"<h2>{html.escape(point.label)}</h2>", figure_html(waterfall(runs)), _table(stage_frame(runs))]
     settings = "".join(f"<tr><td>{k}</td><td>{html.escape(repr(v))}</td></tr>" for k, v in vars(result.settings).items())
     body.append(f"<h2>Settings</h2><div class='scroll'><table>{settings}</table></div>")
+    return page("TTFT sweep", body)
+
+
+def page(title: str, body: Sequence[str]) -> str:
+    """A whole page of pieces of HTML, some of them made by `figure_html`."""
+    plotly_js = require("plotly.offline", "notebooks").get_plotlyjs()
     return (
-        "<!DOCTYPE html><html lang='en'><head><meta charset='utf-8'><title>fastvl_lab: TTFT sweep</title>"
+        f"<!DOCTYPE html><html lang='en'><head><meta charset='utf-8'><title>fastvl_lab: {title}</title>"
         f"<style>{_CSS}</style><script>{plotly_js}</script></head><body>{''.join(body)}</body></html>"
     )
 
@@ -66,6 +72,7 @@ def _table(frame: Any) -> str:
     return f"<div class='scroll'>{frame.to_html(index=False, border=0)}</div>"
 
 
-def _figure(figure: Any) -> str:
+def figure_html(figure: Any) -> str:
+    """A figure as a piece of a `page`."""
     text: str = figure.to_html(full_html=False, include_plotlyjs=False, config=style.CONFIG)
     return text

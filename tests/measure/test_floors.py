@@ -9,11 +9,23 @@ import pytest
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
+from transformers import AutoConfig, AutoModelForImageTextToText
 
 from fastvl_lab import Lab
 from fastvl_lab.checkpoint import Checkpoint
+from fastvl_lab.checkpoint.random_weights import write_published_folder
 from fastvl_lab.measure import floors
-from fastvl_lab.measure.floors import copy_ceiling, decode_bytes, matmul_ceiling, prefill_flops
+from fastvl_lab.measure.floors import (
+    Ceilings,
+    Work,
+    copy_ceiling,
+    decode_bytes,
+    matmul_ceiling,
+    prefill_flops,
+    stage_works,
+    vit_flops,
+)
+from fastvl_lab.request import Grid
 
 CPU = torch.device("cpu")
 
@@ -64,3 +76,79 @@ def test_ceilings_count_what_is_done_between_two_looks_at_the_clock(monkeypatch:
 
 def test_a_copy_takes_time() -> None:
     assert 1e8 < copy_ceiling(CPU, n_bytes=2**26, repeats=3) < 1e13
+
+
+@pytest.fixture
+def without_weights() -> Callable[[str], Checkpoint]:
+    """A published geometry on the meta device: sizes of everything, and memory for nothing."""
+
+    def make(hub_id: str) -> Checkpoint:
+        config = AutoConfig.from_pretrained(write_published_folder(hub_id))
+        with torch.device("meta"):
+            model = AutoModelForImageTextToText.from_config(config, dtype=torch.bfloat16)
+        model.tie_weights()
+        return Checkpoint(
+            name=hub_id,
+            family=config.model_type,
+            model=model,
+            tokenizer=None,
+            image_processor=None,
+            eos_token_ids=(),
+            max_length=1,
+            session_len=1,
+            device=torch.device("meta"),
+            dtype=torch.bfloat16,
+        )
+
+    return make
+
+
+@pytest.mark.parametrize(
+    ("hub_id", "first_token_ms", "tokens_per_second"),
+    [
+        ("Qwen/Qwen2.5-VL-3B-Instruct", {Grid(1, 32, 32): 3.7, Grid(1, 68, 92): 22.7}, 486),
+        ("Qwen/Qwen3-VL-4B-Instruct", {Grid(1, 28, 28): 3.4, Grid(1, 60, 80): 18.6}, 373),
+    ],
+)
+def test_floors_are_those_that_others_have_worked_out(
+    without_weights: Callable[[str], Checkpoint], hub_id: str, first_token_ms: dict[Grid, float], tokens_per_second: int
+) -> None:
+    """For 448x448 and 1280x960 with 32 tokens of text, on an H100 with 798 TFLOP/s and 3.0 TB/s.
+
+    They count the last layer for every token, and no keys and values in a decode step.
+    """
+    checkpoint, ceilings = without_weights(hub_id), Ceilings(matmul=798e12, copied=3e12, uploaded=None)
+    for grid, known in first_token_ms.items():
+        length, ms = grid.visual_tokens(2) + 32, {}
+        for alone in (False, True):
+            works = stage_works(checkpoint, [grid], length, last_token_alone=alone)
+            ms[alone] = 1e3 * (works["vit"].seconds(ceilings) + works["prefill"].seconds(ceilings))
+        assert round(ms[False], 1) == known
+        assert 0.98 * ms[False] < ms[True] <= ms[False]
+        assert 0.97 * tokens_per_second < 1 / works["decode"].seconds(ceilings) < tokens_per_second
+    assert round(ceilings.copied / decode_bytes(checkpoint, 0)) == tokens_per_second
+
+
+def test_the_floor_is_the_time_of_what_takes_longest() -> None:
+    ceilings = Ceilings(matmul=100.0, copied=10.0, uploaded=1.0)
+    assert Work(flops=100, moved=5, uploaded=0).seconds(ceilings) == 1.0
+    assert Work(flops=100, moved=50, uploaded=2).seconds(ceilings) == 5.0
+    assert Work(flops=100, moved=50, uploaded=7).seconds(ceilings) == 7.0
+    assert Work(uploaded=7).seconds(Ceilings(matmul=1.0, copied=1.0, uploaded=None)) == 0.0
+
+
+def test_a_stage_has_the_work_that_cannot_be_spared(lab: Lab) -> None:
+    checkpoint, grids, length = lab.checkpoint, [Grid(1, 8, 6), Grid(1, 4, 4)], 40
+    visual, text = checkpoint.model.model.visual, checkpoint.model.model.language_model
+    patch, row = visual.patch_embed.proj.weight[0, :, 0].numel(), text.embed_tokens.weight[0].nbytes
+    works = stage_works(checkpoint, grids, length)
+    assert works["upload"] == Work(uploaded=64 * patch)  # a byte a channel, one frame
+    levels = 1 + len(getattr(visual, "deepstack_merger_list", ()))
+    assert works["vit"].flops == vit_flops(checkpoint, grids, frames=1).total
+    assert works["vit"].moved == sum(p.nbytes for p in visual.parameters()) + 64 * patch + 16 * levels * row
+    assert works["prefill"].flops == prefill_flops(checkpoint, length, last_token_alone=True).total
+    assert works["prefill"].moved == decode_bytes(checkpoint, length) + 39 * row
+    assert works["decode"].moved == decode_bytes(checkpoint, 41)
+    longer, shorter = (prefill_flops(checkpoint, n) for n in (length + 1, length))
+    head = 2 * checkpoint.model.lm_head.weight.numel()  # which both count once
+    assert works["decode"].flops == longer.total - shorter.total + head

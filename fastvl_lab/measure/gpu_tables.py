@@ -1,0 +1,114 @@
+"""The rows of the GPU report as text."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+from fastvl_lab.measure.slot_report import Row, table
+
+_INDENT = " " * 30
+
+
+def text(rows: Sequence[Row]) -> str:
+    """Ceilings and floors, a block for each part and image, and last what could not run or was skipped, and why."""
+    parts: dict[str, tuple[Callable[[Row], str], Callable[[Row], str]]] = {
+        "main": (lambda row: f"TTFT, {_place(row)}", _engine),
+        "sizes": (lambda row: f"one recipe executed in several ways, {_place(row)}", _way),
+        "decode": (lambda row: f"decode steps of {row['new_tokens']} tokens, {_place(row)}", _decode),
+        "kernels": (lambda row: f"kernels of TTFT in part {row['of']}, {_place(row)}", _kernels),
+    }
+    blocks = ["\n".join(_ceilings(row) if row["part"] == "ceilings" else _floors(row) for row in rows if _is_limit(row))]
+    for part, (title, line) in parts.items():
+        done = [row for row in rows if row["part"] == part and not _not_timed(row)]
+        blocks.append(table(done, title, line))
+    why: dict[str, list[Row]] = {}
+    for row in rows:
+        if _not_timed(row):
+            why.setdefault(str(row["error"]), []).append(row)
+    if why:
+        blocks.append("\n".join(["not timed", *(f"  {reason}\n{_named(mine)}" for reason, mine in why.items())]))
+    return "\n\n".join(block for block in blocks if block)
+
+
+def _is_limit(row: Row) -> bool:
+    return row["part"] in ("ceilings", "floors")
+
+
+def _not_timed(row: Row) -> bool:
+    """Whether a row is of something that could not run here or was skipped, which is no fault of it."""
+    return row["parity"] is None and isinstance(row["error"], str)
+
+
+def _named(rows: Sequence[Row]) -> str:
+    """The engines of rows, by part and image where not all have the same."""
+    places: dict[tuple[str, ...], list[str]] = {}
+    for row in rows:
+        place = f"{row['checkpoint']} {row['part']} {row['image']}"
+        places.setdefault(tuple(r["recipe"] for r in rows if _at(r) == _at(row)), []).append(place)
+    return "\n".join(f"    {' · '.join(labels)}, in {', '.join(dict.fromkeys(at))}" for labels, at in places.items())
+
+
+def _at(row: Row) -> tuple[str, str, str]:
+    return row["checkpoint"], row["part"], row["image"]
+
+
+def _place(row: Row) -> str:
+    return f"{row['image']}, {row['checkpoint']}, {row['device']} {row['dtype']}"
+
+
+def _ceilings(row: Row) -> str:
+    upload = "" if row["upload_gb_s"] is None else f", upload {row['upload_gb_s']:.1f} GB/s"
+    found = f"matmul {row['matmul_tflops']:.2f} TFLOP/s, copy {row['copy_gb_s']:.1f} GB/s{upload}"
+    return f"{row['device']} {row['dtype']}: {found}; floors of {row['checkpoint']} in ms"
+
+
+def _floors(row: Row) -> str:
+    stages = ", ".join(f"{stage} {ms:.3f}" for stage, ms in row["floor_ms"].items())
+    whole = f"patches to first token {row['patches_floor_ms']:.2f}, at most {row['tokens_per_second']:.0f} tokens/s"
+    return f"  {row['image']:<10}{row['prompt_tokens']:5} tokens  {stages}; {whole}"
+
+
+def _engine(row: Row) -> str:
+    memory = "" if row["peak_mb"] is None else f"  peak {row['peak_mb']:.0f} MB, {row['working_mb']:.0f} its own"
+    return f"{_ttft(row)}{memory}  error {row['error']:.1e}\n{_INDENT}{_stages(row)}"
+
+
+def _way(row: Row) -> str:
+    line = f"{_ttft(row)}  error {row['error']:.1e}"
+    if row["captures"]:
+        known = " (for an earlier size)" if row["captured_before"] else ""
+        pays = "not shown to pay" if row["break_even"] is None else f"pays after {row['break_even']} requests"
+        line += f"\n{_INDENT}captured in {row['capture_s']:.2f} s, {row['capture_mb']:.1f} MB{known}; {pays}"
+    return line
+
+
+def _decode(row: Row) -> str:
+    others = ", ".join(label for label in row["same_steps"] if label != row["recipe"])
+    line = f"{row['tpot_ms']:9.3f} ms a token, {row['tokens_per_second']:8.1f} tokens/s, {row['share']:4.0%} of the ceiling"
+    return line + (f"\n{_INDENT}also: {others}" if others else "")
+
+
+def _kernels(row: Row) -> str:
+    return "the profiler saw none" if row["kernels_ms"] is None else f"{row['kernels_ms']:9.2f} ms"
+
+
+def _ttft(row: Row) -> str:
+    """TTFT, and that from patches on, with ratios to Transformers; how near the floor the latter is; how idle the device."""
+    idle = "" if row["idle_share"] is None else f"  device idle {row['idle_share']:4.0%}"
+    patches = f"patches {row['patches_ms']:9.2f} ms {_ratio(row, 'patches_ratio')}"
+    return f"{row['ttft_ms']:9.2f} ms {_ratio(row, 'ratio')}  {patches}  floor {row['floor_share']:4.0%}{idle}"
+
+
+def _ratio(row: Row, name: str) -> str:
+    if row[name] is None:
+        return ""
+    low, high = row[f"{name}_low"], row[f"{name}_high"]
+    interval = "" if low != low else f" [{low:.2f}, {high:.2f}]"
+    return f"{row[name]:5.2f}x{interval}"
+
+
+def _stages(row: Row) -> str:
+    """One stage after another: ms of the host and, behind a bar, of the device."""
+    device = row["device_ms"]
+    shown = [f"{stage} {ms:.2f}{f'|{device[stage]:.2f}' if stage in device else ''}" for stage, ms in row["host_ms"].items()]
+    return ", ".join([*shown, f"in no stage {row['unaccounted_ms']:.2f}"])
