@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from fastvl_lab.errors import (
         CheckpointError,
         DeviceError,
+        EndpointError,
         FastvlError,
         ImageError,
         MissingExtraError,
@@ -51,6 +52,7 @@ _PUBLIC = {
     "RecipeError": "errors",
     "CheckpointError": "errors",
     "DeviceError": "errors",
+    "EndpointError": "errors",
     "RequestCancelledError": "errors",
     "MissingExtraError": "errors",
 }

@@ -30,6 +30,10 @@ class CaptureError(FastvlError):
     """A stage that cannot be compiled or captured here."""
 
 
+class EndpointError(FastvlError):
+    """An HTTP endpoint that cannot be reached, or that refuses a request."""
+
+
 class DeviceError(FastvlError):
     """A device that is absent, or that has too little memory for what was asked."""
 

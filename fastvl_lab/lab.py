@@ -24,7 +24,7 @@ from fastvl_lab.errors import CheckpointError, DeviceError, RecipeError
 from fastvl_lab.pipeline import Engine, Outcome, Pipeline
 from fastvl_lab.recipe import Recipe
 from fastvl_lab.request import Chunk, Request, check_whole_number
-from fastvl_lab.run import Kind, Run
+from fastvl_lab.run import ELSEWHERE, Kind, Run
 from fastvl_lab.streaming.text import Deliver
 from fastvl_lab.trace import Level, Tracer
 
@@ -95,10 +95,10 @@ class Lab:
     ) -> Run:
         """Serve a request to the end and report on it.
 
-        engine: a `Recipe`, a recipe's text such as "fastest, vit.tower=lean", or a peer's text such as "transformers"; by default
-        the baseline. trace: "off", "stages", or "layers" to also time ViT blocks and decoder layers. on_chunk: given each chunk as
-        it leaves; the engine waits for it. stop: once it is set, the request ends at its next stage or step with a
-        `RequestCancelledError`. Raises `FastvlError`s.
+        engine: a `Recipe`, a recipe's text such as "fastest, vit.tower=lean", or a peer's text such as "transformers" or
+        "http://127.0.0.1:8000/v1"; by default the baseline. trace: "off", "stages", or "layers" to also time ViT blocks and decoder
+        layers. on_chunk: given each chunk as it leaves; the engine waits for it. stop: once it is set, the request ends at its next
+        stage or step with a `RequestCancelledError`. Raises `FastvlError`s.
         """
         key = self.engine(engine)
         bound, tracer, chunks = self._bind(key), Tracer(self.device, trace, stop=stop), []
@@ -108,7 +108,7 @@ class Lab:
             if on_chunk is not None:
                 on_chunk(chunks[-1])
 
-        with self._lock:
+        with self._turn(key):
             tracer.start()
             outcome = self._serve(bound, request, tracer, deliver)
             finished = tracer.finish()
@@ -118,8 +118,8 @@ class Lab:
             engine=engine if isinstance(engine, str) else name,
             recipe=key if isinstance(key, Recipe) else None,
             checkpoint=self.checkpoint.name,
-            device=device_name(self.device),
-            dtype=_dtype_name(self.dtype),
+            device=ELSEWHERE if peers.is_remote(key) else device_name(self.device),
+            dtype="unknown" if peers.is_remote(key) else _dtype_name(self.dtype),
             kind=kind,
             n_prompt=outcome.n_prompt,
             shapes=outcome.shapes,
@@ -139,7 +139,7 @@ class Lab:
 
         def produce() -> None:
             try:
-                with self._lock:
+                with self._turn(key):
                     started.set()
                     if gone.is_set():  # the consumer left while others were served
                         return
@@ -207,6 +207,10 @@ class Lab:
             else:
                 self._engines[key] = peers.bind(key, self.checkpoint)
         return self._engines[key]
+
+    def _turn(self, key: EngineName) -> AbstractContextManager[object]:
+        """One request at a time on the device; what an endpoint serves is elsewhere, or takes its own turn here."""
+        return nullcontext() if peers.is_remote(key) else self._lock
 
     def _serve(self, engine: Engine, request: Request, tracer: Tracer, deliver: Deliver) -> Outcome:
         try:

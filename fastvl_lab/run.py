@@ -20,6 +20,9 @@ if TYPE_CHECKING:
 
 Kind = Literal["cold", "warm", "cache_hit"]
 
+# The device of a run whose engine is behind an address.
+ELSEWHERE = "elsewhere"
+
 _BAR_WIDTH = 40
 _EIGHTHS = " ▏▎▍▌▋▊▉"
 
@@ -68,6 +71,8 @@ class Run:
 
     def subtitle(self) -> str:
         """What became of the images: decoded size, resized size, patches, visual tokens."""
+        if self.device == ELSEWHERE:
+            return f"{self.n_prompt} prompt tokens, as the endpoint counts them"
         if not self.shapes:
             return f"text only → {self.n_prompt} prompt tokens"
         first, more = self.shapes[0], len(self.shapes) - 1

@@ -40,6 +40,8 @@ OPTIONAL = (
     "IPython",
     "papermill",
     "fastapi",
+    "uvicorn",
+    "prometheus_client",
     "skimage",
     "kaleido",
     "simplejpeg",

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
+import threading
 
 import pytest
 import torch
 
-from fastvl_lab import Lab, Recipe, Request, photo, preprocessor, toggles, vit
+from fastvl_lab import Lab, Recipe, Request, RequestCancelledError, photo, preprocessor, toggles, vit
 from fastvl_lab.checkpoint import tiny
 from fastvl_lab.kernels.argmax import argmax, argmax_reference
 from fastvl_lab.kernels.decode_attention import decode_attention, decode_attention_reference
@@ -328,6 +329,22 @@ def test_graphs_of_many_shapes_stay_within_the_budget_and_a_left_request_leaves_
         break
     assert lab.run(requests[3], recipe).tokens == truth
     assert torch.cuda.memory_reserved() <= held + budget
+
+
+@pytest.mark.parametrize("gate", ["open", "round"])
+@pytest.mark.parametrize("positions", ["on_device", "host_sync"])
+@pytest.mark.parametrize("steps", [1, 2, 16])
+@pytest.mark.parametrize("decode", ["eager", "graph"])
+def test_steps_launched_ahead_on_the_stream_make_the_same_tokens(decode: str, steps: int, positions: str, gate: str) -> None:
+    lab = Lab("tiny-qwen3-vl", device="cuda", dtype="bfloat16")
+    plain = Recipe.parse(f"fastest, capture.decode={decode}", lab.device)
+    recipe = plain.replace({"streaming.steps_per_round": steps, "streaming.positions": positions, "streaming.gate": gate})
+    request = Request(images=[photo("coffee", (168, 140))], prompt="What?", max_new_tokens=50, ignore_eos=True)
+    assert lab.run(request, recipe).tokens == lab.run(request, plain).tokens
+    stop = threading.Event()
+    with pytest.raises(RequestCancelledError):
+        lab.run(request, recipe, on_chunk=lambda chunk: stop.set(), stop=stop)
+    assert lab.run(request, recipe).tokens == lab.run(request, plain).tokens
 
 
 @pytest.mark.parametrize("stage", ["vit", "prefill", "decode"])

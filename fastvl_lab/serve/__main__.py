@@ -1,0 +1,65 @@
+"""Serve a recipe: python -m fastvl_lab.serve --checkpoint tiny-qwen2.5-vl --recipe fastest --port 8000"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Sequence
+
+from fastvl_lab.errors import FastvlError, require
+from fastvl_lab.lab import Lab
+from fastvl_lab.serve.app import create_app
+from fastvl_lab.serve.settings import Settings
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Load, serve until a signal comes, and finish what is running; arguments: those of the process, if None."""
+    given = _parser().parse_args(arguments)
+    try:
+        uvicorn = require("uvicorn", "serve")
+        settings = Settings(
+            max_queue=given.max_queue,
+            timeout=given.timeout,
+            max_body=given.max_body,
+            max_tokens=given.max_tokens,
+            api_key=given.api_key or os.environ.get("FASTVL_LAB_API_KEY") or None,
+            image_hosts=tuple(given.allow_image_hosts),
+            warm_up=tuple(given.warm_up),
+        )
+        lab = Lab(given.checkpoint, device=given.device, dtype=given.dtype, session_len=given.session_len)
+        app = create_app(lab, given.recipe, settings)
+    except FastvlError as error:
+        sys.exit(f"{error}")
+    uvicorn.run(app, host=given.host, port=given.port, log_level="warning", timeout_graceful_shutdown=int(given.timeout) + 1)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="python -m fastvl_lab.serve", description=__doc__)
+    defaults = Settings()
+    parser.add_argument("--checkpoint", required=True, help="a folder, a hub id, a built-in checkpoint, or random:<hub id>")
+    parser.add_argument("--recipe", default="fastest", help="a recipe's text (default fastest)")
+    parser.add_argument("--device", help="cpu, cuda, cuda:1 (default CUDA where present)")
+    parser.add_argument("--dtype", help="float32, bfloat16, float16 (default the checkpoint's on CUDA, float32 on a CPU)")
+    parser.add_argument("--session-len", type=int, help="tokens of prompt and answer together")
+    parser.add_argument("--host", default="127.0.0.1", help="address to bind (default 127.0.0.1: this machine only)")
+    parser.add_argument("--port", type=int, default=8000)
+    parser.add_argument("--max-queue", type=int, default=defaults.max_queue, help=f"requests in line ({defaults.max_queue})")
+    parser.add_argument("--timeout", type=float, default=defaults.timeout, help=f"seconds a request ({defaults.timeout:g})")
+    parser.add_argument("--max-body", type=int, default=defaults.max_body, help=f"bytes a request ({defaults.max_body})")
+    parser.add_argument("--max-tokens", type=int, default=defaults.max_tokens, help="tokens of an answer if a request does not say")
+    parser.add_argument("--api-key", help="what clients must send as a bearer token; also FASTVL_LAB_API_KEY")
+    parser.add_argument("--allow-image-hosts", nargs="*", default=[], metavar="HOST", help="fetch images from these hosts")
+    parser.add_argument(
+        "--warm-up", nargs="*", default=[], type=_size, metavar="WIDTHxHEIGHT", help="sizes to serve before the first"
+    )
+    return parser
+
+
+def _size(text: str) -> tuple[int, int]:
+    width, _, height = text.partition("x")
+    return int(width), int(height)
+
+
+if __name__ == "__main__":
+    main()

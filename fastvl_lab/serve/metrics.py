@@ -1,0 +1,47 @@
+"""What Prometheus is told: requests by status, who waits, and where the time to the first token went."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from fastvl_lab.errors import require
+from fastvl_lab.run import Run
+
+_SECONDS = (0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0, 30.0)
+
+
+class Metrics:
+    """One server's metrics, in a registry of its own."""
+
+    def __init__(self) -> None:
+        client = require("prometheus_client", "serve")
+        self._client, self.registry = client, client.CollectorRegistry()
+
+        def metric(kind: str, name: str, about: str, *labels: str, **options: Any) -> Any:
+            return getattr(client, kind)(f"fastvl_lab_{name}", about, labels, registry=self.registry, **options)
+
+        self.requests = metric("Counter", "requests", "Requests answered, by HTTP status; 499: the client left", "status")
+        self.waiting = metric("Gauge", "requests_waiting", "Requests in line")
+        self.running = metric("Gauge", "requests_running", "Requests being served")
+        self._tokens = metric("Counter", "tokens", "Tokens, of prompts and answers", "of")
+        self._runs = metric("Counter", "runs", "Finished runs, by kind: cold, warm or cache_hit", "kind")
+        self._queued = metric("Histogram", "queued_seconds", "Time in line", buckets=_SECONDS)
+        self._ttft = metric("Histogram", "ttft_seconds", "From the engine's start to the first chunk", buckets=_SECONDS)
+        self._tpot = metric("Histogram", "tpot_seconds", "Seconds a token after the first chunk", buckets=_SECONDS)
+        self._stages = metric("Histogram", "stage_seconds", "Seconds of TTFT in a stage", "stage", buckets=_SECONDS)
+
+    def served(self, run: Run, queued: float) -> None:
+        """Note a finished run."""
+        self._runs.labels(run.kind).inc()
+        self._tokens.labels("prompt").inc(run.n_prompt)
+        self._tokens.labels("answer").inc(len(run.tokens))
+        self._queued.observe(queued)
+        self._ttft.observe(run.ttft)
+        if run.tpot is not None:
+            self._tpot.observe(run.tpot)
+        for stage, ns in run.trace.stages().items():
+            self._stages.labels(stage).observe(ns / 1e9)
+
+    def text(self) -> tuple[bytes, str]:
+        """All of them, and their content type."""
+        return self._client.generate_latest(self.registry), self._client.CONTENT_TYPE_LATEST

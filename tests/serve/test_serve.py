@@ -1,0 +1,412 @@
+"""The endpoint as its clients meet it: the tokens of `lab.run`, clear refusals, limits that hold, and nothing left behind."""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import contextlib
+import dataclasses
+import http.client
+import json
+import os
+import re
+import signal
+import socket
+import statistics
+import subprocess
+import sys
+import threading
+import time
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from fastvl_lab import EndpointError, Lab, RecipeError, Request, Run
+from fastvl_lab.errors import DeviceError, FastvlError
+from fastvl_lab.serve import serving
+from fastvl_lab.serve.app import create_app
+
+httpx = pytest.importorskip("httpx", reason="tests of the server need httpx (extra dev)")
+openai = pytest.importorskip("openai", reason="tests of the server need the openai client (extra dev)")
+
+MODEL = "tiny-qwen2.5-vl"
+
+
+def _uri(picture: bytes) -> str:
+    return f"data:image/jpeg;base64,{base64.b64encode(picture).decode()}"
+
+
+def _messages(picture: bytes | None, text: str = "What is this?") -> list[dict[str, Any]]:
+    image = [{"type": "image_url", "image_url": {"url": _uri(picture)}}] if picture else []
+    return [{"role": "user", "content": [*image, {"type": "text", "text": text}]}]
+
+
+def _client(server: Any, **options: Any) -> Any:
+    return openai.OpenAI(base_url=f"{server.url}/v1", api_key=options.pop("api_key", "none"), max_retries=0, **options)
+
+
+@pytest.mark.parametrize("with_image", [True, False], ids=["image", "text"])
+def test_the_openai_client_gets_what_lab_run_gives(server: Any, picture: bytes, with_image: bool) -> None:
+    messages = _messages(picture if with_image else None)
+    expected = server.lab.run(Request(messages=messages, max_new_tokens=24, ignore_eos=True), "fastest")
+    asked = {"model": MODEL, "messages": messages, "max_tokens": 24}
+    more = {"ignore_eos": True, "return_token_ids": True, "return_trace": True}
+
+    stream = _client(server).chat.completions.create(**asked, stream=True, stream_options={"include_usage": True}, extra_body=more)
+    text, tokens, reasons, last = "", [], [], None
+    for event in stream:
+        for choice in event.choices:
+            text += choice.delta.content or ""
+            tokens += (choice.model_extra or {}).get("token_ids", [])
+            reasons += [choice.finish_reason] if choice.finish_reason else []
+        last = event
+    assert (text, tuple(tokens), reasons) == (expected.text, expected.tokens, ["length"])
+    assert last.usage.prompt_tokens == expected.n_prompt
+    assert last.usage.completion_tokens == 24
+    own = last.model_extra["fastvl_lab"]
+    run = Run.from_record(own["run"])
+    assert run.ttft == own["ttft"]
+    assert {"tokenize", "prefill", "emit"} <= set(run.trace.stages())
+    assert own["queued"] >= 0
+
+    whole = _client(server).chat.completions.create(**asked, extra_body=more)
+    assert whole.choices[0].message.content == expected.text
+    assert whole.choices[0].finish_reason == "length"
+    assert whole.usage.total_tokens == expected.n_prompt + 24
+
+
+def test_an_answer_that_ends_by_itself_says_so(serve: Callable[..., Any], labs: dict[str, Lab], picture: bytes) -> None:
+    plain = labs[MODEL].run(Request(messages=_messages(picture), max_new_tokens=8, ignore_eos=True), "fastest")
+    lab = labs[MODEL].apart()
+    lab.checkpoint = dataclasses.replace(lab.checkpoint, eos_token_ids=(plain.tokens[3],))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(labs, MODEL, lab)
+        with serve() as running:
+            answer = _client(running).chat.completions.create(model=MODEL, messages=_messages(picture), max_tokens=8)
+    assert answer.choices[0].finish_reason == "stop"
+    assert answer.usage.completion_tokens == plain.tokens.index(plain.tokens[3]) + 1
+
+
+def test_the_lab_measures_the_server_from_outside(server: Any, labs: dict[str, Lab], picture: bytes) -> None:
+    request = Request(images=[picture], prompt="What is this?", max_new_tokens=20, ignore_eos=True)
+    run, inside = labs[MODEL].run(request, f"{server.url}/v1/"), labs[MODEL].run(request, "fastest")
+    assert (run.tokens, run.text, run.n_prompt) == (inside.tokens, inside.text, inside.n_prompt)
+    assert [chunk.tokens for chunk in run.chunks] == [chunk.tokens for chunk in inside.chunks]
+    assert list(run.trace.stages()) == ["encode", "connect", "upload", "wait"]
+    assert sum(run.trace.stages().values()) + run.trace.unaccounted_ns == pytest.approx(run.trace.first_chunk_ns, rel=0.01)
+    assert "as the endpoint counts them" in repr(run)
+    assert [chunk.tokens for chunk in labs[MODEL].stream(request, f"{server.url}/v1")] == [c.tokens for c in run.chunks]
+    with pytest.raises(EndpointError, match="not an image of a supported type"):
+        labs[MODEL].run(Request(images=[b"no image"], prompt="?"), f"{server.url}/v1")
+    with pytest.raises(EndpointError, match=r"does not serve other; the choices are tiny-qwen2\.5-vl"):
+        labs[MODEL].run(request, f"{server.url}/v1, model=other")
+    with pytest.raises(EndpointError, match="no OpenAI-compatible endpoint"):
+        labs[MODEL].run(request, "http://127.0.0.1:9/v1")
+    with pytest.raises(RecipeError, match="model=<name>"):
+        labs[MODEL].run(request, f"{server.url}/v1, models=other")
+
+
+@pytest.mark.parametrize(
+    ("change", "status", "says"),
+    [
+        ({"temperature": 0.7}, 400, "temperature is 0.7; decoding is greedy, so it must be 0 or left out"),
+        ({"n": 2}, 400, "n is 2"),
+        ({"tools": [{"type": "function"}]}, 400, "tools is"),
+        ({"max_tokns": 5}, 400, "the field 'max_tokns' is unknown; the choices are model, messages"),
+        ({"max_tokens": 0}, 400, "max_new_tokens is 0"),
+        ({"stream": "yes"}, 400, 'stream is "yes"; it must be true or false'),
+        ({"messages": []}, 400, "messages is empty"),
+        ({"messages": "hello"}, 400, "messages must be a list"),
+        ({"messages": [{"role": "user", "content": [{"type": "image", "image": "/etc/hostname"}]}]}, 400, "'text' and 'image_url'"),
+        (
+            {"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "/etc/hostname"}}]}]},
+            400,
+            "fetches",
+        ),
+        (
+            {"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "file:///etc/hostname"}}]}]},
+            400,
+            "is",
+        ),
+        ({"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "data:,x"}}]}]}, 400, "not base64"),
+        ({"model": "gpt-4"}, 404, "model 'gpt-4' is not served here; the choice is 'tiny-qwen2.5-vl'"),
+        ({"max_tokens": 10**9}, 400, "limit"),
+        ({"user": "me", "seed": 3, "temperature": 0, "n": 1, "stop": None}, 200, ""),
+    ],
+)
+def test_a_field_that_cannot_be_honoured_is_refused_in_a_sentence(server: Any, change: dict, status: int, says: str) -> None:
+    body = {"model": MODEL, "messages": _messages(None), "max_tokens": 2} | change
+    answer = httpx.post(f"{server.url}/v1/chat/completions", json=body, timeout=30)
+    assert answer.status_code == status, answer.text
+    if status != 200:
+        assert says in answer.json()["error"]["message"]
+        assert set(answer.json()["error"]) == {"message", "type", "param", "code"}
+
+
+@pytest.mark.parametrize("body", [b"", b"{", b"[]", b"\xff\xfe", b'"text"', b"[" * 100_000])
+def test_a_malformed_body_is_refused(server: Any, body: bytes) -> None:
+    answer = httpx.post(f"{server.url}/v1/chat/completions", content=body, timeout=30)
+    assert answer.status_code == 400
+    assert "the body is" in answer.json()["error"]["message"]
+
+
+def test_a_body_over_the_limit_is_refused_before_it_is_read_in_full(server: Any) -> None:
+    sent = 0
+
+    def pieces() -> Any:
+        nonlocal sent
+        for _ in range(400):
+            sent += 100_000
+            yield b" " * 100_000
+
+    try:
+        status = httpx.post(f"{server.url}/v1/chat/completions", content=pieces(), timeout=30).status_code
+    except httpx.TransportError:  # the server hung up on it
+        status = 413
+    assert status == 413
+    assert sent < 40_000_000
+    told = httpx.post(f"{server.url}/v1/chat/completions", content=b" " * 2_000_001, timeout=30)
+    assert told.status_code == 413
+    assert "2000000 bytes, the limit" in told.json()["error"]["message"]
+
+
+def test_models_health_and_metrics(server: Any, picture: bytes) -> None:
+    assert [model.id for model in _client(server).models.list()] == [MODEL]
+    assert httpx.get(f"{server.url}/health").json() == {"status": "ok"}
+    before = _metrics(server)
+    _client(server).chat.completions.create(model=MODEL, messages=_messages(picture), max_tokens=3)
+    after = _metrics(server)
+    assert after['fastvl_lab_requests_total{status="200"}'] == before.get('fastvl_lab_requests_total{status="200"}', 0) + 1
+    for name in ("ttft_seconds_count", "queued_seconds_count", 'stage_seconds_count{stage="prefill"}'):
+        assert after[f"fastvl_lab_{name}"] == before.get(f"fastvl_lab_{name}", 0) + 1, name
+    assert after["fastvl_lab_requests_waiting"] == after["fastvl_lab_requests_running"] == 0
+
+
+def _metrics(server: Any) -> dict[str, float]:
+    lines = httpx.get(f"{server.url}/metrics").text.splitlines()
+    return {name: float(value) for name, _, value in (line.rpartition(" ") for line in lines if line and line[0] != "#")}
+
+
+def test_a_key_is_asked_for_where_one_is_set(serve: Callable[..., Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    with serve(api_key="a secret") as running:
+        with pytest.raises(openai.AuthenticationError, match="missing or wrong"):
+            _client(running, api_key="another").models.list()
+        with pytest.raises(EndpointError, match="answers 401"):
+            running.lab.run(Request(prompt="?"), f"{running.url}/v1")
+        monkeypatch.setenv("FASTVL_LAB_API_KEY", "a secret")
+        assert running.lab.run(Request(prompt="?", max_new_tokens=2), f"{running.url}/v1").tokens
+        assert httpx.get(f"{running.url}/health").status_code == 200  # for load balancers, which have none
+
+
+def test_a_full_line_is_said_at_once_and_who_leaves_makes_room(serve: Callable[..., Any]) -> None:
+    body = {"model": MODEL, "messages": _messages(None), "max_tokens": 20_000, "ignore_eos": True, "stream": True}
+    with serve(max_queue=2) as running:
+        url = f"{running.url}/v1/chat/completions"
+        with httpx.Client(timeout=30) as one, one.stream("POST", url, json=body) as first:
+            lines = first.iter_lines()
+            next(lines)  # it is being served
+            waiting = [_post_and_wait(running, body) for _ in range(2)]
+            _until(lambda: len(running.line._waiting) == 2)
+            refused = httpx.post(url, json=body)
+            assert refused.status_code == 429
+            assert refused.headers["retry-after"] == "1"
+            assert "2 requests wait already" in refused.json()["error"]["message"]
+            waiting[0].close()
+            _until(lambda: len(running.line._waiting) == 1)
+            waiting[1].close()
+        started = time.monotonic()
+        assert httpx.post(url, json=body | {"max_tokens": 2, "stream": False}, timeout=30).status_code == 200
+        assert time.monotonic() - started < 10  # the endless one went with its client
+
+
+def _post_and_wait(running: Any, body: dict[str, Any]) -> socket.socket:
+    """A client that has asked, and reads nothing."""
+    host, port = running.url.removeprefix("http://").split(":")
+    data = json.dumps(body).encode()
+    connection = socket.create_connection((host, int(port)))
+    head = f"POST /v1/chat/completions HTTP/1.1\r\nHost: {host}\r\nContent-Length: {len(data)}\r\n\r\n"
+    connection.sendall(head.encode() + data)
+    return connection
+
+
+def _until(condition: Callable[[], object], seconds: float = 10) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+
+
+def test_a_request_that_takes_too_long_is_ended(serve: Callable[..., Any]) -> None:
+    body = {"model": MODEL, "messages": _messages(None), "max_tokens": 20_000, "ignore_eos": True}
+    with serve(timeout=0.5) as running:
+        url = f"{running.url}/v1/chat/completions"
+        answer = httpx.post(url, json=body, timeout=30)
+        assert answer.status_code == 504
+        assert "longer than this server allows" in answer.json()["error"]["message"]
+        lines = httpx.post(url, json=body | {"stream": True}, timeout=30).text.strip().splitlines()
+        assert "longer than this server allows" in json.loads(lines[-1].removeprefix("data: "))["error"]["message"]
+        with pytest.raises(EndpointError, match=r"gave up.*longer than this server allows"):
+            running.lab.run(Request(prompt="Go on.", max_new_tokens=20_000, ignore_eos=True), f"{running.url}/v1")
+
+
+def test_what_the_engine_fails_on_is_told_without_its_insides(serve: Callable[..., Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    body = {"model": MODEL, "messages": _messages(None), "max_tokens": 2}
+    with serve() as running:
+        for error, status, says in [
+            (KeyError("/secret/path"), 500, "the server failed with a KeyError"),
+            (DeviceError("out of memory"), 503, "out of memory"),
+        ]:
+            with monkeypatch.context() as patch:
+                patch.setattr(running.lab, "run", _raiser(error))
+                answer = httpx.post(f"{running.url}/v1/chat/completions", json=body, timeout=30)
+            assert answer.status_code == status
+            assert answer.json()["error"]["message"] == says
+        assert httpx.post(f"{running.url}/v1/chat/completions", json=body, timeout=30).status_code == 200
+
+
+def _raiser(error: Exception) -> Callable[..., Any]:
+    def run(*_: object, **__: object) -> None:
+        raise error
+
+    return run
+
+
+def test_a_server_runs_a_recipe_that_can_run_here(labs: dict[str, Lab]) -> None:
+    with pytest.raises(FastvlError, match="a server runs a recipe"):
+        create_app(labs[MODEL], "transformers")
+    with pytest.raises(DeviceError, match="did not come up: recipe 'quickest'"), serving(MODEL, "quickest"):
+        pass
+
+
+STORM = 200
+
+
+def test_a_storm_leaves_nothing_behind(server: Any, picture: bytes) -> None:
+    """Clients that vanish, send rubbish or read slowly, among others that must not notice."""
+    request = Request(messages=_messages(picture), max_new_tokens=12, ignore_eos=True)
+    expected = server.lab.run(request, "fastest").text
+    pool = server.lab.memory.paged.pool
+    asyncio.run(_storm(server, picture, expected, 40))
+    threads, memory = _threads(), _memory()
+    longest: list[int] = []
+    started = time.monotonic()
+    outcomes = asyncio.run(_storm(server, picture, expected, STORM, longest))
+    assert time.monotonic() - started < 60
+    assert outcomes == {"complete": 120, "vanished": 40, "malformed": 10, "too large": 10, "hostile": 10, "slow": 10}
+    assert max(longest) <= 8
+    _until(lambda: not server.line._waiting and pool.n_used == 0)
+    assert _threads() == threads
+    assert _memory() - memory < 60_000_000
+    assert httpx.get(f"{server.url}/health").status_code == 200
+
+
+def _threads() -> Counter[str]:
+    return Counter(re.sub(r"\d+", "", thread.name) for thread in threading.enumerate() if thread.name.startswith("fastvl"))
+
+
+def _memory() -> int:
+    return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+
+
+async def _storm(server: Any, picture: bytes, expected: str, number: int, longest: list[int] | None = None) -> Counter[str]:
+    """How each of so many clients fared, 16 at a time."""
+    kinds = {0: "vanished", 1: "vanished", 2: "malformed", 3: "vanished", 4: "vanished", 5: "too large", 6: "hostile", 7: "slow"}
+    room, outcomes = asyncio.Semaphore(16), Counter[str]()
+    url = f"{server.url}/v1/chat/completions"
+    body = {"model": MODEL, "messages": _messages(picture), "max_tokens": 12, "ignore_eos": True, "stream": True}
+    hostile = body | {"messages": _messages(picture[: len(picture) // 2][:200])}
+
+    async def one(client: Any, kind: str) -> None:
+        async with room:
+            if longest is not None:
+                longest.append(len(server.line._waiting))
+            if kind in ("malformed", "hostile"):
+                asked = {"content": b'{"model": '} if kind == "malformed" else {"json": hostile}
+                while (answer := await client.post(url, **asked)).status_code == 429:
+                    await asyncio.sleep(0.05)
+                assert answer.status_code == 400, answer.text
+            elif kind == "too large":
+                with contextlib.suppress(httpx.TransportError):  # hung up on while it was still sending
+                    assert (await client.post(url, content=b" " * 20_000_000)).status_code == 413
+            else:
+                await stream(client, kind)
+            outcomes[kind] += 1
+
+    async def stream(client: Any, kind: str) -> None:
+        while True:
+            async with client.stream("POST", url, json=body) as answer:
+                if answer.status_code == 429:
+                    await answer.aread()
+                    await asyncio.sleep(0.05)
+                    continue
+                text, ended = "", False
+                async for line in answer.aiter_lines():
+                    if kind == "vanished":
+                        return
+                    if kind == "slow":
+                        await asyncio.sleep(0.02)
+                    ended = ended or line == "data: [DONE]"
+                    if line.startswith("data: {"):
+                        text += "".join(c["delta"].get("content") or "" for c in json.loads(line[6:])["choices"])
+                assert ended
+                assert text == expected
+                return
+
+    limits = httpx.Limits(max_connections=32)
+    async with httpx.AsyncClient(timeout=60, limits=limits) as client:
+        await asyncio.gather(*(one(client, kinds.get(n % 20, "complete")) for n in range(number)))
+    return outcomes
+
+
+def test_a_termination_finishes_what_is_running(labs: dict[str, Lab], tmp_path: Path) -> None:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    command = [sys.executable, "-m", "fastvl_lab.serve", "--checkpoint", MODEL, "--port", str(port), "--warm-up", "168x140"]
+    with (tmp_path / "log").open("w") as log, subprocess.Popen(command, stdout=log, stderr=log) as process:
+        try:
+            _until(lambda: _healthy(port), 60)
+            body = {"model": MODEL, "messages": _messages(None), "max_tokens": 400, "ignore_eos": True, "stream": True}
+            with httpx.stream("POST", f"http://127.0.0.1:{port}/v1/chat/completions", json=body, timeout=60) as answer:
+                lines = answer.iter_lines()
+                next(lines)
+                process.send_signal(signal.SIGTERM)
+                rest = [line for line in lines if line]
+            assert rest[-1] == "data: [DONE]"
+            made = sum(len(json.loads(line[6:])["choices"]) for line in rest if line.startswith("data: {"))
+            assert made > 100
+            process.wait(30)
+            with pytest.raises(httpx.ConnectError):
+                httpx.get(f"http://127.0.0.1:{port}/health")
+        finally:
+            process.kill()
+    assert "Traceback" not in (tmp_path / "log").read_text()
+
+
+def _healthy(port: int) -> bool:
+    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=5)
+    try:
+        connection.request("GET", "/health")
+        return connection.getresponse().status == 200
+    except OSError:
+        return False
+    finally:
+        connection.close()
+
+
+@pytest.mark.benchmark
+def test_a_server_adds_at_most_ten_milliseconds_to_ttft(labs: dict[str, Lab], picture: bytes) -> None:
+    """Of the same request in turns, from a process of its own; the median difference must reach 10 ms three times to fail."""
+    request = Request(images=[picture], prompt="What is this?", max_new_tokens=4, ignore_eos=True)
+    lab, differences = labs[MODEL], []
+    with serving(MODEL, "fastest") as url:
+        for _ in range(3):
+            pairs = [(lab.run(request, url).ttft, lab.run(request, "fastest").ttft) for _ in range(25)][5:]
+            differences.append(statistics.median(theirs - ours for theirs, ours in pairs))
+            print(f"TTFT through the server less TTFT in process: {differences[-1] * 1e3:.2f} ms")
+            if differences[-1] < 0.010:
+                return
+    pytest.fail(f"a server adds {differences} s to TTFT")
