@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import html
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
@@ -68,6 +68,11 @@ class Run:
     @property
     def visual_tokens(self) -> int:
         return sum(shape.visual_tokens for shape in self.shapes)
+
+    def behind(self, stage: str, seconds: float) -> Run:
+        """The same as seen by who had waited so long before it began."""
+        chunks = tuple(replace(chunk, time=chunk.time + seconds) for chunk in self.chunks)
+        return replace(self, trace=self.trace.behind(stage, round(seconds * 1e9)), chunks=chunks)
 
     def subtitle(self) -> str:
         """What became of the images: decoded size, resized size, patches, visual tokens."""
@@ -158,6 +163,8 @@ class Run:
         lines = [self.title(), self.subtitle(), self._summary()]
         lines += [f"{stage:<13} {ms:9.3f} ms {share:6.1%} {bar}".rstrip() for stage, ms, share, bar in self._rows_with_bars()]
         lines += [f"{c.how} of {c.stage}: {c.seconds:.2f} s, {c.n_bytes / 1e6:.1f} MB ({c.shape})" for c in self.captures]
+        if self.trace.padding:
+            lines.append("padding: " + ", ".join(f"{share:.1%} of {stage}" for stage, share in self.trace.padding.items()))
         if self.trace.counts:
             lines.append("counted: " + ", ".join(f"{name} {times}" for name, times in self.trace.counts.items()))
         return "\n".join(lines)

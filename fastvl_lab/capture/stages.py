@@ -20,7 +20,7 @@ from fastvl_lab.language.fixed_kv import FixedKv
 from fastvl_lab.language.merge import merge
 from fastvl_lab.language.prefill import prefill
 from fastvl_lab.request import Pixels, Prompt, VisionTokens
-from fastvl_lab.trace import Inner, Tracer, no_inner
+from fastvl_lab.trace import COMPUTED, OF_PADDING, Inner, Tracer, no_inner
 
 Layers = Sequence[tuple[torch.Tensor, torch.Tensor]]
 
@@ -130,7 +130,7 @@ def vit_inputs(encoder: Encoder, pixels: Pixels, merge_size: int, size: Size | N
     n, of_one = len(pixels.patches), merge_size**2
     n_patches = None if size is None else size(n // of_one) * of_one
     if n_patches is not None:
-        tracer.count("vit: patches of padding", n_patches - n)
+        _count_padding(tracer, "vit: patches", n_patches, n_patches - n)
     return encoder.inputs(pixels, tracer, n_patches)
 
 
@@ -142,7 +142,8 @@ def prompt_inputs(prompt: Prompt, rows_of: Tensors, n_visual: int, kv: SlotTable
     """
     n, before = prompt.n_tokens, kv.segments.before[0]
     rows = n if size is None else min(size(n + 1), kv.layers[0][0].shape[0] - before)
-    tracer.count("prefill: tokens of padding", rows - n)
+    if size is not None:
+        _count_padding(tracer, "prefill: tokens", rows, rows - n)
     slot_of, length = kv.table(before + rows)
     tensors = {name: with_rows(tensor, rows) for name, tensor in rows_of.items()}
     tensors |= {"positions": _padded(prompt.positions, rows), "slot_of": slot_of, "length": length}
@@ -155,9 +156,15 @@ def step_inputs(token: torch.Tensor, position: torch.Tensor, kv: SlotTable, size
     """What `Programs.decode` takes; where there is a size, it reads that many keys, and sees those of the sequence."""
     n = kv.segments.lengths[0]
     width = n if size is None else min(size(n), kv.layers[0][0].shape[0])
-    tracer.count("decode: keys of padding", width - n)
+    if size is not None:
+        _count_padding(tracer, "decode: keys", width, width - n)
     slot_of, length = kv.table(width)
     return {"token": token, "position": position, "slot_of": slot_of, "length": length}
+
+
+def _count_padding(tracer: Tracer, what: str, computed: int, padding: int) -> None:
+    tracer.count(f"{what}{COMPUTED}", computed)
+    tracer.count(f"{what}{OF_PADDING}", padding)
 
 
 def with_rows(tensor: torch.Tensor, rows: int) -> torch.Tensor:

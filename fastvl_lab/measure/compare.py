@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 import random
+import threading
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
-from fastvl_lab.errors import RequestError, require, sentence
+from fastvl_lab.errors import RequestCancelledError, RequestError, require, sentence
 from fastvl_lab.lab import EngineName, Lab
 from fastvl_lab.measure.preprocessing import model_pictures, pixel_differences
 from fastvl_lab.measure.statistics import Interval, median_interval
@@ -160,11 +161,12 @@ def compare(
     seed: int = 0,
     on_run: Callable[[str], object] | None = None,
     keep_going: bool = False,
+    stop: threading.Event | None = None,
 ) -> Comparison:
     """Run every engine on the request `warm_up + repeats` times, in rounds whose order is shuffled by `seed`.
 
     engines: label -> recipe, recipe text, or peer. on_run is called after each run with its label. keep_going records any error of
-    an engine in `failures` and goes on without it; otherwise errors are raised.
+    an engine in `failures` and goes on without it; otherwise errors are raised. stop: as `Lab.run` has it.
     """
     if not engines:
         raise RequestError("engines is empty; name at least one recipe or peer")
@@ -178,13 +180,13 @@ def compare(
         shuffled.shuffle(order)
         for label in [name for name in order if name not in failures]:
             try:
-                run = lab.run(request, keys[label])
+                run = lab.run(request, keys[label], stop=stop)
                 logits.setdefault(label, run.logits)
                 # A run's logits may be half a megabyte, and a comparison holds many runs.
                 run = dataclasses.replace(run, engine=label, logits=run.logits[:0])
                 samples.append(Sample(engine=label, round=number, run=run))
             except Exception as error:
-                if not keep_going:
+                if not keep_going or isinstance(error, RequestCancelledError):
                     raise
                 failures[label] = sentence(error)
             if on_run is not None:
@@ -198,7 +200,7 @@ def compare(
 
     def ask(name: str) -> Run:
         if name not in asked:
-            asked[name] = lab.run(request, name)
+            asked[name] = lab.run(request, name, stop=stop)
         return asked[name]
 
     base = _oracle(lab, keys[reference]) if alive else ""
@@ -214,7 +216,7 @@ def compare(
                 in_bounds=_in_bounds(lab, request, keys[label]),
             )
         except Exception as error:
-            if not keep_going:
+            if not keep_going or isinstance(error, RequestCancelledError):
                 raise
             failures[label] = f"its oracle failed: {sentence(error)}"
             oracles[label] = Oracle(engine=name, tokens=(), logit_difference=float("nan"), in_bounds=False)

@@ -159,9 +159,9 @@ class _Answer:
 
     async def _finish(self, send: Any, finished: Finished) -> None:
         if not self._chat.stream:
-            await self._send_json(send, 200, self._reply.whole(finished.run, finished.queued))
+            await self._send_json(send, 200, self._reply.whole(finished.run))
             return
-        for last in self._reply.end(finished.run, finished.queued):
+        for last in self._reply.end(finished.run):
             await self._send_event(send, last)
         await send({"type": "http.response.body", "body": b"data: [DONE]\n\n"})
 

@@ -145,20 +145,20 @@ class Reply:
         self._begun = True
         return self._choice(delta, None, chunk.tokens)
 
-    def end(self, run: Run, queued: float) -> list[dict[str, Any]]:
+    def end(self, run: Run) -> list[dict[str, Any]]:
         """Why the answer ended; then, if asked for, usage and trace."""
         last = [self._choice({}, self._reason(run), ())]
         if self._chat.include_usage or self._chat.trace:
-            last.append({**self._head, "object": "chat.completion.chunk", "choices": [], **self._measured(run, queued)})
+            last.append({**self._head, "object": "chat.completion.chunk", "choices": [], **self._measured(run)})
         return last
 
-    def whole(self, run: Run, queued: float) -> dict[str, Any]:
+    def whole(self, run: Run) -> dict[str, Any]:
         """The answer of a client that does not stream."""
         message = {"role": "assistant", "content": run.text}
         choice: dict[str, Any] = {"index": 0, "message": message, "finish_reason": self._reason(run)}
         if self._chat.token_ids:
             choice["token_ids"] = list(run.tokens)
-        return {**self._head, "object": "chat.completion", "choices": [choice], **self._measured(run, queued)}
+        return {**self._head, "object": "chat.completion", "choices": [choice], **self._measured(run)}
 
     def _choice(self, delta: dict[str, Any], reason: str | None, tokens: tuple[int, ...]) -> dict[str, Any]:
         choice: dict[str, Any] = {"index": 0, "delta": delta, "finish_reason": reason}
@@ -170,12 +170,12 @@ class Reply:
         ended = not self._chat.request.ignore_eos and run.tokens[-1] in self._ends
         return "stop" if ended else "length"
 
-    def _measured(self, run: Run, queued: float) -> dict[str, Any]:
-        """Usage, and on demand the run's record, with the seconds it waited before its clock started."""
+    def _measured(self, run: Run) -> dict[str, Any]:
+        """Usage, and on demand the run's own record, from when it joined the line."""
         n, made = run.n_prompt, len(run.tokens)
         measured: dict[str, Any] = {"usage": {"prompt_tokens": n, "completion_tokens": made, "total_tokens": n + made}}
         if self._chat.trace:
-            measured["fastvl_lab"] = {"queued": queued, "ttft": run.ttft, "run": run.to_record()}
+            measured["fastvl_lab"] = {"run": run.to_record()}
         return measured
 
 

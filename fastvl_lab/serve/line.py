@@ -22,10 +22,9 @@ class LineFullError(FastvlError):
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Finished:
-    """A request's end: its run, and the seconds it waited in line."""
+    """A request's end: its run, whose clock began when it joined the line."""
 
     run: Run
-    queued: float
 
 
 Event = Chunk | Finished | BaseException
@@ -115,4 +114,4 @@ class Line:
         except Exception as error:  # the server lives on
             return error
         self._metrics.served(run, queued)
-        return Finished(run=run, queued=queued)
+        return Finished(run=run.behind("queued", queued))

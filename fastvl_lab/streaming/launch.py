@@ -17,6 +17,9 @@ from fastvl_lab.streaming.answer import Answer, Positions, no_wait
 class Launched(Protocol):
     """A token that the device makes, or has made."""
 
+    def done(self) -> bool:
+        """Whether it is there, or its step has failed."""
+
     def read(self) -> int:
         """Its id, once it is there; raises what its step raised."""
 
@@ -76,6 +79,10 @@ class _Sent:
 
     def __init__(self, place: torch.Tensor, arrived: Any) -> None:
         self._place, self._arrived = place, arrived
+
+    def done(self) -> bool:
+        arrived: bool = self._arrived.query()
+        return arrived
 
     def read(self) -> int:
         self._arrived.synchronize()
@@ -157,6 +164,9 @@ class _Made:
 
     def __init__(self, token: Future[torch.Tensor]) -> None:
         self._token = token
+
+    def done(self) -> bool:
+        return self._token.done()
 
     def read(self) -> int:
         return int(self._token.result())

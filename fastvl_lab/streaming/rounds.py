@@ -52,7 +52,9 @@ class _Rounds:
         self._sizes = [steps_per_round] * whole + [rest] * (rest > 0)
         self.errors: list[BaseException] = []
         self._over = threading.Event()
-        self._asked = threading.Semaphore(0)
+        self._progress = threading.Condition()
+        self._n_taken = 0
+        self._asked, self._uploaded = threading.Semaphore(0), threading.Semaphore(1)  # the first round is, from the start
         self._launched: queue.SimpleQueue[Launched | None] = queue.SimpleQueue()
         self._received: queue.SimpleQueue[tuple[int, bool] | None] = queue.SimpleQueue()
         self._launched.put(stream.first)
@@ -62,7 +64,10 @@ class _Rounds:
     def end(self) -> None:
         """Wake every thread that waits for another; nothing more is launched."""
         self._over.set()
+        with self._progress:
+            self._progress.notify_all()
         self._asked.release()
+        self._uploaded.release()
         self._launched.put(None)
         self._received.put(None)
         if self._gate is not None:
@@ -76,12 +81,20 @@ class _Rounds:
                 if later:
                     self._asked.acquire()
                     self._raise()  # the round is uploaded
+                    self._uploaded.release()
+                launched: list[Launched] = []
                 for _ in range(size):
                     if self._over.is_set():
                         return
-                    self._launched.put(self.stream.launch(number))
+                    if launched:
+                        self._launched.put(launched[-1])
+                    launched.append(self.stream.launch(number))
                     number += 1
+                # In an engine's event loop the results that are there are taken before the last step is launched, and the round
+                # is said to be launched before that step's own is looked for.
+                self._wait_for_taken(number - size + 1 + sum(token.done() for token in launched[:-1]))
                 self._lower()
+                self._launched.put(launched[-1])
         except BaseException as error:  # raised again by the caller
             self.errors.append(error)
             self.end()
@@ -110,7 +123,21 @@ class _Rounds:
                     return
                 if number == size // 2:
                     self._raise()
+                self._note_taken()
+            if self._gate is not None:
+                self._uploaded.acquire()
             self._lower()  # the next round's results begin
+
+    def _note_taken(self) -> None:
+        with self._progress:
+            self._n_taken += 1
+            self._progress.notify_all()
+
+    def _wait_for_taken(self, n_tokens: int) -> None:
+        """Until the receiver has taken so many; nobody is waited for where no gate depends on the order."""
+        if self._gate is not None:
+            with self._progress:
+                self._progress.wait_for(lambda: self._n_taken >= n_tokens or self._over.is_set())
 
     def respond(self) -> None:
         """Send what was received, all of it at once, whenever the gate opens."""

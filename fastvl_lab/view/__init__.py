@@ -11,6 +11,14 @@ from fastvl_lab.view.slots import (
     step_bars,
     window_layout,
 )
+from fastvl_lab.view.streaming import (
+    chunk_timeline,
+    launches_and_steps,
+    reported_frame,
+    reported_rates,
+    streaming_frame,
+    undone_alone,
+)
 from fastvl_lab.view.tables import catalogue_frame, layer_frame, show, stage_frame, summary_frame
 from fastvl_lab.view.waterfall import waterfall
 
@@ -18,10 +26,14 @@ __all__ = [
     "block_waterfall",
     "bytes_over_steps",
     "catalogue_frame",
+    "chunk_timeline",
     "cost_against_size",
     "cost_parts",
     "difference_maps",
+    "launches_and_steps",
     "layer_frame",
+    "reported_frame",
+    "reported_rates",
     "rounds_frame",
     "show",
     "stage_frame",
@@ -29,10 +41,12 @@ __all__ = [
     "step_frame",
     "step_panels",
     "steps_against_length",
+    "streaming_frame",
     "summary_frame",
     "ttft_against_visual_tokens",
     "turn_bars",
     "turn_frame",
+    "undone_alone",
     "waterfall",
     "window_layout",
 ]

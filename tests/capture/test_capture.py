@@ -180,8 +180,15 @@ def test_padded_recipes_make_the_same_tokens(lab: Lab, padding: str) -> None:
         ours, theirs = lab.run(request, recipe), lab.run(request, recipe.oracle(lab.checkpoint.image_backend))
         assert ours.tokens == theirs.tokens
         assert (ours.logits - theirs.logits).abs().max() < 1e-4
-    assert ours.trace.counts["vit: patches of padding"] > 0
-    assert ours.trace.counts["prefill: tokens of padding"] > 0
+    n_patches = sum(shape.grid.n_patches for shape in ours.shapes)
+    computed = {
+        stage: ours.trace.counts[f"{what} computed"] for stage, what in [("vit", "vit: patches"), ("prefill", "prefill: tokens")]
+    }
+    assert ours.trace.padding["vit"] == pytest.approx(1 - n_patches / computed["vit"])
+    assert ours.trace.padding["prefill"] == pytest.approx(1 - ours.n_prompt / computed["prefill"])
+    assert 0 < ours.trace.padding["decode"] < 1
+    assert f"{ours.trace.padding['vit']:.1%} of vit" in repr(ours)
+    assert theirs.trace.padding == {}
 
 
 def test_images_kept_by_a_padded_recipe_are_not_another_one_s(lab: Lab) -> None:

@@ -66,11 +66,11 @@ def test_the_openai_client_gets_what_lab_run_gives(server: Any, picture: bytes, 
     assert (text, tuple(tokens), reasons) == (expected.text, expected.tokens, ["length"])
     assert last.usage.prompt_tokens == expected.n_prompt
     assert last.usage.completion_tokens == 24
-    own = last.model_extra["fastvl_lab"]
-    run = Run.from_record(own["run"])
-    assert run.ttft == own["ttft"]
+    run = Run.from_record(last.model_extra["fastvl_lab"]["run"])
+    assert next(iter(run.trace.stages())) == "queued"
     assert {"tokenize", "prefill", "emit"} <= set(run.trace.stages())
-    assert own["queued"] >= 0
+    assert run.ttft == pytest.approx(run.chunks[0].time, abs=1e-6)
+    assert sum(run.trace.stages().values()) + run.trace.unaccounted_ns == pytest.approx(run.trace.first_chunk_ns, rel=0.01)
 
     whole = _client(server).chat.completions.create(**asked, extra_body=more)
     assert whole.choices[0].message.content == expected.text
