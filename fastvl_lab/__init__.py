@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from fastvl_lab.request import Chunk, Request
     from fastvl_lab.run import Run
     from fastvl_lab.trace import Trace
+    from fastvl_lab.view.workbench import workbench
 
 # Public name -> the module that defines it.
 _PUBLIC = {
@@ -46,6 +47,7 @@ _PUBLIC = {
     "audit": "measure.audit",
     "Audit": "measure.audit",
     "photo": "measure.photo",
+    "workbench": "view.workbench",
     "FastvlError": "errors",
     "RequestError": "errors",
     "ImageError": "errors",

@@ -1,0 +1,94 @@
+"""The panel's own figures: a waterfall with the run before as a ghost, and the moments at which chunks arrived, light or dark."""
+
+from __future__ import annotations
+
+import html
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+from fastvl_lab.run import Run
+from fastvl_lab.view import style
+from fastvl_lab.view.waterfall import waterfall
+
+if TYPE_CHECKING:
+    import plotly.graph_objects as go
+
+DARK = {"paper": "#111418", "ink": "#E8E8E8", "grid": "#3A3F45"}
+_GHOST = "rgba(128, 128, 128, 0.35)"
+
+
+def with_ghost(reference: Run | None, run: Run, ghost: Run | None) -> go.Figure:
+    """The run's waterfall below the reference's, with the stages of the run before it as pale bars behind its own."""
+    runs = [run] if reference is None else [reference, run]
+    figure = waterfall(runs)
+    if ghost is None:
+        return figure
+    panel, rows = len(runs), set(run.trace.stages())
+    spans = [span for span in ghost.trace.within_ttft() if span.name in rows]
+    figure.add_trace(
+        style.graph_objects().Bar(
+            name="the run before",
+            orientation="h",
+            y=[span.name for span in spans],
+            base=[span.start_ns / 1e6 for span in spans],
+            x=[span.duration_ns / 1e6 for span in spans],
+            width=0.86,
+            offset=-0.43,
+            marker={"color": _GHOST, "line": {"width": 0}},
+            hovertemplate="%{y} before: %{x:.3f} ms from %{base:.3f} ms<extra></extra>",
+        ),
+        row=panel,
+        col=1,
+    )
+    figure.data = (figure.data[-1], *figure.data[:-1])  # drawn first, so that it lies behind
+    figure.add_vline(x=ghost.ttft * 1e3, line={"color": "gray", "width": 1, "dash": "dash"}, row=panel, col=1)
+    longest = max(one.ttft for one in (*runs, ghost)) * 1e3
+    figure.update_xaxes(range=[0, longest * 1.24])
+    return figure
+
+
+def arrivals(runs: Sequence[Run]) -> go.Figure:
+    """When each chunk was in the consumer's hands: a row a run, a mark a chunk, as large as it has tokens; ms since the request."""
+    figure = style.graph_objects().Figure()
+    for number, run in enumerate(runs):
+        counts = [len(chunk.tokens) for chunk in run.chunks]
+        marks = style.series(number)["marker"] | {"size": [7 + 3 * min(count - 1, 8) for count in counts], "opacity": 0.8}
+        figure.add_scatter(
+            x=[chunk.time * 1e3 for chunk in run.chunks],
+            y=[html.escape(run.engine[:40])] * len(counts),
+            mode="markers",
+            marker=marks,
+            showlegend=False,
+            customdata=[[count, html.escape(repr(chunk.text))] for count, chunk in zip(counts, run.chunks, strict=True)],
+            hovertemplate="%{x:.2f} ms: %{customdata[0]} tokens, %{customdata[1]}<extra></extra>",
+        )
+    figure.update_xaxes(
+        title="milliseconds since the request's bytes; each mark is a chunk", rangemode="tozero", gridcolor=style.GRID
+    )
+    figure.update_yaxes(autorange="reversed", ticklabelstandoff=6)
+    figure.update_layout(**style.layout(height=130 + 60 * len(runs), margin={"l": 200, "r": 30, "t": 20, "b": 55}))
+    return figure
+
+
+def themed(figure: go.Figure, *, dark: bool) -> go.Figure:
+    """The same figure for a dark page; a light one is as it is."""
+    if not dark:
+        return figure
+    paper, ink, grid = DARK["paper"], DARK["ink"], DARK["grid"]
+    figure.update_layout(template="plotly_dark", paper_bgcolor=paper, plot_bgcolor=paper, font={"color": ink})
+    figure.update_xaxes(gridcolor=grid)
+    figure.for_each_annotation(lambda note: note.update(bgcolor=paper if note.bgcolor else None))
+    figure.for_each_shape(lambda line: line.update(line={"color": ink}) if line.line.color == style.INK else None)
+    for trace in figure.data:
+        if trace.type == "bar" and trace.marker.color == "white":  # unaccounted: an outline
+            trace.update(marker={"color": paper, "line": {"color": ink}, "pattern": {"fgcolor": ink}})
+    return figure
+
+
+def replace(shown: Any, figure: go.Figure) -> None:
+    """Put a new figure into a FigureWidget that is on the page."""
+    with shown.batch_update():
+        shown.data = ()
+        shown.layout = figure.layout.update(autosize=True)  # as wide as the page leaves it
+        shown.add_traces(list(figure.data))
+    shown._repr_mimebundle_()  # what a page that is loaded anew will be given
