@@ -1,9 +1,7 @@
-"""The panel's own figures: a waterfall with the run before as a ghost, and the moments at which chunks arrived, light or dark."""
+"""The panel's own way with figures: the run before as a ghost, a dark page, and one figure in place of another."""
 
 from __future__ import annotations
 
-import html
-from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from fastvl_lab.run import Run
@@ -44,29 +42,6 @@ def with_ghost(reference: Run | None, run: Run, ghost: Run | None) -> go.Figure:
     figure.add_vline(x=ghost.ttft * 1e3, line={"color": "gray", "width": 1, "dash": "dash"}, row=panel, col=1)
     longest = max(one.ttft for one in (*runs, ghost)) * 1e3
     figure.update_xaxes(range=[0, longest * 1.24])
-    return figure
-
-
-def arrivals(runs: Sequence[Run]) -> go.Figure:
-    """When each chunk was in the consumer's hands: a row a run, a mark a chunk, as large as it has tokens; ms since the request."""
-    figure = style.graph_objects().Figure()
-    for number, run in enumerate(runs):
-        counts = [len(chunk.tokens) for chunk in run.chunks]
-        marks = style.series(number)["marker"] | {"size": [7 + 3 * min(count - 1, 8) for count in counts], "opacity": 0.8}
-        figure.add_scatter(
-            x=[chunk.time * 1e3 for chunk in run.chunks],
-            y=[html.escape(run.engine[:40])] * len(counts),
-            mode="markers",
-            marker=marks,
-            showlegend=False,
-            customdata=[[count, html.escape(repr(chunk.text))] for count, chunk in zip(counts, run.chunks, strict=True)],
-            hovertemplate="%{x:.2f} ms: %{customdata[0]} tokens, %{customdata[1]}<extra></extra>",
-        )
-    figure.update_xaxes(
-        title="milliseconds since the request's bytes; each mark is a chunk", rangemode="tozero", gridcolor=style.GRID
-    )
-    figure.update_yaxes(autorange="reversed", ticklabelstandoff=6)
-    figure.update_layout(**style.layout(height=130 + 60 * len(runs), margin={"l": 200, "r": 30, "t": 20, "b": 55}))
     return figure
 
 

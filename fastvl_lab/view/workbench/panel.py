@@ -19,10 +19,11 @@ from fastvl_lab.measure.photo import PHOTOGRAPHS, photo
 from fastvl_lab.preprocessor.decode_image import as_image, open_image, read_orientation, with_pillow
 from fastvl_lab.recipe import OptionValue, Recipe
 from fastvl_lab.request import ImageInput
+from fastvl_lab.view.streaming import chunk_timeline
 from fastvl_lab.view.style import CONFIG
 from fastvl_lab.view.tables import stage_frame
 from fastvl_lab.view.workbench.controls import by_slot, choices, show_recipe
-from fastvl_lab.view.workbench.figures import arrivals, replace, themed, with_ghost
+from fastvl_lab.view.workbench.figures import replace, themed, with_ghost
 from fastvl_lab.view.workbench.session import News, Question, Result, Session
 
 _BETWEEN_TEXTS = 0.1  # seconds: a browser draws no more often than this
@@ -286,9 +287,10 @@ class Workbench:
         shown, dark = result.shown, bool(self._dark.value)
         before = self.history[result.number - 2].shown if result.number > 1 else None
         replace(self._waterfall, themed(with_ghost(result.reference, shown, before), dark=dark))
-        runs = [run for run in (result.reference, shown, before) if run is not None]
-        replace(self._arrivals, themed(arrivals(runs), dark=dark))
-        self._stages.value = stage_frame(runs).to_html(index=False, border=0)
+        every = {"transformers": result.reference, "this recipe": shown, "the run before": before}
+        runs = {label: run for label, run in every.items() if run is not None}
+        replace(self._arrivals, themed(chunk_timeline(runs), dark=dark))
+        self._stages.value = stage_frame(list(runs.values())).to_html(index=False, border=0)
         self._summary.value = self._badges(result)
         pandas = require("pandas", "notebooks")
         self._history.value = pandas.DataFrame(self.rows()).to_html(index=False, border=0, float_format="%.2f", na_rep="")
