@@ -1,7 +1,8 @@
 """A recipe behind an OpenAI-compatible HTTP endpoint: `python -m fastvl_lab.serve`, or `serving` for one beside a script.
 
-The life of a request: `app` reads its body within limits, `chat` makes a `Request` of it or says in one sentence why not, `line`
-lets it wait for the one engine thread, and `app` streams what that thread makes. A client that leaves takes its request along.
+The life of a request: `app` reads its body within limits, `chat` makes a `Request` of it or says in one sentence why not,
+`request_queue` lets it wait for the one engine thread, and `app` streams what that thread makes. A client that leaves takes its
+request along.
 """
 
 from __future__ import annotations

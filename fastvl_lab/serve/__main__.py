@@ -44,7 +44,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--session-len", type=int, help="tokens of prompt and answer together")
     parser.add_argument("--host", default="127.0.0.1", help="address to bind (default 127.0.0.1: this machine only)")
     parser.add_argument("--port", type=int, default=8000)
-    parser.add_argument("--max-queue", type=int, default=defaults.max_queue, help=f"requests in line ({defaults.max_queue})")
+    parser.add_argument("--max-queue", type=int, default=defaults.max_queue, help=f"requests that may wait ({defaults.max_queue})")
     parser.add_argument("--timeout", type=float, default=defaults.timeout, help=f"seconds a request ({defaults.timeout:g})")
     parser.add_argument("--max-body", type=int, default=defaults.max_body, help=f"bytes a request ({defaults.max_body})")
     parser.add_argument("--max-tokens", type=int, default=defaults.max_tokens, help="tokens of an answer if a request does not say")

@@ -17,8 +17,8 @@ from fastvl_lab.request import Chunk
 from fastvl_lab.serve import chat as chats
 from fastvl_lab.serve.chat import Chat, Reply, UnknownModelError, error_body
 from fastvl_lab.serve.fetch import fetch
-from fastvl_lab.serve.line import Finished, Line, LineFullError, Ticket
 from fastvl_lab.serve.metrics import Metrics
+from fastvl_lab.serve.request_queue import Finished, QueuedRequest, QueueFullError, RequestQueue
 from fastvl_lab.serve.settings import Settings
 
 CLIENT_LEFT = 499  # nginx's number for it; nobody reads it but the metrics
@@ -33,17 +33,17 @@ def create_app(lab: Lab, recipe: Recipe | str, settings: Settings | None = None)
         raise FastvlError(f"recipe {bound!r} is a peer; a server runs a recipe")
     bound.check(lab.device)
     metrics = Metrics()
-    line = Line(lab, bound, metrics, max_queue=settings.max_queue, warm_up=settings.warm_up)
+    queue = RequestQueue(lab, bound, metrics, max_queue=settings.max_queue, warm_up=settings.warm_up)
 
     @asynccontextmanager
     async def lifespan(_: Any) -> AsyncIterator[None]:
-        line.start()
+        queue.start()
         yield
-        await asyncio.to_thread(line.close)
+        await asyncio.to_thread(queue.close)
 
     app = fastapi.FastAPI(title="fastvl_lab", lifespan=lifespan, docs_url=None, redoc_url=None, openapi_url=None)
-    app.state.line = line
-    front = _Front(lab, line, metrics, settings)
+    app.state.queue = queue
+    front = _Front(lab, queue, metrics, settings)
     app.add_route("/v1/chat/completions", front.complete, methods=["POST"])
     app.add_route("/v1/models", front.models, methods=["GET"])
     app.add_route("/health", front.health, methods=["GET"])
@@ -54,22 +54,22 @@ def create_app(lab: Lab, recipe: Recipe | str, settings: Settings | None = None)
 class _Front:
     """The endpoints of one server."""
 
-    def __init__(self, lab: Lab, line: Line, metrics: Metrics, settings: Settings) -> None:
+    def __init__(self, lab: Lab, queue: RequestQueue, metrics: Metrics, settings: Settings) -> None:
         self._model, self._ends = lab.checkpoint.name, tuple(lab.checkpoint.eos_token_ids)
-        self._line, self._metrics, self._settings = line, metrics, settings
+        self._queue, self._metrics, self._settings = queue, metrics, settings
         self._fetch = partial(fetch, settings=settings)
         self._responses = require("starlette.responses", "serve")
 
     async def models(self, request: Any) -> Any:
-        if not self._may(request):
-            return self._refused(401, "the API key is missing or wrong", "authentication_error")
+        if (refused := self._without_key(request)) is not None:
+            return refused
         model = {"id": self._model, "object": "model", "created": 0, "owned_by": "fastvl_lab"}
         return self._responses.JSONResponse({"object": "list", "data": [model]})
 
     async def health(self, _: Any) -> Any:
-        if self._line.failure is not None:
-            return self._responses.JSONResponse(error_body(self._line.failure, "server_error"), status_code=500)
-        ready = self._line.ready.is_set()
+        if self._queue.failure is not None:
+            return self._responses.JSONResponse(error_body(self._queue.failure, "server_error"), status_code=500)
+        ready = self._queue.ready.is_set()
         return self._responses.JSONResponse({"status": "ok" if ready else "starting"}, status_code=200 if ready else 503)
 
     async def metrics_page(self, _: Any) -> Any:
@@ -79,39 +79,46 @@ class _Front:
     async def complete(self, request: Any) -> Any:
         """One chat completion, from its body to the response that will be sent."""
         deadline = asyncio.get_running_loop().time() + self._settings.timeout
-        if not self._may(request):
-            return self._refused(401, "the API key is missing or wrong", "authentication_error")
+        if (refused := self._without_key(request)) is not None:
+            return refused
         body = await self._body(request)
         if body is None:
             said = f"the body has more than {self._settings.max_body} bytes, the limit"
             return self._refused(413, said, "invalid_request_error", headers={"Connection": "close"})  # nobody reads the rest
         try:
             chat = await asyncio.to_thread(chats.read, body, self._model, self._settings, self._fetch)
-            ticket = Ticket(chat.request)
-            self._line.join(ticket)
+            queued = QueuedRequest(chat.request)
+            self._queue.put(queued)
         except UnknownModelError as error:
             return self._refused(404, error, "invalid_request_error", "model_not_found")
-        except LineFullError as error:
+        except QueueFullError as error:
             return self._refused(429, error, "rate_limit_error", "queue_full", {"Retry-After": "1"})
         except FastvlError as error:
             return self._refused(400, error, "invalid_request_error")
-        return _Answer(chat, ticket, self._line, self._metrics, deadline, self._ends)
+        return _Answer(chat, queued, self._queue, self._metrics, deadline, self._ends)
 
-    def _may(self, request: Any) -> bool:
-        key = self._settings.api_key
-        given = request.headers.get("authorization", "")
-        return key is None or hmac.compare_digest(given.encode(), f"Bearer {key}".encode())
+    def _without_key(self, request: Any) -> Any:
+        """The refusal of a request that does not show the key, where one is set; else None."""
+        key, given = self._settings.api_key, request.headers.get("authorization", "")
+        if key is None or hmac.compare_digest(given.encode(), f"Bearer {key}".encode()):
+            return None
+        return self._refused(401, "the API key is missing or wrong", "authentication_error")
 
     async def _body(self, request: Any) -> bytes | None:
-        """The whole body, or None if it is too large, as soon as that is known."""
-        limit, body = self._settings.max_body, bytearray()
-        if int(request.headers.get("content-length", "0")) > limit:
+        """The whole body, or None if it is too large.
+
+        What is too large is read on for as much again, and thrown away: a client that is still sending hears no answer.
+        """
+        limit, body, n_read = self._settings.max_body, bytearray(), 0
+        if int(request.headers.get("content-length", "0")) > 2 * limit:
             return None
         async for piece in request.stream():
-            body += piece
-            if len(body) > limit:
+            n_read += len(piece)
+            if n_read > 2 * limit:
                 return None
-        return bytes(body)
+            if n_read <= limit:
+                body += piece
+        return bytes(body) if n_read <= limit else None
 
     def _refused(
         self, status: int, error: FastvlError | str, kind: str, code: str | None = None, headers: dict[str, str] | None = None
@@ -123,8 +130,10 @@ class _Front:
 class _Answer:
     """An ASGI response that waits for its request's turn, sends what is made, and gives the request up when its client leaves."""
 
-    def __init__(self, chat: Chat, ticket: Ticket, line: Line, metrics: Metrics, deadline: float, ends: tuple[int, ...]) -> None:
-        self._chat, self._ticket, self._line, self._metrics, self._deadline = chat, ticket, line, metrics, deadline
+    def __init__(
+        self, chat: Chat, queued: QueuedRequest, queue: RequestQueue, metrics: Metrics, deadline: float, ends: tuple[int, ...]
+    ) -> None:
+        self._chat, self._queued, self._queue, self._metrics, self._deadline = chat, queued, queue, metrics, deadline
         self._reply = Reply(chat, ends)
         self._begun = False
 
@@ -137,7 +146,7 @@ class _Answer:
         except (OSError, RuntimeError):  # the connection broke while something was sent
             status = CLIENT_LEFT
         finally:
-            self._line.leave(self._ticket)
+            self._queue.give_up(self._queued)
             for task in (leaving, answering):
                 task.cancel()
             await asyncio.gather(leaving, answering, return_exceptions=True)
@@ -147,7 +156,7 @@ class _Answer:
         """Send the answer or the error; the status that the request had in the end."""
         try:
             async with asyncio.timeout_at(self._deadline):
-                while isinstance(event := await self._ticket.events.get(), Chunk):
+                while isinstance(event := await self._queued.events.get(), Chunk):
                     if self._chat.stream:
                         await self._send_event(send, self._reply.piece(event))
                 if isinstance(event, Finished):

@@ -171,7 +171,7 @@ class Reply:
         return "stop" if ended else "length"
 
     def _measured(self, run: Run) -> dict[str, Any]:
-        """Usage, and on demand the run's own record, from when it joined the line."""
+        """Usage, and on demand the run's own record, from when it was queued."""
         n, made = run.n_prompt, len(run.tokens)
         measured: dict[str, Any] = {"usage": {"prompt_tokens": n, "completion_tokens": made, "total_tokens": n + made}}
         if self._chat.trace:

@@ -21,11 +21,11 @@ class Metrics:
             return getattr(client, kind)(f"fastvl_lab_{name}", about, labels, registry=self.registry, **options)
 
         self.requests = metric("Counter", "requests", "Requests answered, by HTTP status; 499: the client left", "status")
-        self.waiting = metric("Gauge", "requests_waiting", "Requests in line")
+        self.waiting = metric("Gauge", "requests_waiting", "Requests in the queue")
         self.running = metric("Gauge", "requests_running", "Requests being served")
         self._tokens = metric("Counter", "tokens", "Tokens, of prompts and answers", "of")
         self._runs = metric("Counter", "runs", "Finished runs, by kind: cold, warm or cache_hit", "kind")
-        self._queued = metric("Histogram", "queued_seconds", "Time in line", buckets=_SECONDS)
+        self._queued = metric("Histogram", "queued_seconds", "Time in the queue", buckets=_SECONDS)
         self._ttft = metric("Histogram", "ttft_seconds", "From the engine's start to the first chunk", buckets=_SECONDS)
         self._tpot = metric("Histogram", "tpot_seconds", "Seconds a token after the first chunk", buckets=_SECONDS)
         self._stages = metric("Histogram", "stage_seconds", "Seconds of TTFT in a stage", "stage", buckets=_SECONDS)

@@ -20,6 +20,7 @@ Loop = Callable[[Answer], None]
 
 def bind(slot: Streaming, device: torch.device) -> Loop:
     """How answers are made on a device, as the slot's toggles say."""
+    assert isinstance(slot.steps_per_round, int)
     positions = {"on_device": on_device, "host_sync": host_sync}[slot.positions]
     new_gate = {"open": None, "round": CountingGate}[slot.gate]
     if slot.steps_per_round == 1 and new_gate is None:

@@ -1,4 +1,4 @@
-"""The stream that decode steps are launched on, ahead of their results: CUDA's own, or a thread that plays it on a CPU."""
+"""The stream that decode steps are launched on, ahead of their results: CUDA's own, or one in play on a CPU."""
 
 from __future__ import annotations
 
@@ -36,10 +36,8 @@ class Stream(Protocol):
         """Do what the function launches; on return it has returned, and all that it launched is done or has failed."""
 
 
-class NewStream(Protocol):
-    """A stream for an answer."""
-
-    def __call__(self, answer: Answer, positions: Positions) -> Stream: ...
+# A new stream for an answer.
+NewStream = Callable[[Answer, Positions], Stream]
 
 
 class CudaStream:

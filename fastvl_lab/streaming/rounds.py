@@ -1,8 +1,8 @@
 """Several steps to a round: all of a round's steps are launched before the first of their tokens is read.
 
-Threads stand where serving engines have coroutines. The caller launches; a receiver reads tokens as the device finishes them,
-and asks for the next round before it waits for the last token of this one; behind a gate, a responder holds what was received until
-the gate opens.
+Threads stand where serving engines have coroutines. One launches: the caller, or on a CPU one of its own, while the caller plays
+the device. A receiver reads tokens as the device finishes them, and asks for the next round before it waits for the last token of
+this one. Behind a gate, a responder holds what was received until the gate opens.
 """
 
 from __future__ import annotations

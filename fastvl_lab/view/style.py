@@ -9,6 +9,9 @@ from fastvl_lab.errors import require
 # Okabe and Ito's palette, safe for the common kinds of colour blindness (https://jfly.uni-koeln.de/color/).
 STAGE_COLOURS = {
     "queued": "#8C8C8C",
+    "encode": "#8C8C8C",
+    "connect": "#8C8C8C",
+    "wait": "#0072B2",
     "decode_image": "#E69F00",
     "preprocess": "#E69F00",
     "tokenize": "#8C8C8C",

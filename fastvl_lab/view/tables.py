@@ -47,7 +47,9 @@ def stage_frame(runs: Sequence[Run]) -> Any:
         while name in columns:
             name, same = f"{run.engine} ({same})", same + 1
         columns[name] = {row["stage"]: row["host_ms"] for row in run.stage_table()}
-    order = [name for name in (*STAGES, "unaccounted", "TTFT") if any(name in column for column in columns.values())]
+    seen = dict.fromkeys(name for column in columns.values() for name in column)
+    known = [name for name in (*STAGES, "unaccounted", "TTFT") if name in seen]
+    order = [*(name for name in seen if name not in known), *known]  # what an endpoint lets us see has names of its own
     table = [{"stage": name, **{engine: _number(column.get(name), ".3f") for engine, column in columns.items()}} for name in order]
     return require("pandas", "notebooks").DataFrame(table)
 

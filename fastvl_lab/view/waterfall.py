@@ -86,9 +86,9 @@ def _bars(run: Run, lane: str) -> list[dict[str, Any]]:
 
 def _file(run: Run, stage: str) -> str:
     """What to open to see the stage's work; a peer's is not ours to name."""
-    if stage not in STAGES:
+    if stage == "unaccounted":
         return "in no stage"
-    return f"fastvl_lab/{STAGES[stage]}" if run.recipe is not None else f"inside {run.engine}"
+    return f"fastvl_lab/{STAGES[stage]}" if run.recipe is not None and stage in STAGES else f"inside {run.engine}"
 
 
 def _bar_style(bars: list[dict[str, Any]], lane: str, two_lanes: bool) -> dict[str, Any]:

@@ -21,9 +21,12 @@ import pytest
 TOKEN = "a-token-for-tests"
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def browser() -> Iterator[Any]:
-    """Chromium through playwright; skips, with the reason, where either is missing."""
+    """Chromium through playwright; skips, with the reason, where either is missing.
+
+    Not for the session: while it lives, an event loop runs in this thread, and no other test could start one.
+    """
     playwright = pytest.importorskip("playwright.sync_api", reason="browser tests need playwright (extra dev)")
     chromium = shutil.which("chromium")
     if chromium is None:

@@ -21,11 +21,11 @@ RECIPE = "fastest, cache.kv=paged, cache.prefix_reuse=on"
 
 @dataclass(frozen=True)
 class Server:
-    """A running server: its URL without /v1, its lab, and the line before its engine."""
+    """A running server: its URL without /v1, its lab, and the queue before its engine."""
 
     url: str
     lab: Lab
-    line: Any
+    queue: Any
 
 
 @pytest.fixture(scope="session")
@@ -48,7 +48,7 @@ def serve(labs: dict[str, Lab]) -> Callable[..., Any]:
                 assert time.monotonic() < deadline
                 time.sleep(0.02)
             try:
-                yield Server(f"http://127.0.0.1:{listening.getsockname()[1]}", lab, app.state.line)
+                yield Server(f"http://127.0.0.1:{listening.getsockname()[1]}", lab, app.state.queue)
             finally:
                 server.should_exit = True
                 thread.join(30)

@@ -201,7 +201,7 @@ def test_a_key_is_asked_for_where_one_is_set(serve: Callable[..., Any], monkeypa
         assert httpx.get(f"{running.url}/health").status_code == 200  # for load balancers, which have none
 
 
-def test_a_full_line_is_said_at_once_and_who_leaves_makes_room(serve: Callable[..., Any]) -> None:
+def test_a_full_queue_is_said_at_once_and_who_leaves_makes_room(serve: Callable[..., Any]) -> None:
     body = {"model": MODEL, "messages": _messages(None), "max_tokens": 20_000, "ignore_eos": True, "stream": True}
     with serve(max_queue=2) as running:
         url = f"{running.url}/v1/chat/completions"
@@ -209,13 +209,13 @@ def test_a_full_line_is_said_at_once_and_who_leaves_makes_room(serve: Callable[.
             lines = first.iter_lines()
             next(lines)  # it is being served
             waiting = [_post_and_wait(running, body) for _ in range(2)]
-            _until(lambda: len(running.line._waiting) == 2)
+            _until(lambda: len(running.queue._waiting) == 2)
             refused = httpx.post(url, json=body)
             assert refused.status_code == 429
             assert refused.headers["retry-after"] == "1"
             assert "2 requests wait already" in refused.json()["error"]["message"]
             waiting[0].close()
-            _until(lambda: len(running.line._waiting) == 1)
+            _until(lambda: len(running.queue._waiting) == 1)
             waiting[1].close()
         started = time.monotonic()
         assert httpx.post(url, json=body | {"max_tokens": 2, "stream": False}, timeout=30).status_code == 200
@@ -297,7 +297,7 @@ def test_a_storm_leaves_nothing_behind(server: Any, picture: bytes) -> None:
     assert time.monotonic() - started < 60
     assert outcomes == {"complete": 120, "vanished": 40, "malformed": 10, "too large": 10, "hostile": 10, "slow": 10}
     assert max(longest) <= 8
-    _until(lambda: not server.line._waiting and pool.n_used == 0)
+    _until(lambda: not server.queue._waiting and pool.n_used == 0)
     assert _threads() == threads
     assert _memory() - memory < 60_000_000
     assert httpx.get(f"{server.url}/health").status_code == 200
@@ -322,7 +322,7 @@ async def _storm(server: Any, picture: bytes, expected: str, number: int, longes
     async def one(client: Any, kind: str) -> None:
         async with room:
             if longest is not None:
-                longest.append(len(server.line._waiting))
+                longest.append(len(server.queue._waiting))
             if kind in ("malformed", "hostile"):
                 asked = {"content": b'{"model": '} if kind == "malformed" else {"json": hostile}
                 while (answer := await client.post(url, **asked)).status_code == 429:

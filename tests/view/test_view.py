@@ -77,6 +77,22 @@ def test_the_device_lane_differs_by_pattern_and_place(runs: list[Run]) -> None:
     assert any("· device" in annotation.text for annotation in figure.layout.annotations)
 
 
+def test_stages_with_names_of_their_own_are_drawn_and_tabled(runs: list[Run]) -> None:
+    """What an endpoint lets us see of a run is not what our own stages are called."""
+    spans = [
+        Span(name="encode", lane="host", depth=0, start_ns=0, end_ns=1_000_000),
+        Span(name="wait", lane="host", depth=0, start_ns=1_000_000, end_ns=2_000_000),
+    ]
+    trace = Trace(spans=tuple(spans), first_chunk_ns=2_000_000, end_ns=2_000_000)
+    run = dataclasses.replace(runs[0], engine="http://host:1/v1", trace=trace)
+    table = view.stage_frame([run])
+    assert list(table["stage"]) == ["encode", "wait", "unaccounted", "TTFT"]
+    assert list(table[run.engine]) == ["1.000", "1.000", "0.000", "2.000"]
+    bars = view.waterfall([run]).data[0]
+    assert list(bars.y) == ["encode", "wait"]
+    assert {data[1] for data in bars.customdata} == {"inside http://host:1/v1"}
+
+
 def test_hostile_names_do_not_become_markup(runs: list[Run]) -> None:
     run = dataclasses.replace(runs[0], engine="<img src=x>", checkpoint="a<b>&")
     texts = [annotation.text for annotation in view.waterfall([run]).layout.annotations]

@@ -11,20 +11,24 @@ import torch
 from fastvl_lab.errors import require
 from fastvl_lab.recipe import Option, OptionValue, Recipe, Toggle, toggles
 
+# Sets the toggle at a path to a value.
+Choose = Callable[[str, OptionValue], None]
+
 
 class Choice:
     """The control of one toggle: `value` is the chosen option's, and setting it is a click.
 
-    A click asks `choose` for the change; what is shown changes with `show`, once the recipe has.
+    Setting `value` asks `choose` for the change, and a button's click asks `clicked`, which may not raise; what is shown changes
+    with `show`, once the recipe has.
     """
 
-    def __init__(self, toggle: Toggle, device: torch.device, choose: Callable[[str, OptionValue], None]) -> None:
+    def __init__(self, toggle: Toggle, device: torch.device, choose: Choose, clicked: Choose) -> None:
         widgets = require("ipywidgets", "notebooks")
         self.toggle, self._choose = toggle, choose
         self._value = toggle.values[0]
         self.buttons = {option.value: _button(widgets, option, device) for option in toggle.options}
         for value, button in self.buttons.items():
-            button.on_click(lambda _, value=value: self._choose(self.toggle.path, value))
+            button.on_click(lambda _, value=value: clicked(toggle.path, value))
         label = widgets.HTML(f"<span class='fl-toggle'>{toggle.name}</span>")
         self.widget = widgets.HBox([label, widgets.HBox(list(self.buttons.values()))]).add_class("fl-row")
 
@@ -58,9 +62,9 @@ def _button(widgets: Any, option: Option, device: torch.device) -> Any:
     )
 
 
-def choices(device: torch.device, choose: Callable[[str, OptionValue], None]) -> dict[str, Choice]:
+def choices(device: torch.device, *, choose: Choose, clicked: Choose) -> dict[str, Choice]:
     """A control for every toggle of the catalogue, by path, in the order a request meets them."""
-    return {toggle.path: Choice(toggle, device, choose) for toggle in toggles()}
+    return {toggle.path: Choice(toggle, device, choose, clicked) for toggle in toggles()}
 
 
 def show_recipe(controls: dict[str, Choice], recipe: Recipe, chosen: str | None = None) -> None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import base64
 import dataclasses
 import html
-import io
 import json
 import time
 from pathlib import Path
@@ -15,10 +14,8 @@ import torch
 
 from fastvl_lab.checkpoint import tiny
 from fastvl_lab.errors import FastvlError, require, sentence
-from fastvl_lab.measure.photo import PHOTOGRAPHS, photo
-from fastvl_lab.preprocessor.decode_image import as_image, open_image, read_orientation, with_pillow
+from fastvl_lab.measure.photo import PHOTOGRAPHS
 from fastvl_lab.recipe import OptionValue, Recipe
-from fastvl_lab.request import ImageInput
 from fastvl_lab.view.streaming import chunk_timeline
 from fastvl_lab.view.style import CONFIG
 from fastvl_lab.view.tables import stage_frame
@@ -27,7 +24,6 @@ from fastvl_lab.view.workbench.figures import replace, themed, with_ghost
 from fastvl_lab.view.workbench.session import News, Question, Result, Session
 
 _BETWEEN_TEXTS = 0.1  # seconds: a browser draws no more often than this
-_PREVIEW = 150  # pixels
 
 _CSS = """<style>
 .fl-bench .fl-controls { flex: 0 0 405px; border-right: 1px solid #8884; }
@@ -93,7 +89,7 @@ class Workbench:
         self._told = 0.0
         self._result: Result | None = None
         self._session = Session(self._hear, device=str(device), dtype=dtype)
-        self.controls = choices(device, self.choose)
+        self.controls = choices(device, choose=self.choose, clicked=lambda *change: self._guarded(lambda: self.choose(*change)))
         self._waterfall, self._arrivals = self._plots.FigureWidget(), self._plots.FigureWidget()
         for figure in (self._waterfall, self._arrivals):
             figure._config = figure._config | CONFIG | {"responsive": True}
@@ -102,7 +98,6 @@ class Workbench:
         self._status.add_class("fl-status")
         self.widget = self._layout()
         show_recipe(self.controls, recipe)
-        self._show_question()
         self.run()
 
     @property
@@ -136,7 +131,6 @@ class Workbench:
     def ask(self, **changes: Any) -> None:
         """Change the question (`checkpoint`, `picture`, `size`, `prompt`, `max_new_tokens`), and run."""
         self._question = dataclasses.replace(self._question, **changes)
-        self._show_question()
         self.run()
 
     def run(self) -> None:
@@ -165,9 +159,7 @@ class Workbench:
         """The history as rows: recipe, TTFT, TPOT, parity and ratio to Transformers, where they have been measured."""
         found = []
         for result in self.history:
-            shown, comparison = result.shown, result.comparison
-            parity = None if comparison is None else comparison.parity("recipe")
-            speedup = comparison.speedup("recipe") if comparison is not None and parity else None
+            shown = result.shown
             found.append(
                 {
                     "number": result.number,
@@ -176,8 +168,8 @@ class Workbench:
                     "ttft_ms": shown.ttft * 1e3,
                     "tpot_ms": None if shown.tpot is None else shown.tpot * 1e3,
                     "kind": shown.kind,
-                    "parity": parity,
-                    "against transformers": None if speedup is None else speedup.times(),
+                    "parity": result.parity,
+                    "against transformers": None if result.speedup is None else result.speedup.times(),
                 }
             )
         return found
@@ -256,20 +248,6 @@ class Workbench:
         if self._result is not None:
             self._draw(self._result)
 
-    def _show_question(self) -> None:
-        """The picture as it is, small; one that is none is said when it is run."""
-        try:
-            source = self._question.picture
-            picture = as_image(with_pillow(read_orientation(open_image(ImageInput.of(photo(source))))))
-            picture.thumbnail((_PREVIEW, _PREVIEW))
-            encoded = io.BytesIO()
-            picture.save(encoded, "JPEG")
-        except FastvlError:
-            self._preview.value = ""
-            return
-        data = base64.b64encode(encoded.getvalue()).decode()
-        self._preview.value = f"<img alt='the picture' src='data:image/jpeg;base64,{data}'>"
-
     def _hear(self, news: News) -> None:
         """Show what the session tells, on its thread; texts no more often than a browser draws."""
         if news.result is None and not news.error and news.text and time.monotonic() - self._told < _BETWEEN_TEXTS:
@@ -279,6 +257,9 @@ class Workbench:
         self._status.value = f"<span class='fl-badge'>{html.escape(news.state)}</span>{said}"
         if news.text:
             self._text.value = f"<pre>{html.escape(news.text)}</pre>"
+        if news.preview:
+            data = base64.b64encode(news.preview).decode()
+            self._preview.value = f"<img alt='the picture' src='data:image/jpeg;base64,{data}'>"
         if news.result is not None:
             self._result = news.result
             self._draw(news.result)
@@ -296,17 +277,16 @@ class Workbench:
         self._history.value = pandas.DataFrame(self.rows()).to_html(index=False, border=0, float_format="%.2f", na_rep="")
 
     def _badges(self, result: Result) -> str:
-        shown, comparison = result.shown, result.comparison
+        shown = result.shown
         big = f"<span class='fl-big'>TTFT {shown.ttft * 1e3:.1f} ms</span>"
         if shown.tpot is not None:
             big += f"<span class='fl-big'>TPOT {shown.tpot * 1e3:.2f} ms</span>"
         badges = [("", shown.kind.replace("_", " "))]
-        if comparison is None:
-            badges.append(("", "one run; measuring"))
-        elif comparison.parity("recipe"):
-            speedup = comparison.speedup("recipe")
+        if result.parity is None:
+            badges.append(("", "one run"))
+        elif result.parity:
             badges.append(("fl-good", "parity ✓ same tokens"))
-            badges.append(("", "no warm rounds" if speedup is None else f"{speedup.times()} as fast as Transformers"))
+            badges.append(("", f"{result.speedup.times()} as fast as Transformers" if result.speedup else "no warm rounds"))
         else:
             badges.append(("fl-bad", "parity ✗ other tokens than Transformers: its time is not compared"))
         found = result.audit

@@ -2,20 +2,26 @@
 
 from __future__ import annotations
 
+import io
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 
 from fastvl_lab.errors import RequestCancelledError, sentence
 from fastvl_lab.lab import EngineName, Lab
 from fastvl_lab.measure.audit import Audit, audit
 from fastvl_lab.measure.compare import Comparison, compare
 from fastvl_lab.measure.photo import photo
+from fastvl_lab.measure.statistics import Interval
+from fastvl_lab.preprocessor.decode_image import as_image, open_image, read_orientation, with_pillow
 from fastvl_lab.recipe import Recipe
-from fastvl_lab.request import Chunk, Request
+from fastvl_lab.request import Chunk, ImageInput, Request
 from fastvl_lab.run import Run
 
 STOCK = "transformers"
+
+_PREVIEW = 150  # pixels of the longer side
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,17 +59,30 @@ class Result:
     def reference(self) -> Run | None:
         return None if self.comparison is None else self.comparison.representative(STOCK)
 
-    @property
+    @cached_property
     def audit(self) -> Audit:
         return audit(self.shown)
+
+    @cached_property
+    def parity(self) -> bool | None:
+        """Whether its tokens are those it must make; None before it is measured."""
+        return None if self.comparison is None else self.comparison.parity("recipe")
+
+    @cached_property
+    def speedup(self) -> Interval | None:
+        """How many times as fast as Transformers to the first token, where parity holds and rounds were warm."""
+        return self.comparison.speedup("recipe") if self.comparison is not None and self.parity else None
 
 
 @dataclass(frozen=True, kw_only=True)
 class News:
-    """What a session tells while it works: a text in progress, a result or a better one, an error in a sentence, or its state."""
+    """What a session tells while it works: its state, and with it a text in progress, a small JPEG of the picture that is asked
+    about, a result or a better one, or an error in a sentence.
+    """
 
     state: str
     text: str = ""
+    preview: bytes = b""
     result: Result | None = None
     error: str = ""
 
@@ -136,7 +155,7 @@ class Session:
             self._tell(News(state=f"loading {question.checkpoint}"))
             self.lab = Lab(question.checkpoint, device=self._device, dtype=self._dtype)
         lab, request = self.lab, question.request()
-        self._tell(News(state="running"))
+        self._tell(News(state="running", preview=_preview(request.image_inputs[0])))
 
         def on_chunk(chunk: Chunk) -> None:
             text.append(chunk.text)
@@ -152,3 +171,11 @@ class Session:
             result = replace(result, comparison=comparison)
             self.history[-1] = result
         self._tell(News(state="idle", text=run.text, result=result))
+
+
+def _preview(image: ImageInput) -> bytes:
+    """The picture as it is, small, as JPEG."""
+    picture, encoded = as_image(with_pillow(read_orientation(open_image(image)))), io.BytesIO()
+    picture.thumbnail((_PREVIEW, _PREVIEW))
+    picture.save(encoded, "JPEG")
+    return encoded.getvalue()

@@ -1,4 +1,4 @@
-"""The line before the engine: one thread serves a request at a time, in order of arrival; the rest wait, within a bound."""
+"""The queue before the engine: one thread serves a request at a time, in order of arrival; the rest wait, within a bound."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import time
 from collections import deque
 from dataclasses import dataclass
 
-from fastvl_lab.errors import FastvlError, RequestCancelledError
+from fastvl_lab.errors import FastvlError
 from fastvl_lab.lab import Lab
 from fastvl_lab.recipe import Recipe
 from fastvl_lab.request import Chunk, Request
@@ -16,13 +16,13 @@ from fastvl_lab.run import Run
 from fastvl_lab.serve.metrics import Metrics
 
 
-class LineFullError(FastvlError):
+class QueueFullError(FastvlError):
     """As many requests wait as may."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Finished:
-    """A request's end: its run, whose clock began when it joined the line."""
+    """A request's end: its run, whose clock began when it was queued."""
 
     run: Run
 
@@ -30,12 +30,12 @@ class Finished:
 Event = Chunk | Finished | BaseException
 
 
-class Ticket:
-    """One request in line or being served. `events` is filled as the engine makes them, and never holds it up."""
+class QueuedRequest:
+    """One request that waits or is being served. `events` is filled as the engine makes them, and never holds it up."""
 
     def __init__(self, request: Request) -> None:
         self.request = request
-        self.joined = time.monotonic()
+        self.since = time.monotonic()
         self.stop = threading.Event()
         self.events: asyncio.Queue[Event] = asyncio.Queue()  # bounded by the answer's length
         self._loop = asyncio.get_running_loop()
@@ -45,7 +45,7 @@ class Ticket:
         self._loop.call_soon_threadsafe(self.events.put_nowait, event)
 
 
-class Line:
+class RequestQueue:
     """Requests for one recipe of a lab, and the thread that serves them.
 
     The thread is always the same, because torch has a pool of threads for each that computes. max_queue: how many may wait.
@@ -53,7 +53,7 @@ class Line:
 
     def __init__(self, lab: Lab, recipe: Recipe, metrics: Metrics, *, max_queue: int, warm_up: tuple[tuple[int, int], ...]) -> None:
         self._lab, self._recipe, self._metrics, self._max_queue, self._warm_up = lab, recipe, metrics, max_queue, warm_up
-        self._waiting: deque[Ticket] = deque()
+        self._waiting: deque[QueuedRequest] = deque()
         self._changed = threading.Condition()
         self._closed = False
         self.ready = threading.Event()
@@ -64,27 +64,27 @@ class Line:
         self._thread.start()
 
     def close(self) -> None:
-        """Serve who is in line, then end the thread."""
+        """Serve what is queued, then end the thread."""
         with self._changed:
             self._closed = True
             self._changed.notify()
         self._thread.join()
 
-    def join(self, ticket: Ticket) -> None:
-        """Wait for a turn; raises `LineFullError` if the line is full."""
+    def put(self, queued: QueuedRequest) -> None:
+        """Let it wait for its turn; raises `QueueFullError` if it is full."""
         with self._changed:
             if len(self._waiting) >= self._max_queue:
-                raise LineFullError(f"{self._max_queue} requests wait already, the limit; try again later")
-            self._waiting.append(ticket)
+                raise QueueFullError(f"{self._max_queue} requests wait already, the limit; try again later")
+            self._waiting.append(queued)
             self._metrics.waiting.set(len(self._waiting))
             self._changed.notify()
 
-    def leave(self, ticket: Ticket) -> None:
-        """Nobody waits for its answer any more: out of the line, or, if it is being served, over at its next step."""
-        ticket.stop.set()
+    def give_up(self, queued: QueuedRequest) -> None:
+        """Nobody wants its answer any more: out of the queue, or, if it is being served, over at its next stage or step."""
+        queued.stop.set()
         with self._changed:
-            if ticket in self._waiting:
-                self._waiting.remove(ticket)
+            if queued in self._waiting:
+                self._waiting.remove(queued)
                 self._metrics.waiting.set(len(self._waiting))
 
     def _serve_all(self) -> None:
@@ -94,24 +94,22 @@ class Line:
         except Exception as error:  # said by /health
             self.failure = error
         self.ready.set()
-        while (ticket := self._next()) is not None:
+        while (queued := self._next()) is not None:
             with self._metrics.running.track_inprogress():
-                ticket.send(self._serve(ticket))
+                queued.send(self._serve(queued))
 
-    def _next(self) -> Ticket | None:
+    def _next(self) -> QueuedRequest | None:
         with self._changed:
             self._changed.wait_for(lambda: self._waiting or self._closed)
-            ticket = self._waiting.popleft() if self._waiting else None
+            queued = self._waiting.popleft() if self._waiting else None
             self._metrics.waiting.set(len(self._waiting))
-            return ticket
+            return queued
 
-    def _serve(self, ticket: Ticket) -> Event:
-        queued = time.monotonic() - ticket.joined
+    def _serve(self, queued: QueuedRequest) -> Event:
+        waited = time.monotonic() - queued.since
         try:
-            run = self._lab.run(ticket.request, self._recipe, on_chunk=ticket.send, stop=ticket.stop)
-        except RequestCancelledError as error:
-            return error
+            run = self._lab.run(queued.request, self._recipe, on_chunk=queued.send, stop=queued.stop)
         except Exception as error:  # the server lives on
             return error
-        self._metrics.served(run, queued)
-        return Finished(run=run.behind("queued", queued))
+        self._metrics.served(run, waited)
+        return Finished(run=run.behind("queued", waited))
