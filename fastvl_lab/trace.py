@@ -175,8 +175,17 @@ class _OfThread(threading.local):
     """What one thread of a request has open, and the lane on which it writes."""
 
     def __init__(self) -> None:
-        self.open: list[tuple[str, int, Any]] = []
+        self.open: list[tuple[str, int, Any, Any]] = []
         self.lane: Lane = "host"
+
+
+def _profiler_range(name: str) -> Any:
+    """The span as a range of torch's profiler, where one is watching; else None."""
+    if not torch.autograd.profiler._is_profiler_enabled:
+        return None
+    entered = torch.profiler.record_function(name)
+    entered.__enter__()
+    return entered
 
 
 class Tracer:
@@ -184,8 +193,8 @@ class Tracer:
 
     Usage: `start()`, then `with span("vit"):` at each stage, `delivered()` at the consumer, then `finish()`. Synchronises the
     device in `start` and `finish` only, both outside the request. Spans nest by thread, so a request's threads may share it; the
-    device is watched from the thread that started it. stop: set by whoever gives the request up; the next stage of it to begin
-    raises `RequestCancelledError`.
+    device is watched from the thread that started it. Under torch's profiler every span is a range of its. stop: set by whoever
+    gives the request up; the next stage of it to begin raises `RequestCancelledError`.
     """
 
     def __init__(self, device: torch.device, level: Level = "stages", *, stop: threading.Event | None = None) -> None:
@@ -254,19 +263,21 @@ class Tracer:
         """Open a span where no `with` can stand, as in a hook; close it with `end`."""
         self.check()
         if self.level != "off":
-            self._mine.open.append((name, time.perf_counter_ns(), self._event()))
+            self._mine.open.append((name, time.perf_counter_ns(), self._event(), _profiler_range(name)))
 
     def end(self, name: str) -> None:
         """Close the span `name`, and with it any that an exception left open inside it."""
         if self.level == "off":
             return
         opened = self._mine.open
-        assert any(name == other for other, _, _ in opened), f"span {name!r} is not open"
+        assert any(name == other for other, *_ in opened), f"span {name!r} is not open"
         closed = ""
         while closed != name:
-            closed, start_ns, start_event = opened.pop()
+            closed, start_ns, start_event, watched = opened.pop()
             end_event = self._event() if start_event is not None else None
             self._closed.append((closed, self._mine.lane, len(opened), start_ns, time.perf_counter_ns(), start_event, end_event))
+            if watched is not None:
+                watched.__exit__(None, None, None)
 
     @contextmanager
     def _record(self, name: str) -> Iterator[None]:
@@ -287,7 +298,7 @@ class Tracer:
     def finish(self) -> Trace:
         """Stop the clock, wait for the device, and put both lanes on one axis."""
         end_ns = time.perf_counter_ns() - self._started_ns
-        assert not self._mine.open, f"spans left open: {[name for name, _, _ in self._mine.open]}"
+        assert not self._mine.open, f"spans left open: {[name for name, *_ in self._mine.open]}"
         if self._cuda:
             torch.cuda.synchronize(self._device)
         spans = []

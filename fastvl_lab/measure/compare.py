@@ -7,7 +7,7 @@ import random
 import threading
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
@@ -82,13 +82,18 @@ class Comparison:
         expected, own = self.expected(engine), self.oracles.get(engine)
         return (own is None or own.in_bounds) and all(s.run.tokens == expected for s in self.samples if s.engine == engine)
 
-    def speedup(self, engine: str) -> Interval | None:
-        """Reference TTFT over the engine's, paired by round; None where parity fails or nothing is warm in both."""
-        warm = {(s.engine, s.round): s.run.ttft for s in self.samples if s.round >= 0 and s.run.kind == "warm"}
-        rounds = [number for name, number in warm if name == engine and (self.reference, number) in warm]
-        if not rounds or not self.parity(engine):
+    def speedup(self, engine: str, over: str | None = None, *, of: Literal["ttft", "tpot"] = "ttft") -> Interval | None:
+        """TTFT (or TPOT) of the reference, or of the engine `over`, over the engine's, paired by round.
+
+        None where either fails parity or nothing is warm in both.
+        """
+        over = self.reference if over is None else over
+        timed = [s for s in self.samples if s.round >= 0 and s.run.kind == "warm" and getattr(s.run, of) is not None]
+        warm: dict[tuple[str, int], float] = {(s.engine, s.round): getattr(s.run, of) for s in timed}
+        rounds = [number for name, number in warm if name == engine and (over, number) in warm]
+        if not rounds or not (self.parity(engine) and self.parity(over)):
             return None
-        return median_interval([warm[self.reference, number] / warm[engine, number] for number in rounds])
+        return median_interval([warm[over, number] / warm[engine, number] for number in rounds])
 
     def summary(self) -> list[dict[str, Any]]:
         """One row an engine: TTFT and TPOT medians over warm runs (ms), cold and cache-hit TTFT, parity, the paired speed-up."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -13,6 +13,7 @@ from fastvl_lab.capture.execute import Capture
 from fastvl_lab.lab import EngineName, Lab
 from fastvl_lab.measure.capturing import break_even
 from fastvl_lab.measure.compare import Comparison
+from fastvl_lab.measure.operations import covered
 from fastvl_lab.measure.slot_report import Row
 from fastvl_lab.measure.statistics import median_interval
 from fastvl_lab.request import Request
@@ -143,15 +144,6 @@ def kernels_ms(lab: Lab, request: Request, engine: EngineName) -> float | None:
     on_device = [event.time_range for event in seen.events() if event.device_type.name == "CUDA"]
     times = [(time_range.start, time_range.end) for time_range in on_device]
     return covered(times) / 1e3 if times else None
-
-
-def covered(intervals: Iterable[tuple[float, float]]) -> float:
-    """The length of the union of intervals (start, end)."""
-    total, reached = 0.0, float("-inf")
-    for start, end in sorted(intervals):
-        total += max(end - max(start, reached), 0.0)
-        reached = max(reached, end)
-    return total
 
 
 def capture_row(fresh: Sequence[Capture], kept: Sequence[Capture]) -> Row:

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import queue
 import threading
+from collections import deque
 from collections.abc import Callable
-from concurrent.futures import Future
-from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
@@ -96,44 +95,42 @@ class PlayedStream:
 
     def __init__(self, answer: Answer, positions: Positions) -> None:
         self._answer, self._position = answer, positions(answer, self.wait)
-        self._work: queue.SimpleQueue[_Work | None] = queue.SimpleQueue()
-        self._token: Future[torch.Tensor] = Future()
-        self._token.set_result(answer.first)
-        self.first: Launched = _Made(self._token)
+        self._work: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
+        self._failure: BaseException | None = None
+        self._last = _Made()
+        self._last.make(answer.first)
+        self._under_way: deque[_Made] = deque()
+        self.first: Launched = self._last
 
     def launch(self, number: int) -> Launched:
         with self._answer.tracer.span("decode"):
-            before, position, made = self._token, self._position(number), Future[torch.Tensor]()
-            self._work.put(_Work(made=made, step=lambda: self._step(before, position)))
-            self._token = made
-        return _Made(made)
+            before, position, made = self._last, self._position(number), _Made()
+            self._last = made
+            self._under_way.append(made)
+            if self._failure is not None:  # looked at after `made` can be found, and set before it is looked for
+                made.fail(self._failure)
+            self._work.put(lambda: made.make(self._step(before, position)))
+        return made
 
     def wait(self) -> None:
-        self._token.exception()
+        self._last.wait()
 
     def carry_out(self, launches: Callable[[], None]) -> None:
         launcher = threading.Thread(target=self._launch_all, args=(launches,), name="fastvl-launch", daemon=True)
-        launcher.start()
-        failure: BaseException | None = None
-        work: _Work | None = None
-        with self._answer.tracer.on_device():
-            while True:
-                try:
-                    work = None
-                    work = self._work.get()
-                    if work is None:
-                        break
-                    if failure is None:
-                        work.made.set_result(work.step())
-                    else:
-                        work.made.set_exception(failure)
-                except BaseException as error:  # of the step, or an interruption: nothing is done after it, and nobody left waiting
-                    failure = error
-                    if work is not None and not work.made.done():
-                        work.made.set_exception(failure)
-        launcher.join()
-        if failure is not None:
-            raise failure
+        try:
+            launcher.start()
+            with self._answer.tracer.on_device():
+                while (work := self._work.get()) is not None:
+                    work()
+                    self._under_way.popleft()
+        except BaseException as error:  # of a step, or an interruption at any place
+            self._failure = error
+            for made in list(self._under_way):  # nobody is left waiting
+                made.fail(error)
+            raise
+        finally:
+            if launcher.ident is not None:
+                launcher.join()
 
     def _launch_all(self, launches: Callable[[], None]) -> None:
         try:
@@ -141,30 +138,43 @@ class PlayedStream:
         finally:
             self._work.put(None)
 
-    def _step(self, token: Future[torch.Tensor], position: torch.Tensor) -> torch.Tensor:
-        answer, span, read = self._answer, self._answer.tracer.span, token.result()
+    def _step(self, before: _Made, position: torch.Tensor) -> torch.Tensor:
+        answer, span, token = self._answer, self._answer.tracer.span, before.token()
         with span("decode"):
-            logits = answer.decode(read, position)
+            logits = answer.decode(token, position)
         with span("sample"):
             return answer.sample(logits)
 
 
-@dataclass(frozen=True, kw_only=True, eq=False)
-class _Work:
-    """A step that has been launched, and the token that it will have made."""
-
-    made: Future[torch.Tensor]
-    step: Callable[[], torch.Tensor]
-
-
 class _Made:
-    """A token of the played device."""
+    """A token that the played device makes. Failing may be said of any, and again: what has been made stays made."""
 
-    def __init__(self, token: Future[torch.Tensor]) -> None:
+    def __init__(self) -> None:
+        self._there = threading.Event()
+        self._token: torch.Tensor | None = None
+        self._failure: BaseException | None = None
+
+    def make(self, token: torch.Tensor) -> None:
         self._token = token
+        self._there.set()
+
+    def fail(self, failure: BaseException) -> None:
+        self._failure = failure
+        self._there.set()
 
     def done(self) -> bool:
-        return self._token.done()
+        return self._there.is_set()
+
+    def wait(self) -> None:
+        self._there.wait()
+
+    def token(self) -> torch.Tensor:
+        """int64 [1], once it is there."""
+        self.wait()
+        if self._token is None:
+            assert self._failure is not None
+            raise self._failure
+        return self._token
 
     def read(self) -> int:
-        return int(self._token.result())
+        return int(self.token())

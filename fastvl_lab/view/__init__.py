@@ -1,5 +1,6 @@
 """Figures, tables and reports, drawn from finished runs; needs the extra "notebooks"."""
 
+from fastvl_lab.view.capture import break_even_frame, capture_frame, gains, operation_frame, operation_timeline, padding_by_size
 from fastvl_lab.view.charts import ttft_against_visual_tokens
 from fastvl_lab.view.decoder import bytes_over_steps, step_frame, step_panels, steps_against_length, turn_bars, turn_frame
 from fastvl_lab.view.slots import (
@@ -23,6 +24,12 @@ from fastvl_lab.view.tables import catalogue_frame, layer_frame, show, stage_fra
 from fastvl_lab.view.waterfall import waterfall
 
 __all__ = [
+    "padding_by_size",
+    "operation_timeline",
+    "operation_frame",
+    "gains",
+    "capture_frame",
+    "break_even_frame",
     "block_waterfall",
     "bytes_over_steps",
     "catalogue_frame",

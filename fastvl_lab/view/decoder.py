@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Any
 from fastvl_lab.errors import require
 from fastvl_lab.measure.conversation import Conversation
 from fastvl_lab.measure.rounds import Rounds
-from fastvl_lab.measure.statistics import Interval
 from fastvl_lab.view import style
+from fastvl_lab.view.tables import times
 
 if TYPE_CHECKING:
     import plotly.graph_objects as go
@@ -29,7 +29,7 @@ def step_frame(rounds: Rounds, reference: str) -> Any:
         for step in next(iter(rounds.timings)).steps:
             row[f"{step} ms"] = f"{rounds.median(label, step).median * 1e3:.2f}"
             row[f"{step}, times as fast as {reference} (95% CI)"] = (
-                "reference" if label == reference else _times(rounds.ratio(label, reference, step))
+                "reference" if label == reference else times(rounds.ratio(label, reference, step))
             )
         table.append(row)
     return require("pandas", "notebooks").DataFrame(table)
@@ -155,7 +155,7 @@ def turn_frame(chat: Conversation, over: str) -> Any:
             "images found": row["images_found"],
             "TTFT ms": f"{row['ttft_ms']:.1f}",
             "tokens equal": "yes" if row["tokens_equal"] else "NO",
-            f"times as fast as {over} (95% CI)": "reference" if engine == over else _times(speedup),
+            f"times as fast as {over} (95% CI)": "reference" if engine == over else times(speedup),
         }
         table.append(line)
     return require("pandas", "notebooks").DataFrame(table)
@@ -210,10 +210,3 @@ def turn_bars(chat: Conversation) -> go.Figure:
 
 def _panels(titles: Sequence[str], **spacing: Any) -> Any:
     return require("plotly.subplots", "notebooks").make_subplots(rows=1, cols=len(titles), subplot_titles=titles, **spacing)
-
-
-def _times(ratio: Interval | None) -> str:
-    if ratio is None:
-        return "–"
-    interval = "" if ratio.low != ratio.low else f" [{ratio.low:.2f}, {ratio.high:.2f}]"
-    return f"{ratio.median:.2f}×{interval}"

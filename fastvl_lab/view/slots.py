@@ -18,6 +18,7 @@ from fastvl_lab.measure.towers import Cost
 from fastvl_lab.request import Grid
 from fastvl_lab.run import Run
 from fastvl_lab.view import style
+from fastvl_lab.view.tables import times
 
 if TYPE_CHECKING:
     import plotly.graph_objects as go
@@ -37,12 +38,10 @@ def rounds_frame(rounds: Rounds, reference: str, *steps: str) -> Any:
     table = []
     for label in rounds.labels:
         names = next(t.steps for t in rounds.timings if t.label == label)
-        ratio = rounds.ratio(label, reference, *steps)
-        interval = "" if ratio.low != ratio.low else f" [{ratio.low:.2f}, {ratio.high:.2f}]"
         row = {"variant": label} | {f"{step} ms": f"{rounds.median(label, step).median * 1e3:.2f}" for step in names}
         row["in all ms"] = f"{rounds.median(label).median * 1e3:.2f}"
         row[f"{' + '.join(steps) or 'all'}, times as fast as {reference} (95% CI)"] = (
-            "reference" if label == reference else f"{ratio.median:.2f}×{interval}"
+            "reference" if label == reference else times(rounds.ratio(label, reference, *steps))
         )
         table.append(row)
     return require("pandas", "notebooks").DataFrame(table)

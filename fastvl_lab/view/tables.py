@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from fastvl_lab.errors import require
+from fastvl_lab.measure.statistics import Interval
 from fastvl_lab.recipe import toggles
 from fastvl_lab.run import Run
 from fastvl_lab.trace import STAGES
@@ -71,6 +72,11 @@ def layer_frame(run: Run) -> Any:
         if span.lane == "host" and span.depth > 0 and span.end_ns <= run.trace.first_chunk_ns
     ]
     return require("pandas", "notebooks").DataFrame(table)
+
+
+def times(ratio: Interval | None) -> str:
+    """A ratio with its interval where there is one, such as "1.62× [1.59, 1.66]"."""
+    return "–" if ratio is None else _interval(*ratio, ".2f", "×")
 
 
 def catalogue_frame() -> Any:

@@ -24,7 +24,7 @@ from fastvl_lab.language.rope import MRope
 from fastvl_lab.measure import gpu_engines, gpu_report, gpu_rows
 from fastvl_lab.measure.forced import Truth, forced_logits, in_wider_dtype, truths
 from fastvl_lab.measure.gpu_engines import cannot_run, engines, modes, same_steps
-from fastvl_lab.measure.gpu_rows import Deadline, capture_row, covered, device_idle, pays_after, since_upload
+from fastvl_lab.measure.gpu_rows import Deadline, capture_row, device_idle, pays_after, since_upload
 from fastvl_lab.measure.gpu_tables import text
 from fastvl_lab.measure.slot_report import within_budget
 from fastvl_lab.trace import Span, Trace
@@ -213,11 +213,6 @@ def test_idle_is_what_no_stage_of_the_device_covers_from_its_first_to_the_first_
     assert device_idle(trace) == (17 - 15) + (61 - 50)
     assert since_upload(trace) == 61 - 14
     assert device_idle(_trace(*on_host, first_chunk=61)) is None
-
-
-def test_overlapping_kernels_count_once() -> None:
-    assert covered([(5, 6), (0, 2), (1, 3), (1, 2), (5, 8)]) == 6
-    assert covered([]) == 0
 
 
 def test_rounds_are_as_many_as_there_is_time_for(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -34,6 +34,7 @@ SMALL: dict[str, dict[str, Any]] = {
         "steps": 8,
         "repeats": 2,
     },
+    "graph_capture": {"sizes": [[112, 112], [168, 140]], "max_new_tokens": 3, "repeats": 2},
     "ttft_sweep": {"image_sizes": [[168, 140], [336, 280]], "max_new_tokens": 4, "repeats": 2},
     "streaming": {"image_size": [168, 140], "repeats": 2},
     "preprocessor": {"image_size": [640, 480], "sizes": [[168, 140], [640, 480]], "max_pixels": 100_000, "repeats": 2},

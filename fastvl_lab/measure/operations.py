@@ -1,0 +1,112 @@
+"""What a request launches, operation by operation, as torch's profiler sees it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from torch.profiler import ProfilerActivity, profile, record_function
+
+from fastvl_lab.errors import RequestError
+from fastvl_lab.lab import EngineName, Lab
+from fastvl_lab.request import Request
+from fastvl_lab.trace import Lane
+
+_WHOLE = "fastvl_lab.request"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Operation:
+    """One operation: on the host an operator or a compiled program that Python called, on the device a kernel or a copy.
+
+    stage: in which it was called; "" for one in no stage, and for those of the device. Instants in microseconds since the request.
+    """
+
+    name: str
+    lane: Lane
+    stage: str
+    start_us: float
+    end_us: float
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Operations:
+    """All of one warm request's. stages: its stages as operations, in order of start; of a stage's time some may be in none."""
+
+    stages: tuple[Operation, ...]
+    operations: tuple[Operation, ...]
+
+    def of(self, *stages: str) -> Operations:
+        """What was called or ran between the start of the last of the first stage and the end of the last of the last one."""
+        start = max((stage.start_us for stage in self.stages if stage.name == stages[0]), default=None)
+        end = max((stage.end_us for stage in self.stages if stage.name == stages[-1]), default=None)
+        if start is None or end is None:
+            ran = ", ".join(dict.fromkeys(stage.name for stage in self.stages))
+            raise RequestError(f"no stage {' or '.join(stages)} ran; those that did are {ran}")
+
+        def within(some: Iterable[Operation]) -> tuple[Operation, ...]:
+            return tuple(operation for operation in some if operation.start_us >= start and operation.end_us <= end)
+
+        return Operations(stages=within(self.stages), operations=within(self.operations))
+
+    @property
+    def seconds(self) -> float:
+        """From the start of the first stage to the end of the last."""
+        return (max(s.end_us for s in self.stages) - min(s.start_us for s in self.stages)) / 1e6
+
+    def number(self, lane: Lane) -> int:
+        return sum(operation.lane == lane for operation in self.operations)
+
+    def covered(self, lane: Lane) -> float:
+        """Seconds in which any operation of the lane was under way."""
+        return covered((o.start_us, o.end_us) for o in self.operations if o.lane == lane) / 1e6
+
+
+def profile_request(lab: Lab, request: Request, engine: EngineName) -> Operations:
+    """Serve a request twice, and the second time under torch's profiler, which takes its share of the time between operations.
+
+    Operations that others call are not counted again; those of threads that the engine makes are left out.
+    """
+    lab.run(request, engine, trace="off")
+    activities = [ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * (lab.device.type == "cuda")
+    with profile(activities=activities) as seen, record_function(_WHOLE):
+        lab.run(request, engine)
+    return _operations(seen.events())
+
+
+def _operations(events: Sequence[Any]) -> Operations:
+    """The profiler's events as operations: ranges on the host are stages, what they call are operations."""
+    whole = next(event for event in events if event.name == _WHOLE and event.device_type.name == "CPU")
+    stages, operations = [], []
+    for event in events:
+        times = {
+            "start_us": event.time_range.start - whole.time_range.start,
+            "end_us": event.time_range.end - whole.time_range.start,
+        }
+        if event.device_type.name != "CPU":
+            if not event.is_user_annotation:  # the profiler draws ranges on the device too
+                operations.append(Operation(name=event.name, lane="device", stage="", **times))
+        elif event.is_user_annotation:
+            if event.cpu_parent is whole:
+                stages.append(Operation(name=event.name, lane="host", stage=event.name, **times))
+        elif (stage := _called_in(event, whole)) is not None:
+            operations.append(Operation(name=event.name, lane="host", stage=stage, **times))
+    return Operations(stages=tuple(stages), operations=tuple(operations))
+
+
+def _called_in(event: Any, whole: Any) -> str | None:
+    """The stage whose Python called an operation, "" outside of any; None for what another operation or thread called."""
+    stage, parent = "", event.cpu_parent
+    while parent is not None and parent is not whole and parent.is_user_annotation:
+        stage, parent = parent.name, parent.cpu_parent
+    return stage if parent is whole else None
+
+
+def covered(intervals: Iterable[tuple[float, float]]) -> float:
+    """The length of the union of intervals (start, end)."""
+    total, reached = 0.0, float("-inf")
+    for start, end in sorted(intervals):
+        total += max(end - max(start, reached), 0.0)
+        reached = max(reached, end)
+    return total
