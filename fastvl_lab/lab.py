@@ -26,7 +26,7 @@ from fastvl_lab.recipe import Recipe
 from fastvl_lab.request import Chunk, Request, check_whole_number
 from fastvl_lab.run import ELSEWHERE, Kind, Run
 from fastvl_lab.streaming.text import Deliver
-from fastvl_lab.trace import Level, Tracer
+from fastvl_lab.trace import Level, Span, Tracer
 
 EngineName = Recipe | str
 
@@ -91,17 +91,18 @@ class Lab:
         *,
         trace: Level = "stages",
         on_chunk: Callable[[Chunk], object] | None = None,
+        on_stage: Callable[[Span], object] | None = None,
         stop: threading.Event | None = None,
     ) -> Run:
         """Serve a request to the end and report on it.
 
         engine: a `Recipe`, a recipe's text such as "fastest, vit.tower=lean", or a peer's text such as "transformers" or
         "http://127.0.0.1:8000/v1"; by default the baseline. trace: "off", "stages", or "layers" to also time ViT blocks and decoder
-        layers. on_chunk: given each chunk as it leaves; the engine waits for it. stop: once it is set, the request ends at its next
-        stage or step with a `RequestCancelledError`. Raises `FastvlError`s.
+        layers. on_chunk: given each chunk as it leaves, and on_stage each stage as it ends; the engine waits for them. stop: once
+        it is set, the request ends at its next stage or step with a `RequestCancelledError`. Raises `FastvlError`s.
         """
         key = self.engine(engine)
-        bound, tracer, chunks = self._bind(key), Tracer(self.device, trace, stop=stop), []
+        bound, tracer, chunks = self._bind(key), Tracer(self.device, trace, stop=stop, on_stage=on_stage), []
 
         def deliver(text: str, tokens: tuple[int, ...]) -> None:
             chunks.append(Chunk(text=text, tokens=tokens, time=tracer.delivered()))

@@ -194,14 +194,23 @@ class Tracer:
     Usage: `start()`, then `with span("vit"):` at each stage, `delivered()` at the consumer, then `finish()`. Synchronises the
     device in `start` and `finish` only, both outside the request. Spans nest by thread, so a request's threads may share it; the
     device is watched from the thread that started it. Under torch's profiler every span is a range of its. stop: set by whoever
-    gives the request up; the next stage of it to begin raises `RequestCancelledError`.
+    gives the request up; the next stage of it to begin raises `RequestCancelledError`. on_stage: given each stage of the host as
+    it ends, while the request waits.
     """
 
-    def __init__(self, device: torch.device, level: Level = "stages", *, stop: threading.Event | None = None) -> None:
+    def __init__(
+        self,
+        device: torch.device,
+        level: Level = "stages",
+        *,
+        stop: threading.Event | None = None,
+        on_stage: Callable[[Span], object] | None = None,
+    ) -> None:
         if level not in LEVELS:
             raise ValueError(f"trace is {level!r}; the choices are {', '.join(LEVELS)}")
         self.level = level
         self.stop = stop or threading.Event()
+        self._on_stage = on_stage
         self._cuda = device.type == "cuda"
         self._device = device
         self._mine = _OfThread()
@@ -278,6 +287,9 @@ class Tracer:
             self._closed.append((closed, self._mine.lane, len(opened), start_ns, time.perf_counter_ns(), start_event, end_event))
             if watched is not None:
                 watched.__exit__(None, None, None)
+            if self._on_stage is not None and not opened and self._mine.lane == "host":
+                begin, end = start_ns - self._started_ns, self._closed[-1][4] - self._started_ns
+                self._on_stage(Span(name=closed, lane="host", depth=0, start_ns=begin, end_ns=end))
 
     @contextmanager
     def _record(self, name: str) -> Iterator[None]:

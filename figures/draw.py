@@ -1,21 +1,36 @@
-"""Draw every picture of the README from the records beside it; with --measure, make the records first.
+"""Draw every picture of the README: figures from the records beside them, and the workbench as a page that is looked at.
 
     python figures/draw.py [--measure]
 
-Needs the extras "notebooks" and "dev" and a Chrome or Chromium for PNG.
+With --measure the records are made first. Needs the extras "notebooks" and "dev" and a Chrome or Chromium.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import shutil
+import socket
+import subprocess
+import sys
+import tempfile
+import time
 from pathlib import Path
+from typing import Any
+
+import nbformat
+from playwright.sync_api import Error as PlaywrightError
+from playwright.sync_api import sync_playwright
 
 import fastvl_lab as fl
 from fastvl_lab import Run, view
 
 FOLDER = Path(__file__).parent
 CHECKPOINT = "tiny-qwen2.5-vl"
+PANEL = f"""
+import fastvl_lab as fl
+fl.workbench("{CHECKPOINT}", "astronaut", image_size=(640, 480), max_new_tokens=24)
+"""
 
 
 def measure() -> None:
@@ -29,6 +44,50 @@ def measure() -> None:
     (FOLDER / "waterfall.json").write_text(json.dumps(records, indent=1) + "\n", encoding="utf-8")
 
 
+def look_at_the_workbench() -> None:
+    """The panel in Voila after two clicks, as a browser shows it."""
+    with tempfile.TemporaryDirectory() as folder, socket.socket() as free, sync_playwright() as driver:
+        notebook = Path(folder, "panel.ipynb")
+        nbformat.write(nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(PANEL)]), notebook)
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+        free.close()
+        options = [str(notebook), "--no-browser", f"--port={port}", "--Voila.ip=127.0.0.1"]
+        server = subprocess.Popen([sys.executable, "-m", "voila", *options, "--Voila.token="])
+        browser = driver.chromium.launch(executable_path=shutil.which("chromium"), args=["--no-sandbox", "--disable-gpu"])
+        try:
+            page = browser.new_page(viewport={"width": 1400, "height": 1240}, device_scale_factor=1.5)
+            _open(page, f"http://127.0.0.1:{port}/")
+            for number, option in enumerate(("per_window", "conv3d"), start=2):
+                page.locator(".fl-bench").get_by_role("button", name=option, exact=True).first.click()
+                _settled(page, number)
+            page.screenshot(path=FOLDER / "workbench.png")
+        finally:
+            browser.close()
+            server.terminate()
+            server.wait(20)
+
+
+def _open(page: Any, url: str) -> None:
+    deadline = time.monotonic() + 60
+    while True:
+        try:
+            page.goto(url, timeout=90_000)
+            break
+        except PlaywrightError:  # the server is not there yet
+            if time.monotonic() > deadline:
+                raise
+            time.sleep(0.5)
+    _settled(page, 1)
+
+
+def _settled(page: Any, rows: int) -> None:
+    """Until so many runs are in the history, and nothing runs."""
+    page.wait_for_function("(n) => document.querySelectorAll('.fl-history tbody tr').length === n", arg=rows, timeout=90_000)
+    page.wait_for_function("() => document.querySelector('.fl-status .fl-badge')?.textContent === 'idle'", timeout=90_000)
+    page.wait_for_timeout(1000)  # the figure is drawn after its data has come
+
+
 def draw() -> None:
     runs = [Run.from_record(record) for record in json.loads((FOLDER / "waterfall.json").read_text(encoding="utf-8"))]
     view.waterfall(runs).write_image(FOLDER / "waterfall.png", width=1100, scale=1.5)
@@ -40,3 +99,4 @@ if __name__ == "__main__":
     if parser.parse_args().measure:
         measure()
     draw()
+    look_at_the_workbench()

@@ -78,11 +78,16 @@ class Memory:
             assert self._paged.pool.n_used == 0, "a request is under way"
             self._paged = replace(self._paged, pool=BlockPool(self._pool_blocks, BLOCK_SIZE))
 
+    def held(self) -> dict[str, int]:
+        """Bytes that are allocated now, by what for."""
+        stores = {"keys and values, static": self._static, "keys and values, paged": self._paged.store if self._paged else None}
+        held = {name: 0 if store is None else store.nbytes for name, store in stores.items()}
+        return held | {"visual tokens of earlier images": self.images.n_bytes}
+
     @property
     def n_bytes(self) -> int:
         """What is allocated now."""
-        stores = [self._static, self._paged.store if self._paged else None]
-        return sum(store.numel() * store.element_size() for store in stores if store is not None) + self.images.n_bytes
+        return sum(self.held().values())
 
 
 def least_budget(shape: KvShape, session_len: int) -> int:

@@ -36,13 +36,13 @@ def report_html(result: SweepResult) -> str:
             "<p>Medians over warm runs, measured in interleaved rounds; a speed-up is the median of ratios paired by round, and is "
             "shown only where the tokens are equal to the reference's, or, on pixels other than the reference's, to those of "
             "Transformers' model on the same pixels.</p>",
-            _table(summary_frame(rows)),
+            table_html(summary_frame(rows)),
             "<h2>TTFT against visual tokens</h2>",
             figure_html(ttft_against_visual_tokens(rows)),
         ]
     for point in result.points:
         runs = [point.comparison.representative(engine) for engine in point.comparison.engines]
-        body += [f"<h2>{html.escape(point.label)}</h2>", figure_html(waterfall(runs)), _table(stage_frame(runs))]
+        body += [f"<h2>{html.escape(point.label)}</h2>", figure_html(waterfall(runs)), table_html(stage_frame(runs))]
     settings = "".join(f"<tr><td>{k}</td><td>{html.escape(repr(v))}</td></tr>" for k, v in vars(result.settings).items())
     body.append(f"<h2>Settings</h2><div class='scroll'><table>{settings}</table></div>")
     return page("TTFT sweep", body)
@@ -68,7 +68,8 @@ def _errors(result: SweepResult) -> str:
     return f"<h2 class='error'>What failed</h2><ul class='error'>{rows}</ul>"
 
 
-def _table(frame: Any) -> str:
+def table_html(frame: Any) -> str:
+    """A DataFrame as a piece of a `page`."""
     return f"<div class='scroll'>{frame.to_html(index=False, border=0)}</div>"
 
 

@@ -11,11 +11,12 @@ import sys
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import nbformat
 import pytest
 
 TOKEN = "a-token-for-tests"
@@ -57,6 +58,32 @@ class JupyterLab:
 
 
 @pytest.fixture
+def voila(tmp_path: Path) -> Iterator[Callable[[str], str]]:
+    """Serves one cell of code as a page of its own: given the code, the page's URL."""
+    pytest.importorskip("voila", reason="the stand-alone page needs voila (extra notebooks)")
+    servers = []
+
+    def start(source: str) -> str:
+        kernel = {"kernelspec": {"display_name": "Python 3 (ipykernel)", "language": "python", "name": "python3"}}
+        notebook = tmp_path / "page.ipynb"
+        nbformat.write(nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(source)], metadata=kernel), notebook)
+        port = _free_port()
+        names = ("JUPYTER_CONFIG_DIR", "JUPYTER_DATA_DIR", "JUPYTER_RUNTIME_DIR", "IPYTHONDIR")
+        environment = os.environ | {name: str(tmp_path / name.lower()) for name in names}
+        options = [str(notebook), "--no-browser", f"--port={port}", "--Voila.ip=127.0.0.1", "--Voila.token="]
+        with (tmp_path / "voila.log").open("w") as log:
+            command = [sys.executable, "-m", "voila", *options]
+            servers.append(subprocess.Popen(command, env=environment, stdout=log, stderr=log))
+        _wait_for(f"http://127.0.0.1:{port}/voila/static/voila.js")
+        return f"http://127.0.0.1:{port}/"
+
+    yield start
+    for server in servers:
+        server.terminate()
+        server.wait(20)
+
+
+@pytest.fixture
 def jupyterlab(tmp_path: Path) -> Iterator[JupyterLab]:
     """JupyterLab with its own configuration and root folder; news and update pop-ups are off."""
     root, home = tmp_path / "root", tmp_path / "jupyter"
@@ -67,9 +94,7 @@ def jupyterlab(tmp_path: Path) -> Iterator[JupyterLab]:
     settings.mkdir(parents=True)
     quiet = {"fetchNews": "false", "checkForUpdates": False}
     (settings / "notification.jupyterlab-settings").write_text(json.dumps(quiet))
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    port = _free_port()
     options = [f"--ServerApp.port={port}", f"--ServerApp.root_dir={root}", f"--IdentityProvider.token={TOKEN}", "--no-browser"]
     options += ["--LabApp.expose_app_in_browser=True", "--ServerApp.allow_root=True", "--ServerApp.ip=127.0.0.1"]
     with (tmp_path / "server.log").open("w") as log:
@@ -82,7 +107,15 @@ def jupyterlab(tmp_path: Path) -> Iterator[JupyterLab]:
             server.wait(20)
 
 
+def _free_port() -> int:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port: int = free.getsockname()[1]
+        return port
+
+
 def _wait_for(url: str) -> None:
+    """Until a server answers."""
     deadline = time.monotonic() + 60
     while time.monotonic() < deadline:
         try:

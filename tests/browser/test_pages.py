@@ -40,7 +40,7 @@ def test_the_workbench_runs_in_jupyterlab_and_shows_its_waterfalls(jupyterlab: A
     text = " ".join(outputs.all_inner_texts())
     assert "TTFT" in text
     assert "of its TTFT in" in text  # what was learnt
-    assert page.locator(".jp-OutputArea-output.js-plotly-plot").count() >= 2  # one run, and several side by side
+    assert page.locator(".fl-bench .js-plotly-plot").count() == 1
     for plot in page.locator(".jp-OutputArea-output.js-plotly-plot").all():
         assert plot.bounding_box()["height"] > 300  # drawn in full, not collapsed to its legend
     assert page.get_by_text("Share chart").count() == 0

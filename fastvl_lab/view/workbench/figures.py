@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from fastvl_lab.run import Run
+from fastvl_lab.trace import Span
 from fastvl_lab.view import style
 from fastvl_lab.view.waterfall import waterfall
 
@@ -45,6 +47,26 @@ def with_ghost(reference: Run | None, run: Run, ghost: Run | None) -> go.Figure:
     return figure
 
 
+def so_far(stages: Sequence[Span]) -> go.Figure:
+    """The stages that have ended of a run that is under way."""
+    figure = style.graph_objects().Figure()
+    figure.add_bar(
+        y=[stage.name for stage in stages],
+        base=[stage.start_ns / 1e6 for stage in stages],
+        x=[stage.duration_ns / 1e6 for stage in stages],
+        orientation="h",
+        marker={"color": [style.STAGE_COLOURS.get(stage.name, style.INK) for stage in stages]},
+        text=[f"{stage.duration_ns / 1e6:.0f} ms" for stage in stages],
+        textposition="outside",
+        cliponaxis=False,
+        showlegend=False,
+    )
+    figure.update_xaxes(title="milliseconds since the request's bytes, so far", rangemode="tozero", gridcolor=style.GRID)
+    figure.update_yaxes(autorange="reversed", ticklabelstandoff=8)
+    figure.update_layout(**style.layout(height=140 + 24 * len(stages), margin={"l": 120, "r": 60, "t": 40, "b": 55}))
+    return figure
+
+
 def themed(figure: go.Figure, *, dark: bool) -> go.Figure:
     """The same figure for a dark page; a light one is as it is."""
     if not dark:
@@ -62,8 +84,8 @@ def themed(figure: go.Figure, *, dark: bool) -> go.Figure:
 
 def replace(shown: Any, figure: go.Figure) -> None:
     """Put a new figure into a FigureWidget that is on the page."""
-    with shown.batch_update():
-        shown.data = ()
-        shown.layout = figure.layout.update(autosize=True)  # as wide as the page leaves it
-        shown.add_traces(list(figure.data))
+    shown.update_layout(annotations=[], shapes=[])  # they stand at rows and times, and for a moment there will be none
+    shown.data = ()
+    shown.add_traces(list(figure.data))
+    shown.layout = figure.layout.update(autosize=True)  # as wide as the page leaves it
     shown._repr_mimebundle_()  # what a page that is loaded anew will be given

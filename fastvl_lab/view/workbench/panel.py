@@ -6,6 +6,7 @@ import base64
 import dataclasses
 import html
 import json
+import threading
 import time
 from pathlib import Path
 from typing import Any
@@ -13,17 +14,19 @@ from typing import Any
 import torch
 
 from fastvl_lab.checkpoint import tiny
-from fastvl_lab.errors import FastvlError, require, sentence
+from fastvl_lab.errors import FastvlError, RecipeError, require, sentence
 from fastvl_lab.measure.photo import PHOTOGRAPHS
 from fastvl_lab.recipe import OptionValue, Recipe
-from fastvl_lab.view.streaming import chunk_timeline
+from fastvl_lab.run import Run
+from fastvl_lab.view.report import figure_html, page, table_html
 from fastvl_lab.view.style import CONFIG
-from fastvl_lab.view.tables import stage_frame
 from fastvl_lab.view.workbench.controls import by_slot, choices, show_recipe
-from fastvl_lab.view.workbench.figures import replace, themed, with_ghost
-from fastvl_lab.view.workbench.session import News, Question, Result, Session
+from fastvl_lab.view.workbench.figures import replace, so_far, themed
+from fastvl_lab.view.workbench.session import BEFORE, News, Question, Result, Session
+from fastvl_lab.view.workbench.views import views
 
 _BETWEEN_TEXTS = 0.1  # seconds: a browser draws no more often than this
+_BETWEEN_STAGES = 0.5  # seconds: a drawing takes part of one from the run that it shows
 
 _CSS = """<style>
 .fl-bench .fl-controls { flex: 0 0 405px; border-right: 1px solid #8884; }
@@ -32,6 +35,9 @@ _CSS = """<style>
 .fl-bench .fl-row .widget-hbox { flex-flow: row wrap; width: 290px; height: auto; overflow: visible; }
 .fl-bench .fl-toggle { display: inline-block; width: 106px; font-size: 12px; line-height: 26px; }
 .fl-bench .widget-tab .widget-tab-contents, .fl-bench .jupyter-widget-tab-contents { overflow-x: auto; padding: 4px; }
+.fl-bench .fl-seen, .fl-bench .fl-seen > * { width: 100%; min-width: 0; }
+.fl-bench .fl-table { overflow-x: auto; max-height: 320px; }
+.fl-bench .widget-toggle-buttons .widget-toggle-button { width: auto; }
 .fl-bench .js-plotly-plot, .fl-bench .plot-container { width: 100%; }
 .fl-bench .jupyter-button { font-size: 11px; line-height: 22px; }
 .fl-bench .jupyter-button:disabled { opacity: .45; text-decoration: line-through; }
@@ -78,24 +84,24 @@ def workbench(
 
 
 class Workbench:
-    """The panel. `recipe`, `history` and `controls` are there for cells and scripts; `run`, `stop`, `undo` are its buttons."""
+    """The panel. `recipe`, `history` and `controls` are there for cells and scripts, and what its buttons do, for cells to do."""
 
     def __init__(self, question: Question, recipe: Recipe, device: torch.device, *, repeats: int, dtype: str | None) -> None:
-        self._widgets = widgets = require("ipywidgets", "notebooks")
-        self._plots = require("plotly.graph_objects", "notebooks")
+        self._widgets = require("ipywidgets", "notebooks")
         self.recipe, self.device = recipe, device
         self._question, self._repeats = question, repeats
         self._before: list[Recipe] = []
-        self._told = 0.0
-        self._result: Result | None = None
+        self._told = self._drawn = 0.0
+        self._error = ""
+        self._views = views()
+        self._view = next(iter(self._views))
+        self._shown = self._against = 0  # numbers of results; 0 is the newest, and the one before the shown one
+        self._drawing = threading.RLock()  # a click draws on another thread than the session
         self._session = Session(self._hear, device=str(device), dtype=dtype)
         self.controls = choices(device, choose=self.choose, clicked=lambda *change: self._guarded(lambda: self.choose(*change)))
-        self._waterfall, self._arrivals = self._plots.FigureWidget(), self._plots.FigureWidget()
-        for figure in (self._waterfall, self._arrivals):
-            figure._config = figure._config | CONFIG | {"responsive": True}
-        self._summary, self._status, self._text, self._preview = (widgets.HTML() for _ in range(4))
-        self._stages, self._history, self._code = widgets.HTML(), widgets.HTML().add_class("fl-history"), widgets.Textarea()
-        self._status.add_class("fl-status")
+        # A figure that begins without `autosize` has the width that it begins with for good.
+        self._figure = require("plotly.graph_objects", "notebooks").FigureWidget(layout={"autosize": True})
+        self._figure._config = self._figure._config | CONFIG | {"responsive": True}
         self.widget = self._layout()
         show_recipe(self.controls, recipe)
         self.run()
@@ -104,6 +110,13 @@ class Workbench:
     def history(self) -> list[Result]:
         """Every result of this panel, in order."""
         return self._session.history
+
+    def result(self, number: int = 0) -> Result:
+        """A result by its number, 0 being the newest; raises `RecipeError` if there is none, with what went wrong."""
+        if not self.history or not 0 <= number <= len(self.history):
+            there_are = f"the history has 1 to {len(self.history)}" if self.history else self._error or "nothing has run yet"
+            raise RecipeError(f"there is no result{f' {number}' if number else ''}: {there_are}")
+        return self.history[number - 1]
 
     def _repr_mimebundle_(self, include: Any = None, exclude: Any = None) -> Any:
         return self.widget._repr_mimebundle_(include=include, exclude=exclude)
@@ -134,13 +147,40 @@ class Workbench:
         self.run()
 
     def run(self) -> None:
-        """Run the recipe; what still runs is stopped."""
+        """Run the recipe; what still runs is stopped. It is measured beside that of the run before, if that was asked the same."""
         self._code.value = self.code()
-        self._session.ask(self._question, self.recipe, repeats=self._repeats)
+        self._pick.value = 0
+        last = self.history[-1] if self.history else None
+        comparable = last is not None and last.question == self._question and last.recipe != self.recipe
+        before = last.recipe if last is not None and comparable else None
+        self._session.ask(self._question, self.recipe, repeats=self._repeats, before=before)
+
+    def measure(self, number: int, against: int) -> None:
+        """Run one recipe of the history side by side with another of it; a new result."""
+        chosen, other = self.result(number), self.result(against)
+        self._session.ask(chosen.question, chosen.recipe, repeats=max(self._repeats, 1), before=other.recipe)
+
+    def look(self, view: str | None = None, *, number: int | None = None, against: int | None = None) -> None:
+        """Look at a result in another way, or at another one; what a view needs is measured first.
+
+        number, against: of results in the history; 0 stands for the newest, and for the one before it.
+        """
+        if view is not None and view not in self._views:
+            raise RecipeError(f"there is no view {view!r}; the choices are {', '.join(self._views)}")
+        self._view = self._view if view is None else view
+        self._shown = self._shown if number is None else number
+        self._against = self._against if against is None else against
+        if self.history:
+            self._measure_for_view(self.result(self._shown))
+            self._draw()
 
     def stop(self) -> None:
         """End what runs at its next stage or step."""
         self._session.stop()
+
+    def close(self) -> None:
+        """Stop for good: the panel stays as it is, and nothing runs any more."""
+        self._session.close()
 
     def wait(self, seconds: float | None = None) -> bool:
         """Until nothing runs; whether that came in time."""
@@ -156,7 +196,7 @@ class Workbench:
         return f'recipe = fl.Recipe.parse("{text}", "{self.device.type}")\n\n# fl.Recipe.from_dict(yaml.safe_load(…)) of\n{yaml}'
 
     def rows(self) -> list[dict[str, Any]]:
-        """The history as rows: recipe, TTFT, TPOT, parity and ratio to Transformers, where they have been measured."""
+        """The history as rows: recipe, TTFT, TPOT, parity and ratios, where they have been measured."""
         found = []
         for result in self.history:
             shown = result.shown
@@ -167,23 +207,47 @@ class Workbench:
                     "recipe": result.recipe.text(self.device),
                     "ttft_ms": shown.ttft * 1e3,
                     "tpot_ms": None if shown.tpot is None else shown.tpot * 1e3,
+                    "first_run_ms": result.run.trace.end_ns / 1e6,
                     "kind": shown.kind,
                     "parity": result.parity,
                     "against transformers": None if result.speedup is None else result.speedup.times(),
+                    "against the run before": None if result.against_before is None else result.against_before.times(),
                 }
             )
         return found
 
     def export(self, folder: str | Path) -> list[Path]:
-        """Write every result's run as a record and as a trace for Perfetto; the files written."""
+        """Write the history: a page that opens offline, and of every result its run as a record, its trace for Perfetto, and its
+        waterfall as PNG where kaleido and a Chrome can make one; the files written.
+        """
+        into = Path(folder)
+        into.mkdir(parents=True, exist_ok=True)
         written = []
-        Path(folder).mkdir(parents=True, exist_ok=True)
         for result in self.history:
             for name, data in (("run", result.shown.to_record()), ("trace", result.shown.trace.to_chrome(result.shown.title()))):
-                path = Path(folder) / f"{result.number:03d}-{name}.json"
-                path.write_text(json.dumps(data), encoding="utf-8")
-                written.append(path)
+                written.append(into / f"{result.number:03d}-{name}.json")
+                written[-1].write_text(json.dumps(data), encoding="utf-8")
+        written.append(into / "workbench.html")
+        written[-1].write_text(self.page(), encoding="utf-8")
+        for result in self.history:
+            path = into / f"{result.number:03d}-waterfall.png"
+            try:
+                self._views["waterfall"].draw(result, self._run_before(result))[0].write_image(path, width=1100, scale=1.5)
+            except (RuntimeError, ValueError, ImportError):  # no kaleido, or no browser for it
+                break
+            written.append(path)
         return written
+
+    def page(self) -> str:
+        """The history as one page of HTML that needs nothing beside it: every result in all views it was measured for."""
+        body = [f"<h1>Workbench</h1>{table_html(self._history_frame())}"]
+        for result in self.history:
+            body.append(f"<h2>{result.number}: {html.escape(result.recipe.text(self.device))}</h2>{self._badges(result)}")
+            for view in self._views.values():
+                if not view.lacks(result):
+                    figure, frame = view.draw(result, self._run_before(result))
+                    body.append(f"<h3>{view.name}</h3>{figure_html(figure)}{table_html(frame)}")
+        return page("workbench", [_CSS, "<div class='fl-bench'>", *body, "</div>"])
 
     def _use(self, recipe: Recipe, chosen: str | None) -> None:
         self._before.append(self.recipe)
@@ -192,6 +256,30 @@ class Workbench:
         self.run()
 
     def _layout(self) -> Any:
+        widgets = self._widgets
+        self._summary, self._status, self._text, self._preview, self._table = (widgets.HTML() for _ in range(5))
+        self._status.add_class("fl-status")
+        self._history, self._code = widgets.HTML().add_class("fl-history"), widgets.Textarea()
+        self._code.layout = widgets.Layout(width="99%", height="260px")
+        buttons = [
+            self._button("run", lambda: self.run(), "run the recipe once more"),
+            self._button("stop", self.stop, "end what runs, at its next stage or step"),
+            self._button("undo", self.undo, "back to the recipe before"),
+            *(self._button(name, lambda name=name: self.use(name), f"the preset {name}") for name in ("baseline", "fastest")),
+        ]
+        self._looks = widgets.ToggleButtons(options=list(self._views), tooltips=[view.about for view in self._views.values()])
+        self._looks.style.button_width = "auto"
+        self._looks.observe(lambda change: self._guarded(lambda: self.look(change["new"])), "value")
+        tabs = widgets.Tab([self._history_box(), self._code])
+        tabs.titles = ("history", "copy recipe")
+        answer = widgets.HBox([self._preview, self._text])
+        seen = widgets.VBox([self._looks, self._figure, self._table.add_class("fl-table")]).add_class("fl-seen")
+        shown = widgets.VBox([widgets.HBox(buttons), self._summary, self._status, answer, seen, tabs])
+        shown.layout = widgets.Layout(flex="1 1 640px", min_width="0", padding="0 0 0 12px")
+        both = widgets.HBox([by_slot(self.controls), shown])
+        return widgets.VBox([widgets.HTML(_CSS), self._question_box(), both]).add_class("fl-bench")
+
+    def _question_box(self) -> Any:
         widgets, question = self._widgets, self._question
         wide = widgets.Layout(width="auto")
         checkpoint = widgets.Combobox(
@@ -203,29 +291,29 @@ class Workbench:
         upload = widgets.FileUpload(accept="image/*", description="upload", layout=wide)
         prompt = widgets.Text(value=question.prompt, description="prompt", continuous_update=False)
         tokens = widgets.BoundedIntText(value=question.max_new_tokens, min=1, max=4096, description="tokens")
+        repeats = widgets.BoundedIntText(value=self._repeats, min=0, max=1000, description="repeats")
+        repeats.tooltip = "measured rounds; intervals need 5"
         checkpoint.observe(lambda change: self.ask(checkpoint=change["new"]), "value")
         picture.observe(lambda change: self._take_picture(change["new"]), "value")
         upload.observe(lambda change: self._take_picture(bytes(change["new"][0]["content"]) if change["new"] else b""), "value")
         prompt.observe(lambda change: self.ask(prompt=change["new"]), "value")
         tokens.observe(lambda change: self.ask(max_new_tokens=change["new"]), "value")
-        dark = widgets.ToggleButton(description="dark", tooltip="a dark page", layout=wide)
-        dark.observe(self._darken, "value")
-        self._dark = dark
-        buttons = [
-            self._button("run", lambda: self.run(), "run the recipe once more"),
-            self._button("stop", self.stop, "end what runs, at its next stage or step"),
-            self._button("undo", self.undo, "back to the recipe before"),
-            *(self._button(name, lambda name=name: self.use(name), f"the preset {name}") for name in ("baseline", "fastest")),
-        ]
-        self._code.layout, self._code.disabled = widgets.Layout(width="99%", height="260px"), False
-        top = widgets.HBox([checkpoint, picture, upload, prompt, tokens, dark], layout=widgets.Layout(flex_flow="row wrap"))
-        tabs = widgets.Tab([self._waterfall, self._arrivals, self._stages, self._history, self._code])
-        tabs.titles = ("waterfall", "tokens over time", "stages", "history", "copy recipe")
-        answer = widgets.HBox([self._preview, self._text])
-        shown = widgets.VBox([widgets.HBox(buttons), self._summary, self._status, answer, tabs])
-        shown.layout = widgets.Layout(flex="1 1 640px", min_width="0", padding="0 0 0 12px")
-        both = widgets.HBox([by_slot(self.controls), shown])
-        return widgets.VBox([widgets.HTML(_CSS), top, both]).add_class("fl-bench")
+        repeats.observe(lambda change: self._repeat(change["new"]), "value")
+        self._dark = widgets.ToggleButton(description="dark", tooltip="a dark page", layout=wide)
+        self._dark.observe(self._darken, "value")
+        every = [checkpoint, picture, upload, prompt, tokens, repeats, self._dark]
+        return widgets.HBox(every, layout=widgets.Layout(flex_flow="row wrap"))
+
+    def _history_box(self) -> Any:
+        widgets = self._widgets
+        self._pick = widgets.Dropdown(options=[("the newest", 0)], description="show")
+        self._pick_against = widgets.Dropdown(options=[("the one before", 0)], description="against")
+        self._pick.observe(lambda change: self._guarded(lambda: self.look(number=change["new"])), "value")
+        self._pick_against.observe(lambda change: self._guarded(lambda: self.look(against=change["new"])), "value")
+        beside = self._button("measure side by side", self._measure_picked, "the two recipes and Transformers, in shuffled rounds")
+        export = self._button("export", self._export_here, "page, records, Perfetto traces and PNG, into a new folder here")
+        line = widgets.HBox([self._pick, self._pick_against, beside, export], layout=widgets.Layout(flex_flow="row wrap"))
+        return widgets.VBox([line, self._history])
 
     def _button(self, name: str, action: Any, about: str) -> Any:
         button = self._widgets.Button(description=name, tooltip=about, layout=self._widgets.Layout(width="auto"))
@@ -236,45 +324,102 @@ class Workbench:
         """What a click may fail with appears in the panel, because no cell would show it."""
         try:
             action()
-        except FastvlError as error:
+        except (FastvlError, OSError) as error:
             self._hear(News(state="failed", error=sentence(error)))
 
     def _take_picture(self, picture: str | bytes) -> None:
         if picture:  # a field that is being cleared asks for nothing
             self.ask(picture=picture)
 
+    def _repeat(self, repeats: int) -> None:
+        self._repeats = repeats
+        self.run()
+
+    def _measure_picked(self) -> None:
+        chosen = self.result(self._shown)
+        other = self._before_of(chosen)
+        if other is not None:
+            self._pick.value = self._pick_against.value = 0
+            self.measure(chosen.number, other.number)
+
+    def _export_here(self) -> None:
+        folder = Path(time.strftime("fastvl_lab-%Y%m%d-%H%M%S"))
+        written = self.export(folder)
+        self._status.value = f"<span class='fl-badge'>written</span> {len(written)} files in {html.escape(str(folder.resolve()))}"
+
     def _darken(self, _: Any) -> None:
         (self.widget.add_class if self._dark.value else self.widget.remove_class)("fl-dark")
-        if self._result is not None:
-            self._draw(self._result)
+        self._draw()
+
+    def _before_of(self, result: Result) -> Result | None:
+        """What it is held against: the chosen one, else the one before it."""
+        if self._against and self._against != result.number:
+            return self.result(self._against)
+        return self.history[result.number - 2] if result.number > 1 else None
+
+    def _run_before(self, result: Result) -> Run | None:
+        """The run behind: one measured side by side, where that is the recipe it is held against."""
+        other = self._before_of(result)
+        if other is not None and result.comparison is not None and result.before == other.recipe:
+            return result.comparison.representative(BEFORE)
+        return None if other is None else other.shown
 
     def _hear(self, news: News) -> None:
         """Show what the session tells, on its thread; texts no more often than a browser draws."""
-        if news.result is None and not news.error and news.text and time.monotonic() - self._told < _BETWEEN_TEXTS:
-            return
-        self._told = time.monotonic()
-        said = f" <span class='fl-bad'>{html.escape(news.error)}</span>" if news.error else ""
-        self._status.value = f"<span class='fl-badge'>{html.escape(news.state)}</span>{said}"
-        if news.text:
-            self._text.value = f"<pre>{html.escape(news.text)}</pre>"
-        if news.preview:
-            data = base64.b64encode(news.preview).decode()
-            self._preview.value = f"<img alt='the picture' src='data:image/jpeg;base64,{data}'>"
-        if news.result is not None:
-            self._result = news.result
-            self._draw(news.result)
+        with self._drawing:
+            passing = news.result is None and not news.error and (news.text or news.stages)
+            if passing and time.monotonic() - self._told < _BETWEEN_TEXTS:
+                return
+            self._told, self._error = time.monotonic(), news.error
+            if news.text:
+                self._text.value = f"<pre>{html.escape(news.text)}</pre>"
+            if news.preview:
+                data = base64.b64encode(news.preview).decode()
+                self._preview.value = f"<img alt='the picture' src='data:image/jpeg;base64,{data}'>"
+            if news.stages:
+                self._draw_progress(news)
+            if news.result is not None:
+                self._list_history()
+                self._draw()
+            said = f" <span class='fl-bad'>{html.escape(news.error)}</span>" if news.error else ""
+            self._status.value = f"<span class='fl-badge'>{html.escape(news.state)}</span>{said}"
+        if news.result is not None and news.state == "idle":
+            self._measure_for_view(news.result)
 
-    def _draw(self, result: Result) -> None:
-        shown, dark = result.shown, bool(self._dark.value)
-        before = self.history[result.number - 2].shown if result.number > 1 else None
-        replace(self._waterfall, themed(with_ghost(result.reference, shown, before), dark=dark))
-        every = {"transformers": result.reference, "this recipe": shown, "the run before": before}
-        runs = {label: run for label, run in every.items() if run is not None}
-        replace(self._arrivals, themed(chunk_timeline(runs), dark=dark))
-        self._stages.value = stage_frame(list(runs.values())).to_html(index=False, border=0)
-        self._summary.value = self._badges(result)
-        pandas = require("pandas", "notebooks")
-        self._history.value = pandas.DataFrame(self.rows()).to_html(index=False, border=0, float_format="%.2f", na_rep="")
+    def _draw_progress(self, news: News) -> None:
+        """The stages that have ended, of a run that takes long enough to be watched."""
+        since = self._drawn or news.stages[-1].end_ns / 1e9 > _BETWEEN_STAGES
+        if self._view == "waterfall" and since and time.monotonic() - self._drawn > _BETWEEN_STAGES:
+            self._drawn = time.monotonic()
+            replace(self._figure, themed(so_far(news.stages), dark=bool(self._dark.value)))
+
+    def _measure_for_view(self, result: Result) -> None:
+        view = self._views[self._view]
+        if view.lacks(result):
+            view.measure(self._session, result, self._repeats)
+
+    def _draw(self) -> None:
+        """The chosen view of the chosen result; while a view lacks what it needs, the figure stays as it was."""
+        with self._drawing:
+            if not self.history:
+                return
+            result, view = self.result(self._shown), self._views[self._view]
+            self._summary.value = self._badges(result)
+            if not view.lacks(result):
+                figure, frame = view.draw(result, self._run_before(result))
+                replace(self._figure, themed(figure, dark=bool(self._dark.value)))
+                self._table.value = frame.to_html(index=False, border=0)
+
+    def _history_frame(self) -> Any:
+        return require("pandas", "notebooks").DataFrame(self.rows())
+
+    def _list_history(self) -> None:
+        self._history.value = self._history_frame().to_html(index=False, border=0, float_format="%.2f", na_rep="")
+        names = [(f"{row['number']}: {row['recipe']}", row["number"]) for row in self.rows()]
+        for picker, first in ((self._pick, "the newest"), (self._pick_against, "the one before")):
+            chosen = picker.value
+            with picker.hold_trait_notifications():
+                picker.options, picker.value = [(first, 0), *names], chosen
 
     def _badges(self, result: Result) -> str:
         shown = result.shown
@@ -289,6 +434,8 @@ class Workbench:
             badges.append(("", f"{result.speedup.times()} as fast as Transformers" if result.speedup else "no warm rounds"))
         else:
             badges.append(("fl-bad", "parity ✗ other tokens than Transformers: its time is not compared"))
+        if result.against_before is not None:
+            badges.append(("", f"{result.against_before.times()} as fast as the run before"))
         found = result.audit
         gravest = found.findings[0].sentence if not found.ok else ""
         badges.append(("fl-good", "audit ✓") if found.ok else ("fl-bad", f"audit ✗ {gravest}"))

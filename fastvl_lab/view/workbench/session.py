@@ -4,22 +4,25 @@ from __future__ import annotations
 
 import io
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
-from functools import cached_property
+from functools import cached_property, partial
 
 from fastvl_lab.errors import RequestCancelledError, sentence
 from fastvl_lab.lab import EngineName, Lab
+from fastvl_lab.measure.attribution import Attribution, attribute
 from fastvl_lab.measure.audit import Audit, audit
 from fastvl_lab.measure.compare import Comparison, compare
+from fastvl_lab.measure.floors import Ceilings, stage_works
 from fastvl_lab.measure.photo import photo
 from fastvl_lab.measure.statistics import Interval
 from fastvl_lab.preprocessor.decode_image import as_image, open_image, read_orientation, with_pillow
 from fastvl_lab.recipe import Recipe
 from fastvl_lab.request import Chunk, ImageInput, Request
 from fastvl_lab.run import Run
+from fastvl_lab.trace import Span
 
-STOCK = "transformers"
+STOCK, BEFORE, RECIPE = "transformers", "the run before", "this recipe"
 
 _PREVIEW = 150  # pixels of the longer side
 
@@ -42,18 +45,28 @@ class Question:
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Result:
-    """One answer: what was asked, the recipe's first run, and, once it is measured, how it stands against Transformers."""
+    """One answer, and what has been measured of it since.
+
+    run: the first. held: bytes by what held them after it. before: the recipe that it was measured beside, if any. comparison: of
+    Transformers, that one, and its own. layers: a run of Transformers and one of its own with every block timed. floors: stage to
+    seconds. attribution: its way from the baseline.
+    """
 
     number: int
     question: Question
     recipe: Recipe
     run: Run
+    held: Mapping[str, int]
+    before: Recipe | None = None
     comparison: Comparison | None = None
+    layers: Mapping[str, Run] | None = None
+    floors: Mapping[str, float] | None = None
+    attribution: Attribution | None = None
 
     @property
     def shown(self) -> Run:
         """The run to look at: of the measured ones the median, else the first."""
-        return self.run if self.comparison is None else self.comparison.representative("recipe")
+        return self.run if self.comparison is None else self.comparison.representative(RECIPE)
 
     @property
     def reference(self) -> Run | None:
@@ -66,32 +79,46 @@ class Result:
     @cached_property
     def parity(self) -> bool | None:
         """Whether its tokens are those it must make; None before it is measured."""
-        return None if self.comparison is None else self.comparison.parity("recipe")
+        return None if self.comparison is None else self.comparison.parity(RECIPE)
 
     @cached_property
     def speedup(self) -> Interval | None:
         """How many times as fast as Transformers to the first token, where parity holds and rounds were warm."""
-        return self.comparison.speedup("recipe") if self.comparison is not None and self.parity else None
+        return self.comparison.speedup(RECIPE) if self.comparison is not None and self.parity else None
+
+    @cached_property
+    def against_before(self) -> Interval | None:
+        """The same over the recipe it was measured beside."""
+        if self.comparison is None or BEFORE not in self.comparison.engines:
+            return None
+        return self.comparison.speedup(RECIPE, BEFORE)
 
 
 @dataclass(frozen=True, kw_only=True)
 class News:
-    """What a session tells while it works: its state, and with it a text in progress, a small JPEG of the picture that is asked
-    about, a result or a better one, or an error in a sentence.
+    """What a session tells while it works: its state, and with it any of these.
+
+    text: the answer so far. stages: those that have ended of a run that takes long. preview: a small JPEG of the picture that is
+    asked about. result: a new one, or one that knows more. error: in a sentence.
     """
 
     state: str
     text: str = ""
+    stages: tuple[Span, ...] = ()
     preview: bytes = b""
     result: Result | None = None
     error: str = ""
 
 
-@dataclass
+# Does what was wished for: (lab, the request, set when it is to end) -> what is known then.
+Work = Callable[[Lab, Request, threading.Event], Result]
+
+
+@dataclass(kw_only=True)
 class _Wish:
     question: Question
-    recipe: Recipe
-    repeats: int
+    state: str
+    work: Work
     stop: threading.Event = field(default_factory=threading.Event)
 
 
@@ -106,19 +133,29 @@ class Session:
         self.history: list[Result] = []
         self.lab: Lab | None = None
         self._tell, self._device, self._dtype = tell, device, dtype
+        self._ceilings: Ceilings | None = None
         self._changed = threading.Condition()
         self._wish: _Wish | None = None
         self._running: _Wish | None = None
+        self._closed = False
         self._thread = threading.Thread(target=self._work, name="fastvl-workbench", daemon=True)
         self._thread.start()
 
-    def ask(self, question: Question, recipe: Recipe, *, repeats: int) -> None:
-        """Wish for an answer; returns at once."""
-        with self._changed:
-            self._wish = _Wish(question, recipe, repeats)
-            if self._running is not None:
-                self._running.stop.set()
-            self._changed.notify_all()
+    def ask(self, question: Question, recipe: Recipe, *, repeats: int, before: Recipe | None = None) -> None:
+        """Wish for an answer, and for it to be measured beside Transformers and the recipe before; returns at once."""
+        self._wish_for(question, "running", partial(self._answer, question, recipe, repeats, before))
+
+    def open_up(self, result: Result) -> None:
+        """Wish for every block and layer of a result's recipe and of Transformers."""
+        self._wish_for(result.question, "timing blocks and layers", partial(self._open_up, result))
+
+    def find_floors(self, result: Result) -> None:
+        """Wish for what the stages of a result must cost at least on this device."""
+        self._wish_for(result.question, "measuring what the device can do", partial(self._find_floors, result))
+
+    def attribute(self, result: Result, *, repeats: int) -> None:
+        """Wish for what each toggle of a result's recipe takes off TTFT, on the way from the baseline."""
+        self._wish_for(result.question, "measuring toggle by toggle", partial(self._attribute, result, repeats))
 
     def stop(self) -> None:
         """End what runs, and forget what waits."""
@@ -127,20 +164,37 @@ class Session:
             if self._running is not None:
                 self._running.stop.set()
 
+    def close(self) -> None:
+        """End the thread, and what runs on it."""
+        self.stop()
+        with self._changed:
+            self._closed = True
+            self._changed.notify_all()
+
     def wait(self, seconds: float | None = None) -> bool:
         """Until there is nothing to do; whether that came in time."""
         with self._changed:
             return self._changed.wait_for(lambda: self._wish is None and self._running is None, seconds)
 
+    def _wish_for(self, question: Question, state: str, work: Work) -> None:
+        with self._changed:
+            self._wish = _Wish(question=question, state=state, work=work)
+            if self._running is not None:
+                self._running.stop.set()
+            self._changed.notify_all()
+
     def _work(self) -> None:
         while True:
             with self._changed:
-                self._changed.wait_for(lambda: self._wish is not None)
+                self._changed.wait_for(lambda: self._wish is not None or self._closed)
+                if self._closed:
+                    return
                 self._running, self._wish = self._wish, None
                 wish = self._running
             assert wish is not None
             try:
-                self._answer(wish)
+                result = self._grant(wish)
+                self._tell(News(state="idle", text=result.run.text, result=result))
             except RequestCancelledError:
                 self._tell(News(state="stopped"))
             except Exception as error:  # said in the panel, which lives on
@@ -149,28 +203,79 @@ class Session:
                 self._running = None
                 self._changed.notify_all()
 
-    def _answer(self, wish: _Wish) -> None:
-        question, recipe, text = wish.question, wish.recipe, []
+    def _grant(self, wish: _Wish) -> Result:
+        question = wish.question
         if self.lab is None or self.lab.checkpoint.name != question.checkpoint:
             self._tell(News(state=f"loading {question.checkpoint}"))
             self.lab = Lab(question.checkpoint, device=self._device, dtype=self._dtype)
-        lab, request = self.lab, question.request()
-        self._tell(News(state="running", preview=_preview(request.image_inputs[0])))
+            self._ceilings = None
+        request = question.request()
+        self._tell(News(state=wish.state, preview=_preview(request.image_inputs[0])))
+        return wish.work(self.lab, request, wish.stop)
+
+    def _answer(
+        self,
+        question: Question,
+        recipe: Recipe,
+        repeats: int,
+        before: Recipe | None,
+        lab: Lab,
+        request: Request,
+        stop: threading.Event,
+    ) -> Result:
+        text: list[str] = []
+        stages: list[Span] = []
 
         def on_chunk(chunk: Chunk) -> None:
             text.append(chunk.text)
             self._tell(News(state="running", text="".join(text)))
 
-        run = lab.run(request, recipe, on_chunk=on_chunk, stop=wish.stop)
-        result = Result(number=len(self.history) + 1, question=question, recipe=recipe, run=run)
+        def on_stage(stage: Span) -> None:
+            if not text:
+                stages.append(stage)
+                self._tell(News(state=f"running, {stage.name} is done", stages=tuple(stages)))
+
+        run = lab.run(request, recipe, on_chunk=on_chunk, on_stage=on_stage, stop=stop)
+        result = Result(
+            number=len(self.history) + 1, question=question, recipe=recipe, run=run, held=_held(lab, recipe), before=before
+        )
         self.history.append(result)
+        if repeats == 0:
+            return result
         self._tell(News(state="measuring", text=run.text, result=result))
-        if wish.repeats > 0:
-            engines: dict[str, EngineName] = {STOCK: STOCK, "recipe": recipe}
-            comparison = compare(lab, request, engines, repeats=wish.repeats, stop=wish.stop)
-            result = replace(result, comparison=comparison)
-            self.history[-1] = result
-        self._tell(News(state="idle", text=run.text, result=result))
+        engines: dict[str, EngineName] = {STOCK: STOCK, **({BEFORE: before} if before else {}), RECIPE: recipe}
+        return self._know(replace(result, comparison=compare(lab, request, engines, repeats=repeats, stop=stop)))
+
+    def _open_up(self, result: Result, lab: Lab, request: Request, stop: threading.Event) -> Result:
+        layers = {}
+        engines: dict[str, EngineName] = {STOCK: STOCK, RECIPE: result.recipe}
+        for label, engine in engines.items():
+            for _ in range(2):  # the second is warm
+                run = lab.run(request, engine, trace="layers", stop=stop)
+            layers[label] = replace(run, engine=label)
+        return self._know(replace(result, layers=layers))
+
+    def _find_floors(self, result: Result, lab: Lab, _: Request, __: threading.Event) -> Result:
+        if self._ceilings is None:
+            self._ceilings = Ceilings.measure(lab.device, lab.dtype)
+        works = stage_works(lab.checkpoint, [shape.grid for shape in result.run.shapes], result.run.n_prompt)
+        floors = {stage: work.seconds(self._ceilings) for stage, work in works.items()}
+        return self._know(replace(result, floors={stage: floor for stage, floor in floors.items() if floor > 0}))
+
+    def _attribute(self, result: Result, repeats: int, lab: Lab, request: Request, stop: threading.Event) -> Result:
+        return self._know(replace(result, attribution=attribute(lab, request, result.recipe, repeats=repeats, stop=stop)))
+
+    def _know(self, result: Result) -> Result:
+        """Remember a result that knows more than it did."""
+        self.history[result.number - 1] = result
+        return result
+
+
+def _held(lab: Lab, recipe: Recipe) -> dict[str, int]:
+    """Bytes by what holds them now."""
+    held = {"weights": sum(weight.nbytes for weight in lab.checkpoint.model.parameters()), **lab.memory.held()}
+    held["CUDA graphs"] = sum(capture.n_bytes for capture in lab.captures(recipe))
+    return held
 
 
 def _preview(image: ImageInput) -> bytes:

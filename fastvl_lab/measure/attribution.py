@@ -1,0 +1,73 @@
+"""From one recipe to another a toggle at a time: what each change takes off the time to first token, measured side by side."""
+
+from __future__ import annotations
+
+import threading
+from dataclasses import dataclass
+
+from fastvl_lab.errors import RecipeError
+from fastvl_lab.lab import EngineName, Lab
+from fastvl_lab.measure.compare import Comparison, compare
+from fastvl_lab.measure.statistics import Interval, median_interval
+from fastvl_lab.recipe import Recipe, toggles
+from fastvl_lab.request import Request
+
+STOCK = "transformers"
+START = "baseline"
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Attribution:
+    """What was measured. steps: the labels of the recipes on the way, the first being that of the recipe it starts from."""
+
+    comparison: Comparison
+    steps: tuple[str, ...]
+
+    def saved(self, step: str) -> Interval | None:
+        """Milliseconds of TTFT that a step takes off the step before it, paired by round; None where one was never warm."""
+        before = self.steps[self.steps.index(step) - 1]
+        warm = {(s.engine, s.round): s.run.ttft for s in self.comparison.samples if s.round >= 0 and s.run.kind == "warm"}
+        pairs = [(warm[before, n], ttft) for (name, n), ttft in warm.items() if name == step and (before, n) in warm]
+        return median_interval([(earlier - later) * 1e3 for earlier, later in pairs]) if pairs else None
+
+
+def attribute(
+    lab: Lab,
+    request: Request,
+    recipe: Recipe,
+    *,
+    start: Recipe | None = None,
+    repeats: int = 5,
+    stop: threading.Event | None = None,
+) -> Attribution:
+    """Measure Transformers, the recipe `start` (the baseline, if none is given), and every step from it to `recipe`.
+
+    A step's saving depends on the steps before it: in another order it would be another one. Runs (steps + 2) engines. Raises what
+    `compare` raises.
+    """
+    ways = steps_between(start or Recipe.baseline(), recipe)
+    engines: dict[str, EngineName] = {STOCK: STOCK, **ways}
+    comparison = compare(lab, request, engines, repeats=repeats, stop=stop)
+    return Attribution(comparison=comparison, steps=tuple(step for step in ways if step in comparison.engines))
+
+
+def steps_between(start: Recipe, end: Recipe) -> dict[str, Recipe]:
+    """Recipes from `start` to `end` by what each changes, in the order of the corridor.
+
+    A toggle that is not allowed without another waits for it; what is only allowed together changes in one step.
+    """
+    found, current = {START if start == Recipe.baseline() else "start": start}, start
+    pending = [toggle.path for toggle in toggles() if start.value(toggle.path) != end.value(toggle.path)]
+    while pending:
+        for path in pending:
+            try:
+                current, taken = current.replace(path, end.value(path)), [path]
+            except RecipeError:
+                continue
+            break
+        else:
+            current, taken = end, list(pending)
+        found[", ".join(f"{path}={end.value(path)}" for path in taken)] = current
+        pending = [path for path in pending if path not in taken]
+    assert current == end
+    return found

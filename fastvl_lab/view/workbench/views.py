@@ -1,0 +1,125 @@
+"""The panel's views: for each a figure and a table of a result, and what must be measured for it first."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
+
+from fastvl_lab.errors import require
+from fastvl_lab.run import Run
+from fastvl_lab.view import breakdown
+from fastvl_lab.view.slots import block_waterfall
+from fastvl_lab.view.streaming import chunk_timeline
+from fastvl_lab.view.tables import layer_frame, stage_frame
+from fastvl_lab.view.workbench.figures import with_ghost
+from fastvl_lab.view.workbench.session import BEFORE, RECIPE, STOCK, Result, Session
+
+if TYPE_CHECKING:
+    import plotly.graph_objects as go
+
+# A result and the run to hold against it -> a figure, and the table that says the same.
+Draw = Callable[[Result, Run | None], tuple["go.Figure", Any]]
+
+
+@dataclass(frozen=True, kw_only=True)
+class View:
+    """One way to look at a result. lacks: whether it must be measured for it, by what `measure` wishes for with so many repeats."""
+
+    name: str
+    about: str
+    draw: Draw
+    lacks: Callable[[Result], bool] = lambda _: False
+    measure: Callable[[Session, Result, int], None] = lambda *_: None
+
+
+def views() -> dict[str, View]:
+    """Every view by name, the first being what the panel opens with."""
+    every = (
+        View(name="waterfall", about="every stage from the request's bytes to the first text", draw=_waterfall),
+        View(
+            name="ViT blocks",
+            about="one run each with every block of the vision tower timed",
+            draw=lambda result, _: _layers(result, "vit"),
+            lacks=lambda result: result.layers is None,
+            measure=lambda session, result, _: session.open_up(result),
+        ),
+        View(
+            name="decoder layers",
+            about="one run each with every layer of the prefill timed",
+            draw=lambda result, _: _layers(result, "prefill"),
+            lacks=lambda result: result.layers is None,
+            measure=lambda session, result, _: session.open_up(result),
+        ),
+        View(
+            name="toggle by toggle",
+            about="from the baseline to this recipe, what each toggle takes off TTFT; runs every step on the way",
+            draw=_attribution,
+            lacks=lambda result: result.attribution is None,
+            measure=lambda session, result, repeats: session.attribute(result, repeats=max(repeats, 1)),
+        ),
+        View(
+            name="share of the floor",
+            about="what stages must cost at least, by their operations and bytes and what this device was seen to do",
+            draw=_floors,
+            lacks=lambda result: result.floors is None,
+            measure=lambda session, result, _: session.find_floors(result),
+        ),
+        View(name="tokens over time", about="when each chunk of text arrived", draw=_tokens),
+        View(name="memory", about="what holds how many bytes after the run", draw=_memory),
+    )
+    return {view.name: view for view in every}
+
+
+def _runs(result: Result, against: Run | None) -> dict[str, Run]:
+    every = {STOCK: result.reference, RECIPE: result.shown, BEFORE: against}
+    return {label: run for label, run in every.items() if run is not None}
+
+
+def _waterfall(result: Result, against: Run | None) -> tuple[go.Figure, Any]:
+    return with_ghost(result.reference, result.shown, against), stage_frame(list(_named(_runs(result, against)).values()))
+
+
+def _named(runs: dict[str, Run]) -> dict[str, Run]:
+    """The runs under the names that the panel has for them."""
+    return {label: replace(run, engine=label) for label, run in runs.items()}
+
+
+def _layers(result: Result, stage: str) -> tuple[go.Figure, Any]:
+    assert result.layers is not None
+    pandas = require("pandas", "notebooks")
+    frames = [layer_frame(run).assign(run=label) for label, run in result.layers.items()]
+    return block_waterfall(list(result.layers.values()), stage), pandas.concat(frames)[["run", *frames[0].columns[:-1]]]
+
+
+def _attribution(result: Result, _: Run | None) -> tuple[go.Figure, Any]:
+    assert result.attribution is not None
+    return breakdown.step_down(result.attribution), breakdown.attribution_frame(result.attribution)
+
+
+def _floors(result: Result, _: Run | None) -> tuple[go.Figure, Any]:
+    assert result.floors is not None
+    runs = _runs(result, None)
+    return breakdown.floor_bars(runs, result.floors), breakdown.floor_frame(runs, result.floors)
+
+
+def _tokens(result: Result, against: Run | None) -> tuple[go.Figure, Any]:
+    runs = _runs(result, against)
+    table = [
+        {
+            "run": label,
+            "chunks": len(run.chunks),
+            "tokens": len(run.tokens),
+            "TTFT ms": f"{run.ttft * 1e3:.2f}",
+            "TPOT ms": "–" if run.tpot is None else f"{run.tpot * 1e3:.2f}",
+            "longest gap ms": f"{max(gaps) * 1e3:.2f}" if gaps else "–",
+            "whole answer ms": f"{run.chunks[-1].time * 1e3:.1f}",
+        }
+        for label, run in runs.items()
+        for gaps in ([later.time - chunk.time for chunk, later in zip(run.chunks, run.chunks[1:], strict=False)],)
+    ]
+    return chunk_timeline(runs), require("pandas", "notebooks").DataFrame(table)
+
+
+def _memory(result: Result, _: Run | None) -> tuple[go.Figure, Any]:
+    return breakdown.memory_bars(result.held), breakdown.memory_frame(result.held)

@@ -1,0 +1,72 @@
+"""A recipe's way from another, a toggle at a time, and what each takes off."""
+
+from __future__ import annotations
+
+import pytest
+
+from fastvl_lab import Lab, Recipe, Request, view
+from fastvl_lab.measure.attribution import Attribution, attribute, steps_between
+from fastvl_lab.measure.compare import Comparison
+from fastvl_lab.recipe import toggles
+
+
+@pytest.mark.parametrize(
+    "end",
+    [
+        "fastest",
+        "fastest, cache.kv=paged, cache.prefix_reuse=on",
+        "fastest, capture.vit=compile, capture.shapes=multiples_of_64",
+        "baseline, capture.first_token=single_graph, vit.tower=lean, cache.kv=static",
+        "baseline",
+    ],
+)
+def test_every_step_is_a_recipe_and_changes_only_what_it_says(end: str) -> None:
+    last = Recipe.parse(end)
+    steps = steps_between(Recipe.baseline(), last)
+    labels, recipes = list(steps), list(steps.values())
+    assert labels[0] == "baseline"
+    assert recipes[0] == Recipe.baseline()
+    assert recipes[-1] == last
+    for label, before, after in zip(labels[1:], recipes, recipes[1:], strict=False):
+        changed = {t.path: after.value(t.path) for t in toggles() if after.value(t.path) != before.value(t.path)}
+        assert label == ", ".join(f"{path}={value}" for path, value in changed.items())
+    assert len(labels) - 1 <= len(last.changes())
+
+
+def test_the_way_back_starts_from_a_recipe_that_is_not_the_baseline() -> None:
+    steps = steps_between(Recipe.fastest(), Recipe.baseline())
+    assert next(iter(steps)) == "start"
+    assert list(steps.values())[-1] == Recipe.baseline()
+
+
+@pytest.fixture(scope="module")
+def found(labs: dict[str, Lab], picture: bytes) -> Attribution:
+    request = Request(images=[picture], prompt="What?", max_new_tokens=2, ignore_eos=True)
+    return attribute(labs["tiny-qwen2.5-vl"], request, Recipe.parse("baseline, vit.tower=lean, attention.prefill=sdpa"), repeats=5)
+
+
+def test_savings_are_paired_by_round_and_drawn_as_steps(found: Attribution) -> None:
+    comparison = found.comparison
+    assert isinstance(comparison, Comparison)
+    assert set(comparison.engines) == {"transformers", *found.steps}
+    assert found.steps[0] == "baseline"
+    for before, step in zip(found.steps, found.steps[1:], strict=False):
+        saved = found.saved(step)
+        assert saved is not None
+        pairs = zip(comparison.runs(before), comparison.runs(step), strict=True)
+        differences = sorted((earlier.ttft - later.ttft) * 1e3 for earlier, later in pairs)
+        assert saved.median == pytest.approx(differences[2])
+        assert differences[0] <= saved.low <= saved.high <= differences[-1]
+
+    bars = view.step_down(found).data[0]
+    assert list(bars.y) == ["transformers", *found.steps, "in the end"]
+    reached = comparison.representative("baseline").ttft * 1e3
+    for base, length, step in zip(bars.base[2:-1], bars.x[2:-1], found.steps[1:], strict=True):
+        saved = found.saved(step)
+        assert saved is not None
+        assert [base, base + length] == pytest.approx(sorted((reached, reached - saved.median)))
+        reached -= saved.median
+    assert bars.x[-1] == comparison.representative(found.steps[-1]).ttft * 1e3
+    frame = view.attribution_frame(found)
+    assert list(frame["step"]) == ["transformers", *found.steps]
+    assert set(frame["tokens equal"]) == {"yes"}
