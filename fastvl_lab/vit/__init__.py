@@ -81,15 +81,7 @@ def bind(slot: Vit, checkpoint: Checkpoint, patch_format: PatchFormat, *, compil
     operations = bind_operations(norms=slot.norms, rope=slot.rope, activation=slot.activation, interpolation=slot.interpolation)
     tower = lean.tower_of(checkpoint.model.model.visual, checkpoint.family, operations)
     patch_embed = _patch_embed(slot.patch_embed, checkpoint, patch_format)
-    options: dict[str, Callable[[], attention.SegmentAttention]] = {
-        "per_window": attention.per_window,
-        "grouped": attention.grouped,
-        "varlen": attention.varlen,
-        "triton": partial(attention.triton, checkpoint.dtype),
-    }
-    attend = options[slot.attention]()
-    if compiled:
-        attend = attention.opaque(slot.attention, attend)
+    attend = attention.bind(slot.attention, checkpoint.dtype, compiled=compiled)
     build = partial(lean.build_plan, tower, attend)
     planner = {"recomputed": recomputed, "cached": PlanCache}[slot.positions](build)
     return LeanEncoder(tower=tower, patch_embed=patch_embed, attention=attend, planner=planner)

@@ -1,6 +1,7 @@
 """The tower's attention: ways to let each patch see its own segment and nothing else.
 
-An option has two halves: `prepare` makes of the segments what its kernel needs, once a plan, and `attend` uses it in every block.
+An option of `vit.attention` is the function of its name here, given the dtype of q, k and v. It has two halves: `prepare` makes of
+the segments what its kernel needs, once a plan, and `attend` uses it in every block.
 Shape letters: N patches of all segments, H heads, D head_dim.
 """
 
@@ -36,7 +37,13 @@ class SegmentAttention:
     room: Callable[[torch.Tensor], torch.Tensor] = lambda table: table
 
 
-def per_window() -> SegmentAttention:
+def bind(option: str, dtype: torch.dtype, *, compiled: bool = False) -> SegmentAttention:
+    """The option of that name; compiled: whether torch.compile is to read what calls it."""
+    make: Callable[[torch.dtype], SegmentAttention] = globals()[option]
+    return opaque(option, make(dtype)) if compiled else make(dtype)
+
+
+def per_window(_: torch.dtype) -> SegmentAttention:
     """One call of SDPA a segment, in a Python loop, as the stock tower does."""
 
     def attend(q_HND: torch.Tensor, k_HND: torch.Tensor, v_HND: torch.Tensor, prepared: Prepared) -> torch.Tensor:
@@ -51,7 +58,7 @@ def per_window() -> SegmentAttention:
     return SegmentAttention(prepare=prepare, attend=attend)
 
 
-def grouped() -> SegmentAttention:
+def grouped(_: torch.dtype) -> SegmentAttention:
     """One call of SDPA for all neighbouring segments of equal length."""
 
     def attend(q_HND: torch.Tensor, k_HND: torch.Tensor, v_HND: torch.Tensor, prepared: Prepared) -> torch.Tensor:
@@ -66,7 +73,7 @@ def grouped() -> SegmentAttention:
     return SegmentAttention(prepare=lambda groups, _: Prepared(None, groups), attend=attend)
 
 
-def varlen() -> SegmentAttention:
+def varlen(_: torch.dtype) -> SegmentAttention:
     """torch's variable-length attention: one call of its flash kernel over all segments, on CUDA in half precision."""
     from torch.nn.attention.varlen import varlen_attn
 
@@ -93,7 +100,7 @@ def varlen() -> SegmentAttention:
 
 
 def triton(dtype: torch.dtype) -> SegmentAttention:
-    """The lab's own kernel over blocks of queries, none of them empty; dtype: of q, k and v."""
+    """The lab's own kernel over blocks of queries, none of them empty."""
     from fastvl_lab.kernels.segment_attention import block_size, segment_attention
 
     def prepare(groups: Groups, device: torch.device) -> Prepared:
@@ -133,7 +140,7 @@ def opaque(option: str, attention: SegmentAttention) -> SegmentAttention:
 
 @cache  # an operator has its name once in a process
 def _operator(option: str) -> Callable[..., torch.Tensor]:
-    attention = {"per_window": per_window, "grouped": grouped, "triton": lambda: triton(torch.float32)}[option]()  # type: ignore[no-untyped-call]
+    attention = bind(option, torch.float32)
 
     @torch.library.custom_op(f"fastvl_lab::{option}_attention", mutates_args=())
     def operator(q_HND: torch.Tensor, k_HND: torch.Tensor, v_HND: torch.Tensor, table: torch.Tensor) -> torch.Tensor:

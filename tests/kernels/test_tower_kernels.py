@@ -172,6 +172,6 @@ def test_every_query_is_in_one_block_and_no_block_is_empty(segments: str, dtype:
 
 def test_boundaries_for_variable_length_attention() -> None:
     """Built where they are used, without a copy from the host."""
-    boundaries, longest = attention.varlen().prepare(SEGMENTS["windows"], DEVICE)
+    boundaries, longest = attention.varlen(torch.bfloat16).prepare(SEGMENTS["windows"], DEVICE)
     assert boundaries.tolist() == [0, 16, 32, 48, 64, 80, 92, 104, 116, 120]
     assert (boundaries.dtype, longest) == (torch.int32, 16)

@@ -145,14 +145,14 @@ def test_one_option_that_fails_or_loses_one_window_is_red_and_the_rest_are_timed
     lab = labs["tiny-qwen2.5-vl"]
     request = Request(images=[photo("coffee", (336, 280))], prompt="?")
     recipes = tower_report.variants(lab.device, lab.dtype, lab.checkpoint.family)
-    attend = attention.grouped().attend
+    attend = attention.grouped(torch.float32).attend
 
     def without_the_last_window(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, prepared: Any) -> torch.Tensor:
         out = attend(q, k, v, prepared)
         out[-prepared.fixed[-1].length :] = 0
         return out
 
-    broken = dataclasses.replace(attention.grouped(), attend=without_the_last_window)
+    broken = dataclasses.replace(attention.grouped(torch.float32), attend=without_the_last_window)
     monkeypatch.setattr(attention, "grouped", lambda: broken)
     found = tower_report.errors(lab, request, {name: recipes[name] for name in ("stock", "lean", "attention=grouped")})
     assert found["attention=grouped"] > 100 * found["stock"]
