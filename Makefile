@@ -3,6 +3,7 @@
 #   make sweep [CHECKPOINT=folder-or-id] [IMAGE=photo.jpg] [SIZES='[[448, 448]]'] [RUN=folder] [PARAMETERS='-p repeats 20']
 #              [RECIPES='["transformers", "fastest, vit.tower=transformers"]']
 #   make test  [TESTS=tests/test_recipe.py]
+#   make benchmark    (the bars that speed-ups are held to; on an idle machine)
 #   make lab
 #   make lint
 #   make figures [MEASURE=--measure]
@@ -18,7 +19,7 @@ given  = $(if $(findstring command,$(origin $1)),$($1))
 quote  = '$(subst ','\'',$1)'
 FOLDER := $(or $(call given,RUN),runs/$(shell date +%Y%m%d-%H%M%S))
 
-.PHONY: sweep test lab lint figures
+.PHONY: sweep test benchmark lab lint figures
 .DELETE_ON_ERROR:
 
 $(STAMP): pyproject.toml constraints.txt
@@ -38,8 +39,13 @@ sweep: $(STAMP)
 		$(if $(call given,RECIPES),-y $(call quote,recipes: $(RECIPES))) $(call given,PARAMETERS)
 	@$(BIN)/python -m fastvl_lab.view $(call quote,$(FOLDER))
 
+# First what can share the machine, a test a core; then what waits on clocks and browsers. pytest's exit 5 is "none of these here".
 test: $(STAMP)
-	$(BIN)/python -m pytest $(TESTS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(TESTS) -n auto -m "not alone and not benchmark" || [ $$? -eq 5 ]
+	$(BIN)/python -m pytest $(TESTS) -m "alone and not benchmark" || [ $$? -eq 5 ]
+
+benchmark: $(STAMP)
+	$(BIN)/python -m pytest $(TESTS) -m benchmark
 
 lab: $(STAMP)
 	$(BIN)/jupyter lab notebooks/workbench.ipynb $(if $(filter 0,$(shell id -u)),--allow-root)

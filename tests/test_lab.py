@@ -119,6 +119,7 @@ assert torch.equal(first, second), (first - second).abs().max()
 """
 
 
+@pytest.mark.alone  # the race that it looks for needs torch's threads
 def test_the_first_run_of_a_process_computes_what_the_second_does() -> None:
     """Not so where threads race for the first call of torch's vector math; see checkpoint/loading.py."""
     for _ in range(2):

@@ -15,6 +15,8 @@ from fastvl_lab import trace as trace_module
 from fastvl_lab.measure.statistics import Interval, median_interval
 from fastvl_lab.trace import STAGES, Span, Trace, Tracer, module_spans
 
+pytestmark = pytest.mark.alone
+
 CPU = torch.device("cpu")
 
 

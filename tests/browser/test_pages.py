@@ -7,8 +7,11 @@ from pathlib import Path
 from typing import Any
 
 import nbformat
+import pytest
 
 from fastvl_lab import SweepSettings, sweep
+
+pytestmark = pytest.mark.alone
 
 REPOSITORY = Path(__file__).parents[2]
 

@@ -12,6 +12,8 @@ from typing import Any
 import nbformat
 import pytest
 
+pytestmark = pytest.mark.alone
+
 IDLE = """() => {
   const session = window.jupyterapp?.shell.currentWidget?.sessionContext?.session;
   return session?.kernel?.connectionStatus === "connected" && session.kernel.status === "idle";
@@ -53,6 +55,25 @@ class Panel:
         """The waterfall as it is drawn."""
         return str(self.box.locator(".cartesianlayer").first.inner_html())
 
+    def redrawn(self, before: str) -> None:
+        """Until the figure is another one."""
+        script = "(before) => document.querySelector('.fl-bench .cartesianlayer')?.innerHTML !== before"
+        self.page.wait_for_function(script, arg=before, timeout=60_000)
+
+    def fits(self) -> None:
+        """The figure is as wide as its room, and not wider."""
+        script = """() => {
+          const [figure, room] = [".fl-bench .main-svg", ".fl-bench .fl-seen"].map((of) => document.querySelector(of));
+          const [drawn, free] = [figure, room].map((box) => box.getBoundingClientRect().width);
+          return free > 500 && drawn <= free && drawn > 0.9 * free;
+        }"""
+        self.page.wait_for_function(script, timeout=10_000)
+
+    def ask_for_tokens(self, number: int) -> None:
+        tokens = self.box.locator("input[type=number]").first
+        tokens.fill(str(number))
+        tokens.press("Enter")
+
     def upload(self, path: Path) -> None:
         with self.page.expect_file_chooser() as chooser:
             self.box.locator("button.widget-upload").click()
@@ -92,7 +113,7 @@ def test_the_panel_in_jupyterlab(jupyterlab: Any, page: Any, errors: list[str], 
         before, started = panel.bars(), time.monotonic()
         button.click()
         panel.rows(number)
-        page.wait_for_function("(before) => document.querySelector('.fl-bench .cartesianlayer')?.innerHTML !== before", arg=before)
+        panel.redrawn(before)
         waited = time.monotonic() - started
         beyond.append(waited - float(panel.column("first_run_ms")[-1]) / 1e3)
         assert "mod-primary" in (button.get_attribute("class") or "")
@@ -111,28 +132,13 @@ def test_the_panel_in_jupyterlab(jupyterlab: Any, page: Any, errors: list[str], 
     for name in VIEWS:
         before = panel.bars()
         panel.button(name).click()
-        page.wait_for_function(
-            "(before) => document.querySelector('.fl-bench .cartesianlayer')?.innerHTML !== before",
-            arg=before,
-            timeout=60_000,
-        )
+        panel.redrawn(before)
         panel.state("idle")
         assert panel.box.locator(".fl-table td").count() > 2, name
 
-    broken, whole = tmp_path / "broken.jpg", tmp_path / "whole.jpg"
-    broken.write_bytes(b"no picture")
-    whole.write_bytes(picture)
-    panel.upload(broken)
-    page.wait_for_function(
-        "() => document.querySelector('.fl-status').textContent.includes('not an image of a supported type')", timeout=30_000
-    )
-    panel.upload(whole)
-    panel.rows(len(FLIPS) + 3)
-    panel.state("idle")
+    _refuse_and_take(panel, picture, tmp_path, len(FLIPS) + 3)
 
-    tokens = panel.box.locator("input[type=number]").first
-    tokens.fill("4000")
-    tokens.press("Enter")
+    panel.ask_for_tokens(4000)
     panel.state("running")
     # Another cell is answered while the run goes on.
     other = page.locator(".jp-CodeCell").nth(1)
@@ -151,10 +157,10 @@ def test_the_panel_in_jupyterlab(jupyterlab: Any, page: Any, errors: list[str], 
     panel.state("stopped", seconds=5)
     assert time.monotonic() - started < 2
 
-    tokens.fill("12")
-    tokens.press("Enter")
+    panel.ask_for_tokens(12)
     panel.rows(len(FLIPS) + 4)
     panel.state("idle")
+    panel.fits()
     page.screenshot(path=tmp_path / "light.png")
     panel.button("dark").click()
     page.wait_for_function("() => document.querySelector('.fl-bench').classList.contains('fl-dark')")
@@ -167,47 +173,99 @@ def test_the_panel_in_jupyterlab(jupyterlab: Any, page: Any, errors: list[str], 
     assert errors == []
 
 
-def test_the_panel_as_a_page_of_its_own(voila: Callable[[str], str], page: Any, errors: list[str], tmp_path: Path) -> None:
-    page.set_viewport_size({"width": 1280, "height": 1500})
+def test_the_panel_as_a_page_of_its_own(
+    voila: Callable[[str], str], page: Any, errors: list[str], picture: bytes, tmp_path: Path
+) -> None:
+    page.set_viewport_size({"width": 1280, "height": 800})
     page.goto(voila(ONE_CALL))
     panel = Panel(page)
     panel.box.wait_for(timeout=90_000)
     panel.state("idle")
     page.wait_for_selector(".fl-bench .js-plotly-plot .barlayer", state="attached", timeout=20_000)
-    before = panel.bars()
-    panel.button("per_window").click()
-    panel.rows(2)
-    page.wait_for_function("(before) => document.querySelector('.fl-bench .cartesianlayer')?.innerHTML !== before", arg=before)
+    for number, option in enumerate(FLIPS, start=2):
+        before = panel.bars()
+        panel.button(option, panel.box.locator(".fl-slotbox").nth(number - 2)).click()
+        panel.rows(number)
+        panel.redrawn(before)
     panel.state("idle")
+    panel.fits()
     page.screenshot(path=tmp_path / "voila.png")
+    _refuse_and_take(panel, picture, tmp_path, len(FLIPS) + 2)
+    panel.ask_for_tokens(4000)
+    panel.state("running")
+    panel.button("stop").click()
+    panel.state("stopped", seconds=5)
+    panel.button("dark").click()
+    page.wait_for_function("() => document.querySelector('.fl-bench').classList.contains('fl-dark')")
+    page.screenshot(path=tmp_path / "voila-dark.png")
+    panel.box.get_by_text("copy recipe").first.click()
+    assert 'fl.Recipe.parse("' in panel.box.locator("textarea").first.input_value()
     assert errors == []
 
 
-def test_a_page_that_is_loaded_anew_shows_the_newest_figure(jupyterlab: Any, page: Any, errors: list[str]) -> None:
+def _refuse_and_take(panel: Panel, picture: bytes, folder: Path, rows: int) -> None:
+    """A broken file is refused in a sentence, and the next one is asked about."""
+    broken, whole = folder / "broken.jpg", folder / "whole.jpg"
+    broken.write_bytes(b"no picture")
+    whole.write_bytes(picture)
+    panel.upload(broken)
+    panel.page.wait_for_function(
+        "() => document.querySelector('.fl-status').textContent.includes('not an image of a supported type')", timeout=30_000
+    )
+    panel.upload(whole)
+    panel.rows(rows)
+    panel.state("idle")
+
+
+def test_a_reload_a_second_tab_and_a_restart(jupyterlab: Any, page: Any, errors: list[str]) -> None:
+    """Two pages show the same panel, and a click in either is seen in both; a new kernel begins anew."""
     notebook = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(ONE_CALL)], metadata=KERNEL)
     nbformat.write(notebook, jupyterlab.root / "bench.ipynb")
-    page.goto(jupyterlab.url("bench.ipynb"))
-    page.wait_for_function(IDLE, timeout=60_000)
-    page.evaluate("() => window.jupyterapp.commands.execute('notebook:run-all-cells')")
     panel = Panel(page)
-    panel.box.wait_for(timeout=60_000)
-    panel.state("idle")
+
+    def shown(panel: Panel) -> list[str]:
+        drawn = "() => document.querySelector('.fl-bench .infolayer')?.textContent.includes('this recipe: warm')"
+        panel.page.wait_for_function(drawn, timeout=20_000)
+        return [text for text in panel.box.locator(".infolayer .annotation-text").all_text_contents() if "TTFT" in text]
+
+    def run_all() -> None:
+        page.wait_for_function(IDLE, timeout=60_000)
+        page.evaluate("() => window.jupyterapp.commands.execute('notebook:run-all-cells')")
+        panel.box.wait_for(timeout=60_000)
+        panel.rows(1)
+        panel.state("idle")
+
+    page.goto(jupyterlab.url("bench.ipynb"))
+    run_all()
     panel.button("per_window").click()
     panel.rows(2)
     panel.state("idle")
-    page.wait_for_function("() => document.querySelector('.fl-bench .infolayer')?.textContent.includes('this recipe: warm')")
-    shown = [text for text in panel.box.locator(".infolayer .annotation-text").all_text_contents() if "TTFT" in text]
+    before = shown(panel)
     page.evaluate("() => window.jupyterapp.commands.execute('docmanager:save')")
     page.wait_for_timeout(1000)
+
     page.reload()
     page.wait_for_function(IDLE, timeout=60_000)
     panel.box.wait_for(timeout=60_000)
     panel.rows(2)
-    page.wait_for_selector(".fl-bench .js-plotly-plot .barlayer", state="attached", timeout=20_000)
-    again = [text for text in panel.box.locator(".infolayer .annotation-text").all_text_contents() if "TTFT" in text]
-    assert again == shown
-    assert shown
+    assert shown(panel) == before
+    assert before
     panel.button("undo").click()  # the kernel is the same, and so is what it remembers
     panel.rows(3)
     panel.state("idle")
+
+    other = Panel(page.context.new_page())
+    other.page.goto(jupyterlab.url("bench.ipynb"))
+    other.page.wait_for_function(IDLE, timeout=60_000)
+    other.box.wait_for(timeout=60_000)
+    other.rows(3)
+    assert shown(other) == shown(panel)
+    other.button("conv3d").click()
+    for each in (other, panel):
+        each.rows(4)
+        each.state("idle")
+    other.page.close()
+
+    page.evaluate("() => window.jupyterapp.shell.currentWidget.sessionContext.session.kernel.restart()")
+    run_all()
     assert errors == []

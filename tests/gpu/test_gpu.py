@@ -20,7 +20,7 @@ from fastvl_lab.measure.preprocessing import model_pictures, pixel_differences
 from fastvl_lab.measure.slot_report import within_budget
 from fastvl_lab.trace import Tracer
 
-pytestmark = pytest.mark.gpu
+pytestmark = [pytest.mark.gpu, pytest.mark.alone]
 
 
 @pytest.mark.parametrize("name", tiny.NAMES)

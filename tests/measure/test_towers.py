@@ -153,11 +153,11 @@ def test_one_option_that_fails_or_loses_one_window_is_red_and_the_rest_are_timed
         return out
 
     broken = dataclasses.replace(attention.grouped(torch.float32), attend=without_the_last_window)
-    monkeypatch.setattr(attention, "grouped", lambda: broken)
+    monkeypatch.setattr(attention, "grouped", lambda dtype: broken)
     found = tower_report.errors(lab, request, {name: recipes[name] for name in ("stock", "lean", "attention=grouped")})
     assert found["attention=grouped"] > 100 * found["stock"]
 
-    def fail() -> None:
+    def fail(dtype: torch.dtype) -> None:
         raise RuntimeError("out of resources")
 
     monkeypatch.setattr(attention, "grouped", fail)

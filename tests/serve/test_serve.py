@@ -31,6 +31,7 @@ from fastvl_lab.serve.app import create_app
 
 httpx = pytest.importorskip("httpx", reason="tests of the server need httpx (extra dev)")
 openai = pytest.importorskip("openai", reason="tests of the server need the openai client (extra dev)")
+pytestmark = pytest.mark.alone
 
 MODEL = "tiny-qwen2.5-vl"
 

@@ -17,6 +17,8 @@ from fastvl_lab.recipe import toggles
 from fastvl_lab.streaming.gate import CountingGate
 from fastvl_lab.trace import Tracer
 
+pytestmark = pytest.mark.alone
+
 CHOICES = {toggle.name: toggle.values for toggle in toggles() if toggle.slot == "streaming"}
 SETTINGS = [dict(zip(CHOICES, values, strict=True)) for values in product(*CHOICES.values())]
 REPORTED = {"steps_per_round": 16, "gate": "round", "positions": "host_sync"}

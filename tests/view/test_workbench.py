@@ -23,6 +23,7 @@ from fastvl_lab.vit import attention
 from fastvl_lab.vit.attention import Prepared, SegmentAttention
 
 pytest.importorskip("ipywidgets")
+pytestmark = pytest.mark.alone
 
 
 @pytest.fixture

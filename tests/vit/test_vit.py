@@ -206,9 +206,9 @@ def test_folding_keeps_the_error_budget(
 
 
 @pytest.mark.parametrize("option", [attention.per_window, attention.grouped])
-def test_segments_see_only_themselves(option: Callable[[], SegmentAttention]) -> None:
+def test_segments_see_only_themselves(option: Callable[[torch.dtype], SegmentAttention]) -> None:
     """Changing one patch changes its own segment of the output, and no other."""
-    generator, attend = torch.Generator().manual_seed(0), option()
+    generator, attend = torch.Generator().manual_seed(0), option(torch.float32)
     groups = (positions.Group(0, 2, 4), positions.Group(8, 1, 5), positions.Group(13, 3, 2))
     prepared = attend.prepare(groups, CPU)
     q, k, v = (torch.randn(2, 19, 8, generator=generator) for _ in range(3))

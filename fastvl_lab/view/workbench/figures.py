@@ -18,9 +18,15 @@ _GHOST = "rgba(128, 128, 128, 0.35)"
 
 
 def with_ghost(reference: Run | None, run: Run, ghost: Run | None) -> go.Figure:
-    """The run's waterfall below the reference's, with the stages of the run before it as pale bars behind its own."""
+    """The run's waterfall below the reference's, with the stages of the run before it as pale bars behind its own.
+
+    Its headings are short, and times have room beside short bars: the panel is narrow, and says the rest above.
+    """
     runs = [run] if reference is None else [reference, run]
     figure = waterfall(runs)
+    figure.for_each_annotation(lambda note: note.update(text=f"{note.text.partition('</b>')[0]}</b>"), {"yanchor": "bottom"})
+    longest = max(one.ttft for one in (*runs, ghost) if one is not None) * 1e3
+    figure.update_xaxes(range=[0, longest * 1.35])
     if ghost is None:
         return figure
     panel, rows = len(runs), set(run.trace.stages())
@@ -42,8 +48,6 @@ def with_ghost(reference: Run | None, run: Run, ghost: Run | None) -> go.Figure:
     )
     figure.data = (figure.data[-1], *figure.data[:-1])  # drawn first, so that it lies behind
     figure.add_vline(x=ghost.ttft * 1e3, line={"color": "gray", "width": 1, "dash": "dash"}, row=panel, col=1)
-    longest = max(one.ttft for one in (*runs, ghost)) * 1e3
-    figure.update_xaxes(range=[0, longest * 1.24])
     return figure
 
 
@@ -82,10 +86,15 @@ def themed(figure: go.Figure, *, dark: bool) -> go.Figure:
     return figure
 
 
-def replace(shown: Any, figure: go.Figure) -> None:
-    """Put a new figure into a FigureWidget that is on the page."""
+def replace(shown: Any, figure: go.Figure, width: int) -> None:
+    """Put a new figure into a FigureWidget that is on the page; width: of its room in pixels, 0 where that is not known."""
     shown.update_layout(annotations=[], shapes=[])  # they stand at rows and times, and for a moment there will be none
     shown.data = ()
     shown.add_traces(list(figure.data))
-    shown.layout = figure.layout.update(autosize=True)  # as wide as the page leaves it
-    shown._repr_mimebundle_()  # what a page that is loaded anew will be given
+    shown.layout = figure.layout.update(width=width or None)
+    keep(shown)
+
+
+def keep(shown: Any) -> None:
+    """Let a page that is loaded anew be given the figure as it is now, and not as it was when it was made."""
+    shown._repr_mimebundle_()

@@ -8,6 +8,7 @@ import html
 import json
 import threading
 import time
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,7 @@ from fastvl_lab.run import Run
 from fastvl_lab.view.report import figure_html, page, table_html
 from fastvl_lab.view.style import CONFIG
 from fastvl_lab.view.workbench.controls import by_slot, choices, show_recipe
-from fastvl_lab.view.workbench.figures import replace, so_far, themed
+from fastvl_lab.view.workbench.figures import keep, replace, so_far, themed
 from fastvl_lab.view.workbench.session import BEFORE, News, Question, Result, Session
 from fastvl_lab.view.workbench.views import views
 
@@ -29,27 +30,36 @@ _BETWEEN_TEXTS = 0.1  # seconds: a browser draws no more often than this
 _BETWEEN_STAGES = 0.5  # seconds: a drawing takes part of one from the run that it shows
 
 _CSS = """<style>
-.fl-bench .fl-controls { flex: 0 0 405px; border-right: 1px solid #8884; }
+.fl-bench .fl-controls { flex: 0 0 365px; align-self: flex-start; border-right: 1px solid #8884; }
+.fl-bench .fl-controls { max-height: 88vh; overflow-y: auto; }
+.fl-bench .fl-controls > * { flex: 0 0 auto; }
+.fl-bench .widget-html-content { line-height: 20px; }
 .fl-bench .fl-slot { margin: 8px 0 2px; font-size: 13px; letter-spacing: .04em; text-transform: uppercase; opacity: .75; }
 .fl-bench .fl-row { align-items: flex-start; height: auto; overflow: visible; }
-.fl-bench .fl-row .widget-hbox { flex-flow: row wrap; width: 290px; height: auto; overflow: visible; }
-.fl-bench .fl-toggle { display: inline-block; width: 106px; font-size: 12px; line-height: 26px; }
+.fl-bench .fl-row .widget-hbox { flex-flow: row wrap; width: 250px; height: auto; overflow: visible; }
+.fl-bench .fl-toggle { display: inline-block; width: 100px; font-size: 12px; line-height: 26px; }
 .fl-bench .widget-tab .widget-tab-contents, .fl-bench .jupyter-widget-tab-contents { overflow-x: auto; padding: 4px; }
 .fl-bench .fl-seen, .fl-bench .fl-seen > * { width: 100%; min-width: 0; }
-.fl-bench .fl-table { overflow-x: auto; max-height: 320px; }
+.fl-bench .fl-table { overflow: auto; max-height: 320px; }
+.fl-bench .fl-status { margin: 3px 0 0 10px; }
+.fl-bench .fl-text { max-height: 64px; overflow-y: auto; }
 .fl-bench .widget-toggle-buttons .widget-toggle-button { width: auto; }
 .fl-bench .js-plotly-plot, .fl-bench .plot-container { width: 100%; }
 .fl-bench .jupyter-button { font-size: 11px; line-height: 22px; }
 .fl-bench .jupyter-button:disabled { opacity: .45; text-decoration: line-through; }
 .fl-bench .jupyter-button:focus-visible { outline: 2px solid #E69F00; }
-.fl-bench .fl-badge { display: inline-block; padding: 1px 9px; margin: 0 6px 4px 0; border-radius: 9px; border: 1px solid; }
+.fl-bench .fl-badge { display: inline-block; padding: 0 8px; margin: 0 5px 4px 0; border-radius: 9px; border: 1px solid; }
+.fl-bench .fl-badge { font-size: 12px; line-height: 18px; }
 .fl-bench .fl-good { color: #00794f; } .fl-bench .fl-bad { color: #b83e00; font-weight: bold; }
-.fl-bench .fl-big { font-size: 22px; margin-right: 14px; }
+.fl-bench .fl-big { font-size: 22px; line-height: 30px; margin-right: 14px; white-space: nowrap; }
 .fl-bench table { border-collapse: collapse; font-size: 12px; } .fl-bench td, .fl-bench th { padding: 2px 9px; text-align: left; }
 .fl-bench pre { white-space: pre-wrap; font-size: 12px; margin: 0; }
 .fl-bench.fl-dark { background: #111418; color: #E8E8E8; }
 .fl-bench.fl-dark .widget-label, .fl-bench.fl-dark .widget-html-content { color: #E8E8E8; }
 .fl-bench.fl-dark .fl-good { color: #35c795; } .fl-bench.fl-dark .fl-bad { color: #ff9060; }
+.fl-bench.fl-dark .jupyter-button:not(.mod-primary) { background: #2a3038; color: #E8E8E8; }
+.fl-bench.fl-dark .jupyter-button.mod-active { background: #55606d; }
+.fl-bench.fl-dark :is(input, textarea, select) { background: #1b2026; color: #E8E8E8; border-color: #55606d; }
 </style>"""
 
 
@@ -99,9 +109,11 @@ class Workbench:
         self._drawing = threading.RLock()  # a click draws on another thread than the session
         self._session = Session(self._hear, device=str(device), dtype=dtype)
         self.controls = choices(device, choose=self.choose, clicked=lambda *change: self._guarded(lambda: self.choose(*change)))
-        # A figure that begins without `autosize` has the width that it begins with for good.
-        self._figure = require("plotly.graph_objects", "notebooks").FigureWidget(layout={"autosize": True})
-        self._figure._config = self._figure._config | CONFIG | {"responsive": True}
+        require("anywidget", "notebooks")  # plotly's widget is one, and so is the room
+        self._figure = require("plotly.graph_objects", "notebooks").FigureWidget()
+        self._figure._config = self._figure._config | CONFIG
+        self._room = import_module("fastvl_lab.view.workbench.room").Room()
+        self._room.observe(lambda change: self._fit(change["new"]), "width")
         self.widget = self._layout()
         show_recipe(self.controls, recipe)
         self.run()
@@ -272,26 +284,34 @@ class Workbench:
         self._looks.observe(lambda change: self._guarded(lambda: self.look(change["new"])), "value")
         tabs = widgets.Tab([self._history_box(), self._code])
         tabs.titles = ("history", "copy recipe")
-        answer = widgets.HBox([self._preview, self._text])
-        seen = widgets.VBox([self._looks, self._figure, self._table.add_class("fl-table")]).add_class("fl-seen")
-        shown = widgets.VBox([widgets.HBox(buttons), self._summary, self._status, answer, seen, tabs])
+        said = widgets.VBox([self._summary, self._text.add_class("fl-text")])
+        said.layout = widgets.Layout(flex="1 1 0", min_width="0")
+        seen = widgets.VBox([self._looks, self._room, self._figure, self._table.add_class("fl-table")]).add_class("fl-seen")
+        shown = widgets.VBox([widgets.HBox([*buttons, self._status]), widgets.HBox([said, self._preview]), seen, tabs])
         shown.layout = widgets.Layout(flex="1 1 640px", min_width="0", padding="0 0 0 12px")
         both = widgets.HBox([by_slot(self.controls), shown])
         return widgets.VBox([widgets.HTML(_CSS), self._question_box(), both]).add_class("fl-bench")
 
     def _question_box(self) -> Any:
         widgets, question = self._widgets, self._question
-        wide = widgets.Layout(width="auto")
+        wide, near = widgets.Layout(width="auto"), {"description_width": "initial"}
+
+        def field(width: int) -> dict[str, Any]:
+            return {"layout": widgets.Layout(width=f"{width}px"), "style": near}
+
         checkpoint = widgets.Combobox(
-            value=question.checkpoint, options=list(tiny.NAMES), ensure_option=False, description="checkpoint"
+            value=question.checkpoint, options=list(tiny.NAMES), ensure_option=False, description="checkpoint", **field(250)
         )
         picture = widgets.Combobox(
-            value=question.picture if isinstance(question.picture, str) else "", options=list(PHOTOGRAPHS), description="picture"
+            value=question.picture if isinstance(question.picture, str) else "",
+            options=list(PHOTOGRAPHS),
+            description="picture",
+            **field(200),
         )
         upload = widgets.FileUpload(accept="image/*", description="upload", layout=wide)
-        prompt = widgets.Text(value=question.prompt, description="prompt", continuous_update=False)
-        tokens = widgets.BoundedIntText(value=question.max_new_tokens, min=1, max=4096, description="tokens")
-        repeats = widgets.BoundedIntText(value=self._repeats, min=0, max=1000, description="repeats")
+        prompt = widgets.Text(value=question.prompt, description="prompt", continuous_update=False, **field(235))
+        tokens = widgets.BoundedIntText(value=question.max_new_tokens, min=1, max=4096, description="tokens", **field(105))
+        repeats = widgets.BoundedIntText(value=self._repeats, min=0, max=1000, description="repeats", **field(105))
         repeats.tooltip = "measured rounds; intervals need 5"
         checkpoint.observe(lambda change: self.ask(checkpoint=change["new"]), "value")
         picture.observe(lambda change: self._take_picture(change["new"]), "value")
@@ -351,6 +371,11 @@ class Workbench:
         (self.widget.add_class if self._dark.value else self.widget.remove_class)("fl-dark")
         self._draw()
 
+    def _fit(self, width: int) -> None:
+        with self._drawing:
+            self._figure.update_layout(width=width)
+            keep(self._figure)
+
     def _before_of(self, result: Result) -> Result | None:
         """What it is held against: the chosen one, else the one before it."""
         if self._against and self._against != result.number:
@@ -391,7 +416,7 @@ class Workbench:
         since = self._drawn or news.stages[-1].end_ns / 1e9 > _BETWEEN_STAGES
         if self._view == "waterfall" and since and time.monotonic() - self._drawn > _BETWEEN_STAGES:
             self._drawn = time.monotonic()
-            replace(self._figure, themed(so_far(news.stages), dark=bool(self._dark.value)))
+            replace(self._figure, themed(so_far(news.stages), dark=bool(self._dark.value)), self._room.width)
 
     def _measure_for_view(self, result: Result) -> None:
         view = self._views[self._view]
@@ -407,7 +432,7 @@ class Workbench:
             self._summary.value = self._badges(result)
             if not view.lacks(result):
                 figure, frame = view.draw(result, self._run_before(result))
-                replace(self._figure, themed(figure, dark=bool(self._dark.value)))
+                replace(self._figure, themed(figure, dark=bool(self._dark.value)), self._room.width)
                 self._table.value = frame.to_html(index=False, border=0)
 
     def _history_frame(self) -> Any:
@@ -439,5 +464,6 @@ class Workbench:
         found = result.audit
         gravest = found.findings[0].sentence if not found.ok else ""
         badges.append(("fl-good", "audit ✓") if found.ok else ("fl-bad", f"audit ✗ {gravest}"))
+        about = f"{shown.subtitle()} · {shown.device} {shown.dtype}"
         said = "".join(f"<span class='fl-badge {kind}'>{html.escape(text)}</span>" for kind, text in badges)
-        return f"<div>{big}</div><div>{said}</div><div>{html.escape(shown.subtitle())}</div>"
+        return f"<div>{big}</div><div>{said}</div><div>{html.escape(about)}</div>"

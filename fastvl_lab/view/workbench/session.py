@@ -24,7 +24,7 @@ from fastvl_lab.trace import Span
 
 STOCK, BEFORE, RECIPE = "transformers", "the run before", "this recipe"
 
-_PREVIEW = 150  # pixels of the longer side
+_PREVIEW = 130  # pixels of the longer side
 
 
 @dataclass(frozen=True, kw_only=True)
