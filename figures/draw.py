@@ -56,7 +56,7 @@ def look_at_the_workbench() -> None:
         server = subprocess.Popen([sys.executable, "-m", "voila", *options, "--Voila.token="])
         browser = driver.chromium.launch(executable_path=shutil.which("chromium"), args=["--no-sandbox", "--disable-gpu"])
         try:
-            page = browser.new_page(viewport={"width": 1400, "height": 1240}, device_scale_factor=1.5)
+            page = browser.new_page(viewport={"width": 1400, "height": 1010}, device_scale_factor=1.5)
             _open(page, f"http://127.0.0.1:{port}/")
             for number, option in enumerate(("per_window", "conv3d"), start=2):
                 page.locator(".fl-bench").get_by_role("button", name=option, exact=True).first.click()

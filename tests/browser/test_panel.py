@@ -69,6 +69,12 @@ class Panel:
         }"""
         self.page.wait_for_function(script, timeout=10_000)
 
+    def darken(self) -> None:
+        self.button("dark").click()
+        self.page.wait_for_function("() => document.querySelector('.fl-bench').classList.contains('fl-dark')")
+        drawn = "() => document.querySelector('.fl-bench .main-svg').style.background.includes('17, 20, 24')"
+        self.page.wait_for_function(drawn, timeout=20_000)
+
     def ask_for_tokens(self, number: int) -> None:
         tokens = self.box.locator("input[type=number]").first
         tokens.fill(str(number))
@@ -162,11 +168,7 @@ def test_the_panel_in_jupyterlab(jupyterlab: Any, page: Any, errors: list[str], 
     panel.state("idle")
     panel.fits()
     page.screenshot(path=tmp_path / "light.png")
-    panel.button("dark").click()
-    page.wait_for_function("() => document.querySelector('.fl-bench').classList.contains('fl-dark')")
-    page.wait_for_function(
-        "() => document.querySelector('.fl-bench .main-svg').style.background.includes('17, 20, 24')", timeout=20_000
-    )
+    panel.darken()
     page.screenshot(path=tmp_path / "dark.png")
     panel.box.get_by_text("copy recipe").first.click()
     assert 'fl.Recipe.parse("' in panel.box.locator("textarea").first.input_value()
@@ -195,8 +197,7 @@ def test_the_panel_as_a_page_of_its_own(
     panel.state("running")
     panel.button("stop").click()
     panel.state("stopped", seconds=5)
-    panel.button("dark").click()
-    page.wait_for_function("() => document.querySelector('.fl-bench').classList.contains('fl-dark')")
+    panel.darken()
     page.screenshot(path=tmp_path / "voila-dark.png")
     panel.box.get_by_text("copy recipe").first.click()
     assert 'fl.Recipe.parse("' in panel.box.locator("textarea").first.input_value()
