@@ -13,12 +13,10 @@ import shutil
 import socket
 import subprocess
 import sys
-import tempfile
 import time
 from pathlib import Path
 from typing import Any
 
-import nbformat
 from playwright.sync_api import Error as PlaywrightError
 from playwright.sync_api import sync_playwright
 
@@ -27,10 +25,6 @@ from fastvl_lab import Run, view
 
 FOLDER = Path(__file__).parent
 CHECKPOINT = "tiny-qwen2.5-vl"
-PANEL = f"""
-import fastvl_lab as fl
-fl.workbench("{CHECKPOINT}", "astronaut", image_size=(640, 480), max_new_tokens=24)
-"""
 
 
 def measure() -> None:
@@ -45,15 +39,13 @@ def measure() -> None:
 
 
 def look_at_the_workbench() -> None:
-    """The panel in Voila after two clicks, as a browser shows it."""
-    with tempfile.TemporaryDirectory() as folder, socket.socket() as free, sync_playwright() as driver:
-        notebook = Path(folder, "panel.ipynb")
-        nbformat.write(nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(PANEL)]), notebook)
+    """The panel as a page of its own after two clicks, as a browser shows it."""
+    with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-        free.close()
-        options = [str(notebook), "--no-browser", f"--port={port}", "--Voila.ip=127.0.0.1"]
-        server = subprocess.Popen([sys.executable, "-m", "voila", *options, "--Voila.token="])
+    options = [f"--port={port}", "--no-browser", f"--checkpoint={CHECKPOINT}", "--image-size", "640", "480"]
+    server = subprocess.Popen([sys.executable, "-m", "fastvl_lab.view.workbench", *options])
+    with sync_playwright() as driver:
         browser = driver.chromium.launch(executable_path=shutil.which("chromium"), args=["--no-sandbox", "--disable-gpu"])
         try:
             page = browser.new_page(viewport={"width": 1400, "height": 1010}, device_scale_factor=1.5)

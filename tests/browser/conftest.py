@@ -16,7 +16,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import nbformat
 import pytest
 
 TOKEN = "a-token-for-tests"
@@ -58,22 +57,18 @@ class JupyterLab:
 
 
 @pytest.fixture
-def voila(tmp_path: Path) -> Iterator[Callable[[str], str]]:
-    """Serves one cell of code as a page of its own: given the code, the page's URL."""
+def page_of_its_own(tmp_path: Path) -> Iterator[Callable[..., str]]:
+    """Serves the workbench by its command: given the command's options, the page's URL."""
     pytest.importorskip("voila", reason="the stand-alone page needs voila (extra notebooks)")
     servers = []
 
-    def start(source: str) -> str:
-        kernel = {"kernelspec": {"display_name": "Python 3 (ipykernel)", "language": "python", "name": "python3"}}
-        notebook = tmp_path / "page.ipynb"
-        nbformat.write(nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(source)], metadata=kernel), notebook)
+    def start(*options: str) -> str:
         port = _free_port()
         names = ("JUPYTER_CONFIG_DIR", "JUPYTER_DATA_DIR", "JUPYTER_RUNTIME_DIR", "IPYTHONDIR")
         environment = os.environ | {name: str(tmp_path / name.lower()) for name in names}
-        options = [str(notebook), "--no-browser", f"--port={port}", "--Voila.ip=127.0.0.1", "--Voila.token="]
         with (tmp_path / "voila.log").open("w") as log:
-            command = [sys.executable, "-m", "voila", *options]
-            servers.append(subprocess.Popen(command, env=environment, stdout=log, stderr=log))
+            command = [sys.executable, "-m", "fastvl_lab.view.workbench", f"--port={port}", "--no-browser", *options]
+            servers.append(subprocess.Popen(command, env=environment, stdout=log, stderr=log, cwd=tmp_path))
         _wait_for(f"http://127.0.0.1:{port}/voila/static/voila.js")
         return f"http://127.0.0.1:{port}/"
 

@@ -176,10 +176,10 @@ def test_the_panel_in_jupyterlab(jupyterlab: Any, page: Any, errors: list[str], 
 
 
 def test_the_panel_as_a_page_of_its_own(
-    voila: Callable[[str], str], page: Any, errors: list[str], picture: bytes, tmp_path: Path
+    page_of_its_own: Callable[..., str], page: Any, errors: list[str], picture: bytes, tmp_path: Path
 ) -> None:
-    page.set_viewport_size({"width": 1280, "height": 800})
-    page.goto(voila(ONE_CALL))
+    (tmp_path / "photo.jpg").write_bytes(picture)  # a path is meant from where the command is given
+    page.goto(page_of_its_own("--image=photo.jpg", "--max-new-tokens=12", "--repeats=2", "--device=cpu"))
     panel = Panel(page)
     panel.box.wait_for(timeout=90_000)
     panel.state("idle")
@@ -201,6 +201,10 @@ def test_the_panel_as_a_page_of_its_own(
     page.screenshot(path=tmp_path / "voila-dark.png")
     panel.box.get_by_text("copy recipe").first.click()
     assert 'fl.Recipe.parse("' in panel.box.locator("textarea").first.input_value()
+    panel.box.get_by_text("history", exact=True).first.click()
+    panel.button("export").click()
+    panel.state("written")
+    assert list(tmp_path.glob("fastvl_lab-*/workbench.html"))
     assert errors == []
 
 
