@@ -259,4 +259,6 @@ def _against(speedup: Interval | None, reference: str, oracle: Oracle | None, pa
         text += f" (95% CI {speedup.low:.2f} to {speedup.high:.2f})"
     if oracle is None:
         return text
+    if oracle.logit_difference == 0:
+        return f"{text}, on pixels made another way, which leave Transformers' logits as they are"
     return f"{text}, on other pixels than {reference}, which move Transformers' logits by up to {oracle.logit_difference:.2g}"

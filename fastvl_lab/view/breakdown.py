@@ -20,9 +20,12 @@ _SAVED, _LOST = style.SERIES_COLOURS[2], style.SERIES_COLOURS[4]
 
 
 def step_down(found: Attribution) -> go.Figure:
-    """TTFT of Transformers and of the recipe it starts from, then what each step takes off or adds, down to the last recipe's."""
+    """TTFT of Transformers and of the recipe it starts from, then what each step takes off or adds, down to the last recipe's.
+
+    Pale steps are those of which no saving or loss is shown: their interval holds zero, or there are too few rounds for one.
+    """
     comparison, first = found.comparison, found.steps[0]
-    labels, base, lengths, colours, patterns, texts = [], [], [], [], [], []
+    labels, base, lengths, colours, patterns, texts, strengths = [], [], [], [], [], [], []
     for label in dict.fromkeys((STOCK, first)):
         ttft = comparison.representative(label).ttft * 1e3
         labels.append(label)
@@ -31,6 +34,7 @@ def step_down(found: Attribution) -> go.Figure:
         colours.append(style.SERIES_COLOURS[6])
         patterns.append("")
         texts.append(f"{ttft:.1f} ms")
+        strengths.append(1.0)
     reached = lengths[-1]
     for step in found.steps[1:]:
         saved = found.saved(step)
@@ -41,6 +45,7 @@ def step_down(found: Attribution) -> go.Figure:
         colours.append(_SAVED if amount >= 0 else _LOST)
         patterns.append("" if amount >= 0 else "x")
         texts.append(_signed(-amount) if saved else "never warm")
+        strengths.append(1.0 if saves(saved) or (saved is not None and saved.high < 0) else 0.35)
         reached -= amount
     last = comparison.representative(found.steps[-1]).ttft * 1e3
     labels.append("in the end")
@@ -49,13 +54,14 @@ def step_down(found: Attribution) -> go.Figure:
     colours.append(style.SERIES_COLOURS[0])
     patterns.append("")
     texts.append(f"{last:.1f} ms")
+    strengths.append(1.0)
     figure = style.graph_objects().Figure()
     figure.add_bar(
         y=[html.escape(label) for label in labels],
         base=base,
         x=lengths,
         orientation="h",
-        marker={"color": colours, "pattern": {"shape": patterns, "fgcolor": "white"}},
+        marker={"color": colours, "opacity": strengths, "pattern": {"shape": patterns, "fgcolor": "white"}},
         text=texts,
         textposition="outside",
         cliponaxis=False,
@@ -64,7 +70,9 @@ def step_down(found: Attribution) -> go.Figure:
     )
     longest = max(start + length for start, length in zip(base, lengths, strict=True))
     figure.update_xaxes(
-        title="TTFT, ms (medians); each step against the one before", range=[0, 1.15 * longest], gridcolor=style.GRID
+        title="TTFT, ms; each step against the one before; pale: no difference shown",
+        range=[0, 1.15 * longest],
+        gridcolor=style.GRID,
     )
     figure.update_yaxes(autorange="reversed", ticklabelstandoff=8)
     margin = {"l": 40 + 7 * min(max(map(len, labels)), 40), "r": 40, "t": 30, "b": 55}

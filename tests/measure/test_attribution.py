@@ -66,6 +66,10 @@ def test_savings_are_paired_by_round_and_drawn_as_steps(found: Attribution) -> N
         assert saved is not None
         assert [base, base + length] == pytest.approx(sorted((reached, reached - saved.median)))
         reached -= saved.median
+    for step, strength in zip(found.steps[1:], bars.marker.opacity[2:-1], strict=True):
+        saved = found.saved(step)
+        assert saved is not None
+        assert (strength == 1) == (saved.low > 0 or saved.high < 0)  # what an interval does not bear out is pale
     assert bars.x[-1] == comparison.representative(found.steps[-1]).ttft * 1e3
     frame = view.attribution_frame(found)
     assert list(frame["step"]) == ["transformers", *found.steps]
