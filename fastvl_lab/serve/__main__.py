@@ -6,10 +6,12 @@ import argparse
 import os
 import sys
 from collections.abc import Sequence
+from functools import partial
 
 from fastvl_lab.errors import FastvlError, require
 from fastvl_lab.lab import Lab
 from fastvl_lab.serve.app import create_app
+from fastvl_lab.serve.request_queue import engine_thread
 from fastvl_lab.serve.settings import Settings
 
 
@@ -27,8 +29,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
             image_hosts=tuple(given.allow_image_hosts),
             warm_up=tuple(given.warm_up),
         )
-        lab = Lab(given.checkpoint, device=given.device, dtype=given.dtype, session_len=given.session_len)
-        app = create_app(lab, given.recipe, settings)
+        engine = engine_thread()
+        load = partial(Lab, given.checkpoint, device=given.device, dtype=given.dtype, session_len=given.session_len)
+        app = create_app(engine.submit(load).result(), given.recipe, settings, engine)
     except FastvlError as error:
         sys.exit(f"{error}")
     uvicorn.run(app, host=given.host, port=given.port, log_level="warning", timeout_graceful_shutdown=int(given.timeout) + 1)

@@ -6,6 +6,7 @@ import asyncio
 import hmac
 import json
 from collections.abc import AsyncIterator
+from concurrent.futures import Executor
 from contextlib import asynccontextmanager
 from functools import partial
 from typing import Any
@@ -18,14 +19,17 @@ from fastvl_lab.serve import chat as chats
 from fastvl_lab.serve.chat import Chat, Reply, UnknownModelError, error_body
 from fastvl_lab.serve.fetch import fetch
 from fastvl_lab.serve.metrics import Metrics
-from fastvl_lab.serve.request_queue import Finished, QueuedRequest, QueueFullError, RequestQueue
+from fastvl_lab.serve.request_queue import Finished, QueuedRequest, QueueFullError, RequestQueue, engine_thread
 from fastvl_lab.serve.settings import Settings
 
 CLIENT_LEFT = 499  # nginx's number for it; nobody reads it but the metrics
 
 
-def create_app(lab: Lab, recipe: Recipe | str, settings: Settings | None = None) -> Any:
-    """The FastAPI application that serves a recipe of a lab; raises `RecipeError` for one that cannot run here."""
+def create_app(lab: Lab, recipe: Recipe | str, settings: Settings | None = None, engine: Executor | None = None) -> Any:
+    """The FastAPI application that serves a recipe of a lab; raises `RecipeError` for one that cannot run here.
+
+    engine: the `engine_thread` that loaded the lab, where one did; it ends with the application.
+    """
     fastapi = require("fastapi", "serve")
     settings = settings or Settings()
     bound = lab.engine(recipe)
@@ -33,7 +37,8 @@ def create_app(lab: Lab, recipe: Recipe | str, settings: Settings | None = None)
         raise FastvlError(f"recipe {bound!r} is a peer; a server runs a recipe")
     bound.check(lab.device)
     metrics = Metrics()
-    queue = RequestQueue(lab, bound, metrics, max_queue=settings.max_queue, warm_up=settings.warm_up)
+    engine = engine or engine_thread()
+    queue = RequestQueue(lab, bound, metrics, engine, max_queue=settings.max_queue, warm_up=settings.warm_up)
 
     @asynccontextmanager
     async def lifespan(_: Any) -> AsyncIterator[None]:
