@@ -21,6 +21,7 @@ if TYPE_CHECKING:
         RequestError,
     )
     from fastvl_lab.lab import Lab
+    from fastvl_lab.measure.attribution import Attribution, attribute
     from fastvl_lab.measure.audit import Audit, audit
     from fastvl_lab.measure.compare import Comparison, compare
     from fastvl_lab.measure.photo import photo
@@ -44,6 +45,8 @@ _PUBLIC = {
     "Comparison": "measure.compare",
     "sweep": "measure.sweep",
     "SweepSettings": "measure.sweep",
+    "attribute": "measure.attribution",
+    "Attribution": "measure.attribution",
     "audit": "measure.audit",
     "Audit": "measure.audit",
     "photo": "measure.photo",

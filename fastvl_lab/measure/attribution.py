@@ -24,8 +24,13 @@ class Attribution:
     steps: tuple[str, ...]
 
     def saved(self, step: str) -> Interval | None:
-        """Milliseconds of TTFT that a step takes off the step before it, paired by round; None where one was never warm."""
+        """Milliseconds of TTFT that a step takes off the step before it, paired by round.
+
+        None where either fails its parity check or nothing is warm in both.
+        """
         before = self.steps[self.steps.index(step) - 1]
+        if not (self.comparison.parity(before) and self.comparison.parity(step)):
+            return None
         warm = {(s.engine, s.round): s.run.ttft for s in self.comparison.samples if s.round >= 0 and s.run.kind == "warm"}
         pairs = [(warm[before, n], ttft) for (name, n), ttft in warm.items() if name == step and (before, n) in warm]
         return median_interval([(earlier - later) * 1e3 for earlier, later in pairs]) if pairs else None

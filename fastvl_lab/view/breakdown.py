@@ -44,7 +44,7 @@ def step_down(found: Attribution) -> go.Figure:
         lengths.append(abs(amount))
         colours.append(_SAVED if amount >= 0 else _LOST)
         patterns.append("" if amount >= 0 else "x")
-        texts.append(_signed(-amount) if saved else "never warm")
+        texts.append(_signed(-amount) if saved else "never warm" if comparison.parity(step) else "other tokens: not compared")
         strengths.append(1.0 if saves(saved) or (saved is not None and saved.high < 0) else 0.35)
         reached -= amount
     last = comparison.representative(found.steps[-1]).ttft * 1e3

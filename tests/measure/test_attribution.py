@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import pytest
 
 from fastvl_lab import Lab, Recipe, Request, view
@@ -74,3 +76,18 @@ def test_savings_are_paired_by_round_and_drawn_as_steps(found: Attribution) -> N
     frame = view.attribution_frame(found)
     assert list(frame["step"]) == ["transformers", *found.steps]
     assert set(frame["tokens equal"]) == {"yes"}
+
+
+def test_no_saving_is_shown_of_a_step_that_makes_other_tokens(found: Attribution) -> None:
+    wrong, after = found.steps[1], found.steps[2]
+    samples = tuple(
+        dataclasses.replace(sample, run=dataclasses.replace(sample.run, tokens=(0, 0))) if sample.engine == wrong else sample
+        for sample in found.comparison.samples
+    )
+    broken = dataclasses.replace(found, comparison=dataclasses.replace(found.comparison, samples=samples))
+    assert broken.saved(wrong) is None
+    assert broken.saved(after) is None  # what it is held against is the wrong one
+    bars = view.step_down(broken).data[0]
+    assert "other tokens: not compared" in bars.text[bars.y.index(wrong)]
+    row = view.attribution_frame(broken).set_index("step").loc[wrong]
+    assert (row["saves ms (95% CI)"], row["times as fast as Transformers (95% CI)"], row["tokens equal"]) == ("–", "–", "NO")
