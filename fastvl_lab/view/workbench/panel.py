@@ -8,7 +8,6 @@ import html
 import json
 import threading
 import time
-from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -110,9 +109,11 @@ class Workbench:
         self._session = Session(self._hear, device=str(device), dtype=dtype)
         self.controls = choices(device, choose=self.choose, clicked=lambda *change: self._guarded(lambda: self.choose(*change)))
         require("anywidget", "notebooks")  # plotly's widget is one, and so is the room
+        from fastvl_lab.view.workbench.room import Room
+
         self._figure = require("plotly.graph_objects", "notebooks").FigureWidget()
         self._figure._config = self._figure._config | CONFIG
-        self._room = import_module("fastvl_lab.view.workbench.room").Room()
+        self._room = Room()
         self._room.observe(lambda change: self._fit(change["new"]), "width")
         self.widget = self._layout()
         show_recipe(self.controls, recipe)
@@ -363,6 +364,10 @@ class Workbench:
             self.measure(chosen.number, other.number)
 
     def _export_here(self) -> None:
+        """On a thread of its own: pictures take seconds, and a click must not."""
+        threading.Thread(target=self._guarded, args=(self._write_here,), name="fastvl-export", daemon=True).start()
+
+    def _write_here(self) -> None:
         folder = Path(time.strftime("fastvl_lab-%Y%m%d-%H%M%S"))
         written = self.export(folder)
         self._status.value = f"<span class='fl-badge'>written</span> {len(written)} files in {html.escape(str(folder.resolve()))}"
@@ -412,9 +417,9 @@ class Workbench:
             self._measure_for_view(news.result)
 
     def _draw_progress(self, news: News) -> None:
-        """The stages that have ended, of a run that takes long enough to be watched."""
-        since = self._drawn or news.stages[-1].end_ns / 1e9 > _BETWEEN_STAGES
-        if self._view == "waterfall" and since and time.monotonic() - self._drawn > _BETWEEN_STAGES:
+        """The stages that have ended, of a run that takes long enough to be watched: drawing is in the time of what is drawn."""
+        lasted = news.stages[-1].end_ns / 1e9
+        if self._view == "waterfall" and min(lasted, time.monotonic() - self._drawn) > _BETWEEN_STAGES:
             self._drawn = time.monotonic()
             replace(self._figure, themed(so_far(news.stages), dark=bool(self._dark.value)), self._room.width)
 

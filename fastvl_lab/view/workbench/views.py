@@ -37,20 +37,8 @@ def views() -> dict[str, View]:
     """Every view by name, the first being what the panel opens with."""
     every = (
         View(name="waterfall", about="every stage from the request's bytes to the first text", draw=_waterfall),
-        View(
-            name="ViT blocks",
-            about="one run each with every block of the vision tower timed",
-            draw=lambda result, _: _layers(result, "vit"),
-            lacks=lambda result: result.layers is None,
-            measure=lambda session, result, _: session.open_up(result),
-        ),
-        View(
-            name="decoder layers",
-            about="one run each with every layer of the prefill timed",
-            draw=lambda result, _: _layers(result, "prefill"),
-            lacks=lambda result: result.layers is None,
-            measure=lambda session, result, _: session.open_up(result),
-        ),
+        _layers_of("ViT blocks", "vit", "every block of the vision tower"),
+        _layers_of("decoder layers", "prefill", "every layer of the prefill"),
         View(
             name="toggle by toggle",
             about="from the baseline to this recipe, what each toggle takes off TTFT; runs every step on the way",
@@ -69,6 +57,16 @@ def views() -> dict[str, View]:
         View(name="memory", about="what holds how many bytes after the run", draw=_memory),
     )
     return {view.name: view for view in every}
+
+
+def _layers_of(name: str, stage: str, parts: str) -> View:
+    return View(
+        name=name,
+        about=f"one run each with {parts} timed",
+        draw=lambda result, _: _layers(result, stage),
+        lacks=lambda result: result.layers is None,
+        measure=lambda session, result, _: session.open_up(result),
+    )
 
 
 def _runs(result: Result, against: Run | None) -> dict[str, Run]:
