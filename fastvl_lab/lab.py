@@ -165,7 +165,7 @@ class Lab:
     def warm_up(
         self, recipe: Recipe | str, shapes: Iterable[Shape], *, max_new_tokens: int = 32, progress: bool = True
     ) -> tuple[Capture, ...]:
-        """Serve a request of each shape, so that what is built, compiled and captured for it is there before the first that counts.
+        """Serve a request of each shape: what is built, tuned, compiled and captured for it is there before the first that counts.
 
         shapes: (width, height) of an image, or a `Request` as it will come. Everything that a request does is done, from decoding
         its image to its `max_new_tokens`, and caches keep of it what they keep of any request. The largest shape had best come

@@ -10,9 +10,11 @@ import torch
 import triton
 import triton.language as tl
 
+from fastvl_lab.kernels.tuned import tuned
+
 MAX_HEAD_DIM = 128
 MAX_SPLITS = 64
-_BLOCK = 64
+_LEAST_SHARE = 64
 
 
 def decode_attention_reference(
@@ -45,12 +47,12 @@ def decode_attention(
     assert keys.is_contiguous()
     assert values.is_contiguous()
     assert slot_of.stride(1) == 1
-    splits = min(triton.cdiv(longest, _BLOCK), MAX_SPLITS)
+    splits = min(triton.cdiv(longest, _LEAST_SHARE), MAX_SPLITS)
     mixes = torch.empty((n, n_heads, splits, head_dim), dtype=torch.float32, device=q.device)
     maxima, sums = (torch.empty((n, n_heads, splits), dtype=torch.float32, device=q.device) for _ in range(2))
     out = torch.empty((n, n_heads, head_dim), dtype=q.dtype, device=q.device)
     block_d = max(triton.next_power_of_2(head_dim), 16)
-    _share_kernel[(n, n_kv_heads, splits)](
+    decode_share_kernel[(n, n_kv_heads, splits)](
         q,
         keys,
         values,
@@ -69,7 +71,6 @@ def decode_attention(
         head_dim=head_dim,
         block_d=block_d,
         block_group=max(triton.next_power_of_2(n_heads // n_kv_heads), 16),  # the least that a product takes
-        block=_BLOCK,
         precision="ieee" if q.dtype == torch.float32 else "tf32",
     )
     _gather_kernel[(n, n_heads)](
@@ -79,8 +80,9 @@ def decode_attention(
 
 
 # A number of shares is no reason to compile again while tokens are made: none of its values is special.
+@tuned(key=["head_dim", "block_group"])
 @triton.jit(do_not_specialize=["splits"])
-def _share_kernel(
+def decode_share_kernel(
     q,
     keys,
     values,
@@ -99,14 +101,14 @@ def _share_kernel(
     head_dim: tl.constexpr,
     block_d: tl.constexpr,
     block_group: tl.constexpr,
-    block: tl.constexpr,
+    block_k: tl.constexpr,
     precision: tl.constexpr,
 ):
     """One program a sequence, key head and share of its keys; a share may be empty."""
     sequence, kv_head, split = tl.program_id(0).to(tl.int64), tl.program_id(1), tl.program_id(2)
     group: tl.constexpr = n_heads // n_kv_heads
     length = tl.load(lengths + sequence)
-    share = tl.cdiv(tl.cdiv(length, block), splits) * block
+    share = tl.cdiv(tl.cdiv(length, block_k), splits) * block_k
     start = split * share
     end = tl.minimum(start + share, length)
     member, column = tl.arange(0, block_group), tl.arange(0, block_d)[None]
@@ -122,21 +124,21 @@ def _share_kernel(
     maximum = tl.full((block_group,), float("-inf"), tl.float32)
     total = tl.zeros((block_group,), tl.float32)
     mixed = tl.zeros((block_group, block_d), tl.float32)
-    for at in range(start, end, block):
-        key = at + tl.arange(0, block)
+    for at in range(start, end, block_k):
+        key = at + tl.arange(0, block_k)
         is_key = key < end
         slot = tl.load(slot_of + key, mask=is_key, other=0)
         kept = slot[:, None] * (n_kv_heads * head_dim) + column
         inside = is_key[:, None] & in_head
         k = tl.load(keys + kept, mask=inside, other=0)
-        scores = tl.dot(queries, tl.trans(k), input_precision=precision) * scale
+        scores = tl.dot(queries, tl.trans(k), input_precision=precision)
         scores = tl.where(is_key[None], scores, float("-inf"))
-        higher = tl.maximum(maximum, tl.max(scores, 1))
-        weights = tl.exp2(scores - higher[:, None])
+        higher = tl.maximum(maximum, tl.max(scores, 1) * scale)
+        weights = tl.exp2(scores * scale - higher[:, None])
         shrink = tl.exp2(maximum - higher)
         v = tl.load(values + kept, mask=inside, other=0)
         total = total * shrink + tl.sum(weights, 1)
-        mixed = mixed * shrink[:, None] + tl.dot(weights.to(v.dtype), v, input_precision=precision)
+        mixed = tl.dot(weights.to(v.dtype), v, acc=mixed * shrink[:, None], input_precision=precision)
         maximum = higher
     at = (sequence * n_heads + head) * splits + split
     tl.store(maxima + at, maximum, mask=is_member)

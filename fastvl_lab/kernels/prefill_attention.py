@@ -10,11 +10,13 @@ import torch
 import triton
 import triton.language as tl
 
+from fastvl_lab.kernels.tuned import tuned
+
 MAX_HEAD_DIM = 128
 
 
 def block_size(dtype: torch.dtype) -> int:
-    """Queries of one program, and keys of one step: fewer in float32, whose exact products would not fit into shared memory."""
+    """Queries of one program: few in float32, for exact products."""
     return 32 if dtype == torch.float32 else 64
 
 
@@ -51,7 +53,7 @@ def prefill_attention(
     assert values.is_contiguous()
     assert slot_of.stride(1) == 1
     out = torch.empty((n, n_heads, head_dim), dtype=q.dtype, device=q.device)
-    _prefill_attention_kernel[(blocks.shape[0], n_heads)](
+    prefill_attention_kernel[(blocks.shape[0], n_heads)](
         q,
         keys,
         values,
@@ -66,15 +68,15 @@ def prefill_attention(
         n_kv_heads=keys.shape[1],
         head_dim=head_dim,
         block_d=max(triton.next_power_of_2(head_dim), 16),
-        block=block_size(q.dtype),
-        num_warps=8 if q.dtype == torch.float32 else 4,
+        block_q=block_size(q.dtype),
         precision="ieee" if q.dtype == torch.float32 else "tf32",
     )
     return out
 
 
+@tuned(key=["head_dim"])
 @triton.jit
-def _prefill_attention_kernel(
+def prefill_attention_kernel(
     q,
     keys,
     values,
@@ -89,7 +91,8 @@ def _prefill_attention_kernel(
     n_kv_heads: tl.constexpr,
     head_dim: tl.constexpr,
     block_d: tl.constexpr,
-    block: tl.constexpr,
+    block_q: tl.constexpr,
+    block_k: tl.constexpr,
     precision: tl.constexpr,
 ):
     """One program a block of queries and head; whole blocks of keys first, then those that the diagonal crosses."""
@@ -103,20 +106,20 @@ def _prefill_attention_kernel(
     column = tl.arange(0, block_d)[None]
     in_head = column < head_dim
 
-    row = first + tl.arange(0, block)
+    row = first + tl.arange(0, block_q)
     place = row + offset  # of each query in its sequence
     at_q = tl.multiple_of(row.to(tl.int64) * q_stride_n, 8)[:, None] + tl.multiple_of(head * q_stride_h, 8) + column
     inside = (row < end)[:, None] & in_head
     queries = tl.load(q + at_q, mask=inside, other=0)
-    maximum = tl.full((block,), float("-inf"), tl.float32)
-    total = tl.zeros((block,), tl.float32)
-    mixed = tl.zeros((block, block_d), tl.float32)
-    seen_by_all = (first + offset + 1) // block * block
-    seen_by_last = tl.minimum(first + block, end) + offset
+    maximum = tl.full((block_q,), float("-inf"), tl.float32)
+    total = tl.zeros((block_q,), tl.float32)
+    mixed = tl.zeros((block_q, block_d), tl.float32)
+    seen_by_all = (first + offset + 1) // block_k * block_k
+    seen_by_last = tl.minimum(first + block_q, end) + offset
     for phase in tl.static_range(2):
         low, high = (0, seen_by_all) if phase == 0 else (seen_by_all, seen_by_last)
-        for at in range(low, high, block):
-            key = at + tl.arange(0, block)
+        for at in range(low, high, block_k):
+            key = at + tl.arange(0, block_k)
             if phase == 0:
                 slot = tl.load(slot_of + key)
                 kept = slot[:, None] * (n_kv_heads * head_dim) + column
@@ -125,18 +128,18 @@ def _prefill_attention_kernel(
                 slot = tl.load(slot_of + key, mask=key < seen_by_last, other=0)
                 kept = slot[:, None] * (n_kv_heads * head_dim) + column
                 k = tl.load(keys + kept, mask=(key < seen_by_last)[:, None] & in_head, other=0)
-            scores = tl.dot(queries, tl.trans(k), input_precision=precision) * scale
+            scores = tl.dot(queries, tl.trans(k), input_precision=precision)
             if phase == 1:
                 scores = tl.where(key[None] <= place[:, None], scores, float("-inf"))
-            higher = tl.maximum(maximum, tl.max(scores, 1))
-            weights = tl.exp2(scores - higher[:, None])
+            higher = tl.maximum(maximum, tl.max(scores, 1) * scale)
+            weights = tl.exp2(scores * scale - higher[:, None])
             shrink = tl.exp2(maximum - higher)
             if phase == 0:
                 v = tl.load(values + kept, mask=in_head, other=0)
             else:
                 v = tl.load(values + kept, mask=(key < seen_by_last)[:, None] & in_head, other=0)
             total = total * shrink + tl.sum(weights, 1)
-            mixed = mixed * shrink[:, None] + tl.dot(weights.to(v.dtype), v, input_precision=precision)
+            mixed = tl.dot(weights.to(v.dtype), v, acc=mixed * shrink[:, None], input_precision=precision)
             maximum = higher
     mixed = mixed / total[:, None]
     at_out = (row.to(tl.int64)[:, None] * n_heads + head) * head_dim + column

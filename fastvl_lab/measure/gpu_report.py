@@ -28,7 +28,7 @@ from fastvl_lab.measure.compare import compare
 from fastvl_lab.measure.floors import Ceilings, stage_works
 from fastvl_lab.measure.forced import Truth, forced_logits, in_wider_dtype, truths
 from fastvl_lab.measure.gpu_engines import MODES, STOCK, cannot_run, engines, fused, modes, same_steps
-from fastvl_lab.measure.gpu_rows import Deadline, capture_row, kernels_ms, memory_row, pays_after, timed_row
+from fastvl_lab.measure.gpu_rows import Deadline, capture_row, kernels_ms, memory_row, pays_after, timed_row, tuned_launches
 from fastvl_lab.measure.gpu_tables import text
 from fastvl_lab.measure.slot_report import Row, command, picture, within_budget
 from fastvl_lab.measure.statistics import median_interval
@@ -128,9 +128,9 @@ def report(
 ) -> list[Row]:
     """Rows whose "part" says what they are: "ceilings" of a device, "floors" of an image, "main" and "sizes" of an engine there.
 
-    Those of "decode" are of engines with decode steps of their own; "same_steps" names the others. Those of "kernels" come last, on
-    CUDA, of the last checkpoint. ways: of `gpu_engines.MODES`. new_tokens: of the runs for TPOT. steps: forced in those for parity.
-    on_rows is called with all rows so far whenever there are more.
+    Those of "decode" are of engines with decode steps of their own; "same_steps" names the others. Those of "kernels", of the last
+    checkpoint, and of "launches" come last, on CUDA. ways: of `gpu_engines.MODES`. new_tokens: of the runs for TPOT. steps: forced
+    in those for parity. on_rows is called with all rows so far whenever there are more.
     """
     rows: list[Row] = []
     deadline, ceilings = Deadline.after(minutes), None
@@ -196,6 +196,8 @@ def _measured(
     for point, labels in zip(points, right, strict=True):
         if kernels and bench.lab.device.type == "cuda":
             yield _kernel_rows(bench, point, labels)
+    if kernels and bench.lab.device.type == "cuda":
+        yield [bench.row("launches", found) for found in tuned_launches()]
 
 
 def _ceilings_row(bench: Bench) -> Row:

@@ -146,6 +146,20 @@ def kernels_ms(lab: Lab, request: Request, engine: EngineName) -> float | None:
     return covered(times) / 1e3 if times else None
 
 
+def tuned_launches() -> list[Row]:
+    """The launch settings that this process has tuned its attention kernels to, each for a dtype and a shape."""
+    from fastvl_lab.kernels.decode_attention import decode_share_kernel
+    from fastvl_lab.kernels.prefill_attention import prefill_attention_kernel
+    from fastvl_lab.kernels.segment_attention import segment_attention_kernel
+
+    kernels = (segment_attention_kernel, prefill_attention_kernel, decode_share_kernel)
+    return [
+        {"kernel": kernel.base_fn.__name__, "tuned_for": tuned_for, "launch": launch}
+        for kernel in kernels
+        for tuned_for, launch in kernel.launches()
+    ]
+
+
 def capture_row(fresh: Sequence[Capture], kept: Sequence[Capture]) -> Row:
     """What was captured for a run, or for earlier ones where nothing new was needed: each program, and the sums of s and MB."""
     captures = [capture for capture in fresh or kept if capture.stage != "decode"]

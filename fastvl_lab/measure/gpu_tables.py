@@ -21,6 +21,8 @@ def text(rows: Sequence[Row]) -> str:
     for part, (title, line) in parts.items():
         done = [row for row in rows if row["part"] == part and not _not_timed(row)]
         blocks.append(table(done, title, line))
+    if launches := [_launch(row) for row in rows if row["part"] == "launches"]:
+        blocks.append("\n".join(["launch settings that attention kernels were tuned to", *launches]))
     why: dict[str, list[Row]] = {}
     for row in rows:
         if _not_timed(row):
@@ -90,6 +92,11 @@ def _decode(row: Row) -> str:
 
 def _kernels(row: Row) -> str:
     return "the profiler saw none" if row["kernels_ms"] is None else f"{row['kernels_ms']:9.2f} ms"
+
+
+def _launch(row: Row) -> str:
+    tuned_for, launch = (", ".join(f"{name} {value}" for name, value in row[key].items()) for key in ("tuned_for", "launch"))
+    return f"  {row['kernel']:<26} {tuned_for}: {launch}"
 
 
 def _ttft(row: Row) -> str:

@@ -104,11 +104,13 @@ def triton(dtype: torch.dtype) -> SegmentAttention:
     from fastvl_lab.kernels.segment_attention import block_size, segment_attention
 
     def prepare(groups: Groups, device: torch.device) -> Prepared:
-        return Prepared(torch.cat([_query_blocks(*group, block_size(dtype), device) for group in groups]), None)
+        block = block_size(dtype, max(group.length for group in groups))
+        return Prepared(torch.cat([_query_blocks(*group, block, device) for group in groups]), block)
 
     def attend(q_HND: torch.Tensor, k_HND: torch.Tensor, v_HND: torch.Tensor, prepared: Prepared) -> torch.Tensor:
+        block: Any = prepared.fixed
         assert prepared.table is not None
-        return segment_attention(q_HND, k_HND, v_HND, prepared.table).flatten(1)
+        return segment_attention(q_HND, k_HND, v_HND, prepared.table, block=block).flatten(1)
 
     def room(blocks: torch.Tensor) -> torch.Tensor:
         """Blocks without queries at the end."""
@@ -131,10 +133,10 @@ def opaque(option: str, attention: SegmentAttention) -> SegmentAttention:
         if option == "triton":
             return attention.prepare(groups, device)
         none = Group(0, 0, 0)  # torch.compile takes a table of one row for another kind of table
-        return Prepared(torch.tensor([*groups, none]), None)
+        return Prepared(torch.tensor([*groups, none]), 0)
 
     return SegmentAttention(
-        prepare=prepare, attend=lambda q, k, v, prepared: operator(q, k, v, prepared.table), room=attention.room
+        prepare=prepare, attend=lambda q, k, v, prepared: operator(q, k, v, prepared.table, prepared.fixed), room=attention.room
     )
 
 
@@ -143,13 +145,13 @@ def _operator(option: str) -> Callable[..., torch.Tensor]:
     attention = bind(option, torch.float32)
 
     @torch.library.custom_op(f"fastvl_lab::{option}_attention", mutates_args=())
-    def operator(q_HND: torch.Tensor, k_HND: torch.Tensor, v_HND: torch.Tensor, table: torch.Tensor) -> torch.Tensor:
+    def operator(q_HND: torch.Tensor, k_HND: torch.Tensor, v_HND: torch.Tensor, table: torch.Tensor, fixed: int) -> torch.Tensor:
         if option == "triton":
-            return attention.attend(q_HND, k_HND, v_HND, Prepared(table, None))
+            return attention.attend(q_HND, k_HND, v_HND, Prepared(table, fixed))
         groups = tuple(Group(*row) for row in table.tolist() if row[1] > 0)
         return attention.attend(q_HND, k_HND, v_HND, attention.prepare(groups, q_HND.device)).contiguous()
 
-    def like(q_HND: torch.Tensor, k_HND: torch.Tensor, v_HND: torch.Tensor, table: torch.Tensor) -> torch.Tensor:
+    def like(q_HND: torch.Tensor, k_HND: torch.Tensor, v_HND: torch.Tensor, table: torch.Tensor, fixed: int) -> torch.Tensor:
         return q_HND.new_empty(q_HND.shape[1], q_HND.shape[0] * q_HND.shape[2])
 
     operator.register_fake(like)

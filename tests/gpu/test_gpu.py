@@ -7,6 +7,7 @@ import threading
 
 import pytest
 import torch
+from triton.runtime.autotuner import Autotuner
 
 from fastvl_lab import Lab, Recipe, Request, RequestCancelledError, photo, preprocessor, toggles, vit
 from fastvl_lab.checkpoint import tiny
@@ -16,6 +17,7 @@ from fastvl_lab.kernels.prefill_attention import block_size, prefill_attention, 
 from fastvl_lab.kernels.rotate_and_keep import rotate_and_keep, rotate_and_keep_reference
 from fastvl_lab.measure import decoder_report
 from fastvl_lab.measure.decoding import BoundDecoder, text_prompt
+from fastvl_lab.measure.gpu_rows import tuned_launches
 from fastvl_lab.measure.preprocessing import model_pictures, pixel_differences
 from fastvl_lab.measure.slot_report import within_budget
 from fastvl_lab.trace import Tracer
@@ -356,3 +358,18 @@ def test_compiled_stages_make_the_same_tokens_on_the_device(name: str, stage: st
         request = Request(images=[photo("coffee", size)], prompt="What?", max_new_tokens=16, ignore_eos=True)
         assert lab.run(request, recipe).tokens == lab.run(request, recipe.oracle(lab.checkpoint.image_backend)).tokens
     assert len(lab.captures(recipe)) <= 4
+
+
+def test_attention_kernels_are_tuned_in_the_warm_up_and_never_after_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A block of 64 queries for windows and of 128 for whole frames, each with settings of its own."""
+    lab = Lab("tiny-qwen2.5-vl", device="cuda", dtype="bfloat16")
+    recipe = Recipe.parse("fastest, vit.attention=triton, attention.prefill=triton, attention.decode=triton", lab.device)
+    lab.warm_up(recipe, [(640, 480)], max_new_tokens=4, progress=False)
+    tuned = tuned_launches()
+    assert {row["kernel"] for row in tuned} == {"segment_attention_kernel", "prefill_attention_kernel", "decode_share_kernel"}
+    blocks = {row["tuned_for"]["block_q"] for row in tuned if row["kernel"] == "segment_attention_kernel"}
+    assert {"64", "128"} <= blocks
+    monkeypatch.setattr(Autotuner, "_bench", lambda *_, **__: pytest.fail("tuned again"))
+    request = Request(images=[photo("coffee", (448, 336))], prompt="What is this?", max_new_tokens=8, ignore_eos=True)
+    lab.run(request, recipe)
+    assert tuned_launches() == tuned

@@ -118,7 +118,7 @@ def test_interpolate(dtype: torch.dtype, n: int, width: int) -> None:
     )
 
 
-BLOCK = block_size(torch.bfloat16)
+BLOCK = 128  # the most queries of one program
 SEGMENTS = {
     "one patch": (Group(0, 1, 1),),
     "windows": (Group(0, 5, 16), Group(80, 3, 12), Group(116, 1, 4)),
@@ -127,10 +127,17 @@ SEGMENTS = {
 }
 
 
-def _blocks(groups: tuple[Group, ...], dtype: torch.dtype) -> torch.Tensor:
-    table = attention.triton(dtype).prepare(groups, DEVICE).table
+def _blocks(groups: tuple[Group, ...], dtype: torch.dtype) -> tuple[torch.Tensor, int]:
+    """The table of blocks, and how many queries a block may have."""
+    table, block = attention.triton(dtype).prepare(groups, DEVICE)
     assert table is not None
-    return table
+    assert isinstance(block, int)
+    return table, block
+
+
+def _skip_what_cannot_run(dtype: torch.dtype) -> None:
+    if dtype == torch.bfloat16 and DEVICE.type == "cpu":
+        pytest.skip("Triton's interpreter computes bfloat16 dots wrongly")
 
 
 @pytest.mark.usefixtures("poisoned")
@@ -138,22 +145,40 @@ def _blocks(groups: tuple[Group, ...], dtype: torch.dtype) -> torch.Tensor:
 @pytest.mark.parametrize("head_dim", [24, 64, 72, 80, 128])
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_segment_attention(segments: str, head_dim: int, dtype: torch.dtype) -> None:
-    if dtype == torch.bfloat16 and DEVICE.type == "cpu":
-        pytest.skip("Triton's interpreter computes bfloat16 dots wrongly")
+    _skip_what_cannot_run(dtype)
     groups = SEGMENTS[segments]
-    blocks = _blocks(groups, dtype)
+    blocks, block = _blocks(groups, dtype)
     n = groups[-1].start + groups[-1].number * groups[-1].length
     q, k, v = _random(n, 3, 2, head_dim, dtype=dtype).permute(1, 2, 0, 3)  # [H, N, D], as they lie in the packed projection
     exact = segment_attention_reference(q.double(), k.double(), v.double(), blocks)
     plain = segment_attention_reference(q, k, v, blocks)
-    _assert_within_budget((segment_attention(q, k, v, blocks),), (plain,), (exact,), dtype)
+    _assert_within_budget((segment_attention(q, k, v, blocks, block=block),), (plain,), (exact,), dtype)
+
+
+@pytest.mark.usefixtures("poisoned")
+@pytest.mark.parametrize("block", [32, 64, 128])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_segment_attention_in_blocks_of_every_size(block: int, block_k: int, dtype: torch.dtype) -> None:
+    """With segments of less than a block of keys, of whole blocks, and of a key more."""
+    _skip_what_cannot_run(dtype)
+    if DEVICE.type == "cuda" and (dtype == torch.float32) != (block == block_k == 32):
+        pytest.skip("on a device, blocks of 32 are for float32, and larger ones for half precision")
+    blocks, start = [], 0
+    for length in (7, 128, 129):
+        blocks += [[first, start, start + length] for first in range(start, start + length, block)]
+        start += length
+    table = torch.tensor(blocks, dtype=torch.int32, device=DEVICE)
+    q, k, v = _random(start, 3, 2, 72, dtype=dtype).permute(1, 2, 0, 3)
+    exact = segment_attention_reference(q.double(), k.double(), v.double(), table)
+    plain = segment_attention_reference(q, k, v, table)
+    _assert_within_budget((segment_attention(q, k, v, table, block=block),), (plain,), (exact,), dtype)
 
 
 def test_large_scores_do_not_overflow() -> None:
     groups = (Group(0, 1, BLOCK + 30),)
-    blocks = _blocks(groups, torch.float32)
+    blocks, block = _blocks(groups, torch.float32)
     q, k, v = (_random(1, BLOCK + 30, 64, seed=seed) * scale for seed, scale in enumerate((100, 100, 1)))
-    made = segment_attention(q, k, v, blocks)
+    made = segment_attention(q, k, v, blocks, block=block)
     assert torch.allclose(made, segment_attention_reference(q, k, v, blocks), atol=1e-3)
 
 
@@ -161,9 +186,10 @@ def test_large_scores_do_not_overflow() -> None:
 @pytest.mark.parametrize("segments", SEGMENTS)
 def test_every_query_is_in_one_block_and_no_block_is_empty(segments: str, dtype: torch.dtype) -> None:
     groups = SEGMENTS[segments]
-    blocks = _blocks(groups, dtype)
+    blocks, block = _blocks(groups, dtype)
     assert blocks.dtype == torch.int32
-    queries = [query for first, _, end in blocks.tolist() for query in range(first, min(first + block_size(dtype), end))]
+    assert block == block_size(dtype, max(group.length for group in groups))
+    queries = [query for first, _, end in blocks.tolist() for query in range(first, min(first + block, end))]
     assert queries == list(range(groups[-1].start + groups[-1].number * groups[-1].length))
     segment_of = [(g.start + i * g.length, g.start + (i + 1) * g.length) for g in groups for i in range(g.number)]
     assert {(start, end) for _, start, end in blocks.tolist()} == set(segment_of)

@@ -53,7 +53,12 @@ def rows() -> Rows:
         captures = [{"stage": "first_token", "how": "graph", "seconds": 2.0}]
         more = {"captures": captures, "capture_s": 2.0, "capture_mb": 64.0, "break_even": 41}
         made.append(_first_token("sizes", f"{side}x{side}", "single graph", at_once, side / 224, **more))
-    return made
+    tuned = {
+        "kernel": "some_kernel",
+        "tuned_for": {"dtype": "bfloat16", "head_dim": "80"},
+        "launch": {"block_k": 64, "num_warps": 8},
+    }
+    return [*made, _row("launches", "", "", parity=None, error=None, **tuned)]
 
 
 def _of(figure: Any, name: str, axis: str = "x") -> Any:
@@ -119,6 +124,7 @@ def test_the_command_draws_a_page_from_the_records(
     assert printed == f"{text(rows)}\n\nreport: {tmp_path / 'gpu.html'}\n"
     assert "captured in 2.00 s, 64.0 MB; pays after 41 requests" in printed
     assert "parity failed: error 5.0e-01; not timed" in printed
+    assert "some_kernel                dtype bfloat16, head_dim 80: block_k 64, num_warps 8" in printed
     assert "elsewhere" in printed.partition("it needs a GPU")[2]
     assert page.count('class="plotly-graph-div"') == 4
     assert "GPU report</title>" in page

@@ -1,0 +1,84 @@
+"""The Triton kernels as machine code, compiled for GPUs that need not be there; and how tuned launch settings are kept."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+HERE = Path(__file__).parent
+# Of one block, in bytes, by compute capability: CUDA C++ Programming Guide, "Technical Specifications per Compute Capability".
+SHARED_MEMORY = {80: 163 * 1024, 89: 99 * 1024, 90: 227 * 1024, 100: 227 * 1024}
+TENSOR_CORES = {80: "mma.sync", 89: "mma.sync", 90: "wgmma", 100: "tcgen05.mma"}
+# What is tuned; all of it for Hopper, and of each kernel the largest for the others.
+TUNED = {90: ("windows_80", "frames_80", "frames_72", "frames_64", "prefill", "decode")}
+TUNED |= dict.fromkeys((80, 89, 100), ("frames_80", "prefill", "decode"))
+
+
+def _script(name: str, cache: Path, *arguments: str) -> dict[str, Any]:
+    """What it prints, in a process without Triton's interpreter."""
+    environment = os.environ | {"TRITON_CACHE_DIR": str(cache)}
+    environment.pop("TRITON_INTERPRET", None)
+    command = [sys.executable, str(HERE / name), *arguments]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
+    assert done.returncode == 0, done.stderr
+    found: dict[str, Any] = json.loads(done.stdout)
+    return found
+
+
+def _native(cache: Path, capability: int, *calls: str) -> dict[str, Any]:
+    return _script("native.py", cache, str(capability), *calls)
+
+
+@pytest.mark.parametrize("capability", TUNED)
+def test_every_kernel_compiles_and_has_a_launch_that_fits(capability: int, tmp_path: Path) -> None:
+    """On cards from Ampere to Blackwell: into shared memory and registers, and onto the card's tensor cores."""
+    compiled = _native(tmp_path, capability, *TUNED[capability], "rest")["compiled"]
+    for call in TUNED[capability]:
+        launches = [kernel for kernel in compiled if kernel["call"].startswith(call) and kernel["block_k"]]
+        assert [kernel for kernel in launches if kernel["shared"] <= SHARED_MEMORY[capability] and kernel["stack"] == 0], launches
+        # Of one query a head, products are too small for any but the oldest instruction.
+        expected = "mma.sync" if call == "decode" else TENSOR_CORES[capability]
+        assert all(expected in kernel["uses"] for kernel in launches), (call, launches)
+    assert [kernel for kernel in compiled if kernel["call"].startswith("rest") and kernel["stack"] > 0] == []
+
+
+def test_torch_compile_reads_every_kernel_and_leaves_none_out(tmp_path: Path) -> None:
+    """What it must read where a stage is compiled on a device."""
+    kernels = _script("traced.py", tmp_path)
+    assert set(kernels) == {*TUNED[90], "rest"}
+    assert kernels["prefill"] == ["prefill_attention_kernel"]
+    assert kernels["decode"] == ["decode_share_kernel", "_gather_kernel"]
+    assert len(kernels["rest"]) == 10
+
+
+def test_what_was_tuned_is_kept_for_other_processes_and_a_damaged_or_foreign_record_is_measured_again(tmp_path: Path) -> None:
+    first = _native(tmp_path, 90, "decode")
+    n_launches = first["measured"]
+    assert n_launches > 1
+    last_launch = first["compiled"][n_launches - 1]
+    again = _native(tmp_path, 90, "decode")
+    assert again["measured"] == 0
+    assert again["compiled"][0] == last_launch  # the one that was made out to be the fastest
+
+    (record,) = tmp_path.glob("*/*.autotune.json")
+    known = record.read_text()
+    foreign = json.loads(known)
+    foreign["configs_timings"] = [[launch | {"kwargs": {"block_k": 7}}, time] for launch, time in foreign["configs_timings"]]
+    for damaged in ("", known[: len(known) // 2], "[]", '{"configs_timings": []}', json.dumps(foreign)):
+        record.write_text(damaged)
+        assert _native(tmp_path, 90, "decode")["measured"] == n_launches
+        assert not record.exists()
+    assert _native(tmp_path, 90, "decode")["measured"] == n_launches
+    assert _native(tmp_path, 90, "decode")["measured"] == 0
+
+
+def test_another_card_is_measured_for_itself(tmp_path: Path) -> None:
+    n_launches = _native(tmp_path, 90, "decode")["measured"]
+    assert _native(tmp_path, 80, "decode")["measured"] == n_launches
+    assert len(list(tmp_path.glob("*/*.autotune.json"))) == 2
