@@ -65,7 +65,8 @@ def patchify(
     return patches
 
 
-@triton.jit
+# The size of an image is no reason to compile again: none of its values is special.
+@triton.jit(do_not_specialize=["patches_a_frame", "tokens_a_row", "stride_t", "stride_y"])
 def _patchify_kernel(
     clip,
     scale,
