@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from fastvl_lab.measure.attribution import Attribution, attribute
     from fastvl_lab.measure.audit import Audit, audit
     from fastvl_lab.measure.compare import Comparison, compare
+    from fastvl_lab.measure.floors import Floor, floor
     from fastvl_lab.measure.photo import photo
     from fastvl_lab.measure.sweep import SweepSettings, sweep
     from fastvl_lab.recipe import Recipe, toggles
@@ -49,6 +50,8 @@ _PUBLIC = {
     "Attribution": "measure.attribution",
     "audit": "measure.audit",
     "Audit": "measure.audit",
+    "floor": "measure.floors",
+    "Floor": "measure.floors",
     "photo": "measure.photo",
     "workbench": "view.workbench",
     "FastvlError": "errors",

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,9 +10,14 @@ import torch
 
 from fastvl_lab.cache.slotted import KvShape
 from fastvl_lab.checkpoint import Checkpoint
+from fastvl_lab.errors import DeviceError
+from fastvl_lab.lab import Lab, device_name
+from fastvl_lab.measure.hardware import find_hardware
 from fastvl_lab.measure.rounds import now
 from fastvl_lab.measure.statistics import median_interval
-from fastvl_lab.request import Grid
+from fastvl_lab.measure.towers import grids_of
+from fastvl_lab.request import Grid, Request
+from fastvl_lab.tokenizer import tokenize
 from fastvl_lab.vit import positions
 
 
@@ -108,8 +113,12 @@ class Work:
 
     def seconds(self, ceilings: Ceilings) -> float:
         """The stage's floor: the time of whichever of them takes longest, as if the others were free."""
+        return max(self.parts(ceilings).values())
+
+    def parts(self, ceilings: Ceilings) -> dict[str, float]:
+        """The seconds of each; an upload is free where its ceiling is not known."""
         upload = self.uploaded / ceilings.uploaded if ceilings.uploaded else 0.0
-        return max(self.flops / ceilings.matmul, self.moved / ceilings.copied, upload)
+        return {"operations": self.flops / ceilings.matmul, "memory": self.moved / ceilings.copied, "upload": upload}
 
 
 def stage_works(checkpoint: Checkpoint, grids: Sequence[Grid], length: int, *, last_token_alone: bool = True) -> dict[str, Work]:
@@ -131,10 +140,82 @@ def stage_works(checkpoint: Checkpoint, grids: Sequence[Grid], length: int, *, l
     prefill = prefill_flops(checkpoint, length, last_token_alone=last_token_alone)
     return {
         "upload": Work(uploaded=pixels),
-        "vit": Work(flops=vit_flops(checkpoint, grids, frames=1).total, moved=of_vit + pixels + made),
+        "vit": Work(flops=vit_flops(checkpoint, grids, frames=1).total, moved=of_vit + pixels + made) if grids else Work(),
         "prefill": Work(flops=prefill.total, moved=decode_bytes(checkpoint, length) + (length - 1) * row),
         "decode": Work(flops=step, moved=decode_bytes(checkpoint, length + 1)),
     }
+
+
+@dataclass(frozen=True, kw_only=True)
+class Floor:
+    """What a request must cost at least on a device that does no more a second than `ceilings`.
+
+    works: by stage, as `stage_works` has them; source: where the ceilings come from; n_prompt, n_visual: tokens of the whole prompt
+    and of its images.
+    """
+
+    works: Mapping[str, Work]
+    ceilings: Ceilings
+    source: str
+    n_prompt: int
+    n_visual: int
+
+    @property
+    def seconds(self) -> dict[str, float]:
+        """By stage; "decode" is one step, the first."""
+        return {stage: work.seconds(self.ceilings) for stage, work in self.works.items()}
+
+    @property
+    def patches(self) -> float:
+        """Seconds from patches on the device to the first token."""
+        return self.seconds["vit"] + self.seconds["prefill"]
+
+    @property
+    def tokens_per_second(self) -> float:
+        """At most, in the decode steps of one request."""
+        return 1 / self.seconds["decode"]
+
+    def __str__(self) -> str:
+        upload = "" if self.ceilings.uploaded is None else f", upload {self.ceilings.uploaded / 1e9:.1f} GB/s"
+        lines = [
+            f"floor of {self.n_prompt} tokens, {self.n_visual} of them visual; {self.source}: "
+            f"matmul {self.ceilings.matmul / 1e12:.2f} TFLOP/s, memory {self.ceilings.copied / 1e9:.0f} GB/s{upload}",
+            f"  {'stage':<8} {'GFLOP':>10} {'MB':>10} {'floor ms':>10}  bound by",
+        ]
+        for stage, work in self.works.items():
+            seconds, limit = max((seconds, part) for part, seconds in work.parts(self.ceilings).items())
+            if seconds > 0:
+                done = f"{work.flops / 1e9:10.1f} {(work.moved + work.uploaded) / 1e6:10.1f}"
+                lines.append(f"  {stage:<8} {done} {seconds * 1e3:10.3f}  {limit}")
+        lines.append(f"  patches to first token {self.patches * 1e3:.2f} ms; at most {self.tokens_per_second:.0f} tokens/s")
+        return "\n".join(lines)
+
+
+def floor(lab: Lab, request: Request, *, ceilings: Ceilings | None = None, hardware: str | None = None) -> Floor:
+    """The least time of a request's stages on the lab's device, as measured now, or on a GPU that need not be there.
+
+    ceilings: measured before (`Ceilings.measure`). hardware: a GPU's name (`measure.hardware`), for what its vendor publishes of
+    half precision, which the lab must then be in; an upload has no floor there. What the host does has none anywhere. Raises
+    `RequestError` and `ImageError` for a request that cannot be served, `DeviceError` for hardware that is unknown, or in float32.
+    """
+    source = f"measured on {device_name(lab.device)} in {str(lab.dtype).removeprefix('torch.')}"
+    if hardware is not None:
+        known = find_hardware(hardware)
+        if lab.dtype not in (torch.bfloat16, torch.float16):
+            raise DeviceError(
+                f"{known.name} is known in bfloat16 and float16, and the lab is in {lab.dtype}; load it with dtype='bfloat16'"
+            )
+        ceilings = Ceilings(matmul=known.peak_flops, copied=known.memory_bandwidth, uploaded=None)
+        source = f"{known.name} as published ({known.source})"
+    grids = grids_of(lab, request)
+    n_prompt = tokenize(request, grids, lab.checkpoint).n_tokens
+    return Floor(
+        works=stage_works(lab.checkpoint, grids, n_prompt),
+        ceilings=ceilings or Ceilings.measure(lab.device, lab.dtype),
+        source=source,
+        n_prompt=n_prompt,
+        n_visual=sum(grid.visual_tokens(lab.checkpoint.merge_size) for grid in grids),
+    )
 
 
 def _squares(groups: positions.Groups) -> int:

@@ -25,17 +25,15 @@ from fastvl_lab.checkpoint import Checkpoint
 from fastvl_lab.errors import sentence
 from fastvl_lab.lab import EngineName, Lab, device_name
 from fastvl_lab.measure.compare import compare
-from fastvl_lab.measure.floors import Ceilings, stage_works
+from fastvl_lab.measure.floors import Ceilings, floor
 from fastvl_lab.measure.forced import Truth, forced_logits, in_wider_dtype, truths
 from fastvl_lab.measure.gpu_engines import MODES, STOCK, cannot_run, engines, fused, modes, same_steps
 from fastvl_lab.measure.gpu_rows import Deadline, capture_row, kernels_ms, memory_row, pays_after, timed_row, tuned_launches
 from fastvl_lab.measure.gpu_tables import text
 from fastvl_lab.measure.slot_report import Row, command, picture, within_budget
 from fastvl_lab.measure.statistics import median_interval
-from fastvl_lab.measure.towers import grids_of
 from fastvl_lab.recipe import Recipe
 from fastvl_lab.request import Request
-from fastvl_lab.tokenizer import tokenize
 
 FULL: dict[str, Any] = {
     "checkpoints": ("random:Qwen/Qwen2.5-VL-3B-Instruct", "random:Qwen/Qwen3-VL-4B-Instruct"),
@@ -210,22 +208,18 @@ def _ceilings_row(bench: Bench) -> Row:
 
 def _floors_row(bench: Bench, point: Point) -> Row:
     """By stage the operations, the bytes and the floor; from patches to the first token the floors of what must be done in turn."""
-    checkpoint = bench.lab.checkpoint
-    grids = grids_of(bench.lab, point.request)
-    length = tokenize(point.request, grids, checkpoint).n_tokens
-    works = stage_works(checkpoint, grids, length)
-    floors = {stage: work.seconds(bench.ceilings) * 1e3 for stage, work in works.items()}
-    found = {
+    found = floor(bench.lab, point.request, ceilings=bench.ceilings)
+    row: Row = {
         "image": point.image,
-        "visual_tokens": sum(grid.visual_tokens(checkpoint.merge_size) for grid in grids),
-        "prompt_tokens": length,
-        "gflop": {stage: work.flops / 1e9 for stage, work in works.items()},
-        "mb": {stage: (work.moved + work.uploaded) / 1e6 for stage, work in works.items()},
-        "floor_ms": floors,
-        "patches_floor_ms": floors["vit"] + floors["prefill"],
-        "tokens_per_second": 1e3 / floors["decode"],
+        "visual_tokens": found.n_visual,
+        "prompt_tokens": found.n_prompt,
+        "gflop": {stage: work.flops / 1e9 for stage, work in found.works.items()},
+        "mb": {stage: (work.moved + work.uploaded) / 1e6 for stage, work in found.works.items()},
+        "floor_ms": {stage: seconds * 1e3 for stage, seconds in found.seconds.items()},
+        "patches_floor_ms": found.patches * 1e3,
+        "tokens_per_second": found.tokens_per_second,
     }
-    return bench.row("floors", found)
+    return bench.row("floors", row)
 
 
 def _truths(bench: Bench, wide: Checkpoint, point: Point, steps: int) -> dict[str, Truth] | str:

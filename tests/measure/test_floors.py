@@ -11,7 +11,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoConfig, AutoModelForImageTextToText
 
-from fastvl_lab import Lab
+from fastvl_lab import DeviceError, Lab, Request, floor, photo
 from fastvl_lab.checkpoint import Checkpoint
 from fastvl_lab.checkpoint.random_weights import write_published_folder
 from fastvl_lab.measure import floors
@@ -152,3 +152,40 @@ def test_a_stage_has_the_work_that_cannot_be_spared(lab: Lab) -> None:
     longer, shorter = (prefill_flops(checkpoint, n) for n in (length + 1, length))
     head = 2 * checkpoint.model.lm_head.weight.numel()  # which both count once
     assert works["decode"].flops == longer.total - shorter.total + head
+
+
+def test_the_floor_of_a_request_is_that_of_its_stages(lab: Lab) -> None:
+    request = Request(images=[photo("coffee", (224, 168)), photo("rocket", (97, 310))], prompt="Compare.", max_new_tokens=1)
+    run = lab.run(request, "baseline")
+    ceilings = Ceilings(matmul=1e11, copied=1e10, uploaded=None)
+    found = floor(lab, request, ceilings=ceilings)
+    works = stage_works(lab.checkpoint, [shape.grid for shape in run.shapes], run.n_prompt)
+    assert (found.works, found.n_prompt) == (works, run.n_prompt)
+    assert found.n_visual == sum(shape.grid.visual_tokens(lab.checkpoint.merge_size) for shape in run.shapes)
+    assert found.seconds == {stage: work.seconds(ceilings) for stage, work in works.items()}
+    assert found.patches == found.seconds["vit"] + found.seconds["prefill"]
+    assert found.tokens_per_second * found.seconds["decode"] == pytest.approx(1)
+    printed = str(found).splitlines()
+    assert "matmul 0.10 TFLOP/s, memory 10 GB/s" in printed[0]
+    assert [line.split()[0] for line in printed[2:-1]] == ["vit", "prefill", "decode"]  # nothing is uploaded to a CPU
+    assert printed[-2].endswith("memory")
+    assert f"{found.seconds['vit'] * 1e3:.3f}  operations" in printed[2]
+
+
+def test_a_text_alone_has_no_floor_in_the_tower(lab: Lab) -> None:
+    found = floor(lab, Request(prompt="Hello.", max_new_tokens=1), ceilings=Ceilings(matmul=1e11, copied=1e10, uploaded=None))
+    assert found.seconds["vit"] == found.n_visual == 0
+    assert found.patches == found.seconds["prefill"] > 0
+    assert "vit" not in str(found)
+
+
+def test_a_gpu_that_is_not_here_has_the_floor_that_its_vendor_publishes(labs: dict[str, Lab]) -> None:
+    request = Request(images=[photo("coffee", (224, 168))], prompt="What?", max_new_tokens=1)
+    half = Lab("tiny-qwen3-vl", device="cpu", dtype="bfloat16")
+    found = floor(half, request, hardware="H100 SXM")
+    assert found.ceilings == Ceilings(matmul=989.5e12, copied=3350e9, uploaded=None)
+    assert "H100 SXM as published" in str(found)
+    with pytest.raises(DeviceError, match="float16, and the lab is in"):
+        floor(labs["tiny-qwen3-vl"], request, hardware="H100 SXM")
+    with pytest.raises(DeviceError, match="unknown"):
+        floor(half, request, hardware="abacus")

@@ -13,7 +13,7 @@ from fastvl_lab.lab import EngineName, Lab
 from fastvl_lab.measure.attribution import Attribution, attribute
 from fastvl_lab.measure.audit import Audit, audit
 from fastvl_lab.measure.compare import Comparison, compare
-from fastvl_lab.measure.floors import Ceilings, stage_works
+from fastvl_lab.measure.floors import Ceilings, floor
 from fastvl_lab.measure.photo import photo
 from fastvl_lab.measure.statistics import Interval
 from fastvl_lab.preprocessor.decode_image import as_image, open_image, read_orientation, with_pillow
@@ -255,12 +255,10 @@ class Session:
             layers[label] = replace(run, engine=label)
         return self._know(replace(result, layers=layers))
 
-    def _find_floors(self, result: Result, lab: Lab, _: Request, __: threading.Event) -> Result:
-        if self._ceilings is None:
-            self._ceilings = Ceilings.measure(lab.device, lab.dtype)
-        works = stage_works(lab.checkpoint, [shape.grid for shape in result.run.shapes], result.run.n_prompt)
-        floors = {stage: work.seconds(self._ceilings) for stage, work in works.items()}
-        return self._know(replace(result, floors={stage: floor for stage, floor in floors.items() if floor > 0}))
+    def _find_floors(self, result: Result, lab: Lab, request: Request, _: threading.Event) -> Result:
+        found = floor(lab, request, ceilings=self._ceilings)
+        self._ceilings = found.ceilings
+        return self._know(replace(result, floors={stage: seconds for stage, seconds in found.seconds.items() if seconds > 0}))
 
     def _attribute(self, result: Result, repeats: int, lab: Lab, request: Request, stop: threading.Event) -> Result:
         return self._know(replace(result, attribution=attribute(lab, request, result.recipe, repeats=repeats, stop=stop)))
