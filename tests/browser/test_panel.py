@@ -69,6 +69,13 @@ class Panel:
         }"""
         self.page.wait_for_function(script, timeout=10_000)
 
+    def follows_the_theme(self) -> None:
+        """What JupyterLab writes on the page when its theme is changed is enough."""
+        for light, dark in (("false", "true"), ("true", "false")):
+            self.page.evaluate("(light) => { document.body.dataset.jpThemeLight = light; }", light)
+            script = "(dark) => String(document.querySelector('.fl-bench').classList.contains('fl-dark')) === dark"
+            self.page.wait_for_function(script, arg=dark, timeout=20_000)
+
     def darken(self) -> None:
         self.button("dark").click()
         self.page.wait_for_function("() => document.querySelector('.fl-bench').classList.contains('fl-dark')")
@@ -168,6 +175,7 @@ def test_the_panel_in_jupyterlab(jupyterlab: Any, page: Any, errors: list[str], 
     panel.state("idle")
     panel.fits()
     page.screenshot(path=tmp_path / "light.png")
+    panel.follows_the_theme()
     panel.darken()
     page.screenshot(path=tmp_path / "dark.png")
     panel.box.get_by_text("copy recipe").first.click()

@@ -115,6 +115,7 @@ class Workbench:
         self._figure._config = self._figure._config | CONFIG
         self._room = Room()
         self._room.observe(lambda change: self._fit(change["new"]), "width")
+        self._room.observe(lambda change: setattr(self._dark, "value", change["new"]), "dark")
         self.widget = self._layout()
         show_recipe(self.controls, recipe)
         self.run()
@@ -320,7 +321,9 @@ class Workbench:
         prompt.observe(lambda change: self.ask(prompt=change["new"]), "value")
         tokens.observe(lambda change: self.ask(max_new_tokens=change["new"]), "value")
         repeats.observe(lambda change: self._repeat(change["new"]), "value")
-        self._dark = widgets.ToggleButton(description="dark", tooltip="a dark page", layout=wide)
+        self._dark = widgets.ToggleButton(
+            description="dark", tooltip="a dark page, as JupyterLab's theme is or as you like", layout=wide
+        )
         self._dark.observe(self._darken, "value")
         every = [checkpoint, picture, upload, prompt, tokens, repeats, self._dark]
         return widgets.HBox(every, layout=widgets.Layout(flex_flow="row wrap"))
