@@ -15,6 +15,7 @@ from fastvl_lab.measure.rounds import Rounds, Timing
 from fastvl_lab.measure.towers import Cost
 from fastvl_lab.trace import Span, Trace
 from fastvl_lab.view import style
+from fastvl_lab.view.workbench.figures import with_ghost
 
 
 @pytest.fixture(scope="module")
@@ -62,19 +63,40 @@ def test_runs_share_one_axis(runs: list[Run]) -> None:
     assert layout.xaxis.matches == "x2"
 
 
-def test_the_device_lane_differs_by_pattern_and_place(runs: list[Run]) -> None:
+def _on_two_lanes(run: Run) -> Run:
+    """The same run as if a device had done each stage while the host did."""
     spans = tuple(
         Span(name=s.name, lane=lane, depth=0, start_ns=s.start_ns, end_ns=s.end_ns)
-        for s in runs[0].trace.within_ttft()
+        for s in run.trace.within_ttft()
         for lane in ("host", "device")
     )
-    trace = Trace(spans=spans, first_chunk_ns=runs[0].trace.first_chunk_ns, end_ns=runs[0].trace.end_ns)
-    figure = view.waterfall([dataclasses.replace(runs[0], trace=trace)])
+    trace = Trace(spans=spans, first_chunk_ns=run.trace.first_chunk_ns, end_ns=run.trace.end_ns)
+    return dataclasses.replace(run, trace=trace)
+
+
+def test_the_device_lane_differs_by_pattern_and_place(runs: list[Run]) -> None:
+    figure = view.waterfall([_on_two_lanes(runs[0])])
     lanes = {bars.legendgroup: bars for bars in figure.data}
     assert lanes["device"].marker.pattern.shape == style.DEVICE_PATTERN
     assert lanes["host"].marker.pattern.shape is None
     assert lanes["host"].offset + lanes["host"].width <= lanes["device"].offset
     assert any("· device" in annotation.text for annotation in figure.layout.annotations)
+
+
+def test_a_ghost_lies_behind_the_lane_that_it_is_of(runs: list[Run]) -> None:
+    before, run = (_on_two_lanes(run) for run in runs)
+    ghost, *bars = with_ghost(None, run, before).data
+    lanes = {lane.legendgroup: lane for lane in bars}
+    spans = [span for lane in ("host", "device") for span in before.trace.within_ttft(lane) if span.name in run.trace.stages()]
+    assert list(ghost.x) == [span.duration_ns / 1e6 for span in spans]
+    for span, low, height in zip(spans, ghost.offset, ghost.width, strict=True):
+        bar = lanes[span.lane]
+        assert low < bar.offset
+        assert bar.offset + bar.width <= low + height
+    # A run with one lane is held against the host of the other alone.
+    ghost, *bars = with_ghost(None, runs[1], before).data
+    assert len(ghost.x) == len(spans) / 2
+    assert set(ghost.offset) == {-ghost.width[0] / 2}
 
 
 def test_stages_with_names_of_their_own_are_drawn_and_tabled(runs: list[Run]) -> None:

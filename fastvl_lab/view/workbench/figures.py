@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from fastvl_lab.run import Run
-from fastvl_lab.trace import Span
+from fastvl_lab.trace import Lane, Span
 from fastvl_lab.view import style
 from fastvl_lab.view.waterfall import waterfall
 
@@ -15,6 +15,9 @@ if TYPE_CHECKING:
 
 DARK = {"paper": "#111418", "ink": "#E8E8E8", "grid": "#3A3F45"}
 _GHOST = "rgba(128, 128, 128, 0.35)"
+# Where the ghost of a lane begins in its row, and how high it is: a little beyond the bars of `waterfall`.
+_ONE_LANE: dict[Lane, tuple[float, float]] = {"host": (-0.43, 0.86)}
+_TWO_LANES: dict[Lane, tuple[float, float]] = {"host": (-0.43, 0.43), "device": (0.0, 0.43)}
 
 
 def with_ghost(reference: Run | None, run: Run, ghost: Run | None) -> go.Figure:
@@ -30,7 +33,8 @@ def with_ghost(reference: Run | None, run: Run, ghost: Run | None) -> go.Figure:
     if ghost is None:
         return figure
     panel, rows = len(runs), set(run.trace.stages())
-    spans = [span for span in ghost.trace.within_ttft() if span.name in rows]
+    lanes = _TWO_LANES if run.trace.has_device_lane else _ONE_LANE
+    spans = [span for lane in lanes for span in ghost.trace.within_ttft(lane) if span.name in rows]
     figure.add_trace(
         style.graph_objects().Bar(
             name="the run before",
@@ -38,8 +42,8 @@ def with_ghost(reference: Run | None, run: Run, ghost: Run | None) -> go.Figure:
             y=[span.name for span in spans],
             base=[span.start_ns / 1e6 for span in spans],
             x=[span.duration_ns / 1e6 for span in spans],
-            width=0.86,
-            offset=-0.43,
+            width=[lanes[span.lane][1] for span in spans],
+            offset=[lanes[span.lane][0] for span in spans],
             marker={"color": _GHOST, "line": {"width": 0}},
             hovertemplate="%{y} before: %{x:.3f} ms from %{base:.3f} ms<extra></extra>",
         ),
