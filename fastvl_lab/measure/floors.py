@@ -196,8 +196,11 @@ def floor(lab: Lab, request: Request, *, ceilings: Ceilings | None = None, hardw
 
     ceilings: measured before (`Ceilings.measure`). hardware: a GPU's name (`measure.hardware`), for what its vendor publishes of
     half precision, which the lab must then be in; an upload has no floor there. What the host does has none anywhere. Raises
-    `RequestError` and `ImageError` for a request that cannot be served, `DeviceError` for hardware that is unknown, or in float32.
+    `RequestError` and `ImageError` for a request that cannot be served, `DeviceError` for hardware that is unknown, or in float32,
+    or asked for beside ceilings.
     """
+    if ceilings is not None and hardware is not None:
+        raise DeviceError(f"hardware is {hardware!r} and ceilings are given too; give one of them, or none to measure here")
     source = f"measured on {device_name(lab.device)} in {str(lab.dtype).removeprefix('torch.')}"
     if hardware is not None:
         known = find_hardware(hardware)

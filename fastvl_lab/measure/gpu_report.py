@@ -28,7 +28,7 @@ from fastvl_lab.measure.compare import compare
 from fastvl_lab.measure.floors import Ceilings, floor
 from fastvl_lab.measure.forced import Truth, forced_logits, in_wider_dtype, truths
 from fastvl_lab.measure.gpu_engines import MODES, STOCK, cannot_run, engines, fused, modes, same_steps
-from fastvl_lab.measure.gpu_rows import Deadline, capture_row, kernels_ms, memory_row, pays_after, timed_row, tuned_launches
+from fastvl_lab.measure.gpu_rows import Deadline, capture_row, kernels_row, memory_row, pays_after, timed_row, tuned_launches
 from fastvl_lab.measure.gpu_tables import text
 from fastvl_lab.measure.slot_report import Row, command, picture, within_budget
 from fastvl_lab.measure.statistics import median_interval
@@ -312,13 +312,13 @@ def _decode_rows(bench: Bench, point: Point, right: frozenset[str], new_tokens: 
 
 
 def _kernel_rows(bench: Bench, point: Point, right: frozenset[str]) -> list[Row]:
-    """In how much of a request the device does anything; a box that forbids profiling says so."""
+    """In how much of a request the device does anything, and with what; a box that forbids profiling says so."""
     rows = []
     for label in [label for label in point.engines if label in right]:
         found: Row = {"error": bench.deadline.skipped()}
         if not bench.deadline.passed:
             try:
-                found = {"kernels_ms": kernels_ms(bench.lab, point.request, point.engines[label])}
+                found = kernels_row(bench.lab, point.request, point.engines[label])
             except Exception as error:
                 found = {"error": sentence(error)}
         rows.append(bench.row("kernels", {"of": point.part, "image": point.image} | found, label))

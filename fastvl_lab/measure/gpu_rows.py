@@ -24,6 +24,9 @@ from fastvl_lab.trace import Lane, Trace
 ON_DEVICE = ("upload", "vit", "merge", "prefill", "first_token", "sample")
 
 
+_LONGEST = 12  # kernels that are named
+
+
 @dataclass(frozen=True, kw_only=True)
 class Deadline:
     """Until when work may begin; `minutes` is the limit in words, `ends` a reading of `time.monotonic`."""
@@ -133,17 +136,31 @@ def memory_row(lab: Lab, request: Request, engine: EngineName) -> Row:
     return {"peak_mb": peak / 1e6, "working_mb": (peak - held) / 1e6}
 
 
-def kernels_ms(lab: Lab, request: Request, engine: EngineName) -> float | None:
-    """Milliseconds of a warm request in which any kernel or copy ran on the device, by torch's profiler; None where it saw none.
+def kernels_row(lab: Lab, request: Request, engine: EngineName) -> Row:
+    """What ran on the device in a warm request, by torch's profiler (`by_kernel`).
 
     Its own run, and never before others are timed: a profiler that has been used may slow what follows.
     """
     lab.run(request, engine, trace="off")
     with profile(activities=[ProfilerActivity.CUDA]) as seen:
         lab.run(request, engine, trace="off")
-    on_device = [event.time_range for event in seen.events() if event.device_type.name == "CUDA"]
-    times = [(time_range.start, time_range.end) for time_range in on_device]
-    return covered(times) / 1e3 if times else None
+    on_device = [event for event in seen.events() if event.device_type.name == "CUDA"]
+    return by_kernel([(event.name, event.time_range.start, event.time_range.end) for event in on_device])
+
+
+def by_kernel(ran: Sequence[tuple[str, float, float]]) -> Row:
+    """Of kernels and copies (name, start and end in microseconds) the milliseconds in which any ran, None if there are none.
+
+    "longest": those that took most, by name, with how often they ran and the sum of their milliseconds.
+    """
+    spent: dict[str, list[float]] = {}
+    for name, start, end in ran:
+        spent.setdefault(name, []).append((end - start) / 1e3)
+    longest = sorted(spent.items(), key=lambda item: -sum(item[1]))[:_LONGEST]
+    return {
+        "kernels_ms": covered((start, end) for _, start, end in ran) / 1e3 if ran else None,
+        "longest": [{"name": name, "times": len(each), "ms": sum(each)} for name, each in longest],
+    }
 
 
 def tuned_launches() -> list[Row]:

@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from fastvl_lab.measure.slot_report import Row, table
 
 _INDENT = " " * 30
+_NAME = 80
 
 
 def text(rows: Sequence[Row]) -> str:
@@ -91,7 +92,15 @@ def _decode(row: Row) -> str:
 
 
 def _kernels(row: Row) -> str:
-    return "the profiler saw none" if row["kernels_ms"] is None else f"{row['kernels_ms']:9.2f} ms"
+    if row["kernels_ms"] is None:
+        return "the profiler saw none"
+    named = [f"{_INDENT}{kernel['ms']:9.3f} ms {kernel['times']:5} x  {_short(kernel['name'])}" for kernel in row["longest"]]
+    return "\n".join([f"{row['kernels_ms']:9.2f} ms", *named])
+
+
+def _short(name: str) -> str:
+    """The beginning of a kernel's name, which with the arguments of its template can be pages."""
+    return name if len(name) <= _NAME else f"{name[: _NAME - 1]}…"
 
 
 def _launch(row: Row) -> str:

@@ -189,3 +189,5 @@ def test_a_gpu_that_is_not_here_has_the_floor_that_its_vendor_publishes(labs: di
         floor(labs["tiny-qwen3-vl"], request, hardware="H100 SXM")
     with pytest.raises(DeviceError, match="unknown"):
         floor(half, request, hardware="abacus")
+    with pytest.raises(DeviceError, match="give one of them"):
+        floor(half, request, hardware="H100 SXM", ceilings=found.ceilings)

@@ -24,7 +24,7 @@ from fastvl_lab.language.rope import MRope
 from fastvl_lab.measure import gpu_engines, gpu_report, gpu_rows
 from fastvl_lab.measure.forced import Truth, forced_logits, in_wider_dtype, truths
 from fastvl_lab.measure.gpu_engines import cannot_run, engines, modes, same_steps
-from fastvl_lab.measure.gpu_rows import Deadline, capture_row, device_idle, pays_after, since_upload
+from fastvl_lab.measure.gpu_rows import Deadline, by_kernel, capture_row, device_idle, pays_after, since_upload
 from fastvl_lab.measure.gpu_tables import text
 from fastvl_lab.measure.slot_report import within_budget
 from fastvl_lab.trace import Span, Trace
@@ -245,6 +245,19 @@ def test_captures_pay_only_where_they_are_shown_to_save_anything() -> None:
     assert pays_after(faster | {"ttft_high_ms": float("nan")}, eager_row) is None
     assert pays_after(faster | {"captures": []}, eager_row) is None
     assert pays_after(faster, {"error": "failed"}) is None
+
+
+def test_kernels_are_summed_by_name_and_their_time_is_counted_once() -> None:
+    ran = [("gemm", 0.0, 3000.0), ("copy", 2000.0, 4000.0), ("gemm", 5000.0, 6000.0), ("norm", 6000.0, 6500.0)]
+    found = by_kernel(ran)
+    assert found["kernels_ms"] == 5.5  # two at once count once, and waiting does not
+    assert found["longest"] == [
+        {"name": "gemm", "times": 2, "ms": 4.0},
+        {"name": "copy", "times": 1, "ms": 2.0},
+        {"name": "norm", "times": 1, "ms": 0.5},
+    ]
+    assert len(by_kernel([(str(n), n, n + 1) for n in range(100)])["longest"]) == 12
+    assert by_kernel([]) == {"kernels_ms": None, "longest": []}
 
 
 # The report

@@ -58,6 +58,8 @@ def rows() -> Rows:
         "tuned_for": {"dtype": "bfloat16", "head_dim": "80"},
         "launch": {"block_k": 64, "num_warps": 8},
     }
+    longest = [{"name": "k" * 200, "times": 32, "ms": 4.125}]
+    made.append(_row("kernels", "448x448", "one graph", of="main", kernels_ms=6.25, longest=longest, parity=None, error=None))
     return [*made, _row("launches", "", "", parity=None, error=None, **tuned)]
 
 
@@ -124,6 +126,7 @@ def test_the_command_draws_a_page_from_the_records(
     assert printed == f"{text(rows)}\n\nreport: {tmp_path / 'gpu.html'}\n"
     assert "captured in 2.00 s, 64.0 MB; pays after 41 requests" in printed
     assert "parity failed: error 5.0e-01; not timed" in printed
+    assert f"6.25 ms\n{' ' * 30}    4.125 ms    32 x  {'k' * 79}…" in printed
     assert "some_kernel                dtype bfloat16, head_dim 80: block_k 64, num_warps 8" in printed
     assert "elsewhere" in printed.partition("it needs a GPU")[2]
     assert page.count('class="plotly-graph-div"') == 4
