@@ -69,18 +69,27 @@ class Panel:
         }"""
         self.page.wait_for_function(script, timeout=10_000)
 
+    def is_dark(self, dark: bool) -> None:
+        """Page, paper and ink, all of them."""
+        script = """(dark) => {
+          const [paper, ink] = dark ? ["rgb(17, 20, 24)", "rgb(232, 232, 232)"] : ["rgb(255, 255, 255)", "rgb(34, 34, 34)"];
+          const drawn = getComputedStyle(document.querySelector(".fl-bench .main-svg")).backgroundColor;
+          const written = [...document.querySelectorAll(".fl-bench .ytick text")].map((label) => label.style.fill);
+          const page = document.querySelector(".fl-bench").classList.contains("fl-dark");
+          return page === dark && drawn === paper && written.length > 0 && written.every((fill) => fill === ink);
+        }"""
+        self.page.wait_for_function(script, arg=dark, timeout=20_000)
+
     def follows_the_theme(self) -> None:
-        """What JupyterLab writes on the page when its theme is changed is enough."""
-        for light, dark in (("false", "true"), ("true", "false")):
-            self.page.evaluate("(light) => { document.body.dataset.jpThemeLight = light; }", light)
-            script = "(dark) => String(document.querySelector('.fl-bench').classList.contains('fl-dark')) === dark"
-            self.page.wait_for_function(script, arg=dark, timeout=20_000)
+        """JupyterLab's own, there and back."""
+        for theme in ("Dark", "Light"):
+            change = "(theme) => window.jupyterapp.commands.execute('apputils:change-theme', { theme: `JupyterLab ${theme}` })"
+            self.page.evaluate(change, theme)
+            self.is_dark(theme == "Dark")
 
     def darken(self) -> None:
         self.button("dark").click()
-        self.page.wait_for_function("() => document.querySelector('.fl-bench').classList.contains('fl-dark')")
-        drawn = "() => document.querySelector('.fl-bench .main-svg').style.background.includes('17, 20, 24')"
-        self.page.wait_for_function(drawn, timeout=20_000)
+        self.is_dark(True)
 
     def ask_for_tokens(self, number: int) -> None:
         tokens = self.box.locator("input[type=number]").first

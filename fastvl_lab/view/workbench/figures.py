@@ -76,9 +76,12 @@ def so_far(stages: Sequence[Span]) -> go.Figure:
 
 
 def themed(figure: go.Figure, *, dark: bool) -> go.Figure:
-    """The same figure for a dark page; a light one is as it is."""
+    """The same figure for a dark page or a light one.
+
+    Of a light one too the paper is named: a widget that is on a page keeps what its next figure says nothing of.
+    """
     if not dark:
-        return figure
+        return figure.update_layout(paper_bgcolor="white", plot_bgcolor="white")
     paper, ink, grid = DARK["paper"], DARK["ink"], DARK["grid"]
     figure.update_layout(template="plotly_dark", paper_bgcolor=paper, plot_bgcolor=paper, font={"color": ink})
     figure.update_xaxes(gridcolor=grid)

@@ -58,6 +58,9 @@ _CSS = """<style>
 .fl-bench.fl-dark .fl-good { color: #35c795; } .fl-bench.fl-dark .fl-bad { color: #ff9060; }
 .fl-bench.fl-dark .jupyter-button:not(.mod-primary) { background: #2a3038; color: #E8E8E8; }
 .fl-bench.fl-dark .jupyter-button.mod-active { background: #55606d; }
+.fl-bench.fl-dark :is(.widget-tab-contents, .jupyter-widget-tab-contents) { background: #111418; border-color: #55606d; }
+.fl-bench.fl-dark .jupyter-widget-tab > .lm-TabBar .lm-TabBar-tab { background: #2a3038; color: #E8E8E8; border-color: #55606d; }
+.fl-bench.fl-dark .jupyter-widget-tab > .lm-TabBar .lm-TabBar-tab.lm-mod-current { background: #55606d; }
 .fl-bench.fl-dark :is(input, textarea, select) { background: #1b2026; color: #E8E8E8; border-color: #55606d; }
 </style>"""
 
