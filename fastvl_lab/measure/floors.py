@@ -1,4 +1,4 @@
-"""What a stage must cost at least: its operations and the bytes it reads, and what the device was seen to do per second."""
+"""What a request and its stages must cost at least: operations and bytes, and what a device was seen to do with them a second."""
 
 from __future__ import annotations
 

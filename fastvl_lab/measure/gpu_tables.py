@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from fastvl_lab.measure.slot_report import Row, table
 
 _INDENT = " " * 30
-_NAME = 80
+_NAME_WIDTH = 80
 
 
 def text(rows: Sequence[Row]) -> str:
@@ -100,7 +100,7 @@ def _kernels(row: Row) -> str:
 
 def _short(name: str) -> str:
     """The beginning of a kernel's name, which with the arguments of its template can be pages."""
-    return name if len(name) <= _NAME else f"{name[: _NAME - 1]}…"
+    return name if len(name) <= _NAME_WIDTH else f"{name[: _NAME_WIDTH - 1]}…"
 
 
 def _launch(row: Row) -> str:

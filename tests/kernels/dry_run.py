@@ -16,10 +16,8 @@ from typing import Any
 
 import torch
 import torch._inductor.compile_fx as inductor
-from native import NoDevice
+from native import compile_only
 from torch.utils import _triton
-from triton.runtime import driver
-from triton.runtime.autotuner import Autotuner
 from triton.runtime.jit import JITFunction
 
 from fastvl_lab import Lab, Recipe, Request, photo
@@ -30,39 +28,28 @@ from fastvl_lab.recipe import Option
 SIZES = ((640, 480), (448, 448), (330, 250), (97, 310), (56, 56))
 
 
-class Kernels:
-    """What was compiled since it was last asked."""
+def pretend() -> list[str]:
+    """Let this process take itself for one with a GPU, as far as Triton and recipes are concerned: the functions newly compiled."""
+    known: set[int] = set()
+    fresh: list[str] = []
 
-    def __init__(self) -> None:
-        self._known: set[int] = set()
-        self._fresh: list[str] = []
-        self._compile_and_launch = JITFunction.run
+    def note(function: JITFunction, kernel: Any, _: dict[str, Any]) -> None:
+        if id(kernel) not in known:  # Triton keeps each, so none has the identity of another
+            known.add(id(kernel))
+            fresh.append(function.__name__)
 
-    def compile_only(self, function: JITFunction, *arguments: Any, **options: Any) -> Any:
-        kernel = self._compile_and_launch(function, *arguments, **(options | {"warmup": True}))
-        if id(kernel) not in self._known:  # Triton keeps each, so none has the identity of another
-            self._known.add(id(kernel))
-            self._fresh.append(function.__name__)
-        return kernel
+    def measure(launch: Callable[[], Any], quantiles: Any) -> list[float]:
+        launch()
+        return [1.0] * len(quantiles)
 
-    def fresh(self) -> list[str]:
-        fresh, self._fresh = self._fresh, []
-        return fresh
-
-
-def pretend() -> Kernels:
-    """Let this process take itself for one with a GPU of compute capability 9.0, as far as Triton and recipes are concerned."""
-    kernels = Kernels()
-    driver.set_active(NoDevice(90))
-    JITFunction.run = lambda function, *arguments, **options: kernels.compile_only(function, *arguments, **options)
-    Autotuner.do_bench = property(lambda _: lambda launch, quantiles: [float(launch() is not None)] * len(quantiles))
+    compile_only(90, note, measure)
     _triton.has_triton = lambda: True
     Option.unavailable = lambda option, device: None  # type: ignore[method-assign]
     inductor.compile_fx = lambda graph, inputs: graph  # type: ignore[assignment]
     for name in ("empty", "empty_like"):
         make: Callable[..., torch.Tensor] = getattr(torch, name)
         setattr(torch, name, lambda *a, make=make, **k: _zero(make(*a, **k)))
-    return kernels
+    return fresh
 
 
 def _zero(tensor: torch.Tensor) -> torch.Tensor:
@@ -71,7 +58,7 @@ def _zero(tensor: torch.Tensor) -> torch.Tensor:
 
 def main(checkpoint: str, choices: list[str]) -> list[dict[str, Any]]:
     """Of each request: its image sizes, the kernels it compiled, and the stages that torch.compile compiled for it."""
-    kernels = pretend()
+    fresh = pretend()
     lab = Lab(checkpoint, device="cpu", dtype="bfloat16")
     changes = {"preprocessor.upload": "pageable", "preprocessor.patchify": "triton"}
     changes |= dict(choice.split("=") for choice in choices)
@@ -80,7 +67,8 @@ def main(checkpoint: str, choices: list[str]) -> list[dict[str, Any]]:
     for sizes in [*((size,) for size in SIZES), SIZES[1:4]]:
         images = [photo("coffee", size) for size in sizes]
         run = lab.run(Request(images=images, prompt="What is this?" * len(sizes), max_new_tokens=9, ignore_eos=True), recipe)
-        found.append({"sizes": sizes, "kernels": kernels.fresh(), "stages": [capture.stage for capture in run.captures]})
+        found.append({"sizes": sizes, "kernels": fresh.copy(), "stages": [capture.stage for capture in run.captures]})
+        fresh.clear()
     return found
 
 

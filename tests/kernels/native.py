@@ -53,6 +53,25 @@ class NoDevice:
         return 0
 
 
+def compile_only(
+    capability: int, seen: Callable[[JITFunction, Any, dict[str, Any]], None], measure: Callable[..., list[float]]
+) -> None:
+    """From now on this process compiles for a GPU of that capability and launches nothing.
+
+    seen(function, kernel, options) is told of every call; measure stands in for Triton's benchmarks of launch settings.
+    """
+    compile_and_launch = JITFunction.run
+
+    def run(function: JITFunction, *arguments: Any, **options: Any) -> Any:
+        kernel = compile_and_launch(function, *arguments, **(options | {"warmup": True}))
+        seen(function, kernel, options)
+        return kernel
+
+    driver.set_active(NoDevice(capability))
+    JITFunction.run = run
+    Autotuner.do_bench = property(lambda _: measure)
+
+
 def _segments(head_dim: int, length: int, dtype: torch.dtype) -> None:
     """As many heads as the published towers have, in their packed projection."""
     q, k, v = torch.zeros(256, 3, 16, head_dim, dtype=dtype).permute(1, 2, 0, 3)
@@ -123,23 +142,18 @@ def main(capability: int, names: list[str]) -> dict[str, Any]:
     compiled: list[dict[str, Any]] = []
     measured: list[float] = []
     call = ""
-    compile_and_launch = JITFunction.run
 
-    def compile_only(function: JITFunction, *arguments: Any, **options: Any) -> Any:
-        kernel = compile_and_launch(function, *arguments, **(options | {"warmup": True}))
+    def note(function: JITFunction, kernel: Any, options: dict[str, Any]) -> None:
         instructions = [name for name in ("wgmma", "mma.sync", "tcgen05.mma") if name in kernel.asm["ptx"]]
         launch = {"num_warps": kernel.metadata.num_warps, "block_k": options.get("block_k")}
         compiled.append({"call": call, "kernel": function.__name__, **launch, **_resources(kernel), "uses": instructions})
-        return kernel
 
     def measure(launch: Callable[[], Any], quantiles: Any) -> list[float]:
         launch()
         measured.append(-len(measured))
         return measured[-1:] * len(quantiles)
 
-    driver.set_active(NoDevice(capability))
-    JITFunction.run = compile_only
-    Autotuner.do_bench = property(lambda _: measure)
+    compile_only(capability, note, measure)
     for name in names:
         for dtype in (torch.bfloat16, torch.float32) if name == "rest" else (torch.bfloat16,):
             call = f"{name} {dtype}"

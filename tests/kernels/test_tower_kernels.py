@@ -118,7 +118,7 @@ def test_interpolate(dtype: torch.dtype, n: int, width: int) -> None:
     )
 
 
-BLOCK = 128  # the most queries of one program
+BLOCK = block_size(torch.bfloat16, longest=1000)
 SEGMENTS = {
     "one patch": (Group(0, 1, 1),),
     "windows": (Group(0, 5, 16), Group(80, 3, 12), Group(116, 1, 4)),
