@@ -132,7 +132,11 @@ class Lab:
         )
 
     def stream(self, request: Request, engine: EngineName | None = None) -> Iterator[Chunk]:
-        """Yield text as it is made; leaving the loop early stops the engine at its next stage or step."""
+        """Yield text as it is made; leaving the loop early stops the engine at its next stage or step.
+
+        The engine runs on a thread of its own. On a CPU that makes the first chunk later than `run`'s: torch keeps a pool of
+        threads for each thread that has computed, and together they are more than there are cores.
+        """
         key, gone, started = self.engine(engine), threading.Event(), threading.Event()
         bound, tracer = self._bind(key), Tracer(self.device, "off", stop=gone)
         # Unbounded: an engine that waited for its consumer would keep the lab from everybody else; the answer's length bounds it.
@@ -151,8 +155,8 @@ class Lab:
                 ready.put(error)
 
         producer = threading.Thread(target=produce, name="fastvl-stream", daemon=True)
-        producer.start()
         try:
+            producer.start()
             while (item := ready.get()) is not None:
                 if isinstance(item, BaseException):
                     raise item

@@ -239,7 +239,7 @@ class Tracer:
     def span(self, name: str) -> AbstractContextManager[None]:
         """A stage; raises `RequestCancelledError` if the request has been given up."""
         self.check()
-        return nullcontext() if self.level == "off" else self._record(name)
+        return nullcontext() if self.level == "off" else _Recorded(self, name)
 
     def check(self) -> None:
         """Raise `RequestCancelledError` if the request has been given up."""
@@ -257,7 +257,7 @@ class Tracer:
 
     def inner(self, name: str) -> AbstractContextManager[None]:
         """A block or layer inside a stage; recorded at level "layers" only."""
-        return self._record(name) if self.level == "layers" else nullcontext()
+        return _Recorded(self, name) if self.level == "layers" else nullcontext()
 
     def count(self, name: str, times: int = 1) -> None:
         """Something happened once more, or so many times; what did not happen is not written down."""
@@ -291,14 +291,6 @@ class Tracer:
                 begin, end = start_ns - self._started_ns, self._closed[-1][4] - self._started_ns
                 self._on_stage(Span(name=closed, lane="host", depth=0, start_ns=begin, end_ns=end))
 
-    @contextmanager
-    def _record(self, name: str) -> Iterator[None]:
-        self.begin(name)
-        try:
-            yield
-        finally:
-            self.end(name)
-
     def _event(self) -> Any:
         """A mark in the device's own work, or None from where that is not launched."""
         if not self._cuda or threading.get_ident() != self._owner:
@@ -324,6 +316,19 @@ class Tracer:
         spans.sort(key=lambda s: (s.start_ns, s.depth))
         first_chunk_ns = end_ns if self._first_chunk_ns is None else self._first_chunk_ns
         return Trace(spans=tuple(spans), first_chunk_ns=first_chunk_ns, end_ns=end_ns, counts=self._counts)
+
+
+class _Recorded(AbstractContextManager[None]):
+    """A span as a `with`; not a generator, which an interruption on its way in would close a second time."""
+
+    def __init__(self, tracer: Tracer, name: str) -> None:
+        self._tracer, self._name = tracer, name
+
+    def __enter__(self) -> None:
+        self._tracer.begin(self._name)
+
+    def __exit__(self, *_: object) -> None:
+        self._tracer.end(self._name)
 
 
 @contextmanager

@@ -129,7 +129,7 @@ class PlayedStream:
                 made.fail(error)
             raise
         finally:
-            if launcher.ident is not None:
+            if launcher.is_alive():
                 launcher.join()
 
     def _launch_all(self, launches: Callable[[], None]) -> None:

@@ -29,16 +29,17 @@ def in_rounds(
     threads = [threading.Thread(target=rounds.receive, name="fastvl-receive", daemon=True)]
     if new_gate is not None:
         threads.append(threading.Thread(target=rounds.respond, name="fastvl-respond", daemon=True))
-    for thread in threads:
-        thread.start()
     try:
+        for thread in threads:
+            thread.start()
         rounds.stream.carry_out(rounds.launch)
         for thread in threads:
             thread.join()
     finally:
         rounds.end()
         for thread in threads:
-            thread.join()
+            if thread.is_alive():  # one whose start was interrupted may only come to life now, and finds the rounds ended
+                thread.join()
     if rounds.errors:
         raise rounds.errors[0]
 

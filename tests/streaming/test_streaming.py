@@ -21,11 +21,22 @@ pytestmark = pytest.mark.alone
 
 CHOICES = {toggle.name: toggle.values for toggle in toggles() if toggle.slot == "streaming"}
 SETTINGS = [dict(zip(CHOICES, values, strict=True)) for values in product(*CHOICES.values())]
+THREADS = ("fastvl-launch", "fastvl-receive", "fastvl-respond", "fastvl-stream")
 REPORTED = {"steps_per_round": 16, "gate": "round", "positions": "host_sync"}
 
 
 def _recipe(settings: dict[str, int | str], preset: str = "fastest") -> Recipe:
     return Recipe.parse(preset).replace({f"streaming.{name}": value for name, value in settings.items()})
+
+
+def _threads_end(*, seconds: float) -> bool:
+    """Whether no thread of an answer is left by then: one that the interruption met at its start ends without being waited for."""
+    deadline = time.monotonic() + seconds
+    while any(thread.name in THREADS for thread in threading.enumerate()):
+        if time.monotonic() > deadline:
+            return False
+        time.sleep(0.005)
+    return True
 
 
 def _label(settings: dict[str, int | str]) -> str:
@@ -179,8 +190,30 @@ def test_an_interruption_by_the_keyboard_leaves_nothing_running(
         timer.start()
         with pytest.raises(KeyboardInterrupt):
             lab.run(answer_of(20_000), recipe)
-        assert not [t for t in threading.enumerate() if t.name in ("fastvl-launch", "fastvl-receive", "fastvl-respond")]
+        assert _threads_end(seconds=2)
     assert lab.run(answer_of(3), recipe).tokens == lab.run(answer_of(3), "fastest").tokens
+
+
+@pytest.mark.parametrize("name", THREADS)
+def test_an_interruption_while_a_thread_starts_leaves_nothing_running(
+    labs: dict[str, Lab], answer_of: Callable[..., Request], monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    lab, start, interrupted = labs["tiny-qwen2.5-vl"], threading.Thread.start, []
+
+    def is_interrupted(thread: threading.Thread) -> None:
+        start(thread)
+        if thread.name == name:
+            interrupted.append(thread)
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr(threading.Thread, "start", is_interrupted)
+        answer = lab.run if name != "fastvl-stream" else lambda *asked: next(lab.stream(*asked))
+        with pytest.raises(KeyboardInterrupt):
+            answer(answer_of(20_000), _recipe(REPORTED))
+    assert len(interrupted) == 1
+    assert _threads_end(seconds=2)
+    assert lab.run(answer_of(3), _recipe(REPORTED)).tokens == lab.run(answer_of(3), "fastest").tokens
 
 
 def test_on_chunk_is_given_what_the_run_reports(lab: Lab, answer_of: Callable[..., Request]) -> None:
