@@ -102,7 +102,7 @@ class Lab:
         it is set, the request ends at its next stage or step with a `RequestCancelledError`. Raises `FastvlError`s.
         """
         key = self.engine(engine)
-        bound, tracer, chunks = self._bind(key), Tracer(self.device, trace, stop=stop, on_stage=on_stage), []
+        tracer, chunks = Tracer(self.device, trace, stop=stop, on_stage=on_stage), []
 
         def deliver(text: str, tokens: tuple[int, ...]) -> None:
             chunks.append(Chunk(text=text, tokens=tokens, time=tracer.delivered()))
@@ -110,9 +110,10 @@ class Lab:
                 on_chunk(chunks[-1])
 
         with self._turn(key):
+            bound = self._bind(key)
             tracer.start()
             outcome = self._serve(bound, request, tracer, deliver)
-            finished = tracer.finish()
+            finished, logits = tracer.finish(), outcome.logits.cpu()
             kind = self._kind(key, outcome)
         name = key.text(self.device) if isinstance(key, Recipe) else key
         return Run(
@@ -127,7 +128,7 @@ class Lab:
             tokens=outcome.tokens,
             chunks=tuple(chunks),
             trace=finished,
-            logits=outcome.logits.cpu(),
+            logits=logits,
             captures=outcome.captures,
         )
 
@@ -138,7 +139,7 @@ class Lab:
         threads for each thread that has computed, and together they are more than there are cores.
         """
         key, gone, started = self.engine(engine), threading.Event(), threading.Event()
-        bound, tracer = self._bind(key), Tracer(self.device, "off", stop=gone)
+        tracer = Tracer(self.device, "off", stop=gone)
         # Unbounded: an engine that waited for its consumer would keep the lab from everybody else; the answer's length bounds it.
         ready: queue.SimpleQueue[tuple[str, tuple[int, ...]] | BaseException | None] = queue.SimpleQueue()
 
@@ -148,6 +149,7 @@ class Lab:
                     started.set()
                     if gone.is_set():  # the consumer left while others were served
                         return
+                    bound = self._bind(key)
                     tracer.start()
                     self._kind(key, self._serve(bound, request, tracer, lambda text, tokens: ready.put((text, tokens))))
                 ready.put(None)

@@ -75,6 +75,10 @@ class Option:
                     return "it needs a C++ compiler, and neither c++, g++ nor clang++ is found"
             elif importlib.util.find_spec(need) is None:
                 return f"it needs the package {need}, which is not installed"
+            elif need == "triton":
+                compilers = [os.environ["CC"]] if "CC" in os.environ else ["gcc", "clang"]
+                if not any(map(shutil.which, compilers)):
+                    return f"Triton needs a C compiler for what launches its kernels, and found none ({', '.join(compilers)})"
         return None
 
 

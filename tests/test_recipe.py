@@ -143,6 +143,21 @@ def test_an_option_says_why_it_cannot_run() -> None:
     assert package.unavailable(CPU) == "it needs the package no_such_package, which is not installed"
 
 
+def test_triton_needs_the_c_compiler_that_it_would_take(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    triton = Option(value="x", does="", needs=("triton",))
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.delenv("CC", raising=False)
+    reason = "Triton needs a C compiler for what launches its kernels, and found none"
+    assert triton.unavailable(CPU) == f"{reason} (gcc, clang)"
+    for name in ("clang", "mine"):
+        (tmp_path / name).touch(mode=0o755)
+    assert triton.unavailable(CPU) is None
+    monkeypatch.setenv("CC", "gcc")
+    assert triton.unavailable(CPU) == f"{reason} (gcc)"
+    monkeypatch.setenv("CC", str(tmp_path / "mine"))
+    assert triton.unavailable(CPU) is None
+
+
 def test_a_recipe_that_cannot_run_here_is_refused_before_work(labs: dict[str, Lab], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Option, "unavailable", lambda self, device: "no reason" if self.value == "lean" else None)
     recipe = Recipe.parse("baseline, vit.tower=lean, attention.decode=sdpa")

@@ -7,6 +7,7 @@ What records and replays is a `Recorder`: CUDA's is in `cuda_graphs.py`; tests h
 from __future__ import annotations
 
 import time
+import weakref
 from collections import OrderedDict
 from collections.abc import Callable, Hashable
 from dataclasses import dataclass, field, replace
@@ -41,12 +42,12 @@ class Recorder(Protocol):
 
 @dataclass(kw_only=True, eq=False)
 class _Graph:
-    """One recording, its input buffers, the constant tensors that were copied into them last, and how often it was replayed."""
+    """One recording, its input buffers, which constant tensors were copied into them last, and how often it was replayed."""
 
     capture: Capture
     buffers: dict[str, torch.Tensor]
     recording: Recording
-    sources: dict[str, torch.Tensor] = field(default_factory=dict)
+    sources: dict[str, weakref.ref[torch.Tensor]] = field(default_factory=dict)
     uses: int = 0
 
 
@@ -136,15 +137,16 @@ class Graphs:
 
     def __init__(self, stage: str, program: Program, store: GraphStore, constant: Callable[[str], bool]) -> None:
         self._stage, self._program, self._store, self._constant = stage, program, store, constant
+        self._owner = object()  # in place of this one, which holds the store: graphs go at once with the last who can use them
         self.fresh: list[Capture] = []
 
     @property
     def captures(self) -> tuple[Capture, ...]:
-        return self._store.captures(self)
+        return self._store.captures(self._owner)
 
     def __call__(self, tensors: Tensors, rest: Hashable, tracer: Tracer) -> tuple[torch.Tensor, ...]:
         sizes = tuple((name, tensor.shape, tensor.dtype) for name, tensor in tensors.items())
-        key = Key(owner=self, rest=rest, sizes=sizes)
+        key = Key(owner=self._owner, rest=rest, sizes=sizes)
         graph = self._store.find(key)
         if graph is None:
             with tracer.span(f"{self._stage}.capture"):
@@ -152,10 +154,10 @@ class Graphs:
             self.fresh.append(graph.capture)
             tracer.count(f"{self._stage}: graphs captured")
         for name, tensor in tensors.items():
-            if graph.sources.get(name) is not tensor:
+            if name not in graph.sources or graph.sources[name]() is not tensor:
                 graph.buffers[name].copy_(tensor)
                 if self._constant(name):
-                    graph.sources[name] = tensor
+                    graph.sources[name] = weakref.ref(tensor)
         graph.recording.replay()
         graph.uses += 1
         return tuple(output.clone() for output in graph.recording.outputs)

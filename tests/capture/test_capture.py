@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
+import gc
 import os
 import subprocess
 import sys
+import weakref
 from collections.abc import Callable
 from pathlib import Path
 
@@ -308,6 +310,36 @@ def test_the_graph_unused_for_longest_goes_first() -> None:
     with pytest.raises(CaptureError, match=r"takes \d+ bytes, and graph_budget is 10000"):
         graphs({"x": torch.zeros(5000)}, None, OFF)
     assert len(store) == store.n_bytes == 0
+
+
+def test_a_constant_input_is_copied_once_and_not_kept_alive() -> None:
+    recorder = PlayedRecorder()
+    store = GraphStore(recorder, max_bytes=10_000, max_graphs=2)
+    graphs = Graphs("vit", lambda tensors, rest: (tensors["x"] * 2,), store, lambda name: True)
+    x = torch.ones(3)
+    for _ in range(2):
+        assert graphs({"x": x}, None, OFF)[0].tolist() == [2, 2, 2]
+        x.zero_()  # which a constant never is: what was copied at first is still there
+    gone = weakref.ref(x)
+    del x
+    assert gone() is None
+    assert graphs({"x": torch.full((3,), 4.0)}, None, OFF)[0].tolist() == [8, 8, 8]
+    assert recorder.n_recorded == 1
+
+
+def test_graphs_go_with_their_lab_and_wait_for_no_garbage_collector(played: Lab) -> None:
+    """A graph that a collection destroys in the middle of another's capture spoils it on CUDA."""
+    lab = played.apart()
+    lab.graphs = store = GraphStore(PlayedRecorder(), max_bytes=2**30, max_graphs=1000)
+    lab.run(_request(SIZES[1]), f"fastest, {GRAPHS['stages']}")
+    assert len(store) > 0
+    gone = weakref.ref(store)
+    gc.disable()
+    try:
+        del lab, store
+        assert gone() is None
+    finally:
+        gc.enable()
 
 
 def test_warming_up_leaves_nothing_to_be_made_for_its_shapes(played: Lab, capsys: pytest.CaptureFixture[str]) -> None:

@@ -10,6 +10,7 @@ import torch
 from triton.runtime.autotuner import Autotuner
 
 from fastvl_lab import Lab, Recipe, Request, RequestCancelledError, photo, preprocessor, toggles, vit
+from fastvl_lab.capture.cuda_graphs import CudaRecorder
 from fastvl_lab.checkpoint import tiny
 from fastvl_lab.kernels.argmax import argmax, argmax_reference
 from fastvl_lab.kernels.decode_attention import decode_attention, decode_attention_reference
@@ -23,6 +24,12 @@ from fastvl_lab.measure.slot_report import within_budget
 from fastvl_lab.trace import Tracer
 
 pytestmark = [pytest.mark.gpu, pytest.mark.alone]
+
+
+@pytest.fixture(autouse=True)
+def _float32_is_float32(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Torch lets cuDNN, and nothing else, round float32 to TF32: the stock patch embedding alone would be off by 5e-3."""
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
 
 
 @pytest.mark.parametrize("name", tiny.NAMES)
@@ -331,6 +338,44 @@ def test_graphs_of_many_shapes_stay_within_the_budget_and_a_left_request_leaves_
         break
     assert lab.run(requests[3], recipe).tokens == truth
     assert torch.cuda.memory_reserved() <= held + budget
+
+
+def test_graphs_outlive_those_that_are_evicted_and_labs_that_are_gone() -> None:
+    """Each graph with a copy in another lab: one lab goes, and of the other every shape evicts one, while memory is given back."""
+    labs = [Lab("tiny-qwen3-vl", device="cuda", dtype="bfloat16") for _ in range(2)]
+    recipe = Recipe.parse(f"fastest, {GRAPHS[0]}", labs[0].device)
+    requests = [Request(images=[photo("coffee", (28 * (n + 2), 112))], prompt="?", max_new_tokens=4) for n in range(12)]
+    expected = [labs[0].run(request, Recipe.fastest("cuda")).tokens for request in requests]
+    for lab in labs:
+        assert lab.graphs is not None
+        lab.graphs.max_graphs = 6
+        assert [lab.run(request, recipe).tokens for request in requests] == expected
+    del lab, labs[0]
+    for _ in range(2):
+        for request, tokens in zip(reversed(requests), reversed(expected), strict=True):
+            torch.cuda.empty_cache()
+            assert labs[0].run(request, recipe).tokens == tokens
+
+
+def test_a_capture_that_fails_leaves_stream_and_recorder_usable() -> None:
+    device = torch.device("cuda", torch.cuda.current_device())
+    recorder, x = CudaRecorder(device), torch.ones(64, 64, device=device)
+    calls, stream = [], torch.cuda.current_stream()
+
+    def waits() -> tuple[torch.Tensor, ...]:
+        calls.append(1)
+        y = x @ x
+        if len(calls) == 3:
+            y.sum().item()  # the host may not wait inside a capture
+        return (y,)
+
+    with pytest.raises(RuntimeError):
+        recorder.record(waits)
+    assert torch.cuda.current_stream() == stream
+    recording = recorder.record(lambda: (x @ x,))
+    x.fill_(2)
+    recording.replay()
+    assert torch.equal(recording.outputs[0], torch.full_like(x, 256))
 
 
 @pytest.mark.parametrize("gate", ["open", "round"])
