@@ -9,6 +9,7 @@ import threading
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
+from typing import Any
 
 import torch
 from tqdm.auto import tqdm
@@ -20,7 +21,7 @@ from fastvl_lab.capture.compile_cache import keep_compiled
 from fastvl_lab.capture.execute import Capture
 from fastvl_lab.capture.graphs import GraphStore
 from fastvl_lab.capture.warm_up import Shape, requests_of
-from fastvl_lab.errors import CheckpointError, DeviceError, RecipeError
+from fastvl_lab.errors import CheckpointError, DeviceError, RecipeError, RequestError
 from fastvl_lab.pipeline import Engine, Outcome, Pipeline
 from fastvl_lab.recipe import Recipe
 from fastvl_lab.request import Chunk, Request, check_whole_number
@@ -71,6 +72,7 @@ class Lab:
         self._engines: dict[EngineName, Engine] = {}
         self._seen: set[tuple[object, ...]] = set()
         self._seen_by_thread = threading.local()
+        self._telling = threading.local()
         self._lock = threading.Lock()
 
     @property
@@ -101,13 +103,14 @@ class Lab:
         layers. on_chunk: given each chunk as it leaves, and on_stage each stage as it ends; the engine waits for them. stop: once
         it is set, the request ends at its next stage or step with a `RequestCancelledError`. Raises `FastvlError`s.
         """
-        key = self.engine(engine)
-        tracer, chunks = Tracer(self.device, trace, stop=stop, on_stage=on_stage), []
+        key = self._admitted(request, engine)
+        tell_chunk, tell_stage = self._told(on_chunk), self._told(on_stage)
+        tracer, chunks = Tracer(self.device, trace, stop=stop, on_stage=tell_stage), []
 
         def deliver(text: str, tokens: tuple[int, ...]) -> None:
             chunks.append(Chunk(text=text, tokens=tokens, time=tracer.delivered()))
-            if on_chunk is not None:
-                on_chunk(chunks[-1])
+            if tell_chunk is not None:
+                tell_chunk(chunks[-1])
 
         with self._turn(key):
             bound = self._bind(key)
@@ -119,7 +122,7 @@ class Lab:
         return Run(
             engine=engine if isinstance(engine, str) else name,
             recipe=key if isinstance(key, Recipe) else None,
-            checkpoint=self.checkpoint.name,
+            checkpoint=outcome.model or self.checkpoint.name,
             device=ELSEWHERE if peers.is_remote(key) else device_name(self.device),
             dtype="unknown" if peers.is_remote(key) else _dtype_name(self.dtype),
             kind=kind,
@@ -138,7 +141,7 @@ class Lab:
         The engine runs on a thread of its own. On a CPU that makes the first chunk later than `run`'s: torch keeps a pool of
         threads for each thread that has computed, and together they are more than there are cores.
         """
-        key, gone, started = self.engine(engine), threading.Event(), threading.Event()
+        key, gone, started = self._admitted(request, engine), threading.Event(), threading.Event()
         tracer = Tracer(self.device, "off", stop=gone)
         # Unbounded: an engine that waited for its consumer would keep the lab from everybody else; the answer's length bounds it.
         ready: queue.SimpleQueue[tuple[str, tuple[int, ...]] | BaseException | None] = queue.SimpleQueue()
@@ -206,6 +209,29 @@ class Lab:
         if engine is None:
             return Recipe.baseline()
         return engine if isinstance(engine, Recipe) else parse_engine(engine, self.device)
+
+    def _admitted(self, request: Request, engine: EngineName | None) -> EngineName:
+        """The engine, where it can be given a request at all."""
+        if not isinstance(request, Request):
+            raise RequestError(f"the request is a {type(request).__name__}; give a fastvl_lab.Request")
+        key = self.engine(engine)
+        if getattr(self._telling, "now", False) and not peers.is_remote(key):
+            raise RequestError("a request waits for its on_chunk and on_stage, in which the lab serves no other; ask after it")
+        return key
+
+    def _told(self, callback: Callable[[Any], object] | None) -> Callable[[Any], object] | None:
+        """The callback, during which this thread can give the lab no other request: the one it is told of would wait for itself."""
+        if callback is None:
+            return None
+
+        def told(news: Any) -> None:
+            self._telling.now = True
+            try:
+                callback(news)
+            finally:
+                self._telling.now = False
+
+        return told
 
     def _bind(self, key: EngineName) -> Engine:
         if key not in self._engines:

@@ -31,7 +31,8 @@ from fastvl_lab.trace import Tracer
 class Outcome:
     """What an engine reports when a request is done; `logits` are those of the last prompt token, float32 [vocab].
 
-    reused: whether anything of an earlier request was used. captures: what was compiled or captured on the way.
+    reused: whether anything of an earlier request was used. captures: what was compiled or captured on the way. model: what an
+    endpoint calls the model that it serves.
     """
 
     tokens: tuple[int, ...]
@@ -40,6 +41,7 @@ class Outcome:
     logits: torch.Tensor
     reused: bool = False
     captures: tuple[Capture, ...] = ()
+    model: str | None = None
 
 
 class Engine(Protocol):

@@ -513,8 +513,8 @@ class Recipe:
             slot, expected = getattr(self, slot_field.name), type(slot_field.default)
             if not isinstance(slot, expected):
                 raise RecipeError(f"{slot_field.name} is {slot!r}; it must be a {expected.__name__}")
-        for toggle in toggles():
-            option = self.option(toggle)
+        # All values first: a name that is mistyped is not a choice that another would not go with.
+        for option, toggle in [(self.option(toggle), toggle) for toggle in toggles()]:
             for path, allowed in option.required():
                 if str(self.value(path)) not in allowed:
                     needed = f"{path}={' or '.join(allowed)}"
@@ -540,9 +540,14 @@ class Recipe:
         What depends on the installation is `preprocessor.decode`: turbojpeg where simplejpeg is installed. On CPU: `make sweep`,
         both built-in checkpoints. On CUDA nothing is measured yet, so it is the CPU's.
         """
-        device = torch.device(device)
-        if device.type not in ("cpu", "cuda"):
+        try:
+            device = torch.device(device)
+            known = device.type in ("cpu", "cuda")
+        except RuntimeError:
+            known = False
+        if not known:
             raise RecipeError(f"no fastest recipe is known for device {str(device)!r}; the choices are 'cpu' and 'cuda'")
+        assert isinstance(device, torch.device)
         turbojpeg = _toggle_at("preprocessor.decode").option("turbojpeg").unavailable(device) is None
         return cls(
             preprocessor=Preprocessor(

@@ -129,16 +129,21 @@ class Request:
             raise RequestError("images is not a list; put a single image in one: images=[image]")
         if self.messages is not None and len(self.images) > 0:
             raise RequestError("images belong inside the messages when messages are given; leave images empty")
-        check_whole_number("max_new_tokens", self.max_new_tokens)
-        for name in ("min_pixels", "max_pixels"):
-            if getattr(self, name) is not None:
-                check_whole_number(name, getattr(self, name))
+        for name in ("max_new_tokens", "min_pixels", "max_pixels"):
+            value = getattr(self, name)
+            if value is not None or name == "max_new_tokens":
+                check_whole_number(name, value)
+                object.__setattr__(self, name, operator.index(value))  # an int, whatever kind of integer it was
         if self.min_pixels is not None and self.max_pixels is not None and self.min_pixels > self.max_pixels:
             raise RequestError(f"min_pixels {self.min_pixels} is over max_pixels {self.max_pixels}")
         messages = self.messages
         if messages is not None and not isinstance(messages, list | tuple):
             raise RequestError(f"messages is a {type(messages).__name__}; give a list of messages")
         if messages is None:
+            if not isinstance(self.prompt, str):
+                raise RequestError(f"prompt is of type {type(self.prompt).__name__}; it must be a string")
+            if any(source is None for source in self.images):
+                raise RequestError("an image is None; give a path, encoded bytes, a PIL.Image or a uint8 array")
             parts: list[dict[str, Any]] = [{"type": "image", "image": source} for source in self.images]
             messages = [{"role": "user", "content": [*parts, {"type": "text", "text": self.prompt}]}]
         n_images = sum(_is_image(part) for message in messages for part in _parts(message))
@@ -187,24 +192,24 @@ def _normalise(messages: Sequence[Mapping[str, Any]]) -> tuple[tuple[dict[str, A
         for part in content:
             kind = part.get("type") if isinstance(part, Mapping) else None
             if kind == "text":
-                parts.append({"type": "text", "text": _text(part.get("text"), number)})
+                parts.append({"type": "text", "text": _text(part.get("text"), f"message {number} has a text")})
             elif kind in ("image", "image_url"):
                 images.append(_image_of_part(part, number))
                 parts.append({"type": "image"})
             else:
                 raise RequestError(f"message {number} has a part of type {kind!r}; the choices are 'text', 'image' and 'image_url'")
-        normalised.append({"role": _text(message["role"], number), "content": tuple(parts)})
+        normalised.append({"role": _text(message["role"], f"message {number} has a role"), "content": tuple(parts)})
     return tuple(normalised), tuple(images)
 
 
-def _text(value: Any, number: int) -> str:
+def _text(value: Any, what: str) -> str:
     """A string that can be encoded; lone surrogates cannot."""
     if not isinstance(value, str):
-        raise RequestError(f"message {number} has a text of type {type(value).__name__}; it must be a string")
+        raise RequestError(f"{what} of type {type(value).__name__}; it must be a string")
     try:
         value.encode()
     except UnicodeEncodeError as error:
-        raise RequestError(f"message {number} has text that is no Unicode: {error.reason} at {error.start}") from None
+        raise RequestError(f"{what} that is no Unicode: {error.reason} at {error.start}") from None
     return value
 
 

@@ -79,7 +79,7 @@ def check_length(n_prompt: int, request: Request, checkpoint: Checkpoint, *, vis
         raise RequestError(
             f"the prompt has {n_prompt} tokens ({visual_tokens} of them visual) and max_new_tokens is {request.max_new_tokens}: "
             f"together over session_len, {checkpoint.session_len} (the model's own limit is {checkpoint.max_length}); "
-            f"set a smaller max_pixels or max_new_tokens, or shorten the prompt"
+            f"set a smaller {'max_pixels or ' if visual_tokens else ''}max_new_tokens, or shorten the prompt"
         )
 
 

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 
-from fastvl_lab import DeviceError, ImageError, Lab, Recipe, RecipeError, Request
+from fastvl_lab import DeviceError, ImageError, Lab, Recipe, RecipeError, Request, RequestError
 
 
 @pytest.fixture
@@ -46,6 +46,28 @@ def test_an_engine_may_be_a_recipe_its_text_or_a_peer(labs: dict[str, Lab], requ
     assert [run.engine for run in runs] == ["baseline", "baseline", "baseline", "transformers"]
     with pytest.raises(RecipeError, match=r"the choices are baseline, fastest.*or a peer: transformers"):
         lab.run(request_, "vllm")
+
+
+def test_what_no_request_is_is_refused(lab: Lab) -> None:
+    for asked in (lab.run, lambda what: next(lab.stream(what))):
+        with pytest.raises(RequestError, match=r"the request is a str; give a fastvl_lab.Request"):
+            asked("What is this?")
+
+
+@pytest.mark.parametrize("engine", ["fastest", "fastest, streaming.steps_per_round=16, streaming.gate=round"])
+def test_a_request_within_a_callback_is_refused_and_not_waited_for(lab: Lab, request_: Request, engine: str) -> None:
+    """Whichever thread the callback comes on; what is asked after the request is served as ever."""
+    refused = []
+
+    def ask(_: object) -> None:
+        for asked in (lab.run, lambda what: next(lab.stream(what)), lab.apart().run):
+            with pytest.raises(RequestError, match="in which the lab serves no other"):
+                asked(request_)
+            refused.append(asked)
+
+    run = lab.run(request_, engine, on_chunk=ask, on_stage=ask)
+    assert len(refused) > 9
+    assert lab.run(request_, engine).tokens == run.tokens
 
 
 def test_chunks_are_in_the_consumers_hands_in_order(lab: Lab, request_: Request) -> None:

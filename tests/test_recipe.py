@@ -123,6 +123,7 @@ def test_unknown_names_and_meaningless_combinations_are_refused_with_the_choices
         ("baseline, vit.tower=fast", r"the choices are 'transformers', 'lean'"),
         ("baseline, vit.tower=lean, vit.tower=transformers", r"sets vit.tower twice"),
         (5, "a recipe is given as 5"),
+        ("fastest, vit.tower=leen", r"vit.tower is 'leen'; the choices are 'transformers', 'lean'"),
     ],
 )
 def test_recipe_texts_are_read_strictly(text: str, says: str) -> None:
@@ -133,6 +134,9 @@ def test_recipe_texts_are_read_strictly(text: str, says: str) -> None:
 def test_presets_hold_exact_options_only() -> None:
     for device in ("cpu", "cuda"):
         assert Recipe.fastest(device).exact
+    for device in ("mps", "nowhere"):
+        with pytest.raises(RecipeError, match=f"no fastest recipe is known for device '{device}'; the choices are"):
+            Recipe.fastest(device)
 
 
 def test_an_option_says_why_it_cannot_run() -> None:

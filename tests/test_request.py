@@ -44,6 +44,8 @@ def test_a_request_can_be_replaced_and_takes_any_whole_number(picture: bytes) ->
     request = Request(images=[picture], prompt="?", max_new_tokens=np.int64(4))  # type: ignore[arg-type]
     longer = dataclasses.replace(request, max_new_tokens=9)
     assert (longer.max_new_tokens, longer.conversation) == (9, request.conversation)
+    numbers = Request(prompt="?", max_new_tokens=np.int8(4), min_pixels=np.uint16(9), max_pixels=np.int64(99))  # type: ignore[arg-type]
+    assert {type(n) for n in (numbers.max_new_tokens, numbers.min_pixels, numbers.max_pixels)} == {int}
 
 
 @pytest.mark.parametrize(
@@ -58,12 +60,13 @@ def test_a_request_can_be_replaced_and_takes_any_whole_number(picture: bytes) ->
         ({"messages": [{"role": "user", "content": [{"type": "image"}]}]}, "image part without an image"),
         ({"prompt": "a", "max_new_tokens": 0}, "max_new_tokens is 0; it must be a whole number of at least 1"),
         ({"prompt": "a", "max_new_tokens": True}, "max_new_tokens is True"),
-        ({"prompt": 5}, "a text of type int"),
+        ({"prompt": 5}, "prompt is of type int; it must be a string"),
+        ({"prompt": "a", "images": [None]}, "an image is None"),
         ({"prompt": "\ud800"}, "text that is no Unicode"),
         ({"prompt": "a", "images": None}, "images is not a list"),
         ({"messages": [{"role": "user", "content": None}]}, "a content of type NoneType"),
         ({"messages": [{"role": "user", "content": [{"type": "text"}]}]}, "a text of type NoneType"),
-        ({"messages": [{"role": 1, "content": "a"}]}, "a text of type int"),
+        ({"messages": [{"role": 1, "content": "a"}]}, "message 0 has a role of type int"),
         ({"prompt": "a", "min_pixels": -1}, "min_pixels is -1"),
         ({"prompt": "a", "min_pixels": 10, "max_pixels": 5}, "min_pixels 10 is over max_pixels 5"),
         ({"prompt": "a", "images": "photo.jpg"}, r"put a single image in one: images=\[image\]"),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -26,6 +27,9 @@ from fastvl_lab.errors import CheckpointError, DeviceError, FastvlError
 
 Family = Literal["qwen2_5_vl", "qwen3_vl"]
 FAMILIES: tuple[Family, ...] = ("qwen2_5_vl", "qwen3_vl")
+
+# Transformers changes torch for the whole process while it loads: a load beside another finds weights missing.
+_ONE_LOAD_AT_A_TIME = threading.Lock()
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -88,9 +92,13 @@ def load(name: str | Path, *, device: str | torch.device | None = None, dtype: s
 
     name: a folder in Hugging Face format, a hub id, "tiny-qwen2.5-vl", "tiny-qwen3-vl", or "random:<hub id>".
     device: "cpu", "cuda", "cuda:1", …; by default CUDA where present. dtype: by default the checkpoint's own on CUDA and
-    float32 on a CPU. Raises `CheckpointError` and `DeviceError`.
+    float32 on a CPU. Loads of other threads are waited for. Raises `CheckpointError` and `DeviceError`.
     """
-    name, on, of_type = str(name), resolve_device(device), resolve_dtype(dtype)
+    with _ONE_LOAD_AT_A_TIME:
+        return _load(str(name), resolve_device(device), resolve_dtype(dtype))
+
+
+def _load(name: str, on: torch.device, of_type: torch.dtype | None) -> Checkpoint:
     _settle_vector_math()
     if name in tiny.NAMES:
         with _quiet():

@@ -26,8 +26,12 @@ class Attribution:
     def saved(self, step: str) -> Interval | None:
         """Milliseconds of TTFT that a step takes off the step before it, paired by round.
 
-        None where either fails its parity check or nothing is warm in both.
+        None for the first, and where either fails its parity check or nothing is warm in both. Raises `RecipeError` for no step.
         """
+        if step not in self.steps:
+            raise RecipeError(f"step {step!r} is unknown; the steps are {', '.join(map(repr, self.steps))}")
+        if step == self.steps[0]:
+            return None
         before = self.steps[self.steps.index(step) - 1]
         if not (self.comparison.parity(before) and self.comparison.parity(step)):
             return None
@@ -39,9 +43,9 @@ class Attribution:
 def attribute(
     lab: Lab,
     request: Request,
-    recipe: Recipe,
+    recipe: Recipe | str,
     *,
-    start: Recipe | None = None,
+    start: Recipe | str | None = None,
     repeats: int = 5,
     stop: threading.Event | None = None,
 ) -> Attribution:
@@ -50,10 +54,17 @@ def attribute(
     A step's saving depends on the steps before it: in another order it would be another one. Runs (steps + 2) engines. Raises what
     `compare` raises.
     """
-    ways = steps_between(start or Recipe.baseline(), recipe)
+    ways = steps_between(_recipe(lab, start), _recipe(lab, recipe))
     engines: dict[str, EngineName] = {STOCK: STOCK, **ways}
     comparison = compare(lab, request, engines, repeats=repeats, stop=stop)
     return Attribution(comparison=comparison, steps=tuple(step for step in ways if step in comparison.engines))
+
+
+def _recipe(lab: Lab, given: Recipe | str | None) -> Recipe:
+    key = lab.engine(given)
+    if not isinstance(key, Recipe):
+        raise RecipeError(f"{given!r} is a peer, which has no toggles to go through; give a recipe")
+    return key
 
 
 def steps_between(start: Recipe, end: Recipe) -> dict[str, Recipe]:

@@ -15,6 +15,7 @@ from fastvl_lab.errors import RequestCancelledError, RequestError, require, sent
 from fastvl_lab.lab import EngineName, Lab
 from fastvl_lab.measure.preprocessing import model_pictures, pixel_differences
 from fastvl_lab.measure.statistics import Interval, median_interval
+from fastvl_lab.peers import is_remote
 from fastvl_lab.recipe import Recipe
 from fastvl_lab.request import Request
 from fastvl_lab.run import Kind, Run
@@ -61,6 +62,10 @@ class Comparison:
     @property
     def engines(self) -> tuple[str, ...]:
         return tuple(dict.fromkeys(sample.engine for sample in self.samples))
+
+    def __repr__(self) -> str:
+        failed = [f"{label} failed: {error}" for label, error in self.failures.items()]
+        return f"Comparison({len(self.samples)} runs: {'; '.join([*self.findings(), *failed])})"
 
     def runs(self, engine: str, kind: Kind = "warm") -> list[Run]:
         """The timed runs of an engine that were of that kind; of "cold" ones those of warm-up rounds too."""
@@ -153,6 +158,8 @@ class Comparison:
         """The representative runs under one another on one axis, as a plotly figure; needs the extra "notebooks"."""
         from fastvl_lab.view import waterfall
 
+        if not self.engines:
+            raise RequestError(f"no engine has run, so there is no waterfall; what failed: {dict(self.failures)}")
         return waterfall([self.representative(engine) for engine in self.engines])
 
 
@@ -173,8 +180,11 @@ def compare(
     engines: label -> recipe, recipe text, or peer. on_run is called after each run with its label. keep_going records any error of
     an engine in `failures` and goes on without it; otherwise errors are raised. stop: as `Lab.run` has it.
     """
-    if not engines:
-        raise RequestError("engines is empty; name at least one recipe or peer")
+    if not isinstance(engines, Mapping) or not engines:
+        raise RequestError(f"engines is {engines!r}; give at least one recipe or peer, as label -> engine")
+    for name, value in (("repeats", repeats), ("warm_up", warm_up)):
+        if isinstance(value, bool) or not isinstance(value, int):
+            raise RequestError(f"{name} is {value!r}; it must be a whole number")
     if repeats < 0 or warm_up < 0 or repeats + warm_up < 1:
         raise RequestError(f"repeats is {repeats} and warm_up {warm_up}; both must be 0 or more, and one of them at least 1")
     keys = {label: lab.engine(engine) for label, engine in engines.items()}
@@ -229,8 +239,10 @@ def compare(
 
 
 def _oracle(lab: Lab, key: EngineName) -> str:
-    """Who answers for an engine's tokens; a peer for itself."""
-    return key if isinstance(key, str) else key.oracle(lab.checkpoint.image_backend)
+    """Who answers for an engine's tokens: a peer for itself, but Transformers for an endpoint, which shows no pixels or logits."""
+    if isinstance(key, Recipe):
+        return key.oracle(lab.checkpoint.image_backend)
+    return "transformers" if is_remote(key) else key
 
 
 def _in_bounds(lab: Lab, request: Request, key: EngineName) -> bool:

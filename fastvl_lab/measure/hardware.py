@@ -96,7 +96,7 @@ def find_hardware(name: str) -> Hardware:
         return fits[0]
     choices = ", ".join(known.name for known in fits or HARDWARE)
     what = "may be several" if fits else "is unknown"
-    raise DeviceError(f"hardware {name!r} {what}; the choices are {choices}, or give memory_bandwidth and peak_flops as numbers")
+    raise DeviceError(f"hardware {name!r} {what}; the choices are {choices}")
 
 
 def _all_words(known: Hardware) -> frozenset[str]:

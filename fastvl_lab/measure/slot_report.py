@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from PIL import Image
 
+from fastvl_lab.errors import FastvlError
 from fastvl_lab.measure.publish import json_value
 from fastvl_lab.recipe import Option, Toggle, toggles
 
@@ -102,6 +103,8 @@ def command(
     for name, option in (more or {}).items():
         parser.add_argument(f"--{name}", **option)
     given = parser.parse_args(arguments)
+    if given.out is not None and not given.out.parent.is_dir():
+        parser.error(f"--out is {given.out}, and there is no folder {given.out.parent}")
 
     def keep(rows: list[Row]) -> None:
         if given.out is not None:
@@ -109,7 +112,10 @@ def command(
             given.out.write_text(json.dumps(plain, indent=1) + "\n", encoding="utf-8")
 
     own = {name: getattr(given, name) for name in more or {}}
-    rows = report(**((tiny if given.tiny else full) | own), repeats=given.repeats, on_rows=keep)
+    try:
+        rows = report(**((tiny if given.tiny else full) | own), repeats=given.repeats, on_rows=keep)
+    except FastvlError as error:
+        sys.exit(f"{error}{'' if given.tiny or torch.cuda.is_available() else '; on a CPU there is --tiny'}")
     print(table(rows))
     if any(row["parity"] is False for row in rows):  # None: nothing was checked
         sys.exit(1)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from urllib.parse import urlsplit
+
 from fastvl_lab.checkpoint import Checkpoint
 from fastvl_lab.errors import RecipeError
 from fastvl_lab.pipeline import Engine
@@ -30,12 +32,23 @@ def parse(text: str) -> str:
         address, comma, model = (part.strip() for part in text.partition(","))
         if comma and (not model.startswith("model=") or model == "model="):
             raise RecipeError(f"endpoint {text!r} has {model!r}; what may follow its address is model=<name>")
+        if not _is_address(address):
+            raise RecipeError(f"endpoint {text!r} is no address; it reads http://host:port/v1, or https")
         return ", ".join([address.rstrip("/"), *([model] if comma else [])])
     name, recipe = _read(text)
     for path in recipe.changes():
         if path not in ORACLE_TOGGLES:
             raise RecipeError(f"{text!r} changes {path}, which a peer does not have; the choices are {', '.join(ORACLE_TOGGLES)}")
     return ", ".join([name, *(f"{path}={value}" for path, value in recipe.changes().items())])
+
+
+def _is_address(text: str) -> bool:
+    """Whether a URL has a host, and a port that there can be, if any."""
+    try:
+        parts = urlsplit(text)
+        return bool(parts.hostname) and (parts.port is None or parts.port > 0)
+    except ValueError:
+        return False
 
 
 def bind(text: str, checkpoint: Checkpoint) -> Engine:

@@ -43,8 +43,6 @@ class HttpPeer:
 
     def __init__(self, address: str, model: str | None, tokenizer: Any) -> None:
         self._address, self._tokenizer = urlsplit(address), tokenizer
-        if not self._address.hostname:
-            raise EndpointError(f"endpoint {address!r} has no host")
         self._headers = {"Content-Type": "application/json", "Accept": "text/event-stream"}
         if key := os.environ.get(KEY):
             self._headers["Authorization"] = f"Bearer {key}"
@@ -89,7 +87,11 @@ class HttpPeer:
         if not tokens:
             raise EndpointError(f"{self._address.netloc} ended its answer without a token")
         return Outcome(
-            tokens=tuple(tokens), n_prompt=int(usage.get("prompt_tokens", 0)), shapes=(), logits=torch.empty(0, dtype=torch.float32)
+            tokens=tuple(tokens),
+            n_prompt=int(usage.get("prompt_tokens", 0)),
+            shapes=(),
+            logits=torch.empty(0, dtype=torch.float32),
+            model=self._model,
         )
 
     def _models(self) -> list[dict[str, Any]]:

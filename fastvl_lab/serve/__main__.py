@@ -46,7 +46,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--dtype", help="float32, bfloat16, float16 (default the checkpoint's on CUDA, float32 on a CPU)")
     parser.add_argument("--session-len", type=int, help="tokens of prompt and answer together")
     parser.add_argument("--host", default="127.0.0.1", help="address to bind (default 127.0.0.1: this machine only)")
-    parser.add_argument("--port", type=int, default=8000)
+    parser.add_argument("--port", type=_port, default=8000, help="default 8000; 0 for any that is free")
     parser.add_argument("--max-queue", type=int, default=defaults.max_queue, help=f"requests that may wait ({defaults.max_queue})")
     parser.add_argument("--timeout", type=float, default=defaults.timeout, help=f"seconds a request ({defaults.timeout:g})")
     parser.add_argument("--max-body", type=int, default=defaults.max_body, help=f"bytes a request ({defaults.max_body})")
@@ -57,6 +57,12 @@ def _parser() -> argparse.ArgumentParser:
         "--warm-up", nargs="*", default=[], type=_size, metavar="WIDTHxHEIGHT", help="sizes to serve before the first"
     )
     return parser
+
+
+def _port(text: str) -> int:
+    if not (text.isdecimal() and int(text) < 2**16):
+        raise argparse.ArgumentTypeError(f"{text!r} is no port; it must be from 0 to 65535")
+    return int(text)
 
 
 def _size(text: str) -> tuple[int, int]:

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from fastvl_lab.errors import FastvlError, RequestError, sentence
-from fastvl_lab.request import Chunk, Request
+from fastvl_lab.request import Chunk, Request, check_whole_number
 from fastvl_lab.run import Run
 from fastvl_lab.serve.settings import Settings
 
@@ -69,10 +69,14 @@ def read(body: bytes, model: str, settings: Settings, fetch: Callable[[str], byt
     options = data.get("stream_options") or {}
     if not isinstance(options, Mapping):
         raise RequestError("stream_options must be an object")
-    limit = data.get("max_completion_tokens", data.get("max_tokens"))
+    given = [name for name in ("max_completion_tokens", "max_tokens") if data.get(name) is not None]
+    for name in given:
+        check_whole_number(name, data[name])
+    if len({data[name] for name in given}) > 1:
+        raise RequestError(f"max_completion_tokens is {data[given[0]]} and max_tokens {data[given[1]]}; give one of them")
     request = Request(
         messages=[_message(number, message, fetch) for number, message in enumerate(_list(data.get("messages"), "messages"))],
-        max_new_tokens=settings.max_tokens if limit is None else limit,
+        max_new_tokens=data[given[0]] if given else settings.max_tokens,
         ignore_eos=_flag(data, "ignore_eos"),
         min_pixels=data.get("min_pixels"),
         max_pixels=data.get("max_pixels"),
@@ -92,7 +96,8 @@ def _check_fields(data: Mapping[str, Any]) -> None:
         if name in _FIXED:
             if value is not None and value not in _FIXED[name]:
                 allowed = " or ".join(json.dumps(v) for v in _FIXED[name])
-                raise RequestError(f"{name} is {json.dumps(value)[:80]}; decoding is greedy, so it must be {allowed} or left out")
+                why = "the answer is one text, made greedily and to its end"
+                raise RequestError(f"{name} is {json.dumps(value)[:80]}; {why}, so it must be {allowed} or left out")
         elif name not in (*_READ, *_IGNORED, *_EXTENSIONS):
             known = ", ".join((*_READ, *_EXTENSIONS))
             raise RequestError(f"the field {name[:80]!r} is unknown; the choices are {known}")

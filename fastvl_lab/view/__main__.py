@@ -5,8 +5,10 @@ With the rows of a GPU report, `python -m fastvl_lab.view gpu.json`: print its t
 
 from __future__ import annotations
 
+import argparse
 import json
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 from fastvl_lab.measure.gpu_tables import text
@@ -14,7 +16,15 @@ from fastvl_lab.view import gpu_report
 from fastvl_lab.view.tables import summary_frame
 
 
-def main(path: Path) -> None:
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Arguments: those of the process, if None."""
+    parser = argparse.ArgumentParser(
+        prog="python -m fastvl_lab.view", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("path", type=Path, help="the folder of a sweep, or the rows of a GPU report")
+    path = parser.parse_args(arguments).path
+    if not path.is_file() and not (path / "result.json").is_file():
+        sys.exit(f"{path} is neither the folder of a sweep, which has a result.json, nor the rows of a GPU report")
     if path.is_file():
         rows, page = json.loads(path.read_text(encoding="utf-8")), path.with_suffix(".html")
         page.write_text(gpu_report.report_html(rows), encoding="utf-8")
@@ -39,6 +49,4 @@ def _sweep(folder: Path) -> None:
 
 
 if __name__ == "__main__":
-    if len(sys.argv) != 2:
-        raise SystemExit("usage: python -m fastvl_lab.view RUN_FOLDER or GPU_REPORT.json")
-    main(Path(sys.argv[1]))
+    main()

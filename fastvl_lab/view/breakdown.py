@@ -89,7 +89,8 @@ def attribution_frame(found: Attribution) -> Any:
         interval = "" if saved is None or saved.low != saved.low else f" [{saved.low:.2f}, {saved.high:.2f}]"
         row["saves ms (95% CI)"] = "–" if saved is None else f"{saved.median:.2f}{interval}"
         row["times as fast as Transformers (95% CI)"] = "reference" if step == STOCK else times(found.comparison.speedup(step))
-        row["tokens equal"] = "yes" if found.comparison.parity(step) else "NO"
+        on_its_pixels = ", on its pixels" if step in found.comparison.oracles else ""
+        row["tokens equal"] = f"yes{on_its_pixels}" if found.comparison.parity(step) else "NO"
         table.append(row)
     return require("pandas", "notebooks").DataFrame(table)
 

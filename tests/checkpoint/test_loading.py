@@ -6,6 +6,7 @@ import hashlib
 import json
 import shutil
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -13,7 +14,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from fastvl_lab import CheckpointError, DeviceError, Lab, Request
-from fastvl_lab.checkpoint import memory, random_weights, tiny, user_cache
+from fastvl_lab.checkpoint import load, memory, random_weights, tiny, user_cache
 from fastvl_lab.checkpoint.random_weights import published, random_model, write_published_folder
 
 
@@ -97,6 +98,12 @@ def test_a_half_written_cache_is_never_used(own_cache: Path) -> None:
     assert list((own_cache / "fastvl_lab").iterdir()) == []
     folder = user_cache.whole_folder("some-model", lambda path: (path / "config.json").write_text("{}") and None)
     assert (folder / "config.json").read_text() == "{}"
+
+
+def test_threads_load_one_after_another() -> None:
+    with ThreadPoolExecutor(4) as pool:
+        loaded = list(pool.map(lambda name: load(name, device="cpu"), [*tiny.NAMES, *tiny.NAMES]))
+    assert [checkpoint.name for checkpoint in loaded] == [*tiny.NAMES, *tiny.NAMES]
 
 
 def test_two_processes_that_write_at_once_end_with_one_whole_folder(own_cache: Path) -> None:

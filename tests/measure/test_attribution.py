@@ -6,7 +6,7 @@ import dataclasses
 
 import pytest
 
-from fastvl_lab import Lab, Recipe, Request, view
+from fastvl_lab import Lab, Recipe, RecipeError, Request, view
 from fastvl_lab.measure.attribution import Attribution, attribute, steps_between
 from fastvl_lab.measure.compare import Comparison
 from fastvl_lab.recipe import toggles
@@ -76,6 +76,17 @@ def test_savings_are_paired_by_round_and_drawn_as_steps(found: Attribution) -> N
     frame = view.attribution_frame(found)
     assert list(frame["step"]) == ["transformers", *found.steps]
     assert set(frame["tokens equal"]) == {"yes"}
+    assert found.saved("baseline") is None  # there is no step before it
+    with pytest.raises(RecipeError, match=r"step 'vit' is unknown; the steps are 'baseline', 'vit.tower=lean'"):
+        found.saved("vit")
+
+
+def test_a_step_on_other_pixels_says_whose_tokens_it_makes(labs: dict[str, Lab], picture: bytes) -> None:
+    request = Request(images=[picture], prompt="What?", max_new_tokens=2, ignore_eos=True)
+    found = attribute(labs["tiny-qwen3-vl"], request, "baseline, preprocessor.resize=torch", repeats=1)
+    assert list(view.attribution_frame(found)["tokens equal"]) == ["yes", "yes", "yes, on its pixels"]
+    with pytest.raises(RecipeError, match="'transformers' is a peer"):
+        attribute(labs["tiny-qwen3-vl"], request, "transformers")
 
 
 def test_no_saving_is_shown_of_a_step_that_makes_other_tokens(found: Attribution) -> None:

@@ -107,12 +107,19 @@ def test_an_engine_that_fails_is_recorded_or_raised(labs: dict[str, Lab]) -> Non
     comparison = compare(lab, request, {"a": "baseline", "b": "transformers"}, repeats=2, keep_going=True)
     assert set(comparison.failures) == {"a", "b"}
     assert comparison.samples == ()
+    with pytest.raises(RequestError, match=r"no engine has run.*together over session_len"):
+        comparison.waterfall()
+    assert repr(comparison).startswith("Comparison(0 runs: a failed: the prompt has")
 
 
 def test_senseless_comparisons_are_refused(labs: dict[str, Lab]) -> None:
     lab, request = labs["tiny-qwen3-vl"], Request(prompt="Hello.")
-    with pytest.raises(RequestError, match="engines is empty"):
+    with pytest.raises(RequestError, match=r"engines is \{\}; give at least one"):
         compare(lab, request, {})
+    with pytest.raises(RequestError, match=r"engines is \['baseline'\]; .* as label -> engine"):
+        compare(lab, request, ["baseline"])  # type: ignore[arg-type]
+    with pytest.raises(RequestError, match=r"repeats is 1.5; it must be a whole number"):
+        compare(lab, request, {"a": "baseline"}, repeats=1.5)  # type: ignore[arg-type]
     with pytest.raises(RequestError, match="repeats is 0 and warm_up 0"):
         compare(lab, request, {"a": "baseline"}, repeats=0, warm_up=0)
     with pytest.raises(RecipeError, match="the choices are baseline"):

@@ -58,7 +58,7 @@ def test_failures_are_recorded_and_the_sweep_goes_on(tmp_path: Path, capsys: pyt
     assert len(list((tmp_path / "traces").iterdir())) == 8  # one a run
     assert json.loads((tmp_path / "result.json").read_text())["schema"] == 1
 
-    print_table(tmp_path)
+    print_table([str(tmp_path)])
     printed = capsys.readouterr().out
     assert "failed: no-such: checkpoint 'no-such' is unknown" in printed
     assert printed.count("tiny-qwen3-vl ") >= 4

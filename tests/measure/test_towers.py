@@ -131,6 +131,9 @@ def test_the_report_checks_before_it_times_and_writes_what_it_prints(
         assert f"{row['ms']:.3f} ms" in printed
     assert {"stock", "lean", "attention=grouped", "positions=cached", "rope=halves", "fastest"} <= {row["recipe"] for row in rows}
 
+    with pytest.raises(SystemExit, match="2"):
+        tower_report.main(["--tiny", "--out", str(tmp_path / "nowhere" / "rows.json")])
+    assert "there is no folder" in capsys.readouterr().err
     monkeypatch.setattr(tower_report, "errors", lambda lab, request, recipes: dict.fromkeys(recipes, 0.0) | {"lean": 1.0})
     with pytest.raises(SystemExit):
         tower_report.main(["--tiny", "--repeats", "1"])

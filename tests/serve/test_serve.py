@@ -26,8 +26,11 @@ import pytest
 
 from fastvl_lab import EndpointError, Lab, RecipeError, Request, Run
 from fastvl_lab.errors import DeviceError, FastvlError
+from fastvl_lab.measure.compare import compare
 from fastvl_lab.serve import serving
+from fastvl_lab.serve.__main__ import main
 from fastvl_lab.serve.app import create_app
+from fastvl_lab.serve.settings import Settings
 
 httpx = pytest.importorskip("httpx", reason="tests of the server need httpx (extra dev)")
 openai = pytest.importorskip("openai", reason="tests of the server need the openai client (extra dev)")
@@ -106,18 +109,62 @@ def test_the_lab_measures_the_server_from_outside(server: Any, labs: dict[str, L
         labs[MODEL].run(request, f"{server.url}/v1, model=other")
     with pytest.raises(EndpointError, match="no OpenAI-compatible endpoint"):
         labs[MODEL].run(request, "http://127.0.0.1:9/v1")
+    for address in ("http://", "https:///v1", "http://[bad", "http://127.0.0.1:99999/v1"):
+        with pytest.raises(RecipeError, match="is no address"):
+            labs[MODEL].run(request, address)
     with pytest.raises(RecipeError, match="model=<name>"):
         labs[MODEL].run(request, f"{server.url}/v1, models=other")
+
+
+def test_an_endpoint_is_compared_by_its_tokens(server: Any, labs: dict[str, Lab], picture: bytes) -> None:
+    """It shows no logits; as the reference too. What it serves is its own model, whatever the lab has loaded."""
+    request, address = Request(images=[picture], prompt="What is this?", max_new_tokens=4, ignore_eos=True), f"{server.url}/v1"
+    for engines in (
+        {"served": address, "ours": "fastest", "torch": "baseline, preprocessor.resize=torch"},
+        {"stock": "transformers", "served": address},
+    ):
+        comparison = compare(labs[MODEL], request, engines, repeats=1)
+        assert not comparison.failures
+        assert [row["tokens_equal"] for row in comparison.summary()] == [True] * len(engines)
+    other = compare(labs["tiny-qwen3-vl"], request, {"ours": "fastest", "served": address}, repeats=1)
+    assert not other.parity("ours")
+    assert [other.representative(name).checkpoint for name in ("ours", "served")] == ["tiny-qwen3-vl", MODEL]
+
+
+@pytest.mark.parametrize(
+    ("settings", "says"),
+    [
+        ({"max_tokens": 0}, "max_tokens is 0; it must be a whole number of at least 1"),
+        ({"max_queue": -1}, "max_queue is -1"),
+        ({"timeout": 0}, "timeout is 0; it must be a number of seconds above 0"),
+        ({"timeout": float("nan")}, "timeout is nan"),
+    ],
+)
+def test_limits_that_no_request_could_keep_are_refused(settings: dict, says: str) -> None:
+    with pytest.raises(FastvlError, match=says):
+        Settings(**settings)
+
+
+def test_a_port_that_cannot_be_is_refused_before_anything_is_loaded(capsys: pytest.CaptureFixture[str]) -> None:
+    for port in ("99999", "-1", "http"):
+        with pytest.raises(SystemExit, match="2"):
+            main(["--checkpoint", MODEL, f"--port={port}"])
+        assert f"{port!r} is no port; it must be from 0 to 65535" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
     ("change", "status", "says"),
     [
-        ({"temperature": 0.7}, 400, "temperature is 0.7; decoding is greedy, so it must be 0 or left out"),
+        (
+            {"temperature": 0.7},
+            400,
+            "temperature is 0.7; the answer is one text, made greedily and to its end, so it must be 0",
+        ),
         ({"n": 2}, 400, "n is 2"),
         ({"tools": [{"type": "function"}]}, 400, "tools is"),
         ({"max_tokns": 5}, 400, "the field 'max_tokns' is unknown; the choices are model, messages"),
-        ({"max_tokens": 0}, 400, "max_new_tokens is 0"),
+        ({"max_tokens": 0}, 400, "max_tokens is 0"),
+        ({"max_completion_tokens": 3}, 400, "max_completion_tokens is 3 and max_tokens"),
         ({"stream": "yes"}, 400, 'stream is "yes"; it must be true or false'),
         ({"messages": []}, 400, "messages is empty"),
         ({"messages": "hello"}, 400, "messages must be a list"),

@@ -121,10 +121,12 @@ def test_the_command_draws_a_page_from_the_records(
     rows: Rows, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "gpu.json").write_text(json.dumps(rows))
-    main(tmp_path / "gpu.json")
+    main([str(tmp_path / "gpu.json")])
     printed, page = capsys.readouterr().out, (tmp_path / "gpu.html").read_text()
     assert printed == f"{text(rows)}\n\nreport: {tmp_path / 'gpu.html'}\n"
     assert "captured in 2.00 s, 64.0 MB; pays after 41 requests" in printed
+    with pytest.raises(SystemExit, match="is neither the folder of a sweep"):
+        main([str(tmp_path)])
     assert "parity failed: error 5.0e-01; not timed" in printed
     assert f"6.25 ms\n{' ' * 30}    4.125 ms    32 x  {'k' * 79}…" in printed
     assert "some_kernel                dtype bfloat16, head_dim 80: block_k 64, num_warps 8" in printed
