@@ -99,7 +99,8 @@ def audit(
     """
     given: dict[str, Any] = {"ttft": ttft, "tokens_per_second": tokens_per_second, "output_tokens": output_tokens, "total": total}
     for name, value in {**given, "memory_bandwidth": memory_bandwidth, "peak_flops": peak_flops}.items():
-        if value is not None and not (isinstance(value, int | float) and math.isfinite(value) and value > 0):
+        good = isinstance(value, Real) and not isinstance(value, bool) and math.isfinite(value) and value > 0
+        if value is not None and not good:
             raise FastvlError(f"{name} is {value!r}; it must be a finite number above 0")
     device = _device(hardware, memory_bandwidth, peak_flops)
     if run is not None:

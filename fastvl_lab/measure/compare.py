@@ -135,7 +135,7 @@ class Comparison:
         """One sentence an engine: where its TTFT goes, and how it stands against the reference."""
         lines = []
         for engine in self.engines:
-            run, speedup = self.representative(engine), self.speedup(engine)
+            run = self.representative(engine)
             # On CUDA the host only waits, in `sample`, for what the device does in its stages.
             # A device that a thread plays on a CPU has only steps after the first token to do, which is rarely most of it.
             lane: Lane = "device" if 2 * sum(run.trace.stages("device").values()) > run.trace.first_chunk_ns else "host"
@@ -146,9 +146,34 @@ class Comparison:
                 ttft = median_interval([run.ttft * 1e3 for run in hits]).median
                 line += f"; {len(hits)} runs were cache hits, with a TTFT of {ttft:.1f} ms, and are compared with nothing"
             if engine != self.reference:
-                line += f"; {_against(speedup, self.reference, self.oracles.get(engine), self.parity(engine))}"
+                line += f"; {self._against(engine)}"
             lines.append(line)
         return lines
+
+    def _against(self, engine: str) -> str:
+        """A speed-up in words, and no claim that its interval does not bear."""
+        speedup, oracle, reference = self.speedup(engine), self.oracles.get(engine), self.reference
+        if not self.parity(reference):
+            other = f"those of {self.oracles[reference].engine}" if reference in self.oracles else "one run to the next"
+            return f"the tokens of {reference} differ from {other}, so no time is compared with it"
+        if oracle is not None and not oracle.in_bounds:
+            return "its pixels are further from the stock ones than it promises, so its time is not compared"
+        if not self.parity(engine):
+            return f"its tokens differ from those of {oracle.engine if oracle else reference}, so its time is not compared"
+        if speedup is None:
+            return f"no warm rounds to compare with {reference}"
+        text = f"{speedup.median:.2f}× as fast as {reference}"
+        if speedup.low != speedup.low:
+            text += " (too few rounds for an interval)"
+        elif speedup.low <= 1 <= speedup.high:
+            text = f"no difference from {reference} shown ({text}, 95% CI {speedup.low:.2f} to {speedup.high:.2f})"
+        else:
+            text += f" (95% CI {speedup.low:.2f} to {speedup.high:.2f})"
+        if oracle is None:
+            return text
+        if oracle.logit_difference == 0:
+            return f"{text}, on pixels made another way, which leave Transformers' logits as they are"
+        return f"{text}, on other pixels than {reference}, which move Transformers' logits by up to {oracle.logit_difference:.2g}"
 
     def frame(self) -> Any:
         """The summary as a pandas DataFrame; needs the extra "notebooks"."""
@@ -218,9 +243,12 @@ def compare(
             asked[name] = lab.run(request, name, stop=stop)
         return asked[name]
 
-    base = _oracle(lab, keys[reference]) if alive else ""
-    for label in alive if request.image_inputs else []:
-        if (name := _oracle(lab, keys[label])) == base:
+    names = {label: _oracle(lab, keys[label]) for label in alive if request.image_inputs}
+    base = names.get(reference, "")
+    # An endpoint that others are compared with, but whose pixels are not theirs, must make Transformers' tokens itself.
+    unseen = is_remote(keys.get(reference)) and set(names.values()) != {base}
+    for label, name in names.items():
+        if name == base and not (unseen and is_remote(keys[label])):
             continue
         try:
             base_logits = logits[reference] if keys[reference] == base else ask(base).logits
@@ -252,25 +280,3 @@ def _in_bounds(lab: Lab, request: Request, key: EngineName) -> bool:
         return True
     pictures = (model_pictures(lab, request, recipe) for recipe in (key, Recipe.baseline()))
     return max(difference.largest for difference in pixel_differences(*pictures)) <= within
-
-
-def _against(speedup: Interval | None, reference: str, oracle: Oracle | None, parity: bool) -> str:
-    """A speed-up in words, and no claim that its interval does not bear."""
-    if oracle is not None and not oracle.in_bounds:
-        return "its pixels are further from the stock ones than it promises, so its time is not compared"
-    if not parity:
-        return f"its tokens differ from those of {oracle.engine if oracle else reference}, so its time is not compared"
-    if speedup is None:
-        return f"no warm rounds to compare with {reference}"
-    text = f"{speedup.median:.2f}× as fast as {reference}"
-    if speedup.low != speedup.low:
-        text += " (too few rounds for an interval)"
-    elif speedup.low <= 1 <= speedup.high:
-        text = f"no difference from {reference} shown ({text}, 95% CI {speedup.low:.2f} to {speedup.high:.2f})"
-    else:
-        text += f" (95% CI {speedup.low:.2f} to {speedup.high:.2f})"
-    if oracle is None:
-        return text
-    if oracle.logit_difference == 0:
-        return f"{text}, on pixels made another way, which leave Transformers' logits as they are"
-    return f"{text}, on other pixels than {reference}, which move Transformers' logits by up to {oracle.logit_difference:.2g}"

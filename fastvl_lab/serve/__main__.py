@@ -34,7 +34,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         app = create_app(engine.submit(load).result(), given.recipe, settings, engine)
     except FastvlError as error:
         sys.exit(f"{error}")
-    uvicorn.run(app, host=given.host, port=given.port, log_level="warning", timeout_graceful_shutdown=int(given.timeout) + 1)
+    graceful = int(given.timeout) + 1
+    uvicorn.run(app, host=given.host, port=given.port, access_log=False, timeout_graceful_shutdown=graceful)
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -82,6 +82,10 @@ def test_no_speed_up_beside_a_red_parity_check(run: Run) -> None:
     assert not row["tokens_equal"]
     assert row["speedup"] is None
     assert "its tokens differ from those of a, so its time is not compared" in comparison.findings()[1]
+    first, *rest = comparison.samples
+    unsteady = dataclasses.replace(first, run=dataclasses.replace(first.run, tokens=(7,)))
+    comparison = dataclasses.replace(comparison, samples=(first, unsteady, *rest[1:]))
+    assert "the tokens of a differ from one run to the next, so no time is compared with it" in comparison.findings()[1]
 
 
 @pytest.mark.parametrize(
