@@ -46,7 +46,7 @@ def attribute(
     recipe: Recipe | str,
     *,
     start: Recipe | str | None = None,
-    repeats: int = 5,
+    repeats: int = 6,
     stop: threading.Event | None = None,
 ) -> Attribution:
     """Measure Transformers, the recipe `start` (the baseline, if none is given), and every step from it to `recipe`.

@@ -7,6 +7,7 @@ import math
 import operator
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
+from numbers import Real
 from statistics import median
 from typing import Any
 
@@ -16,12 +17,12 @@ from fastvl_lab.measure import verdicts
 from fastvl_lab.measure.floors import prefill_flops, vit_flops
 from fastvl_lab.measure.hardware import find_hardware
 from fastvl_lab.measure.published import without_weights
+from fastvl_lab.measure.statistics import FOR_AN_INTERVAL
 from fastvl_lab.measure.verdicts import FEW, SEVERITIES, Cleared, Device, Finding, Outcome, Seen, Unchecked, seconds
 from fastvl_lab.preprocessor.layout import shapes_of
 from fastvl_lab.request import Grid, Request
 from fastvl_lab.run import Run
 
-FOR_AN_INTERVAL = 6  # samples: all of fewer lie on one side of the median with a probability of over 5%
 FOR_A_P95 = 20  # samples: of fewer, the highest 5% are less than one
 
 
@@ -99,7 +100,7 @@ def audit(
     """
     given: dict[str, Any] = {"ttft": ttft, "tokens_per_second": tokens_per_second, "output_tokens": output_tokens, "total": total}
     for name, value in {**given, "memory_bandwidth": memory_bandwidth, "peak_flops": peak_flops}.items():
-        good = isinstance(value, Real) and not isinstance(value, bool) and math.isfinite(value) and value > 0
+        good = isinstance(value, Real) and not isinstance(value, bool) and math.isfinite(value) and float(value) > 0
         if value is not None and not good:
             raise FastvlError(f"{name} is {value!r}; it must be a finite number above 0")
     device = _device(hardware, memory_bandwidth, peak_flops)
@@ -128,7 +129,7 @@ def _audit_of(outcomes: Iterable[Outcome]) -> Audit:
 def _device(hardware: str | None, memory_bandwidth: float | None, peak_flops: float | None) -> Device:
     if hardware is None:
         return Device("the device given", memory_bandwidth, peak_flops)
-    known = find_hardware(hardware)
+    known = find_hardware(hardware, instead=", or give memory_bandwidth and peak_flops as numbers")
     return Device(known.name, memory_bandwidth or known.memory_bandwidth, peak_flops or known.peak_flops)
 
 

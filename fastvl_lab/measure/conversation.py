@@ -116,7 +116,7 @@ def converse(
     engines: Mapping[str, EngineName],
     *,
     max_new_tokens: int = 32,
-    repeats: int = 5,
+    repeats: int = 6,
     warm_up: int = 1,
     seed: int = 0,
 ) -> Conversation:

@@ -83,11 +83,11 @@ HARDWARE = (
 )
 
 
-def find_hardware(name: str) -> Hardware:
+def find_hardware(name: str, *, instead: str = "") -> Hardware:
     """The GPU meant by "RTX A6000", "A6000" or torch's "NVIDIA H100 80GB HBM3".
 
     A name that is some GPU's own means that GPU; else every word of it must be one of the GPU's. Raises `DeviceError` for a name
-    that fits none or several, with the choices.
+    that fits none or several, with the choices, and what else could be given instead.
     """
     asked = _words(str(name))
     exact = [known for known in HARDWARE if any(asked == _words(own) for own in (known.name, *known.also))]
@@ -96,7 +96,7 @@ def find_hardware(name: str) -> Hardware:
         return fits[0]
     choices = ", ".join(known.name for known in fits or HARDWARE)
     what = "may be several" if fits else "is unknown"
-    raise DeviceError(f"hardware {name!r} {what}; the choices are {choices}")
+    raise DeviceError(f"hardware {name!r} {what}; the choices are {choices}{instead}")
 
 
 def _all_words(known: Hardware) -> frozenset[str]:

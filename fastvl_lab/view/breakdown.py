@@ -96,7 +96,7 @@ def attribution_frame(found: Attribution) -> Any:
 
 
 def saves(saved: Interval | None) -> bool:
-    """Whether a saving is shown to be one: the whole of its interval, which takes five rounds, is above zero."""
+    """Whether a saving is shown to be one: the whole of its interval, which takes six rounds, is above zero."""
     return saved is not None and saved.low > 0
 
 

@@ -124,7 +124,7 @@ def break_even_frame(points: Mapping[str, Comparison], captures: Mapping[str, Se
 
 
 def gains(ratio: Interval | None) -> bool:
-    """Whether a ratio is shown to be above 1: the whole of its interval, which takes five rounds."""
+    """Whether a ratio is shown to be above 1: the whole of its interval, which takes six rounds."""
     return ratio is not None and ratio.low > 1
 
 

@@ -27,7 +27,7 @@ def test_the_workbench_runs_in_jupyterlab_and_shows_its_waterfalls(jupyterlab: A
     notebook = nbformat.read(REPOSITORY / "notebooks" / "workbench.ipynb", 4)
     parameters = next(cell for cell in notebook.cells if "parameters" in cell.metadata.get("tags", []))
     parameters.source = re.sub(r"= \[640, 480\]", "= [168, 140]", parameters.source)
-    parameters.source = re.sub(r"repeats: int = 5", "repeats: int = 1", parameters.source)
+    parameters.source = re.sub(r"repeats: int = 6", "repeats: int = 1", parameters.source)
     nbformat.write(notebook, jupyterlab.root / "workbench.ipynb")
 
     page.goto(jupyterlab.url("workbench.ipynb"))

@@ -44,7 +44,7 @@ def test_the_way_back_starts_from_a_recipe_that_is_not_the_baseline() -> None:
 @pytest.fixture(scope="module")
 def found(labs: dict[str, Lab], picture: bytes) -> Attribution:
     request = Request(images=[picture], prompt="What?", max_new_tokens=2, ignore_eos=True)
-    return attribute(labs["tiny-qwen2.5-vl"], request, Recipe.parse("baseline, vit.tower=lean, attention.prefill=sdpa"), repeats=5)
+    return attribute(labs["tiny-qwen2.5-vl"], request, Recipe.parse("baseline, vit.tower=lean, attention.prefill=sdpa"), repeats=6)
 
 
 def test_savings_are_paired_by_round_and_drawn_as_steps(found: Attribution) -> None:
@@ -57,8 +57,8 @@ def test_savings_are_paired_by_round_and_drawn_as_steps(found: Attribution) -> N
         assert saved is not None
         pairs = zip(comparison.runs(before), comparison.runs(step), strict=True)
         differences = sorted((earlier.ttft - later.ttft) * 1e3 for earlier, later in pairs)
-        assert saved.median == pytest.approx(differences[2])
-        assert differences[0] <= saved.low <= saved.high <= differences[-1]
+        assert saved.median == pytest.approx((differences[2] + differences[3]) / 2)
+        assert (saved.low, saved.high) == pytest.approx((differences[0], differences[-1]))  # of six
 
     bars = view.step_down(found).data[0]
     assert list(bars.y) == ["transformers", *found.steps, "in the end"]

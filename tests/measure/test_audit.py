@@ -333,7 +333,10 @@ def test_an_audit_shows_itself(drawn: Callable[..., Run]) -> None:
         ({"tokens_per_second": 600, "model": "Qwen2.5-VL-3B-Instruct"}, "needs hardware or memory_bandwidth"),
         ({"tokens_per_second": 600, "hardware": "A6000"}, "decode_faster_than_memory needs model"),
         ({"ttft": 1.0, "model": "Qwen2.5-VL-9B"}, "model 'Qwen2.5-VL-9B' is unknown; the choices are Qwen/Qwen2.5-VL-3B-Instruct"),
-        ({"ttft": 1.0, "hardware": "RTX 9090"}, "hardware 'RTX 9090' is unknown; the choices are RTX A6000"),
+        (
+            {"ttft": 1.0, "hardware": "RTX 9090"},
+            r"hardware 'RTX 9090' is unknown; the choices are RTX A6000.*, or give memory_bandwidth",
+        ),
         ({"ttft": 1.0, "dtype": "int4", "model": "Qwen2.5-VL-3B-Instruct"}, "dtype is 'int4'; the choices are"),
         ({"ttft": -1.0}, "ttft is -1.0; it must be a finite number above 0"),
         ({"ttft": "fast"}, "ttft is 'fast'"),
@@ -400,7 +403,7 @@ def test_a_gpu_is_known_by_its_names(name: str, meant: str) -> None:
     ],
 )
 def test_a_name_of_several_gpus_is_refused_with_the_choices(name: str, choices: str) -> None:
-    with pytest.raises(FastvlError, match=f"hardware {name!r} may be several; the choices are {choices}, or give"):
+    with pytest.raises(FastvlError, match=f"hardware {name!r} may be several; the choices are {choices}$"):
         find_hardware(name)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 
+import numpy as np
 import pytest
 
 from fastvl_lab import Comparison, Lab, RecipeError, Request, RequestError, Run, compare
@@ -67,11 +68,10 @@ def test_cache_hits_are_shown_apart_and_compared_with_nothing(picture: bytes) ->
 
 
 def test_speed_up_is_the_median_of_ratios_paired_by_round(run: Run) -> None:
-    comparison = _comparison(run, {"a": [100, 200, 300, 400, 500], "b": [50, 50, 100, 400, 1000]})
+    comparison = _comparison(run, {"a": [100, 200, 300, 400, 500, 300, 300], "b": [50, 50, 100, 400, 1000, 150, 150]})
     interval = comparison.speedup("b")
     assert interval is not None
-    assert interval.median == 2  # of 2, 4, 3, 1, 0.5
-    assert interval.low <= 2 <= interval.high
+    assert interval == (2, 0.5, 4)  # of 2, 4, 3, 1, 0.5, 2, 2
     assert comparison.representative("a").ttft == pytest.approx(0.3)
 
 
@@ -132,11 +132,22 @@ def test_senseless_comparisons_are_refused(labs: dict[str, Lab]) -> None:
 
 def test_intervals_come_from_samples_and_few_samples_give_none() -> None:
     assert median_interval([3.0]) == pytest.approx((3.0, float("nan"), float("nan")), nan_ok=True)
-    values = [float(x) for x in range(1, 102)]
-    interval = median_interval(values)
-    assert interval.median == 51
-    assert 35 < interval.low < 51 < interval.high < 67
-    assert median_interval(values) == interval
+    # Ranks as tables of intervals of a median have them, for 95% or just above.
+    for n, low, high in ((6, 1, 6), (8, 1, 8), (9, 2, 8), (10, 2, 9), (15, 4, 12), (20, 6, 15), (101, 41, 61)):
+        values = [float((7 * x) % n + 1) if n % 7 else float(x + 1) for x in range(n)]  # 1 to n, in no order
+        assert median_interval(values) == ((n + 1) / 2, low, high)
+    assert median_interval(range(5))[1:] == pytest.approx((float("nan"),) * 2, nan_ok=True)
+
+
+def test_intervals_hold_the_median_as_often_as_they_say() -> None:
+    """Of samples as skewed as times are."""
+    draws = np.exp(0.3 * np.random.default_rng(0).standard_normal((2000, 20)))
+    for n in (6, 7, 10, 20):
+        held = [interval.low <= 1 <= interval.high for interval in map(median_interval, draws[:, :n])]
+        assert sum(held) / len(held) > 0.94
+
+
+def test_ratios_in_words() -> None:
     assert Interval(1.624, 1.5, 1.75).times() == "1.62× (95% CI 1.50 to 1.75)"
     assert median_interval([2.0, 3.0]).times() == "2.50× (too few rounds for an interval)"
 

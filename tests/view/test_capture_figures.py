@@ -62,8 +62,8 @@ def _comparison(run: Run, rounds: int, **seconds: float) -> Comparison:
 def test_captures_have_paid_where_a_gain_is_shown_and_never_elsewhere(run: Run) -> None:
     made = {"compile": [Capture(stage="vit", how="compile", shape="", seconds=8.95, n_bytes=0)]}
     points = {
-        "small": _comparison(run, 5, eager=0.3, compile=0.2),
-        "large": _comparison(run, 5, eager=0.3, compile=0.4),
+        "small": _comparison(run, 6, eager=0.3, compile=0.2),
+        "large": _comparison(run, 6, eager=0.3, compile=0.4),
         "unsure": _comparison(run, 2, eager=0.3, compile=0.2),  # too few rounds for an interval
     }
     frame = view.break_even_frame(points, made)

@@ -131,7 +131,7 @@ def test_tables_stand_beside_the_charts(labs: dict[str, Lab], runs: list[Run], p
     assert sum(values[:-1]) == pytest.approx(values[-1], abs=0.01)
 
     request = Request(images=[picture], prompt="What?", max_new_tokens=2, ignore_eos=True)
-    comparison = compare(labs["tiny-qwen2.5-vl"], request, {"transformers": "transformers", "fastest": "fastest"}, repeats=5)
+    comparison = compare(labs["tiny-qwen2.5-vl"], request, {"transformers": "transformers", "fastest": "fastest"}, repeats=6)
     rows = [{"checkpoint": "c", "image": "i", **row} for row in comparison.summary()]
     table = view.summary_frame(rows)
     assert list(table["tokens equal"]) == ["yes", "yes, on its pixels"]
@@ -173,11 +173,11 @@ def test_a_stage_is_opened_layer_by_layer(labs: dict[str, Lab], picture: bytes) 
 
 
 def _rounds(**medians: tuple[float, float]) -> Rounds:
-    """Seconds of prefill and decode of some variants, the same in five rounds."""
+    """Seconds of prefill and decode of some variants, the same in six rounds."""
     timings = [
         Timing(label=label, round=number, steps={"prefill": prefill, "decode": decode})
         for label, (prefill, decode) in medians.items()
-        for number in range(5)
+        for number in range(6)
     ]
     return Rounds(timings=tuple(timings))
 

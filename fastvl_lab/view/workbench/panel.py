@@ -73,14 +73,14 @@ def workbench(
     prompt: str = "Describe this picture.",
     max_new_tokens: int = 24,
     recipe: Recipe | str = "fastest",
-    repeats: int = 5,
+    repeats: int = 6,
     device: str | None = None,
     dtype: str | None = None,
 ) -> Workbench:
     """Open the workbench: a panel that runs a recipe at every change of a toggle and shows where its TTFT goes.
 
     image: a photograph's name, a path, or bytes. repeats: measured rounds against Transformers after the first run; intervals need
-    5. The panel shows itself in a notebook. From a cell, `bench.controls["vit.tower"].value = "lean"` is a click, and
+    6. The panel shows itself in a notebook. From a cell, `bench.controls["vit.tower"].value = "lean"` is a click, and
     `bench.wait()` waits for what it started.
     """
     question = Question(
@@ -317,7 +317,7 @@ class Workbench:
         prompt = widgets.Text(value=question.prompt, description="prompt", continuous_update=False, **field(235))
         tokens = widgets.BoundedIntText(value=question.max_new_tokens, min=1, max=4096, description="tokens", **field(105))
         repeats = widgets.BoundedIntText(value=self._repeats, min=0, max=1000, description="repeats", **field(105))
-        repeats.tooltip = "measured rounds; intervals need 5"
+        repeats.tooltip = "measured rounds; intervals need 6"
         checkpoint.observe(lambda change: self.ask(checkpoint=change["new"]), "value")
         picture.observe(lambda change: self._take_picture(change["new"]), "value")
         upload.observe(lambda change: self._take_picture(bytes(change["new"][0]["content"]) if change["new"] else b""), "value")
