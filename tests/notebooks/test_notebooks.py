@@ -104,7 +104,7 @@ def _check(result: dict[str, Any]) -> None:
 def test_the_report_is_reproduced_named_and_cured_in_a_notebook(checkpoint: str, tmp_path: Path) -> None:
     """128 tokens; in process, and from outside through a server."""
     path = REPOSITORY / "notebooks" / "streaming.ipynb"
-    parameters = {"checkpoint": checkpoint, "image_size": [168, 140], "repeats": 5}
+    parameters = {"checkpoint": checkpoint, "image_size": [168, 140], "repeats": 6}
     result = _published(_execute(path, tmp_path / path.name, parameters))
     _check(result)
     answers = result["answers"]
