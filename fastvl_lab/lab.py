@@ -104,7 +104,7 @@ class Lab:
         it is set, the request ends at its next stage or step with a `RequestCancelledError`. Raises `FastvlError`s.
         """
         key = self._admitted(request, engine)
-        tell_chunk, tell_stage = self._told(on_chunk), self._told(on_stage)
+        tell_chunk, tell_stage = self._told(key, on_chunk), self._told(key, on_stage)
         tracer, chunks = Tracer(self.device, trace, stop=stop, on_stage=tell_stage), []
 
         def deliver(text: str, tokens: tuple[int, ...]) -> None:
@@ -219,10 +219,10 @@ class Lab:
             raise RequestError("a request waits for its on_chunk and on_stage, in which the lab serves no other; ask after it")
         return key
 
-    def _told(self, callback: Callable[[Any], object] | None) -> Callable[[Any], object] | None:
-        """The callback, during which this thread can give the lab no other request: the one it is told of would wait for itself."""
-        if callback is None:
-            return None
+    def _told(self, key: EngineName, callback: Callable[[Any], object] | None) -> Callable[[Any], object] | None:
+        """The callback; within it no request can have a turn, where the one that it is told of has it and waits for it."""
+        if callback is None or peers.is_remote(key):
+            return callback
 
         def told(news: Any) -> None:
             self._telling.now = True

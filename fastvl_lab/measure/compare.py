@@ -173,7 +173,8 @@ class Comparison:
             return text
         if oracle.logit_difference == 0:
             return f"{text}, on pixels made another way, which leave Transformers' logits as they are"
-        return f"{text}, on other pixels than {reference}, which move Transformers' logits by up to {oracle.logit_difference:.2g}"
+        text += f", on other pixels than {reference}, which move Transformers' logits by up to {oracle.logit_difference:.2g}"
+        return text if oracle.tokens == self.expected(reference) else f"{text} and change its answer"
 
     def frame(self) -> Any:
         """The summary as a pandas DataFrame; needs the extra "notebooks"."""

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from fastvl_lab import Comparison, Lab, RecipeError, Request, RequestError, Run, compare
-from fastvl_lab.measure.compare import Sample
+from fastvl_lab.measure.compare import Oracle, Sample
 from fastvl_lab.measure.statistics import Interval, median_interval
 from fastvl_lab.peers.transformers import TransformersPeer
 from fastvl_lab.preprocessor import resize
@@ -101,6 +101,22 @@ def test_findings_claim_no_more_than_the_interval_bears(run: Run, times: list[fl
     findings = _comparison(run, {"a": [100.0] * 6, "b": times}).findings()
     assert says in findings[1]
     assert findings[0] == "a spends 50% of its TTFT in vit (host)"
+
+
+@pytest.mark.parametrize(
+    ("moved", "tokens", "says"),
+    [
+        (0.0, None, "on pixels made another way, which leave Transformers' logits as they are"),
+        (0.0123, None, "on other pixels than a, which move Transformers' logits by up to 0.012"),
+        (0.0123, (7, 8, 9), "on other pixels than a, which move Transformers' logits by up to 0.012 and change its answer"),
+    ],
+)
+def test_findings_say_what_other_pixels_change(run: Run, moved: float, tokens: tuple[int, ...] | None, says: str) -> None:
+    made = tokens or (1, 2, 3)
+    comparison = _comparison(run, {"a": [100.0] * 6, "b": [50.0] * 6}, tokens={"b": made})
+    own = Oracle(engine="transformers, preprocessor.resize=torch", tokens=made, logit_difference=moved, in_bounds=True)
+    comparison = dataclasses.replace(comparison, oracles={"b": own})
+    assert comparison.findings()[1].endswith(f"; 2.00× as fast as a (95% CI 2.00 to 2.00), {says}")
 
 
 def test_an_engine_that_fails_is_recorded_or_raised(labs: dict[str, Lab]) -> None:

@@ -103,6 +103,9 @@ def test_the_lab_measures_the_server_from_outside(server: Any, labs: dict[str, L
     assert sum(run.trace.stages().values()) + run.trace.unaccounted_ns == pytest.approx(run.trace.first_chunk_ns, rel=0.01)
     assert "as the endpoint counts them" in repr(run)
     assert [chunk.tokens for chunk in labs[MODEL].stream(request, f"{server.url}/v1")] == [c.tokens for c in run.chunks]
+    heard: list[Run] = []  # while an endpoint answers, the lab itself is free
+    labs[MODEL].run(request, f"{server.url}/v1", on_chunk=lambda chunk: heard.append(labs[MODEL].run(request, "fastest")))
+    assert {other.tokens for other in heard} == {run.tokens}
     with pytest.raises(EndpointError, match="not an image of a supported type"):
         labs[MODEL].run(Request(images=[b"no image"], prompt="?"), f"{server.url}/v1")
     with pytest.raises(EndpointError, match=r"does not serve other; the choices are tiny-qwen2\.5-vl"):
