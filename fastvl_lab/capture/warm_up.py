@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import math
 from collections.abc import Iterable
 
 import numpy as np
@@ -24,6 +25,8 @@ def _with_image(size: tuple[int, int], max_new_tokens: int) -> Request:
     if not (isinstance(size, tuple | list) and len(size) == 2 and all(isinstance(side, int) and side > 0 for side in size)):
         raise RequestError(f"a shape to warm up is {size!r}; give a Request, or the (width, height) of an image in pixels")
     width, height = size
+    if width * height > (most := Image.MAX_IMAGE_PIXELS or math.inf):
+        raise RequestError(f"a shape to warm up is {width}x{height}; an image may have {most} pixels")
     noise = np.random.default_rng(0).integers(0, 256, (height, width, 3), dtype=np.uint8)
     encoded = io.BytesIO()
     Image.fromarray(noise).save(encoded, format="JPEG")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
 import torch
@@ -127,7 +127,10 @@ def _read(slot: Preprocessor, checkpoint: Checkpoint, copy: Copy, each: Each) ->
 
 def open_images(request: Request, checkpoint: Checkpoint, each: Each = map) -> OpenedImages:
     """The headers of a request's images and what will become of their sizes; raises for all that headers can be refused for."""
-    opened = [open_image(image) for image in request.image_inputs]
+    images = request.image_inputs
+    if len(images) > 1:  # so that an error says which
+        images = tuple(replace(image, label=f"{image.label}, {n} of {len(images)}") for n, image in enumerate(images, start=1))
+    opened = [open_image(image) for image in images]
     shapes_of([one.size for one in opened], request, checkpoint)  # which way up does not matter to the limits
     opened = list(each(read_orientation, opened))
     return OpenedImages(images=tuple(opened), shapes=shapes_of([one.size for one in opened], request, checkpoint))

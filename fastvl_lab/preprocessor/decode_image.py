@@ -64,7 +64,7 @@ Decoder = Callable[[Opened, ImageShape], Picture]
 def open_image(image: ImageInput) -> Opened:
     """Read the header; raises `ImageError` for what is no image, or one of too many pixels."""
     if isinstance(image.data, np.ndarray):
-        return Opened(label=image.label, picture=_checked(image.data), data=None)
+        return Opened(label=image.label, picture=_checked(image.data, image.label), data=None)
     if isinstance(image.data, bytes):
         picture, encoded = _open(image.data, image.label), image.data
     else:
@@ -216,10 +216,10 @@ def _open(data: bytes, label: str) -> Image.Image:
             raise ImageError(f"image {label!r} is too large: {error}; the limit is {limit} pixels") from None
 
 
-def _checked(array: np.ndarray) -> np.ndarray:
+def _checked(array: np.ndarray, label: str) -> np.ndarray:
     if array.dtype != np.uint8 or array.ndim not in (2, 3) or (array.ndim == 3 and array.shape[2] != 3) or array.size == 0:
         raise ImageError(
-            f"an image array is {array.dtype} of shape {array.shape}; it must be uint8, [height, width, 3] or [height, width], "
-            f"with no side of zero"
+            f"image {label!r} is {array.dtype} of shape {array.shape}; an array must be uint8, [height, width, 3] or "
+            f"[height, width], with no side of zero"
         )
     return array

@@ -89,14 +89,19 @@ def shapes_of(sizes: Sequence[tuple[int, int]], request: Request, checkpoint: Ch
             f"min_pixels {least} is over max_pixels {most}: one is the request's, the other the checkpoint's; "
             f"set both in the request"
         )
-    shapes = tuple(_shape(*size, checkpoint.image_processor, least, most) for size in sizes)
+    shapes = []
+    for number, size in enumerate(sizes, start=1):
+        try:
+            shapes.append(_shape(*size, checkpoint.image_processor, least, most))
+        except ImageError as error:
+            raise ImageError(f"{error}{f' (image {number} of {len(sizes)})' if len(sizes) > 1 else ''}") from None
     visual_tokens = sum(shape.visual_tokens for shape in shapes)
     if visual_tokens > checkpoint.session_len:
         raise RequestError(
             f"the images alone have {visual_tokens} visual tokens, over session_len, {checkpoint.session_len} tokens (the model's "
             f"own limit is {checkpoint.max_length}); set a smaller max_pixels"
         )
-    return shapes
+    return tuple(shapes)
 
 
 def _shape(width: int, height: int, image_processor: Any, least: int, most: int) -> ImageShape:

@@ -156,8 +156,8 @@ JPEG = _encoded(_noise(64, 48), "JPEG")
         (JPEG[:200], "is broken|is not an image"),
         (JPEG[:-600], "is broken"),
         (_encoded(_noise(64, 48))[:-200], "is broken"),
-        (np.zeros((0, 4, 3), np.uint8), r"array is uint8 of shape \(0, 4, 3\)"),
-        (np.zeros((4, 4, 3), np.float32), "array is float32 of shape"),
+        (np.zeros((0, 4, 3), np.uint8), r"is uint8 of shape \(0, 4, 3\)"),
+        (np.zeros((4, 4, 3), np.float32), "is float32 of shape"),
         (np.zeros((4, 4, 4), np.uint8), r"must be uint8, \[height, width, 3\]"),
         (Image.new("RGB", (0, 5)), "is 0x5; both sides must be at least 1 pixel"),
     ],
@@ -205,6 +205,22 @@ def test_decompression_bombs_are_refused_by_their_header(decode: Decode, monkeyp
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 1000)
     with pytest.raises(ImageError, match=r"is too large: .*; the limit is 1000 pixels"):
         decode([ImageInput(data=JPEG, label="bomb.jpg")])
+
+
+@pytest.mark.parametrize(
+    ("bad", "says"),
+    [
+        (b"no picture", r"'10 bytes, 2 of 3' is not an image"),
+        (JPEG[: len(JPEG) // 2], r"image '\d+ bytes, 2 of 3' is broken"),
+        (np.zeros((4, 4, 3)), r"image 'array 4x4x3, 2 of 3' is float64"),
+        (np.zeros((4, 900, 3), np.uint8), r"aspect ratio of 225; the limit is 200 \(image 2 of 3\)"),
+    ],
+)
+def test_of_several_images_an_error_says_which(lab: Lab, bad: bytes | np.ndarray, says: str) -> None:
+    request = Request(images=[JPEG, bad, JPEG], prompt="?")
+    for engine in ("transformers", "baseline", "fastest"):
+        with pytest.raises(ImageError, match=says):
+            lab.run(request, engine)
 
 
 def test_too_long_a_strip_is_refused_by_every_engine(lab: Lab) -> None:
