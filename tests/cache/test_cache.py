@@ -259,7 +259,7 @@ def test_a_second_turn_on_an_image_has_a_quarter_of_the_first_ones_ttft(
 
     def measure() -> Interval:
         ratios = []
-        for _ in range(6):
+        for _ in range(7):
             # A system prompt of its own, so that nothing is found of the conversations before.
             messages: list[dict] = [
                 {"role": "system", "content": f"{next(numbers)}: answer briefly."},
