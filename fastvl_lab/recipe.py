@@ -13,6 +13,7 @@ import importlib.util
 import os
 import shutil
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cache
 from typing import Any, Literal
@@ -540,14 +541,10 @@ class Recipe:
         What depends on the installation is `preprocessor.decode`: turbojpeg where simplejpeg is installed. On CPU: `make sweep`,
         both built-in checkpoints. On CUDA nothing is measured yet, so it is the CPU's.
         """
-        try:
+        with suppress(RuntimeError):  # of what torch has no device
             device = torch.device(device)
-            known = device.type in ("cpu", "cuda")
-        except RuntimeError:
-            known = False
-        if not known:
+        if not isinstance(device, torch.device) or device.type not in ("cpu", "cuda"):
             raise RecipeError(f"no fastest recipe is known for device {str(device)!r}; the choices are 'cpu' and 'cuda'")
-        assert isinstance(device, torch.device)
         turbojpeg = _toggle_at("preprocessor.decode").option("turbojpeg").unavailable(device) is None
         return cls(
             preprocessor=Preprocessor(

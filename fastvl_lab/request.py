@@ -154,14 +154,14 @@ class Request:
         object.__setattr__(self, "image_inputs", image_inputs)
 
 
-def check_whole_number(name: str, value: Any) -> None:
-    """Raise `RequestError` for all but an integer from 1 up, of any type; a bool is none."""
+def check_whole_number(name: str, value: Any, *, least: int = 1) -> None:
+    """Raise `RequestError` for all but an integer from `least` up, of any type; a bool is none."""
     try:
-        good = not isinstance(value, bool) and operator.index(value) >= 1
+        good = not isinstance(value, bool) and operator.index(value) >= least
     except TypeError:
         good = False
     if not good:
-        raise RequestError(f"{name} is {value!r}; it must be a whole number of at least 1")
+        raise RequestError(f"{name} is {value!r}; it must be a whole number of at least {least}")
 
 
 def _parts(message: Any) -> Sequence[Any]:

@@ -17,7 +17,7 @@ from fastvl_lab.measure.preprocessing import model_pictures, pixel_differences
 from fastvl_lab.measure.statistics import Interval, median_interval
 from fastvl_lab.peers import is_remote
 from fastvl_lab.recipe import Recipe
-from fastvl_lab.request import Request
+from fastvl_lab.request import Request, check_whole_number
 from fastvl_lab.run import Kind, Run
 from fastvl_lab.trace import Lane
 
@@ -209,10 +209,9 @@ def compare(
     if not isinstance(engines, Mapping) or not engines:
         raise RequestError(f"engines is {engines!r}; give at least one recipe or peer, as label -> engine")
     for name, value in (("repeats", repeats), ("warm_up", warm_up)):
-        if isinstance(value, bool) or not isinstance(value, int):
-            raise RequestError(f"{name} is {value!r}; it must be a whole number")
-    if repeats < 0 or warm_up < 0 or repeats + warm_up < 1:
-        raise RequestError(f"repeats is {repeats} and warm_up {warm_up}; both must be 0 or more, and one of them at least 1")
+        check_whole_number(name, value, least=0)
+    if repeats + warm_up < 1:
+        raise RequestError(f"repeats is {repeats} and warm_up {warm_up}; one of them must be at least 1")
     keys = {label: lab.engine(engine) for label, engine in engines.items()}
     order, samples, failures = list(engines), [], {}
     logits: dict[str, torch.Tensor] = {}

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from fastvl_lab.errors import FastvlError
+from fastvl_lab.errors import DeviceError, FastvlError
 from fastvl_lab.measure.publish import json_value
 from fastvl_lab.recipe import Option, Toggle, toggles
 
@@ -115,7 +115,8 @@ def command(
     try:
         rows = report(**((tiny if given.tiny else full) | own), repeats=given.repeats, on_rows=keep)
     except FastvlError as error:
-        sys.exit(f"{error}{'' if given.tiny or torch.cuda.is_available() else '; on a CPU there is --tiny'}")
+        without_gpu = isinstance(error, DeviceError) and not torch.cuda.is_available() and not given.tiny
+        sys.exit(f"{error}{'; on a CPU there is --tiny' if without_gpu else ''}")
     print(table(rows))
     if any(row["parity"] is False for row in rows):  # None: nothing was checked
         sys.exit(1)

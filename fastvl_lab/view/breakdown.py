@@ -11,7 +11,7 @@ from fastvl_lab.measure.attribution import STOCK, Attribution
 from fastvl_lab.measure.statistics import Interval
 from fastvl_lab.run import Run
 from fastvl_lab.view import style
-from fastvl_lab.view.tables import times
+from fastvl_lab.view.tables import parity, times
 
 if TYPE_CHECKING:
     import plotly.graph_objects as go
@@ -89,8 +89,7 @@ def attribution_frame(found: Attribution) -> Any:
         interval = "" if saved is None or saved.low != saved.low else f" [{saved.low:.2f}, {saved.high:.2f}]"
         row["saves ms (95% CI)"] = "–" if saved is None else f"{saved.median:.2f}{interval}"
         row["times as fast as Transformers (95% CI)"] = "reference" if step == STOCK else times(found.comparison.speedup(step))
-        on_its_pixels = ", on its pixels" if step in found.comparison.oracles else ""
-        row["tokens equal"] = f"yes{on_its_pixels}" if found.comparison.parity(step) else "NO"
+        row["tokens equal"] = parity(found.comparison.parity(step), own_pixels=step in found.comparison.oracles)
         table.append(row)
     return require("pandas", "notebooks").DataFrame(table)
 

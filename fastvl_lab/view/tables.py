@@ -15,7 +15,7 @@ from fastvl_lab.trace import STAGES
 def summary_frame(rows: Sequence[Mapping[str, Any]]) -> Any:
     """One line an engine and point: times, intervals, parity and speed-up.
 
-    A speed-up stands only beside a parity check that held; an interval needs at least five warm runs.
+    A speed-up stands only beside a parity check that held; an interval needs at least six warm runs.
     """
     any_hits = any(row["hit_runs"] for row in rows)
     table = [
@@ -27,7 +27,7 @@ def summary_frame(rows: Sequence[Mapping[str, Any]]) -> Any:
             "cold TTFT ms": _number(row["cold_ttft_ms"], ".0f"),
             **({"cache-hit TTFT ms": _number(row["hit_ttft_ms"], ".1f")} if any_hits else {}),
             "TPOT ms": _number(row["tpot_ms"], ".2f"),
-            "tokens equal": ("yes" if row["logit_difference"] is None else "yes, on its pixels") if row["tokens_equal"] else "NO",
+            "tokens equal": parity(row["tokens_equal"], own_pixels=row["logit_difference"] is not None),
             "speed-up (95% CI)": (
                 "reference"
                 if row["is_reference"]
@@ -38,6 +38,11 @@ def summary_frame(rows: Sequence[Mapping[str, Any]]) -> Any:
         for row in rows
     ]
     return require("pandas", "notebooks").DataFrame(table)
+
+
+def parity(holds: bool, *, own_pixels: bool) -> str:
+    """A parity check in words; own_pixels: whether it is held to Transformers' model on its own pixels."""
+    return ("yes, on its pixels" if own_pixels else "yes") if holds else "NO"
 
 
 def stage_frame(runs: Sequence[Run]) -> Any:

@@ -140,6 +140,9 @@ def test_senseless_comparisons_are_refused(labs: dict[str, Lab]) -> None:
         compare(lab, request, ["baseline"])  # type: ignore[arg-type]
     with pytest.raises(RequestError, match=r"repeats is 1.5; it must be a whole number"):
         compare(lab, request, {"a": "baseline"}, repeats=1.5)  # type: ignore[arg-type]
+    with pytest.raises(RequestError, match="warm_up is -1; it must be a whole number of at least 0"):
+        compare(lab, request, {"a": "baseline"}, warm_up=-1)
+    assert len(compare(lab, request, {"a": "baseline"}, repeats=np.int64(1), warm_up=0).samples) == 1  # type: ignore[arg-type]
     with pytest.raises(RequestError, match="repeats is 0 and warm_up 0"):
         compare(lab, request, {"a": "baseline"}, repeats=0, warm_up=0)
     with pytest.raises(RecipeError, match="the choices are baseline"):
