@@ -6,10 +6,12 @@ import copy
 import dataclasses
 import queue
 import threading
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import AbstractContextManager, nullcontext
+from collections import Counter, OrderedDict
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from tqdm.auto import tqdm
@@ -21,25 +23,35 @@ from fastvl_lab.capture.compile_cache import keep_compiled
 from fastvl_lab.capture.execute import Capture
 from fastvl_lab.capture.graphs import GraphStore
 from fastvl_lab.capture.warm_up import Shape, requests_of
+from fastvl_lab.engine_thread import EngineThread
 from fastvl_lab.errors import CheckpointError, DeviceError, RecipeError, RequestError
 from fastvl_lab.pipeline import Engine, Outcome, Pipeline
 from fastvl_lab.recipe import Recipe
 from fastvl_lab.request import Chunk, Request, check_whole_number
 from fastvl_lab.run import ELSEWHERE, Kind, Run
 from fastvl_lab.streaming.text import Deliver
-from fastvl_lab.trace import Level, Span, Tracer
+from fastvl_lab.trace import Level, Span, Trace, Tracer
 
 EngineName = Recipe | str
+T = TypeVar("T")
 
 GRAPH_BUDGET = 4 * 2**30
 MAX_GRAPHS = 256
+
+# Engines that a lab keeps bound beside those that are held: each has tables, threads and compiled programs of its own.
+MAX_ENGINES = 8
+
+# How libraries word that memory has run out, where torch has no error type for it: its CPU allocator, the CUDA driver, cuBLAS and
+# cuDNN.
+_OUT_OF_MEMORY = ("can't allocate memory", "out of memory", "ALLOC_FAILED", "ALLOCATION_FAILED")
 
 
 class Lab:
     """A checkpoint on a device, and the engines bound to it.
 
-    name: a folder, a hub id, "tiny-qwen2.5-vl", "tiny-qwen3-vl", or "random:<hub id>" (see `checkpoint.load`). One request runs
-    at a time; a second caller waits before its clock starts.
+    name: a folder, a hub id, "tiny-qwen2.5-vl", "tiny-qwen3-vl", or "random:<hub id>" (see `checkpoint.load`). All of a device's
+    labs load and compute on one thread of the process, one request at a time; a second caller waits before its clock starts. In
+    float32 on CUDA, TF32 is off while the lab computes.
 
     session_len: tokens of prompt and answer that a request may have together; by default up to 32,768, as memory and model allow.
     memory_budget: bytes that recipes' caches may take (`cache.memory.Memory`); by default what two sessions take and an eighth.
@@ -60,7 +72,9 @@ class Lab:
             if value is not None:
                 check_whole_number(what, value)
         keep_compiled()
-        loaded = checkpoints.load(name, device=device, dtype=dtype)
+        on = checkpoints.resolve_device(device)
+        self._thread = EngineThread.of(on)
+        loaded = self._thread.call(partial(checkpoints.load, name, device=on, dtype=dtype))
         session_len = default_session_len(loaded) if session_len is None else session_len
         if session_len > loaded.max_length:
             raise CheckpointError(
@@ -69,11 +83,10 @@ class Lab:
         self.checkpoint = dataclasses.replace(loaded, session_len=session_len)
         self.memory = Memory(self.checkpoint, memory_budget)
         self.graphs = _graph_store(self.device, graph_budget)
-        self._engines: dict[EngineName, Engine] = {}
-        self._seen: set[tuple[object, ...]] = set()
-        self._seen_by_thread = threading.local()
+        self._engines: OrderedDict[EngineName, Engine] = OrderedDict()
+        self._held: Counter[EngineName] = Counter()
+        self._seen: dict[EngineName, dict[tuple[object, ...], int]] = {}
         self._telling = threading.local()
-        self._lock = threading.Lock()
 
     @property
     def device(self) -> torch.device:
@@ -112,12 +125,13 @@ class Lab:
             if tell_chunk is not None:
                 tell_chunk(chunks[-1])
 
-        with self._turn(key):
+        def served() -> tuple[Outcome, Trace, torch.Tensor, Kind]:
             bound = self._bind(key)
             tracer.start()
             outcome = self._serve(bound, request, tracer, deliver)
-            finished, logits = tracer.finish(), outcome.logits.cpu()
-            kind = self._kind(key, outcome)
+            return outcome, tracer.finish(), outcome.logits.cpu(), self._kind(key, outcome)
+
+        outcome, finished, logits, kind = self._in_turn(key, served)
         name = key.text(self.device) if isinstance(key, Recipe) else key
         return Run(
             engine=engine if isinstance(engine, str) else name,
@@ -133,43 +147,37 @@ class Lab:
             trace=finished,
             logits=logits,
             captures=outcome.captures,
+            finite=bool(logits.isfinite().all()),
         )
 
     def stream(self, request: Request, engine: EngineName | None = None) -> Iterator[Chunk]:
-        """Yield text as it is made; leaving the loop early stops the engine at its next stage or step.
-
-        The engine runs on a thread of its own. On a CPU that makes the first chunk later than `run`'s: torch keeps a pool of
-        threads for each thread that has computed, and together they are more than there are cores.
-        """
-        key, gone, started = self._admitted(request, engine), threading.Event(), threading.Event()
+        """Yield text as it is made; leaving the loop early stops the engine at its next stage or step."""
+        key, gone = self._admitted(request, engine), threading.Event()
         tracer = Tracer(self.device, "off", stop=gone)
         # Unbounded: an engine that waited for its consumer would keep the lab from everybody else; the answer's length bounds it.
         ready: queue.SimpleQueue[tuple[str, tuple[int, ...]] | BaseException | None] = queue.SimpleQueue()
 
         def produce() -> None:
             try:
-                with self._turn(key):
-                    started.set()
-                    if gone.is_set():  # the consumer left while others were served
-                        return
-                    bound = self._bind(key)
-                    tracer.start()
-                    self._kind(key, self._serve(bound, request, tracer, lambda text, tokens: ready.put((text, tokens))))
+                bound = self._bind(key)
+                tracer.start()
+                self._kind(key, self._serve(bound, request, tracer, lambda text, tokens: ready.put((text, tokens))))
                 ready.put(None)
             except BaseException as error:  # handed to the consumer, whose call it is
                 ready.put(error)
 
-        producer = threading.Thread(target=produce, name="fastvl-stream", daemon=True)
+        # What an endpoint makes is waited for on a thread of its own: the lab's is for what computes here.
+        thread = EngineThread("fastvl-stream") if peers.is_remote(key) else self._thread
+        job = thread.submit(produce)
         try:
-            producer.start()
             while (item := ready.get()) is not None:
                 if isinstance(item, BaseException):
                     raise item
                 yield Chunk(text=item[0], tokens=item[1], time=tracer.delivered())
         finally:
             gone.set()
-            if started.is_set():  # else it waits for its turn, and will leave without a trace
-                producer.join()
+            if not job.cancel():
+                job.wait()
 
     def warm_up(
         self, recipe: Recipe | str, shapes: Iterable[Shape], *, max_new_tokens: int = 32, progress: bool = True
@@ -198,11 +206,44 @@ class Lab:
         Both together still run one request at a time.
         """
         other = copy.copy(self)
-        other.memory, other._engines = Memory(self.checkpoint, self.memory.budget), {}
+        other.memory, other._engines, other._held = Memory(self.checkpoint, self.memory.budget), OrderedDict(), Counter()
         if self.graphs is not None:
             other.graphs = _graph_store(self.device, self.graphs.max_bytes)
-        other._seen, other._seen_by_thread = set(), threading.local()
+        other._seen = {}
         return other
+
+    def logits_along(self, request: Request, engine: EngineName, tokens: Sequence[int]) -> torch.Tensor:
+        """An engine's logits of a request's last prompt token, and after each of `tokens` that it is made to go on with.
+
+        float32 [1 + n, vocab], on the host. Raises what `run` raises, and `EndpointError` for an endpoint, which shows no logits.
+        """
+        key = self._admitted(request, engine)
+
+        def along() -> torch.Tensor:
+            with computing(self.device, self.dtype):
+                return self._bind(key).logits_along(request, torch.tensor(tokens, dtype=torch.int64))
+
+        return self._in_turn(key, along)
+
+    def compute(self, work: Callable[[], T]) -> T:
+        """Do work of the caller's on the lab's thread, in its turn, with the lab's device the current one."""
+
+        def on_device() -> T:
+            with computing(self.device, self.dtype):
+                return work()
+
+        return self._thread.call(on_device)
+
+    @contextmanager
+    def hold(self, engines: Iterable[EngineName]) -> Iterator[None]:
+        """Keep these bound, however many others run meanwhile: who measures engines in turn must not bind them anew each time."""
+        keys = [self.engine(engine) for engine in engines]
+        self._held.update(keys)
+        try:
+            yield
+        finally:
+            self._held.subtract(keys)
+            self.compute(self._let_go)
 
     def engine(self, engine: EngineName | None) -> EngineName:
         """What `run` would run: a recipe, or the text of a peer; raises `RecipeError` for a text that is neither."""
@@ -234,44 +275,52 @@ class Lab:
         return told
 
     def _bind(self, key: EngineName) -> Engine:
+        """The engine, bound now or before; on the lab's thread."""
         if key not in self._engines:
             if isinstance(key, Recipe):
                 self._engines[key] = Pipeline(self.checkpoint, key, self.memory, self.graphs)
             else:
                 self._engines[key] = peers.bind(key, self.checkpoint)
+        self._engines.move_to_end(key)
+        self._let_go()
         return self._engines[key]
 
-    def _turn(self, key: EngineName) -> AbstractContextManager[object]:
+    def _let_go(self) -> None:
+        """Forget the engines unused for longest beyond `MAX_ENGINES`; what is run of them again is cold."""
+        free = [key for key in self._engines if self._held[key] <= 0]
+        for key in free[:-MAX_ENGINES]:
+            del self._engines[key]
+            self._seen.pop(key, None)
+
+    def _in_turn(self, key: EngineName, work: Callable[[], T]) -> T:
         """One request at a time on the device; what an endpoint serves is elsewhere, or takes its own turn here."""
-        return nullcontext() if peers.is_remote(key) else self._lock
+        return work() if peers.is_remote(key) else self._thread.call(work)
 
     def _serve(self, engine: Engine, request: Request, tracer: Tracer, deliver: Deliver) -> Outcome:
         try:
-            with current_device(self.device):
+            with computing(self.device, self.dtype):
                 return engine.run(request, tracer, deliver)
         except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
-            if not isinstance(error, torch.OutOfMemoryError | MemoryError) and "can't allocate memory" not in str(error):
-                raise  # torch's CPU allocator has no error type of its own
+            known = isinstance(error, torch.OutOfMemoryError | MemoryError)
+            if not known and not any(words in str(error) for words in _OUT_OF_MEMORY):
+                raise
             raise DeviceError(
                 f"{device_name(self.device)} ran out of memory ({next(iter(str(error).splitlines()), 'no detail')}); "
                 f"set a smaller max_pixels or max_new_tokens, or load a smaller checkpoint or dtype"
             ) from error
 
     def _kind(self, key: EngineName, outcome: Outcome) -> Kind:
-        """Whether anything was reused, else whether this was the first run of its engine and shape; decode steps share one shape.
+        """Whether anything was reused, else whether its engine has run this shape before, to as many tokens or more.
 
-        A run that compiled or captured something on its way is cold in any case.
-        On a CPU each calling thread has a thread pool of its own in torch, so the first run of another thread is cold again.
+        A step reads more keys than the one before it, for which a library may build a plan. A run that compiled or captured
+        something on its way is cold in any case.
         """
         if outcome.reused and not outcome.captures:
             return "cache_hit"
-        seen = self._seen
-        if self.device.type == "cpu":
-            seen = self._seen_by_thread.__dict__.setdefault("seen", set())
-        shape = (key, outcome.n_prompt, *(s.grid for s in outcome.shapes), len(outcome.tokens) > 1)
-        first = shape not in seen
-        seen.add(shape)
-        return "cold" if first or outcome.captures else "warm"
+        seen, shape = self._seen.setdefault(key, {}), (outcome.n_prompt, *(s.grid for s in outcome.shapes))
+        known, made = seen.get(shape, 0), len(outcome.tokens)
+        seen[shape] = max(known, made)
+        return "cold" if made > known or outcome.captures else "warm"
 
 
 def _graph_store(device: torch.device, max_bytes: int) -> GraphStore | None:
@@ -283,9 +332,33 @@ def _graph_store(device: torch.device, max_bytes: int) -> GraphStore | None:
     return GraphStore(CudaRecorder(device), max_bytes=max_bytes, max_graphs=MAX_GRAPHS)
 
 
-def current_device(device: torch.device) -> AbstractContextManager[None]:
-    """Make a CUDA device the current one, which is where Triton launches its kernels; nothing to do on a CPU."""
-    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
+@contextmanager
+def computing(device: torch.device, dtype: torch.dtype) -> Iterator[None]:
+    """Make a CUDA device the current one, where Triton launches its kernels, and keep float32 from TF32; nothing on a CPU.
+
+    torch lets cuDNN round a float32 convolution's inputs to TF32, which moves the patch embedding by 2e-3 to 5e-3.
+    """
+    if device.type != "cuda":
+        yield
+        return
+    with ExitStack() as stack:
+        stack.enter_context(torch.cuda.device(device))
+        if dtype == torch.float32:
+            stack.enter_context(_without_tf32())
+        yield
+
+
+@contextmanager
+def _without_tf32() -> Iterator[None]:
+    backends: tuple[Any, ...] = (torch.backends.cudnn, torch.backends.cuda.matmul)
+    before = [backend.allow_tf32 for backend in backends]
+    try:
+        for backend in backends:
+            backend.allow_tf32 = False
+        yield
+    finally:
+        for backend, allowed in zip(backends, before, strict=True):
+            backend.allow_tf32 = allowed
 
 
 def parse_engine(text: str, device: torch.device | str = "cpu") -> EngineName:

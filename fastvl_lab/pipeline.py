@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -21,7 +22,7 @@ from fastvl_lab.preprocessor import OpenedImages
 from fastvl_lab.preprocessor.upload import upload_pixels, upload_prompt
 from fastvl_lab.recipe import Recipe
 from fastvl_lab.request import ImageShape, Prompt, Request
-from fastvl_lab.streaming.answer import Answer
+from fastvl_lab.streaming.answer import Answer, Forced
 from fastvl_lab.streaming.text import Deliver, Emitter, TokenBytes
 from fastvl_lab.tokenizer import tokenize
 from fastvl_lab.trace import Tracer
@@ -48,6 +49,8 @@ class Engine(Protocol):
     """What a recipe's pipeline and every peer have in common: a request in, text out through `deliver`."""
 
     def run(self, request: Request, tracer: Tracer, deliver: Deliver) -> Outcome: ...
+
+    def logits_along(self, request: Request, tokens: torch.Tensor) -> torch.Tensor: ...
 
 
 class Pipeline:
@@ -76,9 +79,19 @@ class Pipeline:
         self.complete = streaming.bind(recipe.streaming, checkpoint.device)
         self.token_bytes = TokenBytes.of(checkpoint.tokenizer)
 
-    @torch.inference_mode()
     def run(self, request: Request, tracer: Tracer, deliver: Deliver) -> Outcome:
         """Serve one request; raises `RequestError` for one that cannot be served, before any pixel of it is read."""
+        return self._admit_and_serve(request, tracer, deliver, None)
+
+    def logits_along(self, request: Request, tokens: torch.Tensor) -> torch.Tensor:
+        """Logits of the prompt's last token, and after each of `tokens` (int64 [n]); float32 [1 + n, vocab], on the host."""
+        forced = Forced(tokens=tokens.to(self.checkpoint.device))
+        longer = dataclasses.replace(request, max_new_tokens=1 + len(tokens), ignore_eos=True)
+        outcome = self._admit_and_serve(longer, Tracer(self.checkpoint.device, "off"), lambda text, tokens: None, forced)
+        return torch.stack([outcome.logits.cpu(), *forced.logits[: len(tokens)]])
+
+    @torch.inference_mode()
+    def _admit_and_serve(self, request: Request, tracer: Tracer, deliver: Deliver, forced: Forced | None) -> Outcome:
         self.stages.take_fresh()  # what a request that failed has made is no part of this one
         span, opened = tracer.span, None
         if request.image_inputs:
@@ -89,7 +102,7 @@ class Pipeline:
         with span("admit"):
             place = self.cache.admit(prompt, request.max_new_tokens, opened.contents if opened else tuple)
         try:
-            return self._serve(request, prompt, opened, place, tracer, deliver)
+            return self._serve(request, prompt, opened, place, tracer, deliver, forced)
         finally:
             place.close()
 
@@ -101,6 +114,7 @@ class Pipeline:
         place: Place,
         tracer: Tracer,
         deliver: Deliver,
+        forced: Forced | None,
     ) -> Outcome:
         span, stages, decoder, kv = tracer.span, self.stages, self.decoder, place.kv
         n_prompt, rest = prompt.n_tokens, prompt.after(place.reused)
@@ -138,7 +152,7 @@ class Pipeline:
         answer = Answer(
             first=first,
             next_position=prompt.next_position,
-            decode=decode,
+            decode=decode if forced is None else forced.steps(decode),
             sample=lambda logits: greedy(logits[0], decoder),
             max_new_tokens=request.max_new_tokens,
             ends=() if request.ignore_eos else self.checkpoint.eos_token_ids,

@@ -33,7 +33,7 @@ class Run:
 
     `kind` is "cold" for the first run of its engine, shape and thread, and for any run that compiled or captured something (they
     are its `captures`), "warm" after that, "cache_hit" when something was reused from an earlier request. `logits` are those of the
-    last prompt token, float32 [vocab] on the host.
+    last prompt token, float32 [vocab] on the host; finite: whether they were all finite numbers, without which tokens mean nothing.
     """
 
     engine: str
@@ -49,6 +49,7 @@ class Run:
     trace: Trace
     logits: torch.Tensor
     captures: tuple[Capture, ...] = ()
+    finite: bool = True
 
     @property
     def ttft(self) -> float:
@@ -123,6 +124,7 @@ class Run:
             "chunks": [{"text": c.text, "tokens": list(c.tokens), "time": c.time} for c in self.chunks],
             "trace": self.trace.to_record(),
             "captures": [vars(capture) for capture in self.captures],
+            "finite": self.finite,
         }
 
     @classmethod
@@ -161,6 +163,8 @@ class Run:
 
     def __repr__(self) -> str:
         lines = [self.title(), self.subtitle(), self._summary()]
+        if not self.finite:
+            lines.append("its logits are not finite: its tokens mean nothing")
         lines += [f"{stage:<13} {ms:9.3f} ms {share:6.1%} {bar}".rstrip() for stage, ms, share, bar in self._rows_with_bars()]
         lines += [f"{c.how} of {c.stage}: {c.seconds:.2f} s, {c.n_bytes / 1e6:.1f} MB ({c.shape})" for c in self.captures]
         if self.trace.padding:

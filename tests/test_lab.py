@@ -6,12 +6,14 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Callable
 
 import numpy as np
 import pytest
 import torch
 
 from fastvl_lab import DeviceError, ImageError, Lab, Recipe, RecipeError, Request, RequestError
+from fastvl_lab.lab import MAX_ENGINES
 
 
 @pytest.fixture
@@ -28,15 +30,32 @@ def test_the_first_run_of_an_engine_and_shape_is_cold(picture: bytes) -> None:
         for r, e in [(small, "baseline"), (small, "baseline"), (small, "transformers"), (other_prompt, "baseline")]
     ]
     assert kinds == ["cold", "warm", "cold", "cold"]
+    longer = Request(images=[picture], prompt="What is this?", max_new_tokens=3, ignore_eos=True)
+    assert [lab.run(r, "baseline").kind for r in (longer, small, longer)] == ["cold", "warm", "warm"]  # a step reads more keys
     elsewhere: list[str] = []
     thread = threading.Thread(target=lambda: elsewhere.append(lab.run(small, "baseline").kind))
     thread.start()
     thread.join()
-    assert elsewhere == ["cold"]
-    thread = threading.Thread(target=lambda: elsewhere.append(lab.run(small, "baseline").kind))  # may get the same thread id
-    thread.start()
-    thread.join()
-    assert elsewhere == ["cold", "cold"]
+    assert elsewhere == ["warm"]  # the lab computes on a thread of its own, whoever asks
+
+
+def test_engines_unused_for_longest_are_let_go_and_cold_when_they_come_back(picture: bytes) -> None:
+    lab = Lab("tiny-qwen3-vl", device="cpu")
+    request = Request(prompt="Hi.", max_new_tokens=1)
+    sizes = ["multiples_of_64", "multiples_of_256", "powers_of_two"]
+    recipes = [f"fastest, vit.norms={norms}, capture.shapes={size}" for norms in ("eager", "native") for size in sizes]
+    recipes += [f"fastest, attention.norms={norms}" for norms in ("eager", "native")]
+    assert len(recipes) == MAX_ENGINES
+    with lab.hold(["baseline"]):
+        for recipe in ("fastest", "baseline", *recipes):
+            lab.run(request, recipe)
+        assert lab.run(request, "baseline").kind == "warm"  # held
+        assert lab.run(request, recipes[0]).kind == "warm"
+        assert lab.run(request, "fastest").kind == "cold"  # one too many
+        assert lab.run(request, recipes[1]).kind == "cold"
+    for recipe in recipes:
+        lab.run(request, recipe)
+    assert lab.run(request, "baseline").kind == "cold"  # no longer held
 
 
 def test_an_engine_may_be_a_recipe_its_text_or_a_peer(labs: dict[str, Lab], request_: Request) -> None:
@@ -95,7 +114,6 @@ def test_leaving_a_stream_stops_the_engine(labs: dict[str, Lab], picture: bytes)
         for count, _ in enumerate(lab.stream(endless, engine), start=1):
             if count == 3:
                 break
-        assert not [thread for thread in threading.enumerate() if thread.name == "fastvl-stream"]
         hooks = [m for m in lab.checkpoint.model.modules() if m._forward_hooks or m._forward_pre_hooks]
         assert not hooks, engine
         lab.run(Request(prompt="Next.", max_new_tokens=1), engine)  # the lab is free again
@@ -119,6 +137,12 @@ def test_running_out_of_memory_is_one_sentence(labs: dict[str, Lab], monkeypatch
     def exhausted_on_cpu(*_: object, **__: object) -> None:
         raise RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes.")
 
+    def failing(words: str) -> Callable[..., None]:
+        def fail(*_: object, **__: object) -> None:
+            raise RuntimeError(words)
+
+        return fail
+
     monkeypatch.setattr(lab._bind(Recipe.baseline()).stages, "encode", exhausted)  # type: ignore[attr-defined]
     monkeypatch.setattr(lab._bind(Recipe.fastest()).stages, "encode", exhausted_on_cpu)  # type: ignore[attr-defined]
     request = Request(images=[np.zeros((40, 40, 3), np.uint8)], prompt="?")
@@ -128,6 +152,17 @@ def test_running_out_of_memory_is_one_sentence(labs: dict[str, Lab], monkeypatch
         lab.run(request)
     with pytest.raises(DeviceError, match=r"can't allocate memory.*set a smaller max_pixels"):
         lab.run(request, Recipe.fastest())
+    for words in (  # as the driver, cuBLAS and cuDNN say it, for which torch has no type of its own
+        "CUDA error: out of memory\nCompile with TORCH_USE_CUDA_DSA",
+        "CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`",
+        "cuDNN error: CUDNN_STATUS_INTERNAL_ERROR_DEVICE_ALLOCATION_FAILED",
+    ):
+        monkeypatch.setattr(lab._bind(Recipe.baseline()).stages, "encode", failing(words))  # type: ignore[attr-defined]
+        with pytest.raises(DeviceError, match=f"ran out of memory .{words.partition(chr(10))[0][:30]}"):
+            lab.run(request)
+    monkeypatch.setattr(lab._bind(Recipe.baseline()).stages, "encode", failing("CUDA error: an illegal memory access"))  # type: ignore[attr-defined]
+    with pytest.raises(RuntimeError, match="an illegal memory access"):
+        lab.run(request)
 
 
 FIRST_RUN = """

@@ -191,7 +191,9 @@ def _outcomes(seen: Seen) -> list[Outcome]:
         verdicts.bursts(seen),
         verdicts.faster_than_compute(seen),
     ]
-    return found if seen.run is None else [*found, verdicts.stages_do_not_add_up(seen)]
+    if seen.run is None:
+        return found
+    return [*found, verdicts.stages_do_not_add_up(seen), verdicts.logits_not_finite(seen.run)]
 
 
 def _outcomes_of_runs(runs: Sequence[Run], device: Device) -> list[Outcome]:

@@ -13,10 +13,8 @@ import torch
 
 from fastvl_lab.errors import RequestCancelledError, RequestError, require, sentence
 from fastvl_lab.lab import EngineName, Lab
-from fastvl_lab.measure.preprocessing import model_pictures, pixel_differences
+from fastvl_lab.measure.parity import Oracles, Parity, check
 from fastvl_lab.measure.statistics import Interval, median_interval
-from fastvl_lab.peers import is_remote
-from fastvl_lab.recipe import Recipe
 from fastvl_lab.request import Request, check_whole_number
 from fastvl_lab.run import Kind, Run
 from fastvl_lab.trace import Lane
@@ -32,31 +30,16 @@ class Sample:
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
-class Oracle:
-    """Who answers for an engine whose pixels are not the reference's: Transformers' model on the engine's own pixels.
-
-    logit_difference: the largest difference of a last-prompt-token logit that these pixels make in Transformers' model, against
-    the reference's. in_bounds: whether the pixels are as near to the stock ones as the recipe promises, if it promises anything.
-    """
-
-    engine: str
-    tokens: tuple[int, ...]
-    logit_difference: float
-    in_bounds: bool
-
-
-@dataclass(frozen=True, kw_only=True, eq=False)
 class Comparison:
     """What `compare` measured.
 
-    reference: the label that parity and speed-ups refer to (a peer where one ran, else the first engine). oracles: label -> who
-    answers for its tokens, for engines whose pixels are not the reference's (`Recipe.oracle`). failures: label -> the sentence of
-    the error that took an engine out.
+    reference: the label that speed-ups refer to (a peer where one ran, else the first engine). checks: label -> how the engine came
+    through its parity check. failures: label -> the sentence of the error that took an engine out.
     """
 
     samples: tuple[Sample, ...]
     reference: str
-    oracles: Mapping[str, Oracle]
+    checks: Mapping[str, Parity]
     failures: Mapping[str, str]
 
     @property
@@ -77,15 +60,9 @@ class Comparison:
         runs = sorted(self.runs(engine) or everything, key=lambda run: run.ttft)
         return runs[(len(runs) - 1) // 2]
 
-    def expected(self, engine: str) -> tuple[int, ...]:
-        """The tokens that an engine must make: the reference's, or on other pixels those of its oracle."""
-        own = self.oracles.get(engine)
-        return own.tokens if own else next(s.run.tokens for s in self.samples if s.engine == self.reference)
-
     def parity(self, engine: str) -> bool:
-        """Whether every run of the engine made the tokens that it must, on the pixels that it may."""
-        expected, own = self.expected(engine), self.oracles.get(engine)
-        return (own is None or own.in_bounds) and all(s.run.tokens == expected for s in self.samples if s.engine == engine)
+        """Whether the engine computes what Transformers computes, on the pixels that it may make (`measure.parity`)."""
+        return self.checks[engine].holds
 
     def speedup(self, engine: str, over: str | None = None, *, of: Literal["ttft", "tpot"] = "ttft") -> Interval | None:
         """TTFT (or TPOT) of the reference, or of the engine `over`, over the engine's, paired by round.
@@ -105,7 +82,7 @@ class Comparison:
         rows = []
         for engine in self.engines:
             warm, cold, hits = self.runs(engine), self.runs(engine, "cold"), self.runs(engine, "cache_hit")
-            shown = self.representative(engine)
+            shown, checked = self.representative(engine), self.checks[engine]
             ttft = median_interval([run.ttft * 1e3 for run in warm]) if warm else None
             tpots = [run.tpot * 1e3 for run in warm or hits if run.tpot is not None]
             speedup = self.speedup(engine)
@@ -121,9 +98,13 @@ class Comparison:
                 "hit_runs": len(hits),
                 "hit_ttft_ms": median_interval([run.ttft * 1e3 for run in hits]).median if hits else None,
                 "tpot_ms": median_interval(tpots).median if tpots else None,
-                "tokens_equal": self.parity(engine),
-                "oracle": self.oracles[engine].engine if engine in self.oracles else self.reference,
-                "logit_difference": self.oracles[engine].logit_difference if engine in self.oracles else None,
+                "parity": checked.holds,
+                "parity_says": checked.says,
+                "tokens_equal": checked.other_from is None,
+                "error": checked.error,
+                "error_budget": checked.budget,
+                "oracle": checked.oracle,
+                "logit_difference": checked.moved,
                 "speedup": speedup.median if speedup else None,
                 "speedup_low": speedup.low if speedup else None,
                 "speedup_high": speedup.high if speedup else None,
@@ -152,14 +133,11 @@ class Comparison:
 
     def _against(self, engine: str) -> str:
         """A speed-up in words, and no claim that its interval does not bear."""
-        speedup, oracle, reference = self.speedup(engine), self.oracles.get(engine), self.reference
+        speedup, checked, reference = self.speedup(engine), self.checks[engine], self.reference
         if not self.parity(reference):
-            other = f"those of {self.oracles[reference].engine}" if reference in self.oracles else "one run to the next"
-            return f"the tokens of {reference} differ from {other}, so no time is compared with it"
-        if oracle is not None and not oracle.in_bounds:
-            return "its pixels are further from the stock ones than it promises, so its time is not compared"
-        if not self.parity(engine):
-            return f"its tokens differ from those of {oracle.engine if oracle else reference}, so its time is not compared"
+            return f"no time is compared with {reference}: {self.checks[reference].why}"
+        if not checked.holds:
+            return f"{checked.why}, so its time is not compared"
         if speedup is None:
             return f"no warm rounds to compare with {reference}"
         text = f"{speedup.median:.2f}× as fast as {reference}"
@@ -169,12 +147,12 @@ class Comparison:
             text = f"no difference from {reference} shown ({text}, 95% CI {speedup.low:.2f} to {speedup.high:.2f})"
         else:
             text += f" (95% CI {speedup.low:.2f} to {speedup.high:.2f})"
-        if oracle is None:
+        if checked.moved is None:
             return text
-        if oracle.logit_difference == 0:
+        if checked.moved == 0:
             return f"{text}, on pixels made another way, which leave Transformers' logits as they are"
-        text += f", on other pixels than {reference}, which move Transformers' logits by up to {oracle.logit_difference:.2g}"
-        return text if oracle.tokens == self.expected(reference) else f"{text} and change its answer"
+        text += f", on other pixels than {reference}, which move Transformers' logits by up to {checked.moved:.2g}"
+        return text if checked.expected == self.checks[reference].expected else f"{text} and change its answer"
 
     def frame(self) -> Any:
         """The summary as a pandas DataFrame; needs the extra "notebooks"."""
@@ -201,9 +179,10 @@ def compare(
     keep_going: bool = False,
     stop: threading.Event | None = None,
 ) -> Comparison:
-    """Run every engine on the request `warm_up + repeats` times, in rounds whose order is shuffled by `seed`.
+    """Run every engine on the request `warm_up + repeats` times, in rounds whose order is shuffled by `seed`; then check parity.
 
-    engines: label -> recipe, recipe text, or peer. on_run is called after each run with its label. keep_going records any error of
+    engines: label -> recipe, recipe text, or peer. Transformers answers for all of them, and runs for that where it is none of
+    them. on_run is called after each run with its label. keep_going records any error of
     an engine in `failures` and goes on without it; otherwise errors are raised. stop: as `Lab.run` has it.
     """
     if not isinstance(engines, Mapping) or not engines:
@@ -216,67 +195,37 @@ def compare(
     order, samples, failures = list(engines), [], {}
     logits: dict[str, torch.Tensor] = {}
     shuffled = random.Random(seed)
-    for number in range(-warm_up, repeats):
-        shuffled.shuffle(order)
-        for label in [name for name in order if name not in failures]:
+    with lab.hold(keys.values()):
+        for number in range(-warm_up, repeats):
+            shuffled.shuffle(order)
+            for label in [name for name in order if name not in failures]:
+                try:
+                    run = lab.run(request, keys[label], stop=stop)
+                    if label not in logits or not run.finite:
+                        logits[label] = run.logits
+                    # A run's logits may be half a megabyte, and a comparison holds many runs.
+                    run = dataclasses.replace(run, engine=label, logits=run.logits[:0])
+                    samples.append(Sample(engine=label, round=number, run=run))
+                except Exception as error:
+                    if not keep_going or isinstance(error, RequestCancelledError):
+                        raise
+                    failures[label] = sentence(error)
+                if on_run is not None:
+                    on_run(label)
+        alive = [label for label in engines if any(s.engine == label for s in samples)]
+        samples = [s for label in alive for s in samples if s.engine == label]
+        peers = [label for label in alive if isinstance(keys[label], str)]
+        reference = next(iter(peers + alive), "")
+        runs = {label: [s.run for s in samples if s.engine == label] for label in alive}
+        known = {str(keys[label]): dataclasses.replace(runs[label][0], logits=logits[label]) for label in peers}
+        oracles, checks = Oracles(lab, request, known=known, stop=stop), {}
+        for label in alive:
             try:
-                run = lab.run(request, keys[label], stop=stop)
-                logits.setdefault(label, run.logits)
-                # A run's logits may be half a megabyte, and a comparison holds many runs.
-                run = dataclasses.replace(run, engine=label, logits=run.logits[:0])
-                samples.append(Sample(engine=label, round=number, run=run))
+                base = oracles.of(keys[reference])
+                checks[label] = check(oracles, keys[label], runs[label], logits[label], base)
             except Exception as error:
                 if not keep_going or isinstance(error, RequestCancelledError):
                     raise
-                failures[label] = sentence(error)
-            if on_run is not None:
-                on_run(label)
-    alive = [label for label in engines if any(s.engine == label for s in samples)]
-    samples = [s for label in alive for s in samples if s.engine == label]
-    peers = [label for label in alive if isinstance(keys[label], str)]
-    reference = next(iter(peers + alive), "")
-    oracles: dict[str, Oracle] = {}
-    asked: dict[str, Run] = {}  # each oracle runs once, whoever it answers for
-
-    def ask(name: str) -> Run:
-        if name not in asked:
-            asked[name] = lab.run(request, name, stop=stop)
-        return asked[name]
-
-    names = {label: _oracle(lab, keys[label]) for label in alive if request.image_inputs}
-    base = names.get(reference, "")
-    # An endpoint that others are compared with, but whose pixels are not theirs, must make Transformers' tokens itself.
-    unseen = is_remote(keys.get(reference)) and set(names.values()) != {base}
-    for label, name in names.items():
-        if name == base and not (unseen and is_remote(keys[label])):
-            continue
-        try:
-            base_logits = logits[reference] if keys[reference] == base else ask(base).logits
-            oracles[label] = Oracle(
-                engine=name,
-                tokens=ask(name).tokens,
-                logit_difference=float((ask(name).logits - base_logits).abs().max()),
-                in_bounds=_in_bounds(lab, request, keys[label]),
-            )
-        except Exception as error:
-            if not keep_going or isinstance(error, RequestCancelledError):
-                raise
-            failures[label] = f"its oracle failed: {sentence(error)}"
-            oracles[label] = Oracle(engine=name, tokens=(), logit_difference=float("nan"), in_bounds=False)
-    return Comparison(samples=tuple(samples), reference=reference, oracles=oracles, failures=failures)
-
-
-def _oracle(lab: Lab, key: EngineName) -> str:
-    """Who answers for an engine's tokens: a peer for itself, but Transformers for an endpoint, which shows no pixels or logits."""
-    if isinstance(key, Recipe):
-        return key.oracle(lab.checkpoint.image_backend)
-    return "transformers" if is_remote(key) else key
-
-
-def _in_bounds(lab: Lab, request: Request, key: EngineName) -> bool:
-    """Whether a recipe's pixels are as near to the stock ones as it promises; one that promises nothing keeps its word."""
-    within = None if isinstance(key, str) else key.within(lab.checkpoint.image_backend)
-    if isinstance(key, str) or within is None:
-        return True
-    pictures = (model_pictures(lab, request, recipe) for recipe in (key, Recipe.baseline()))
-    return max(difference.largest for difference in pixel_differences(*pictures)) <= within
+                failures[label] = why = f"its parity check failed: {sentence(error)}"
+                checks[label] = Parity(oracle=oracles.of(keys[label]), holds=False, why=why)
+    return Comparison(samples=tuple(samples), reference=reference, checks=checks, failures=failures)

@@ -18,11 +18,12 @@ import torch
 import torch.nn.functional as F
 
 from fastvl_lab.errors import sentence
-from fastvl_lab.lab import EngineName, Lab, current_device, device_name
+from fastvl_lab.lab import EngineName, Lab, device_name
 from fastvl_lab.measure.decoding import BoundDecoder, text_prompt, time_decoding
 from fastvl_lab.measure.floors import copy_ceiling, decode_bytes, matmul_ceiling, prefill_flops
+from fastvl_lab.measure.parity import wider, within_budget, worst_error
 from fastvl_lab.measure.rounds import Rounds
-from fastvl_lab.measure.slot_report import Row, command, runnable, table, wider, within_budget, worst_error
+from fastvl_lab.measure.slot_report import Row, command, runnable, table
 from fastvl_lab.recipe import Recipe
 from fastvl_lab.request import Prompt
 
@@ -78,26 +79,29 @@ class Check(NamedTuple):
     kv_bytes: int | None = None
 
 
-@torch.inference_mode()
 def check(lab: Lab, length: int, steps: int, engines: Mapping[str, EngineName]) -> dict[str, Check]:
     """Every engine's logits of a prompt's last token and after each of `steps` tokens that are forced on all of them alike.
 
     Against the stock decoder in a wider dtype. Positions are those of a prompt with an image in it, so that each axis counts.
     """
+    return lab.compute(lambda: _check(lab, length, steps, engines))
+
+
+@torch.inference_mode()
+def _check(lab: Lab, length: int, steps: int, engines: Mapping[str, EngineName]) -> dict[str, Check]:
     prompt, forced = _with_places_of_an_image(text_prompt(lab, length, steps)), text_prompt(lab, steps, 1).input_ids
     found: dict[str, Check] = {}
-    with current_device(lab.device):
-        truth = _truth(lab, prompt, forced)
-        for label, engine in engines.items():
-            try:
-                if isinstance(engine, Recipe):
-                    logits, kv_bytes = _ours(lab, engine, prompt, forced)
-                else:
-                    model = lab.checkpoint.model
-                    logits, kv_bytes = _stock(model.model.language_model, model.lm_head.weight, prompt, forced, length)
-                found[label] = Check(worst_error([(logits, truth)]), kv_bytes)
-            except Exception as error:  # one option that a device cannot run must not cost the others their rows
-                found[label] = Check(sentence(error))
+    truth = _truth(lab, prompt, forced)
+    for label, engine in engines.items():
+        try:
+            if isinstance(engine, Recipe):
+                logits, kv_bytes = _ours(lab, engine, prompt, forced)
+            else:
+                model = lab.checkpoint.model
+                logits, kv_bytes = _stock(model.model.language_model, model.lm_head.weight, prompt, forced, length)
+            found[label] = Check(worst_error([(logits, truth)]), kv_bytes)
+        except Exception as error:  # one option that a device cannot run must not cost the others their rows
+            found[label] = Check(sentence(error))
     return found
 
 

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 
 from fastvl_lab import attention
 from fastvl_lab.cache import BoundCache, Place
 from fastvl_lab.errors import FastvlError, RequestError, sentence
-from fastvl_lab.lab import EngineName, Lab, current_device
+from fastvl_lab.lab import EngineName, Lab
 from fastvl_lab.language.decode import decode
 from fastvl_lab.language.decoder import Decoder
 from fastvl_lab.language.merge import merge
@@ -75,7 +76,9 @@ def kv_bytes_over_steps(lab: Lab, length: int, steps: int, recipe: Recipe) -> li
     `text_prompt` does.
     """
     prompt, bound = text_prompt(lab, length, steps), BoundDecoder.of(lab, recipe)
-    with torch.inference_mode(), current_device(lab.device):
+
+    @torch.inference_mode()
+    def run() -> list[int]:
         place = bound.cache.admit(prompt, steps + 1, tuple)
         try:
             logits, held = bound.prefill(prompt, place), [place.n_bytes]
@@ -86,6 +89,8 @@ def kv_bytes_over_steps(lab: Lab, length: int, steps: int, recipe: Recipe) -> li
             return held
         finally:
             place.close()
+
+    return lab.compute(run)
 
 
 def text_prompt(lab: Lab, length: int, steps: int) -> Prompt:
@@ -145,21 +150,20 @@ def _recipe_task(lab: Lab, prompt: Prompt, recipe: Recipe, steps: int) -> Task:
 
     @torch.inference_mode()
     def run() -> dict[str, float]:
-        with current_device(device):
-            place = bound.cache.admit(prompt, steps + 1, tuple)
-            try:
-                started = now(device)
-                logits = bound.prefill(prompt, place)
-                prefilled = now(device)
-                position = torch.full((1,), prompt.next_position, device=device)
-                for _ in range(steps):
-                    logits = bound.step(bound.decoder.operations.argmax(logits), position, place)
-                    position += 1
-                return {"prefill": prefilled - started, "decode": (now(device) - prefilled) / steps}
-            finally:
-                place.close()
+        place = bound.cache.admit(prompt, steps + 1, tuple)
+        try:
+            started = now(device)
+            logits = bound.prefill(prompt, place)
+            prefilled = now(device)
+            position = torch.full((1,), prompt.next_position, device=device)
+            for _ in range(steps):
+                logits = bound.step(bound.decoder.operations.argmax(logits), position, place)
+                position += 1
+            return {"prefill": prefilled - started, "decode": (now(device) - prefilled) / steps}
+        finally:
+            place.close()
 
-    return run
+    return partial(lab.compute, run)
 
 
 def _stock_task(lab: Lab, prompt: Prompt, steps: int) -> Task:
@@ -168,19 +172,18 @@ def _stock_task(lab: Lab, prompt: Prompt, steps: int) -> Task:
 
     @torch.inference_mode()
     def run() -> dict[str, float]:
-        with current_device(device):
-            started = now(device)
-            embeds = text.embed_tokens(prompt.input_ids[None])
-            out = text(inputs_embeds=embeds, position_ids=prompt.positions[:, None], use_cache=True)
+        started = now(device)
+        embeds = text.embed_tokens(prompt.input_ids[None])
+        out = text(inputs_embeds=embeds, position_ids=prompt.positions[:, None], use_cache=True)
+        logits = model.lm_head(out.last_hidden_state[:, -1:])[0, -1].float()
+        prefilled = now(device)
+        position = torch.full((3, 1, 1), prompt.next_position, device=device)
+        for _ in range(steps):
+            embeds = text.embed_tokens(logits.argmax(keepdim=True)[None])
+            kept = out.past_key_values
+            out = text(inputs_embeds=embeds, position_ids=position, past_key_values=kept, use_cache=True)
             logits = model.lm_head(out.last_hidden_state[:, -1:])[0, -1].float()
-            prefilled = now(device)
-            position = torch.full((3, 1, 1), prompt.next_position, device=device)
-            for _ in range(steps):
-                embeds = text.embed_tokens(logits.argmax(keepdim=True)[None])
-                kept = out.past_key_values
-                out = text(inputs_embeds=embeds, position_ids=position, past_key_values=kept, use_cache=True)
-                logits = model.lm_head(out.last_hidden_state[:, -1:])[0, -1].float()
-                position += 1
-            return {"prefill": prefilled - started, "decode": (now(device) - prefilled) / steps}
+            position += 1
+        return {"prefill": prefilled - started, "decode": (now(device) - prefilled) / steps}
 
-    return run
+    return partial(lab.compute, run)

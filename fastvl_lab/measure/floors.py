@@ -10,6 +10,7 @@ import torch
 
 from fastvl_lab.cache.slotted import KvShape
 from fastvl_lab.checkpoint import Checkpoint
+from fastvl_lab.engine_thread import EngineThread
 from fastvl_lab.errors import DeviceError
 from fastvl_lab.lab import Lab, device_name
 from fastvl_lab.measure.hardware import find_hardware
@@ -237,9 +238,13 @@ def matmul_ceiling(device: torch.device, dtype: torch.dtype, *, size: int | None
     size: of one side; by default 8192 on CUDA and 2048 on a CPU.
     """
     side = size or (8192 if device.type == "cuda" else 2048)
-    generator = torch.Generator(device).manual_seed(0)
-    a, b = (torch.randn(side, side, generator=generator, device=device, dtype=torch.float32).to(dtype) for _ in range(2))
-    return 2 * side**3 / _median_seconds(device, lambda: torch.mm(a, b), repeats)
+
+    def seconds() -> float:
+        generator = torch.Generator(device).manual_seed(0)
+        a, b = (torch.randn(side, side, generator=generator, device=device, dtype=torch.float32).to(dtype) for _ in range(2))
+        return _median_seconds(device, lambda: torch.mm(a, b), repeats)
+
+    return 2 * side**3 / EngineThread.of(device).call(seconds)
 
 
 def copy_ceiling(device: torch.device, *, n_bytes: int | None = None, repeats: int = 5) -> float:
@@ -248,8 +253,12 @@ def copy_ceiling(device: torch.device, *, n_bytes: int | None = None, repeats: i
     n_bytes: of what is copied; by default 1 GiB on CUDA and 256 MiB on a CPU, more than its caches hold.
     """
     n = (n_bytes or (2**30 if device.type == "cuda" else 2**28)) // 4
-    source, target = (torch.full((n,), value, dtype=torch.float32, device=device) for value in (1.0, 0.0))
-    return 2 * source.nbytes / _median_seconds(device, lambda: target.copy_(source), repeats)
+
+    def seconds() -> float:
+        source, target = (torch.full((n,), value, dtype=torch.float32, device=device) for value in (1.0, 0.0))
+        return _median_seconds(device, lambda: target.copy_(source), repeats)
+
+    return 2 * 4 * n / EngineThread.of(device).call(seconds)
 
 
 def upload_ceiling(device: torch.device, *, n_bytes: int = 2**28, repeats: int = 5) -> float:

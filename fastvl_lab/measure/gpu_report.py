@@ -21,16 +21,15 @@ from typing import Any
 import torch
 import transformers
 
-from fastvl_lab.checkpoint import Checkpoint
 from fastvl_lab.errors import sentence
 from fastvl_lab.lab import EngineName, Lab, device_name
 from fastvl_lab.measure.compare import compare
 from fastvl_lab.measure.floors import Ceilings, floor
-from fastvl_lab.measure.forced import Truth, forced_logits, in_wider_dtype, truths
 from fastvl_lab.measure.gpu_engines import MODES, STOCK, cannot_run, engines, fused, modes, same_steps
 from fastvl_lab.measure.gpu_rows import Deadline, capture_row, kernels_row, memory_row, pays_after, timed_row, tuned_launches
 from fastvl_lab.measure.gpu_tables import text
-from fastvl_lab.measure.slot_report import Row, command, picture, within_budget
+from fastvl_lab.measure.parity import Truth, forced_tokens, oracle_of, truth_along, within_budget
+from fastvl_lab.measure.slot_report import Row, command, picture
 from fastvl_lab.measure.statistics import median_interval
 from fastvl_lab.recipe import Recipe
 from fastvl_lab.request import Request
@@ -100,10 +99,6 @@ class Bench:
         """What was found, and what every row has; "parity" is None where nothing was checked."""
         place = {"part": part, "checkpoint": self.lab.checkpoint.name, "device": device_name(self.lab.device)}
         return place | {"dtype": str(self.lab.dtype).removeprefix("torch."), "recipe": label, "parity": None, "error": None} | found
-
-    def oracle(self, engine: EngineName) -> str:
-        """Who answers for an engine's logits: Transformers on the engine's own pixels."""
-        return engine.oracle(self.lab.checkpoint.image_backend) if isinstance(engine, Recipe) else engine
 
 
 def report(
@@ -179,9 +174,7 @@ def _measured(
     """All rows of a checkpoint, a few at a time: TTFT at every size before TPOT at any."""
     floors = {point.image: _floors_row(bench, point) for point in points}
     yield [_ceilings_row(bench), *floors.values()]
-    wide = in_wider_dtype(bench.lab.checkpoint)
-    known = [_truths(bench, wide, point, steps) for point in points]
-    del wide
+    known = [_truths(bench, point, steps) for point in points]
     _free()
     right: list[frozenset[str]] = []
     for point, truth in zip(points, known, strict=True):
@@ -222,15 +215,15 @@ def _floors_row(bench: Bench, point: Point) -> Row:
     return bench.row("floors", row)
 
 
-def _truths(bench: Bench, wide: Checkpoint, point: Point, steps: int) -> dict[str, Truth] | str:
+def _truths(bench: Bench, point: Point, steps: int) -> dict[str, Truth] | str:
     """The truth of everyone who answers for one of the point's engines; or why there is none."""
     if bench.deadline.passed:
         return bench.deadline.skipped()
-    device, dtype = bench.lab.device, bench.lab.dtype
+    lab, device, dtype = bench.lab, bench.lab.device, bench.lab.dtype
     able = [engine for engine in point.engines.values() if cannot_run(engine, device, dtype) is None]
-    oracles = dict.fromkeys(bench.oracle(engine) for engine in able)
+    tokens, oracles = forced_tokens(lab, steps), dict.fromkeys(oracle_of(lab, engine) for engine in able)
     try:
-        return truths(bench.lab, wide, point.request, oracles, steps)
+        return {oracle: truth_along(lab, point.request, oracle, tokens) for oracle in oracles}
     except Exception as error:  # an image too large for the wider dtype must not cost the others their rows
         return f"nothing to hold it against: {sentence(error)}"
 
@@ -262,7 +255,7 @@ def _checked_in_time(bench: Bench, point: Point, engine: EngineName, known: dict
         return {"error": deadline.skipped()}
     if isinstance(known, str):
         return {"error": known, "parity": False}
-    return _checked(lab, engine, point.request, known[bench.oracle(engine)])
+    return _checked(lab, engine, point.request, known[oracle_of(lab, engine)])
 
 
 def _checked(lab: Lab, engine: EngineName, request: Request, truth: Truth) -> Row:
@@ -273,7 +266,7 @@ def _checked(lab: Lab, engine: EngineName, request: Request, truth: Truth) -> Ro
         cold = lab.run(request, engine)
         row: Row = {"cold_ttft_ms": cold.ttft * 1e3 if cold.kind == "cold" else None}  # else another part has had it first
         row |= capture_row(cold.captures, lab.captures(engine))
-        error = truth.error(forced_logits(lab, engine, truth))
+        error = truth.error(lab.logits_along(truth.request, engine, truth.tokens))
         row |= {"warm_s": lab.run(request, engine).trace.end_ns / 1e9} | memory_row(lab, request, engine)
     except Exception as error:  # one engine that a device cannot run must not cost the others their rows
         return {"error": sentence(error), "parity": False}

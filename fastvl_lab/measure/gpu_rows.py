@@ -53,11 +53,10 @@ class Deadline:
 
 def timed_row(comparison: Comparison, label: str, reference: str, floor_ms: float) -> Row:
     """An engine's times out of a comparison, or why it has none after all; floor_ms: from patches to the first token."""
-    oracle = comparison.oracles.get(label)
     if label in comparison.failures:
         return {"parity": False, "error": comparison.failures[label]}
-    if oracle is not None and not oracle.in_bounds:
-        return {"parity": False, "error": "its pixels are further from the stock ones than it promises"}
+    if not comparison.parity(label):
+        return {"parity": False, "error": comparison.checks[label].why}
     if not comparison.runs(label):
         return {"parity": None, "error": "no run was warm: its graphs were given up for want of room"}
     row = first_token_row(comparison, label, reference)

@@ -70,9 +70,13 @@ def profile_request(lab: Lab, request: Request, engine: EngineName) -> Operation
     """
     lab.run(request, engine, trace="off")
     activities = [ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * (lab.device.type == "cuda")
-    with profile(activities=activities) as seen, record_function(_WHOLE):
-        lab.run(request, engine)
-    return _operations(seen.events())
+
+    def watched() -> Any:
+        with profile(activities=activities) as seen, record_function(_WHOLE):
+            lab.run(request, engine)
+        return seen.events()
+
+    return _operations(lab.compute(watched))  # the profiler sees the thread that starts it
 
 
 def _operations(events: Sequence[Any]) -> Operations:

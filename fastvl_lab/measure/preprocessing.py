@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import torch
 
 from fastvl_lab.errors import RequestError
-from fastvl_lab.lab import Lab, current_device
+from fastvl_lab.lab import Lab
 from fastvl_lab.measure.rounds import Rounds, Task, now, time_rounds
 from fastvl_lab.preprocessor import BoundPreprocessor, bind
 from fastvl_lab.preprocessor.layout import PatchLayout
@@ -27,7 +28,7 @@ def time_preprocessing(
 
     Raises `RequestError` for a request without images, and `RecipeError` for a recipe that cannot run here.
     """
-    tasks = {label: _task(_bound(lab, request, recipe), request, lab.device) for label, recipe in recipes.items()}
+    tasks = {label: _task(lab, request, _bound(lab, request, recipe)) for label, recipe in recipes.items()}
     return time_rounds(tasks, repeats=repeats, warm_up=warm_up, seed=seed)
 
 
@@ -38,19 +39,20 @@ def _bound(lab: Lab, request: Request, recipe: Recipe) -> BoundPreprocessor:
     return bind(recipe.preprocessor, lab.checkpoint)
 
 
-def _task(bound: BoundPreprocessor, request: Request, device: torch.device) -> Task:
+def _task(lab: Lab, request: Request, bound: BoundPreprocessor) -> Task:
+    device = lab.device
+
     @torch.inference_mode()
     def run() -> dict[str, float]:
-        with current_device(device):
-            start = now(device)
-            decoded = bound.decode(request)
-            decoded_at = now(device)
-            pixels = bound.preprocess(decoded, request)
-            preprocessed_at = now(device)
-            bound.upload(pixels.patches)
-            return dict(zip(STEPS, np.diff([start, decoded_at, preprocessed_at, now(device)]).tolist(), strict=True))
+        start = now(device)
+        decoded = bound.decode(request)
+        decoded_at = now(device)
+        pixels = bound.preprocess(decoded, request)
+        preprocessed_at = now(device)
+        bound.upload(pixels.patches)
+        return dict(zip(STEPS, np.diff([start, decoded_at, preprocessed_at, now(device)]).tolist(), strict=True))
 
-    return run
+    return partial(lab.compute, run)
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -67,8 +69,7 @@ def model_pictures(lab: Lab, request: Request, recipe: Recipe) -> tuple[np.ndarr
     if recipe.preprocessor.patchify == "triton":  # which changes no pixel, but writes them in the model's dtype
         recipe = recipe.replace("preprocessor.patchify", "torch")
     bound, layout = _bound(lab, request, recipe), PatchLayout.of(lab.checkpoint)
-    with current_device(lab.device):
-        pixels = bound.preprocess(bound.decode(request), request)
+    pixels = lab.compute(lambda: bound.preprocess(bound.decode(request), request))
     parts = pixels.patches.cpu().split([grid.n_patches for grid in pixels.grids])
     return tuple(to_picture(part, grid, layout).numpy() for part, grid in zip(parts, pixels.grids, strict=True))
 

@@ -6,7 +6,7 @@ import argparse
 import io
 import json
 import sys
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -28,28 +28,6 @@ def runnable(slot: str, device: torch.device, dtype: torch.dtype) -> Iterator[tu
             in_half = option.value != "varlen" or dtype != torch.float32
             if option.exact and in_half and option.unavailable(device) is None:
                 yield toggle, option
-
-
-def wider(dtype: torch.dtype) -> torch.dtype:
-    """In what the truth is computed that a dtype's errors are measured against."""
-    return torch.float64 if dtype == torch.float32 else torch.float32
-
-
-def worst_error(pairs: Iterable[tuple[torch.Tensor, torch.Tensor]]) -> float:
-    """The largest relative error of any row of ours against the truth's, [n, width] each; NaN where there is one.
-
-    The worst row, and not all together: what went wrong may be a few rows of thousands.
-    """
-    return float(torch.stack([((ours.to(t.dtype) - t).norm(dim=1) / t.norm(dim=1)).max() for ours, t in pairs]).max())
-
-
-def within_budget(found: Mapping[str, float | str], reference: str, dtype: torch.dtype) -> frozenset[str]:
-    """Those whose error is at most twice the reference's in the same dtype, plus rounding; none where that could not run."""
-    allowed = found[reference]
-    if isinstance(allowed, str):
-        return frozenset()
-    bound = 2 * allowed + torch.finfo(dtype).eps
-    return frozenset(label for label, error in found.items() if not isinstance(error, str) and error <= bound)
 
 
 def picture(width: int, height: int) -> bytes:

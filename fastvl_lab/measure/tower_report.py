@@ -18,9 +18,10 @@ import torch
 from fastvl_lab import preprocessor, vit
 from fastvl_lab.checkpoint import Family
 from fastvl_lab.errors import sentence
-from fastvl_lab.lab import Lab, current_device, device_name
+from fastvl_lab.lab import Lab, device_name
 from fastvl_lab.measure.floors import matmul_ceiling, vit_flops
-from fastvl_lab.measure.slot_report import Row, command, picture, runnable, table, wider, within_budget, worst_error
+from fastvl_lab.measure.parity import wider, within_budget, worst_error
+from fastvl_lab.measure.slot_report import Row, command, picture, runnable, table
 from fastvl_lab.measure.towers import grids_of, time_towers
 from fastvl_lab.recipe import Recipe
 from fastvl_lab.request import Request
@@ -62,12 +63,16 @@ def variants(device: torch.device, dtype: torch.dtype, family: Family) -> dict[s
     return recipes
 
 
-@torch.inference_mode()
 def errors(lab: Lab, request: Request, recipes: Mapping[str, Recipe]) -> dict[str, float | str]:
     """The worst visual token's relative error of each recipe, DeepStack features included, or why it could not run.
 
     Against the stock tower in a wider dtype, on the recipe's own pixels.
     """
+    return lab.compute(lambda: _errors(lab, request, recipes))
+
+
+@torch.inference_mode()
+def _errors(lab: Lab, request: Request, recipes: Mapping[str, Recipe]) -> dict[str, float | str]:
     wide = wider(lab.dtype)
     visual = copy.deepcopy(lab.checkpoint.model.model.visual).to(wide)
     found: dict[str, float | str] = {}
@@ -76,13 +81,12 @@ def errors(lab: Lab, request: Request, recipes: Mapping[str, Recipe]) -> dict[st
         stock_form = dataclasses.replace(recipe.preprocessor, payload="float32", temporal="duplicated")
         whole = preprocessor.bind(stock_form, lab.checkpoint)
         try:
-            with current_device(lab.device):
-                pixels, stock_pixels = sent.pixels(request), whole.preprocess(whole.decode(request), request)
-                grid = torch.tensor(stock_pixels.grids, device=lab.device)
-                truth = visual(stock_pixels.patches.to(lab.device, wide), grid_thw=grid)
-                made = vit.bind(recipe.vit, lab.checkpoint, sent.patch_format)(pixels, Tracer(lab.device, "off"))
-                features = getattr(truth, "deepstack_features", None) or []
-                found[label] = worst_error(zip((made.embeds, *made.deepstack), (truth.pooler_output, *features), strict=True))
+            pixels, stock_pixels = sent.pixels(request), whole.preprocess(whole.decode(request), request)
+            grid = torch.tensor(stock_pixels.grids, device=lab.device)
+            truth = visual(stock_pixels.patches.to(lab.device, wide), grid_thw=grid)
+            made = vit.bind(recipe.vit, lab.checkpoint, sent.patch_format)(pixels, Tracer(lab.device, "off"))
+            features = getattr(truth, "deepstack_features", None) or []
+            found[label] = worst_error(zip((made.embeds, *made.deepstack), (truth.pooler_output, *features), strict=True))
         except Exception as error:  # one option that a device cannot run must not cost the others their rows
             found[label] = sentence(error)
     return found

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import torch
 
 from fastvl_lab import preprocessor, vit
 from fastvl_lab.errors import RequestError
-from fastvl_lab.lab import Lab, current_device
+from fastvl_lab.lab import Lab
 from fastvl_lab.measure.rounds import Rounds, Task, now, time_rounds
 from fastvl_lab.recipe import Recipe
 from fastvl_lab.request import Grid, Request
@@ -32,17 +33,15 @@ def _task(lab: Lab, request: Request, recipe: Recipe) -> Task:
     images = preprocessor.bind(recipe.preprocessor, lab.checkpoint)
     encode = vit.bind(recipe.vit, lab.checkpoint, images.patch_format)
     off = Tracer(lab.device, "off")
-    with torch.inference_mode(), current_device(lab.device):
-        pixels = images.pixels(request)
+    pixels = lab.compute(torch.inference_mode()(lambda: images.pixels(request)))
 
     @torch.inference_mode()
     def run() -> dict[str, float]:
-        with current_device(lab.device):
-            started = now(lab.device)
-            encode(pixels, off)
-            return {"vit": now(lab.device) - started}
+        started = now(lab.device)
+        encode(pixels, off)
+        return {"vit": now(lab.device) - started}
 
-    return run
+    return partial(lab.compute, run)
 
 
 def grids_of(lab: Lab, request: Request) -> tuple[Grid, ...]:

@@ -19,6 +19,7 @@ Verdict = Literal[
     "bursts",
     "faster_than_compute",
     "stages_do_not_add_up",
+    "logits_not_finite",
     "cold_among_warm",
     "too_few_samples",
 ]
@@ -122,6 +123,18 @@ class Seen:
             f"{', and positions=host_sync keeps the launches in lockstep with the device' if lockstep else ''}; the cure is "
             f"streaming.gate=open, or steps_per_round=1 or 2"
         )
+
+
+def logits_not_finite(run: Run) -> Outcome:
+    verdict: Verdict = "logits_not_finite"
+    if run.finite:
+        return Cleared(verdict, "all logits of the last prompt token are finite, as far as they are shown")
+    return Finding(
+        verdict=verdict,
+        severity="impossible",
+        sentence="its logits are not finite, so its tokens are no answer; half precision has overflowed, or weights are broken",
+        arithmetic="some logit of the last prompt token is infinite or not a number",
+    )
 
 
 def decode_faster_than_memory(seen: Seen) -> Outcome:

@@ -94,6 +94,10 @@ class HttpPeer:
             model=self._model,
         )
 
+    def logits_along(self, request: Request, tokens: torch.Tensor) -> torch.Tensor:
+        """Endpoints show no logits: raises `EndpointError`."""
+        raise EndpointError(f"{self._address.netloc} shows no logits; what it computes can be told by its tokens alone")
+
     def _models(self) -> list[dict[str, Any]]:
         connection = self._connection()
         try:

@@ -13,6 +13,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from transformers import GenerationConfig
 from transformers.generation.streamers import BaseStreamer
 
@@ -20,7 +21,7 @@ from fastvl_lab.checkpoint import Checkpoint
 from fastvl_lab.pipeline import Outcome
 from fastvl_lab.preprocessor import bind
 from fastvl_lab.recipe import Preprocessor
-from fastvl_lab.request import Grid, Request
+from fastvl_lab.request import Grid, Pixels, Request
 from fastvl_lab.streaming.text import Deliver, Emitter, TokenBytes
 from fastvl_lab.tokenizer import chat_text, check_length
 from fastvl_lab.trace import Tracer
@@ -40,20 +41,8 @@ class TransformersPeer:
     @torch.inference_mode()
     def run(self, request: Request, tracer: Tracer, deliver: Deliver) -> Outcome:
         """Serve one request with `generate`; raises `RequestError` for one that cannot be served."""
-        checkpoint, pixels = self.checkpoint, None
-        if request.image_inputs:
-            with tracer.span("decode_image"):
-                decoded = self.images.decode(request)
-            with tracer.span("preprocess"):
-                pixels = self.images.preprocess(decoded, request)
-        with tracer.span("tokenize"):
-            inputs = self._tokenize(request, pixels.grids if pixels else ())
-        with tracer.span("upload"):
-            if pixels is not None:
-                inputs["pixel_values"] = self.images.upload(pixels.patches)
-                inputs["image_grid_thw"] = torch.tensor(pixels.grids)
-            inputs = {name: tensor.to(checkpoint.device) for name, tensor in inputs.items()}
-
+        checkpoint = self.checkpoint
+        inputs, pixels = self._inputs(request, tracer)
         n_prompt = inputs["input_ids"].shape[1]
         settings = GenerationConfig(
             max_new_tokens=request.max_new_tokens,
@@ -70,6 +59,37 @@ class TransformersPeer:
             shapes=pixels.shapes if pixels else (),
             logits=seen["logits"][0, -1].float(),
         )
+
+    @torch.inference_mode()
+    def logits_along(self, request: Request, tokens: torch.Tensor) -> torch.Tensor:
+        """Logits of the prompt's last token, and after each of `tokens` (int64 [n]), by one forward over all of them.
+
+        In the model's dtype [1 + n, vocab], on the host.
+        """
+        inputs, _ = self._inputs(request, Tracer(self.checkpoint.device, "off"))
+        n, given = len(tokens), tokens.to(self.checkpoint.device)[None]
+        inputs["input_ids"] = torch.cat([inputs["input_ids"], given], dim=1)
+        for name in ("attention_mask", "mm_token_type_ids"):
+            if name in inputs:
+                inputs[name] = F.pad(inputs[name], (0, n), value=int(name == "attention_mask"))
+        logits: torch.Tensor = self.checkpoint.model(**inputs, logits_to_keep=n + 1, use_cache=False).logits[0]
+        return logits.cpu()
+
+    def _inputs(self, request: Request, tracer: Tracer) -> tuple[dict[str, torch.Tensor], Pixels | None]:
+        """What the model's forward takes, on the device, and the pixels among it."""
+        pixels = None
+        if request.image_inputs:
+            with tracer.span("decode_image"):
+                decoded = self.images.decode(request)
+            with tracer.span("preprocess"):
+                pixels = self.images.preprocess(decoded, request)
+        with tracer.span("tokenize"):
+            inputs = self._tokenize(request, pixels.grids if pixels else ())
+        with tracer.span("upload"):
+            if pixels is not None:
+                inputs["pixel_values"] = self.images.upload(pixels.patches)
+                inputs["image_grid_thw"] = torch.tensor(pixels.grids)
+            return {name: tensor.to(self.checkpoint.device) for name, tensor in inputs.items()}, pixels
 
     def _tokenize(self, request: Request, grids: tuple[Grid, ...]) -> dict[str, torch.Tensor]:
         """What Transformers' processor makes of text: placeholders expanded in the string, then tokenized.

@@ -10,6 +10,9 @@ import torch
 from fastvl_lab.streaming.text import Emitter
 from fastvl_lab.trace import Tracer
 
+# A token int64 [1] and its position int64 [1] to the logits of the next, float32 [1, vocab].
+Step = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
+
 # From the number of one of the answer's tokens to its position: int64 [1] on the device.
 Position = Callable[[int], torch.Tensor]
 
@@ -28,7 +31,7 @@ class Answer:
 
     first: torch.Tensor
     next_position: int
-    decode: Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
+    decode: Step
     sample: Callable[[torch.Tensor], torch.Tensor]
     max_new_tokens: int
     ends: Collection[int]
@@ -40,6 +43,28 @@ class Answer:
         """Note the next token; whether it is the last."""
         self.tokens.append(token)
         return len(self.tokens) == self.max_new_tokens or token in self.ends
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Forced:
+    """Tokens that an answer goes on with, whatever it would have chosen, and the logits that it had after each.
+
+    tokens: int64 [n] on the device. logits: float32 [vocab] on the host, one a step; rounds may launch more steps than n.
+    """
+
+    tokens: torch.Tensor
+    logits: list[torch.Tensor] = field(default_factory=list)
+
+    def steps(self, decode: Step) -> Step:
+        """The decode step `decode`, given these tokens."""
+
+        def step(token: torch.Tensor, position: torch.Tensor) -> torch.Tensor:
+            number = len(self.logits)
+            logits = decode(self.tokens[number : number + 1] if number < len(self.tokens) else token, position)
+            self.logits.append(logits[0].cpu())
+            return logits
+
+        return step
 
 
 def on_device(answer: Answer, _wait: Callable[[], None]) -> Position:

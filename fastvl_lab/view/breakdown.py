@@ -11,7 +11,7 @@ from fastvl_lab.measure.attribution import STOCK, Attribution
 from fastvl_lab.measure.statistics import Interval
 from fastvl_lab.run import Run
 from fastvl_lab.view import style
-from fastvl_lab.view.tables import parity, times
+from fastvl_lab.view.tables import times
 
 if TYPE_CHECKING:
     import plotly.graph_objects as go
@@ -44,7 +44,7 @@ def step_down(found: Attribution) -> go.Figure:
         lengths.append(abs(amount))
         colours.append(_SAVED if amount >= 0 else _LOST)
         patterns.append("" if amount >= 0 else "x")
-        texts.append(_signed(-amount) if saved else "never warm" if comparison.parity(step) else "other tokens: not compared")
+        texts.append(_signed(-amount) if saved else "never warm" if comparison.parity(step) else "no parity: not compared")
         strengths.append(1.0 if saves(saved) or (saved is not None and saved.high < 0) else 0.35)
         reached -= amount
     last = comparison.representative(found.steps[-1]).ttft * 1e3
@@ -89,7 +89,7 @@ def attribution_frame(found: Attribution) -> Any:
         interval = "" if saved is None or saved.low != saved.low else f" [{saved.low:.2f}, {saved.high:.2f}]"
         row["saves ms (95% CI)"] = "–" if saved is None else f"{saved.median:.2f}{interval}"
         row["times as fast as Transformers (95% CI)"] = "reference" if step == STOCK else times(found.comparison.speedup(step))
-        row["tokens equal"] = parity(found.comparison.parity(step), own_pixels=step in found.comparison.oracles)
+        row["parity"] = found.comparison.checks[step].says
         table.append(row)
     return require("pandas", "notebooks").DataFrame(table)
 

@@ -27,7 +27,7 @@ def summary_frame(rows: Sequence[Mapping[str, Any]]) -> Any:
             "cold TTFT ms": _number(row["cold_ttft_ms"], ".0f"),
             **({"cache-hit TTFT ms": _number(row["hit_ttft_ms"], ".1f")} if any_hits else {}),
             "TPOT ms": _number(row["tpot_ms"], ".2f"),
-            "tokens equal": parity(row["tokens_equal"], own_pixels=row["logit_difference"] is not None),
+            "parity": row["parity_says"],
             "speed-up (95% CI)": (
                 "reference"
                 if row["is_reference"]
@@ -38,11 +38,6 @@ def summary_frame(rows: Sequence[Mapping[str, Any]]) -> Any:
         for row in rows
     ]
     return require("pandas", "notebooks").DataFrame(table)
-
-
-def parity(holds: bool, *, own_pixels: bool) -> str:
-    """A parity check in words; own_pixels: whether it is held to Transformers' model on its own pixels."""
-    return ("yes, on its pixels" if own_pixels else "yes") if holds else "NO"
 
 
 def stage_frame(runs: Sequence[Run]) -> Any:

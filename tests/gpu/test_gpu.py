@@ -19,8 +19,8 @@ from fastvl_lab.kernels.rotate_and_keep import rotate_and_keep, rotate_and_keep_
 from fastvl_lab.measure import decoder_report
 from fastvl_lab.measure.decoding import BoundDecoder, text_prompt
 from fastvl_lab.measure.gpu_rows import tuned_launches
+from fastvl_lab.measure.parity import within_budget
 from fastvl_lab.measure.preprocessing import model_pictures, pixel_differences
-from fastvl_lab.measure.slot_report import within_budget
 from fastvl_lab.trace import Tracer
 
 pytestmark = [pytest.mark.gpu, pytest.mark.alone]

@@ -9,6 +9,7 @@ import pytest
 from fastvl_lab import Lab, Recipe, RecipeError, Request, view
 from fastvl_lab.measure.attribution import Attribution, attribute, steps_between
 from fastvl_lab.measure.compare import Comparison
+from fastvl_lab.measure.parity import Parity
 from fastvl_lab.recipe import toggles
 
 
@@ -75,7 +76,7 @@ def test_savings_are_paired_by_round_and_drawn_as_steps(found: Attribution) -> N
     assert bars.x[-1] == comparison.representative(found.steps[-1]).ttft * 1e3
     frame = view.attribution_frame(found)
     assert list(frame["step"]) == ["transformers", *found.steps]
-    assert set(frame["tokens equal"]) == {"yes"}
+    assert set(frame["parity"]) == {"yes"}
     assert found.saved("baseline") is None  # there is no step before it
     with pytest.raises(RecipeError, match=r"step 'vit' is unknown; the steps are 'baseline', 'vit.tower=lean'"):
         found.saved("vit")
@@ -84,21 +85,19 @@ def test_savings_are_paired_by_round_and_drawn_as_steps(found: Attribution) -> N
 def test_a_step_on_other_pixels_says_whose_tokens_it_makes(labs: dict[str, Lab], picture: bytes) -> None:
     request = Request(images=[picture], prompt="What?", max_new_tokens=2, ignore_eos=True)
     found = attribute(labs["tiny-qwen3-vl"], request, "baseline, preprocessor.resize=torch", repeats=1)
-    assert list(view.attribution_frame(found)["tokens equal"]) == ["yes", "yes", "yes, on its pixels"]
+    assert list(view.attribution_frame(found)["parity"]) == ["yes", "yes", "yes, on its pixels"]
     with pytest.raises(RecipeError, match="'transformers' is a peer"):
         attribute(labs["tiny-qwen3-vl"], request, "transformers")
 
 
 def test_no_saving_is_shown_of_a_step_that_makes_other_tokens(found: Attribution) -> None:
     wrong, after = found.steps[1], found.steps[2]
-    samples = tuple(
-        dataclasses.replace(sample, run=dataclasses.replace(sample.run, tokens=(0, 0))) if sample.engine == wrong else sample
-        for sample in found.comparison.samples
-    )
-    broken = dataclasses.replace(found, comparison=dataclasses.replace(found.comparison, samples=samples))
+    red = Parity(oracle="transformers", holds=False, why="its tokens differ from those of transformers")
+    checks = {**found.comparison.checks, wrong: red}
+    broken = dataclasses.replace(found, comparison=dataclasses.replace(found.comparison, checks=checks))
     assert broken.saved(wrong) is None
     assert broken.saved(after) is None  # what it is held against is the wrong one
     bars = view.step_down(broken).data[0]
-    assert "other tokens: not compared" in bars.text[bars.y.index(wrong)]
+    assert "no parity: not compared" in bars.text[bars.y.index(wrong)]
     row = view.attribution_frame(broken).set_index("step").loc[wrong]
-    assert (row["saves ms (95% CI)"], row["times as fast as Transformers (95% CI)"], row["tokens equal"]) == ("–", "–", "NO")
+    assert (row["saves ms (95% CI)"], row["times as fast as Transformers (95% CI)"], row["parity"]) == ("–", "–", "NO")

@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 
 from fastvl_lab import Comparison, Lab, RecipeError, Request, RequestError, Run, compare
-from fastvl_lab.measure.compare import Oracle, Sample
+from fastvl_lab.measure.compare import Sample
+from fastvl_lab.measure.parity import Parity
 from fastvl_lab.measure.statistics import Interval, median_interval
 from fastvl_lab.peers.transformers import TransformersPeer
 from fastvl_lab.preprocessor import resize
@@ -35,7 +36,14 @@ def _comparison(run: Run, times_ms: dict[str, list[float]], tokens: dict[str, tu
                 tokens=(tokens or {}).get(engine, (1, 2, 3)),
             )
             samples.append(Sample(engine=engine, round=number, run=made))
-    return Comparison(samples=tuple(samples), reference=next(iter(times_ms)), oracles={}, failures={})
+    reference = next(iter(times_ms))
+    expected = (tokens or {}).get(reference, (1, 2, 3))
+    checks = {}
+    for engine in times_ms:
+        same = (tokens or {}).get(engine, (1, 2, 3)) == expected
+        why = "" if same else f"its tokens differ from those of {reference}"
+        checks[engine] = Parity(oracle=reference, holds=same, expected=expected, why=why)
+    return Comparison(samples=tuple(samples), reference=reference, checks=checks, failures={})
 
 
 def test_engines_run_interleaved_and_cold_runs_are_kept_apart(picture: bytes) -> None:
@@ -79,13 +87,13 @@ def test_no_speed_up_beside_a_red_parity_check(run: Run) -> None:
     comparison = _comparison(run, {"a": [100] * 5, "b": [50] * 5}, tokens={"b": (1, 2, 4)})
     assert comparison.speedup("b") is None
     row = comparison.summary()[1]
-    assert not row["tokens_equal"]
+    assert not row["parity"]
     assert row["speedup"] is None
     assert "its tokens differ from those of a, so its time is not compared" in comparison.findings()[1]
-    first, *rest = comparison.samples
-    unsteady = dataclasses.replace(first, run=dataclasses.replace(first.run, tokens=(7,)))
-    comparison = dataclasses.replace(comparison, samples=(first, unsteady, *rest[1:]))
-    assert "the tokens of a differ from one run to the next, so no time is compared with it" in comparison.findings()[1]
+    unsteady = Parity(oracle="a", holds=False, why="its tokens differ from one run to the next")
+    comparison = dataclasses.replace(comparison, checks={"a": unsteady, "b": Parity(oracle="a", holds=True)})
+    assert "no time is compared with a: its tokens differ from one run to the next" in comparison.findings()[1]
+    assert comparison.speedup("b") is None
 
 
 @pytest.mark.parametrize(
@@ -114,8 +122,8 @@ def test_findings_claim_no_more_than_the_interval_bears(run: Run, times: list[fl
 def test_findings_say_what_other_pixels_change(run: Run, moved: float, tokens: tuple[int, ...] | None, says: str) -> None:
     made = tokens or (1, 2, 3)
     comparison = _comparison(run, {"a": [100.0] * 6, "b": [50.0] * 6}, tokens={"b": made})
-    own = Oracle(engine="transformers, preprocessor.resize=torch", tokens=made, logit_difference=moved, in_bounds=True)
-    comparison = dataclasses.replace(comparison, oracles={"b": own})
+    own = Parity(oracle="transformers, preprocessor.resize=torch", holds=True, expected=made, moved=moved)
+    comparison = dataclasses.replace(comparison, checks={**comparison.checks, "b": own})
     assert comparison.findings()[1].endswith(f"; 2.00× as fast as a (95% CI 2.00 to 2.00), {says}")
 
 
@@ -177,8 +185,10 @@ def test_pixels_further_off_than_promised_are_a_red_parity_check(picture: bytes,
     request = Request(images=[picture], prompt="What is this?", max_new_tokens=3, ignore_eos=True, max_pixels=10_000, min_pixels=1)
     good = compare(lab, request, {"stock": "transformers", "ours": "fastest"}, repeats=1)
     assert good.parity("ours")
-    assert good.oracles["ours"].in_bounds
-    assert 0 < good.oracles["ours"].logit_difference < 0.1
+    assert good.checks["ours"].in_bounds
+    moved = good.checks["ours"].moved
+    assert moved is not None
+    assert 0 < moved < 0.1
     with_torch = resize.with_torch
     monkeypatch.setattr(resize, "with_torch", lambda **k: lambda pixels, shape: with_torch(**k)(pixels.flip(0), shape))
     lab = Lab("tiny-qwen3-vl", device="cpu")
@@ -199,6 +209,6 @@ def test_a_failing_peer_costs_others_their_parity_and_no_sample(picture: bytes, 
     assert comparison.engines == ("fastest", "baseline")
     assert comparison.reference == "fastest"
     assert not comparison.parity("baseline")
-    assert "its oracle failed: RuntimeError: no luck" in comparison.failures["baseline"]
+    assert "its parity check failed: RuntimeError: no luck" in comparison.failures["baseline"]
     with pytest.raises(RuntimeError, match="no luck"):
         compare(lab, request, {name: name for name in ("fastest", "baseline")}, repeats=1)

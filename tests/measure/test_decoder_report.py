@@ -16,7 +16,7 @@ from fastvl_lab.language.decoder import KvCache
 from fastvl_lab.language.rope import MRope
 from fastvl_lab.measure import decoder_report
 from fastvl_lab.measure.decoding import text_prompt
-from fastvl_lab.measure.slot_report import within_budget, worst_error
+from fastvl_lab.measure.parity import within_budget, worst_error
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import gc
 import json
 import subprocess
@@ -22,11 +23,10 @@ from fastvl_lab.checkpoint import tiny
 from fastvl_lab.language.decoder import KvCache
 from fastvl_lab.language.rope import MRope
 from fastvl_lab.measure import gpu_engines, gpu_report, gpu_rows
-from fastvl_lab.measure.forced import Truth, forced_logits, in_wider_dtype, truths
 from fastvl_lab.measure.gpu_engines import cannot_run, engines, modes, same_steps
 from fastvl_lab.measure.gpu_rows import Deadline, by_kernel, capture_row, device_idle, pays_after, since_upload
 from fastvl_lab.measure.gpu_tables import text
-from fastvl_lab.measure.slot_report import within_budget
+from fastvl_lab.measure.parity import Truth, forced_tokens, truth_along, within_budget
 from fastvl_lab.trace import Span, Trace
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
@@ -46,7 +46,7 @@ def few(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture
 def truth(lab: Lab) -> Truth:
     request = gpu_report.Point.of("main", 112, 84, {}).request
-    return truths(lab, in_wider_dtype(lab.checkpoint), request, ["transformers"], STEPS)["transformers"]
+    return truth_along(lab, request, "transformers", forced_tokens(lab, STEPS))
 
 
 def _run(tmp_path: Path, *arguments: str) -> Rows:
@@ -60,7 +60,7 @@ def _rows(tmp_path: Path) -> Rows:
 
 
 def _within(lab: Lab, truth: Truth, recipe: str) -> bool:
-    error = truth.error(forced_logits(lab.apart(), Recipe.parse(recipe), truth))  # bound anew, to what is there now
+    error = truth.error(lab.apart().logits_along(truth.request, recipe, truth.tokens))  # bound anew, to what is there now
     return "ours" in within_budget({"stock": truth.own_error, "ours": error}, "stock", lab.dtype)
 
 
@@ -145,25 +145,32 @@ def test_the_truth_is_stock_generate_in_a_wider_dtype_whatever_its_own_tokens(la
     assert truth.logits.dtype == torch.float64
     assert truth.logits.shape == (1 + STEPS, lab.checkpoint.config.text_config.vocab_size)
     assert (truth.logits[0] - run.logits).abs().max() < 1e-4
-    assert tuple(truth.forced.tolist()) != run.tokens[:STEPS]
-    with torch.inference_mode():  # each of the steps by one forward over all tokens before it
-        images = lab._bind("transformers").images  # type: ignore[attr-defined]
-        pixels = images.preprocess(images.decode(truth.request), truth.request)
-        inputs = lab._bind("transformers")._tokenize(truth.request, pixels.grids)  # type: ignore[attr-defined]
-        ids = torch.cat([inputs["input_ids"], truth.forced[None]], dim=1)
-        kinds = torch.nn.functional.pad(inputs["mm_token_type_ids"], (0, STEPS))
-        grid = torch.tensor(pixels.grids)
-        out = lab.checkpoint.model(input_ids=ids, pixel_values=pixels.patches, image_grid_thw=grid, mm_token_type_ids=kinds)
-    assert (truth.logits - out.logits[0, -STEPS - 1 :]).abs().max() < 1e-4
+    assert truth.tokens != run.tokens[:STEPS]
+    kept: list[torch.Tensor] = []
+
+    def prefer(_module: object, _inputs: object, logits: torch.Tensor) -> torch.Tensor:
+        """`generate` step by step, made to go on with the truth's tokens."""
+        kept.append(logits[0, -1].clone())
+        forced = torch.full_like(logits, -torch.inf)
+        forced[..., truth.tokens[min(len(kept), STEPS) - 1]] = 0.0
+        return forced
+
+    handle = lab.checkpoint.model.lm_head.register_forward_hook(prefer)
+    try:
+        request = dataclasses.replace(truth.request, max_new_tokens=1 + STEPS, ignore_eos=True)
+        assert lab.run(request, "transformers").tokens[:STEPS] == truth.tokens
+    finally:
+        handle.remove()
+    assert (truth.logits - torch.stack(kept)).abs().max() < 1e-4
 
 
 def test_every_engine_goes_on_with_the_forced_tokens(lab: Lab, truth: Truth, monkeypatch: pytest.MonkeyPatch) -> None:
     recipe = Recipe.parse("fastest, preprocessor.resize=pillow")  # the truth's pixels
-    right = forced_logits(lab, recipe, truth)
+    right = lab.logits_along(truth.request, recipe, truth.tokens)
     assert truth.error(right) < 1e-5
     monkeypatch.setattr(pipeline, "greedy", lambda logits, decoder: torch.zeros(1, dtype=torch.int64))  # its own are ignored
-    assert torch.equal(forced_logits(lab, recipe, truth), right)
-    in_rounds = forced_logits(lab, recipe.replace("streaming.steps_per_round", 16), truth)
+    assert torch.equal(lab.logits_along(truth.request, recipe, truth.tokens), right)
+    in_rounds = lab.logits_along(truth.request, recipe.replace("streaming.steps_per_round", 16), truth.tokens)
     assert in_rounds.shape == right.shape
     assert truth.error(in_rounds) < 1e-5
 
@@ -364,7 +371,7 @@ def test_without_a_truth_nothing_is_timed(few: None, monkeypatch: pytest.MonkeyP
     def too_large(*_: object) -> None:
         raise DeviceError("out of memory")
 
-    monkeypatch.setattr(gpu_report, "truths", too_large)
+    monkeypatch.setattr(gpu_report, "truth_along", too_large)
     rows = [row for row in gpu_report.report(**SETTINGS) if row["part"] == "sizes"]
     assert [(row["recipe"], row["parity"]) for row in rows][:2] == [("transformers", False), ("eager", False)]
     assert rows[1]["error"] == "nothing to hold it against: out of memory"

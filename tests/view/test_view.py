@@ -134,11 +134,11 @@ def test_tables_stand_beside_the_charts(labs: dict[str, Lab], runs: list[Run], p
     comparison = compare(labs["tiny-qwen2.5-vl"], request, {"transformers": "transformers", "fastest": "fastest"}, repeats=6)
     rows = [{"checkpoint": "c", "image": "i", **row} for row in comparison.summary()]
     table = view.summary_frame(rows)
-    assert list(table["tokens equal"]) == ["yes", "yes, on its pixels"]
+    assert list(table["parity"]) == ["yes", "yes, on its pixels"]
     assert table["speed-up (95% CI)"][0] == "reference"
     assert table["speed-up (95% CI)"][1].count("×") == 1
-    red = view.summary_frame([{**rows[1], "tokens_equal": False, "speedup": None}])
-    assert red["tokens equal"][0] == "NO"
+    red = view.summary_frame([{**rows[1], "parity_says": "NO", "speedup": None}])
+    assert red["parity"][0] == "NO"
     assert red["speed-up (95% CI)"][0] == "–"
 
     chart = view.ttft_against_visual_tokens(rows)

@@ -1,0 +1,157 @@
+"""The one thread of a process that computes on a device, whoever asks: what torch and cuDNN keep by thread is built once.
+
+OpenMP keeps a pool of threads for each thread that computes, and lets none of them wait awake once they are more than the cores;
+cuDNN keeps the plans of its attention by thread. So all labs of a device share a thread, and one request at a time is served.
+"""
+
+from __future__ import annotations
+
+import contextvars
+import ctypes
+import queue
+import threading
+import weakref
+from collections.abc import Callable
+from typing import Any, Generic, TypeVar
+
+import torch
+
+T = TypeVar("T")
+
+# A thread belongs to the process, as torch's pools of threads do; it ends with the last lab that holds it.
+_THREADS: weakref.WeakValueDictionary[str, EngineThread] = weakref.WeakValueDictionary()
+_MAKING = threading.Lock()
+
+# Seconds after which a waiting caller looks up: a signal that another thread was given does not wake it.
+_LOOK_UP = 0.1
+
+
+class Job(Generic[T]):
+    """Work that has been handed to an engine thread, and what became of it.
+
+    It runs in the context of who asked (so that what it prints appears in the notebook cell that asked) and with as many threads of
+    torch's as that thread would compute with.
+    """
+
+    def __init__(self, work: Callable[[], T]) -> None:
+        self._work: Callable[[], Any] = work
+        self._context, self._n_threads = contextvars.copy_context(), torch.get_num_threads()
+        self._changing = threading.Lock()
+        self._thread: int | None = None  # while it runs
+        self._given_up = False
+        self._done = threading.Event()
+        self._value: Any = None
+        self._error: BaseException | None = None
+
+    def run(self) -> None:
+        """Do the work, on the engine thread."""
+        try:
+            with self._changing:
+                if self._given_up:
+                    return
+                self._thread = threading.get_ident()
+            try:
+                if torch.get_num_threads() != self._n_threads:
+                    torch.set_num_threads(self._n_threads)
+                self._value = self._context.run(self._work)
+            finally:
+                with self._changing:
+                    _raise_in(self._thread, None)  # an interruption that came too late
+                    self._thread = None
+        except BaseException as error:  # whose call it is will see it
+            self._error = error
+        finally:
+            self._work, self._context = _nothing, contextvars.Context()
+            self._done.set()
+
+    def result(self) -> T:
+        """Wait for the end: the value, or the error. An interruption interrupts the work too, and waits for its end."""
+        try:
+            while not self._done.wait(_LOOK_UP):
+                pass
+        except BaseException:
+            self.interrupt()
+            self._done.wait()
+            raise
+        if self._error is not None:
+            raise self._error
+        value: T = self._value
+        return value
+
+    def wait(self) -> None:
+        """Until it has ended, however."""
+        self._done.wait()
+
+    def interrupt(self) -> None:
+        """Raise KeyboardInterrupt in the work at its next step of Python; work that has not begun never will."""
+        if not self.cancel():
+            with self._changing:
+                if self._thread is not None:
+                    _raise_in(self._thread, KeyboardInterrupt)
+
+    def cancel(self) -> bool:
+        """Whether it had not begun; then it never will."""
+        with self._changing:
+            if self._thread is None and not self._done.is_set():
+                self._given_up = True
+            return self._given_up
+
+
+class EngineThread:
+    """The thread of a device; it starts with the first work, and ends when nobody holds this object any more."""
+
+    def __init__(self, name: str) -> None:
+        self._jobs: queue.SimpleQueue[Job[Any] | None] = queue.SimpleQueue()
+        self._thread = threading.Thread(target=_serve, args=(self._jobs,), name=name, daemon=True)
+        self._starting = threading.Lock()
+        weakref.finalize(self, self._jobs.put, None)
+
+    @classmethod
+    def of(cls, device: torch.device) -> EngineThread:
+        """That of the device, made when it is first asked for."""
+        if device.type == "cuda" and device.index is None:
+            device = torch.device("cuda", torch.cuda.current_device())
+        with _MAKING:
+            thread = _THREADS.get(str(device))
+            if thread is None:
+                thread = _THREADS[str(device)] = cls(f"fastvl-engine-{device}")
+            return thread
+
+    @property
+    def is_current(self) -> bool:
+        """Whether the caller is on this thread."""
+        return threading.current_thread() is self._thread
+
+    def submit(self, work: Callable[[], T]) -> Job[T]:
+        """Have it done after all that was asked for before."""
+        job = Job(work)
+        with self._starting:
+            if not self._thread.is_alive():
+                self._thread.start()
+            self._jobs.put(job)
+        return job
+
+    def call(self, work: Callable[[], T]) -> T:
+        """Have it done, and wait for it; at once where the caller is on the thread already."""
+        return work() if self.is_current else self.submit(work).result()
+
+
+def _serve(jobs: queue.SimpleQueue[Job[Any] | None]) -> None:
+    while True:
+        try:
+            job = jobs.get()
+            if job is None:
+                return
+            job.run()
+            del job  # it holds what it has returned
+        except KeyboardInterrupt:  # meant for work that had just ended
+            continue
+
+
+def _raise_in(thread: int | None, error: type[BaseException] | None) -> None:
+    """Have a thread raise an error at its next step of Python, or forget the one that it was to raise."""
+    ctypes.pythonapi.PyThreadState_SetAsyncExc(ctypes.c_ulong(thread or 0), ctypes.py_object(error) if error else None)
+
+
+def _nothing() -> None:
+    """In the place of work that has been done, so that nothing that it held is kept."""

@@ -1,0 +1,303 @@
+"""Whether an engine computes what Transformers computes: the one check before any time is compared.
+
+In float32 the logits of the prompt's last token, and the tokens, must be the oracle's. In half precision tokens prove nothing: two
+right engines choose differently wherever two tokens are nearly as likely. There the engine's logits along tokens that all are
+given must stay within twice half precision's own error, that of Transformers in the same dtype, against Transformers in float32;
+and each token that it chose itself must be as good as the best one, within those errors.
+"""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import threading
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+
+from fastvl_lab import peers
+from fastvl_lab.checkpoint import Checkpoint
+from fastvl_lab.lab import EngineName, Lab
+from fastvl_lab.measure.preprocessing import model_pictures, pixel_differences
+from fastvl_lab.recipe import Recipe
+from fastvl_lab.request import Request
+from fastvl_lab.run import Run
+
+# Of the largest logit: what float32 may be off by.
+FLOAT32_TOLERANCE = 1e-4
+
+# Tokens that all engines go on with in half precision.
+STEPS = 8
+
+# Of an answer in half precision, how many tokens are held against the truth; each takes a row of logits.
+_CHECKED_TOKENS = 64
+
+# An engine may be off by twice what Transformers is in the same dtype.
+BUDGET = 2.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Parity:
+    """How an engine came through.
+
+    oracle: who answers for it, Transformers on the engine's own pixels, and expected: the tokens that it made. why: the sentence
+    where parity does not hold; "" where it does. by: what was held against the oracle. error, budget: of logits, as shares of the
+    oracle's. other_from: the number of the first of its tokens that is not the oracle's, None where all are. moved: by how much its
+    pixels alone move one of Transformers' logits at most, None where they are the reference's. in_bounds: whether its pixels are as
+    near to the stock ones as its recipe promises.
+    """
+
+    oracle: str
+    holds: bool
+    expected: tuple[int, ...] = ()
+    why: str = ""
+    by: Literal["tokens", "logits"] = "tokens"
+    error: float | None = None
+    budget: float | None = None
+    other_from: int | None = None
+    moved: float | None = None
+    in_bounds: bool = True
+
+    @property
+    def says(self) -> str:
+        """In a few words, for tables."""
+        if not self.holds:
+            return "NO"
+        on_its_pixels = "" if self.moved is None else ", on its pixels"
+        if self.by == "tokens" or self.error is None or self.budget is None:
+            return f"yes{on_its_pixels}"
+        return f"yes{on_its_pixels}, {BUDGET * self.error / self.budget:.1f}× the dtype's own error"
+
+
+def worst_error(pairs: Iterable[tuple[torch.Tensor, torch.Tensor]]) -> float:
+    """The largest relative error of any row of ours against the truth's, [n, width] each; NaN where there is one.
+
+    The worst row, and not all together: what went wrong may be a few rows of thousands.
+    """
+    return float(torch.stack([((ours.to(t.dtype) - t).norm(dim=1) / t.norm(dim=1)).max() for ours, t in pairs]).max())
+
+
+def allowed_error(own: float, dtype: torch.dtype) -> float:
+    """What an engine's error may be where plain PyTorch's own in the same dtype is `own`: twice that, plus rounding."""
+    return BUDGET * own + torch.finfo(dtype).eps
+
+
+def wider(dtype: torch.dtype) -> torch.dtype:
+    """In what the truth is computed that a dtype's errors are measured against."""
+    return torch.float64 if dtype == torch.float32 else torch.float32
+
+
+def in_wider_dtype(checkpoint: Checkpoint) -> Checkpoint:
+    """The checkpoint with its stock model in the dtype of the truth; a weight is converted while its module computes.
+
+    So no second copy of the weights is held: the largest alone takes twice its room for a while. The live model is not touched.
+    """
+    dtype = wider(checkpoint.dtype)
+    stands_for: dict[int, Any] = {}
+    for parameter in checkpoint.model.parameters():  # of its shape and dtype, without its bytes
+        one = torch.empty((), dtype=dtype, device=parameter.device)
+        stands_for[id(parameter)] = torch.nn.Parameter(one.expand(parameter.shape), requires_grad=False)
+    model = copy.deepcopy(checkpoint.model, dict(stands_for))
+    for buffer in model.buffers():
+        if buffer.is_floating_point():
+            buffer.data = buffer.data.to(dtype)
+    for theirs, ours in zip(checkpoint.model.modules(), model.modules(), strict=True):
+        if own := {name: parameter for name, parameter in theirs._parameters.items() if parameter is not None}:
+            ours.register_forward_pre_hook(_converting(own, dtype))
+            ours.register_forward_hook(_letting_go(dict(ours._parameters)), always_call=True)
+    return dataclasses.replace(checkpoint, model=model, dtype=dtype)
+
+
+def _converting(own: Mapping[str, torch.nn.Parameter], dtype: torch.dtype) -> Callable[..., None]:
+    def convert(module: Any, _: object) -> None:
+        for name, parameter in own.items():
+            module._parameters[name] = torch.nn.Parameter(parameter.data.to(dtype), requires_grad=False)
+
+    return convert
+
+
+def _letting_go(placeholders: Mapping[str, Any]) -> Callable[..., None]:
+    def let_go(module: Any, *_: object) -> None:
+        module._parameters.update(placeholders)
+
+    return let_go
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Truth:
+    """What an oracle makes of a request along some tokens: in the wider dtype, and its own error in the lab's.
+
+    tokens: what all go on with. logits: [1 + tokens, vocab] on the host, of the prompt's last token and after each. own_error: the
+    worst step's relative error; own_off: the largest error of a single logit.
+    """
+
+    request: Request
+    oracle: str
+    tokens: tuple[int, ...]
+    logits: torch.Tensor
+    own_error: float
+    own_off: float
+
+    def error(self, logits: torch.Tensor) -> float:
+        """The worst step's relative error of logits [1 + tokens, vocab]; NaN where there is one."""
+        return worst_error([(logits.cpu(), self.logits)])
+
+    def shortfall(self) -> float:
+        """By how much the worst of the tokens falls short of the best one's logit."""
+        chosen = self.logits[: len(self.tokens)].gather(1, torch.tensor(self.tokens)[:, None])[:, 0]
+        return float((self.logits[: len(self.tokens)].max(dim=1).values - chosen).max())
+
+
+def truth_along(lab: Lab, request: Request, oracle: str, tokens: Sequence[int]) -> Truth:
+    """The truth of an oracle (a peer's text: Transformers on the pixels that some recipe makes) along these tokens."""
+    own = lab.logits_along(request, oracle, tokens)
+    given = torch.tensor(tokens, dtype=torch.int64)
+
+    def in_wider() -> torch.Tensor:
+        return peers.bind(oracle, in_wider_dtype(lab.checkpoint)).logits_along(request, given)
+
+    logits = lab.compute(in_wider)
+    off = float((own.to(logits.dtype) - logits).abs().max())
+    return Truth(
+        request=request, oracle=oracle, tokens=tuple(tokens), logits=logits, own_error=worst_error([(own, logits)]), own_off=off
+    )
+
+
+def forced_tokens(lab: Lab, n: int) -> tuple[int, ...]:
+    """Text tokens, the same for the same number."""
+    vocab = min(256, lab.checkpoint.config.get_text_config().vocab_size)  # below all special tokens
+    return tuple(torch.randint(0, vocab, (n,), generator=torch.Generator().manual_seed(n)).tolist())
+
+
+def oracle_of(lab: Lab, engine: EngineName) -> str:
+    """Who answers for an engine: a peer for itself, but Transformers for an endpoint, which shows no pixels or logits."""
+    if isinstance(engine, Recipe):
+        return engine.oracle(lab.checkpoint.image_backend)
+    return "transformers" if peers.is_remote(engine) else engine
+
+
+class Oracles:
+    """Who answers for engines on one request; each is asked once, when it is first needed. known: oracles' runs that are there."""
+
+    def __init__(
+        self, lab: Lab, request: Request, *, known: Mapping[str, Run] | None = None, stop: threading.Event | None = None
+    ) -> None:
+        self.lab, self.request, self._stop = lab, request, stop
+        self._runs: dict[str, Run] = dict(known or {})
+        self._truths: dict[tuple[str, tuple[int, ...]], Truth] = {}
+
+    def of(self, engine: EngineName) -> str:
+        """Who answers for the engine; pixels are no matter where there is no image."""
+        return oracle_of(self.lab, engine) if self.request.image_inputs else "transformers"
+
+    def run(self, oracle: str) -> Run:
+        """The oracle's own run of the request."""
+        if oracle not in self._runs:
+            self._runs[oracle] = self.lab.run(self.request, oracle, stop=self._stop, trace="off")
+        return self._runs[oracle]
+
+    def truth(self, oracle: str, tokens: tuple[int, ...]) -> Truth:
+        """What is true along these tokens, in a wider dtype."""
+        if (oracle, tokens) not in self._truths:
+            self._truths[oracle, tokens] = truth_along(self.lab, self.request, oracle, tokens)
+        return self._truths[oracle, tokens]
+
+
+def within_budget(found: Mapping[str, float | str], reference: str, dtype: torch.dtype) -> frozenset[str]:
+    """Those whose error is at most twice the reference's in the same dtype, plus rounding; none where that could not run."""
+    own = found[reference]
+    if isinstance(own, str):
+        return frozenset()
+    budget = allowed_error(own, dtype)
+    return frozenset(label for label, error in found.items() if not isinstance(error, str) and error <= budget)
+
+
+def check(oracles: Oracles, engine: EngineName, runs: Sequence[Run], logits: torch.Tensor, base: str) -> Parity:
+    """Hold an engine against its oracle.
+
+    runs: all of its runs of the request, at least one. logits: float32 [vocab], of the last prompt token of any; empty for an
+    endpoint. base: the oracle of the engine that others are compared with, whose logits `Parity.moved` refers to. Raises what the
+    oracle raises.
+    """
+    lab, oracle = oracles.lab, oracles.of(engine)
+    theirs = oracles.run(oracle)
+    found = Parity(
+        oracle=oracle,
+        holds=False,
+        expected=theirs.tokens,
+        other_from=min((n for run in runs if (n := _departs(run.tokens, theirs.tokens)) is not None), default=None),
+        moved=None if oracle == base else _moved(theirs, oracles.run(base)),
+        in_bounds=_in_bounds(lab, oracles.request, engine),
+    )
+    for who, some in (("its", logits), (f"the {oracle}", theirs.logits)):
+        if not bool(some.isfinite().all()):
+            return dataclasses.replace(found, why=f"{who} logits are not finite")
+    if not found.in_bounds:
+        return dataclasses.replace(found, why="its pixels are further from the stock ones than it promises")
+    if lab.dtype == torch.float32:
+        return _in_float32(found, engine, theirs, logits)
+    return _in_half(found, oracles, engine, runs)
+
+
+def _in_float32(found: Parity, engine: EngineName, theirs: Run, logits: torch.Tensor) -> Parity:
+    """By tokens, and where it shows them by logits."""
+    oracle = found.oracle
+    if len(logits):
+        error = float((logits - theirs.logits).abs().max() / theirs.logits.abs().max())
+        found = dataclasses.replace(found, error=error, budget=FLOAT32_TOLERANCE)
+        if not error <= FLOAT32_TOLERANCE:
+            off = f"{error:.1e} of the largest, over {FLOAT32_TOLERANCE:.0e}"
+            return dataclasses.replace(found, why=f"its logits differ from those of {oracle} by {off}")
+    if found.other_from is not None:
+        others = "one run to the next" if engine == oracle else f"those of {oracle}"
+        return dataclasses.replace(found, why=f"its tokens differ from {others}")
+    return dataclasses.replace(found, holds=True)
+
+
+def _in_half(found: Parity, oracles: Oracles, engine: EngineName, runs: Sequence[Run]) -> Parity:
+    """By logits along forced tokens, and by how good its own tokens are; by these alone where it shows no logits."""
+    lab, dtype = oracles.lab, str(oracles.lab.dtype).removeprefix("torch.")
+    if not peers.is_remote(engine):
+        tokens = forced_tokens(lab, min(STEPS, max(len(run.tokens) for run in runs) - 1))
+        truth = oracles.truth(found.oracle, tokens)
+        error = truth.error(lab.logits_along(oracles.request, engine, tokens))
+        budget = allowed_error(truth.own_error, lab.dtype)
+        found = dataclasses.replace(found, by="logits", error=error, budget=budget)
+        if not error <= budget:
+            return dataclasses.replace(
+                found,
+                why=f"its logits are off by {error:.1%}, over {budget:.1%}, twice the error of {found.oracle} in {dtype}",
+            )
+    for made in dict.fromkeys(run.tokens[:_CHECKED_TOKENS] for run in runs):
+        truth = oracles.truth(found.oracle, made)
+        # Either of two logits, the chosen one and the best, may be off by twice what Transformers' own are.
+        if not truth.shortfall() <= 2 * BUDGET * truth.own_off:
+            return dataclasses.replace(
+                found,
+                why=f"a token of its answer falls {truth.shortfall():.2g} short of the best one's logit, and the logits of "
+                f"{found.oracle} in {dtype} are off by {truth.own_off:.2g}",
+            )
+    return dataclasses.replace(found, holds=True)
+
+
+def _departs(tokens: Sequence[int], others: Sequence[int]) -> int | None:
+    """The number of the first token that is another, or None."""
+    for number, (one, other) in enumerate(zip(tokens, others, strict=False)):
+        if one != other:
+            return number
+    return None if len(tokens) == len(others) else min(len(tokens), len(others))
+
+
+def _moved(theirs: Run, base: Run) -> float:
+    return float((theirs.logits - base.logits).abs().max())
+
+
+def _in_bounds(lab: Lab, request: Request, engine: EngineName) -> bool:
+    """Whether a recipe's pixels are as near to the stock ones as it promises; one that promises nothing keeps its word."""
+    within = engine.within(lab.checkpoint.image_backend) if isinstance(engine, Recipe) else None
+    if not isinstance(engine, Recipe) or within is None or not request.image_inputs:
+        return True
+    pictures = (model_pictures(lab, request, recipe) for recipe in (engine, Recipe.baseline()))
+    return max(difference.largest for difference in pixel_differences(*pictures)) <= within

@@ -1,0 +1,136 @@
+"""The thread that computes: one a device, whoever asks; what it is given runs as if the caller ran it, and may be interrupted."""
+
+from __future__ import annotations
+
+import contextvars
+import gc
+import signal
+import threading
+import time
+import weakref
+from collections.abc import Iterator
+
+import pytest
+import torch
+
+from fastvl_lab import Lab, Request
+from fastvl_lab.engine_thread import EngineThread
+
+
+@pytest.fixture
+def thread() -> EngineThread:
+    return EngineThread("fastvl-engine-test")
+
+
+@pytest.fixture
+def keyboard() -> Iterator[None]:
+    """SIGINT interrupts, also where the tests run in the background and ignore it."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+def test_all_of_a_device_share_a_thread_which_ends_with_the_last_of_them() -> None:
+    device = torch.device("meta")  # no lab is on it
+    first, second = EngineThread.of(device), EngineThread.of(torch.device("meta"))
+    assert first is second
+    ran_on = first.call(threading.current_thread)
+    assert ran_on is second.call(threading.current_thread)
+    assert ran_on is not threading.current_thread()
+    del first, second
+    gc.collect()
+    ran_on.join(5)
+    assert not ran_on.is_alive()
+    assert EngineThread.of(device).call(threading.current_thread) is not ran_on
+
+
+def test_errors_and_values_come_back(thread: EngineThread) -> None:
+    assert thread.call(lambda: 7) == 7
+    with pytest.raises(KeyError, match="lost"):
+        thread.call(lambda: {}["lost"])
+    assert thread.call(lambda: 8) == 8
+
+
+def test_work_asked_for_on_the_thread_is_done_at_once(thread: EngineThread) -> None:
+    assert thread.call(lambda: thread.call(lambda: thread.is_current))
+    assert not thread.is_current
+
+
+def test_work_runs_in_the_context_and_with_the_threads_of_who_asks(thread: EngineThread) -> None:
+    cell = contextvars.ContextVar("cell", default="none")
+    cell.set("this one")
+    assert thread.call(cell.get) == "this one"
+    before = torch.get_num_threads()
+    try:
+        for n in (1, 2):
+            torch.set_num_threads(n)
+            assert thread.call(torch.get_num_threads) == n
+    finally:
+        torch.set_num_threads(before)
+
+
+def test_an_interruption_ends_the_work_and_not_the_thread(thread: EngineThread, keyboard: None) -> None:
+    ended: list[str] = []
+
+    def endless() -> None:
+        try:
+            while True:
+                time.sleep(0.001)
+        finally:
+            time.sleep(0.05)
+            ended.append("cleaned up")
+
+    for number in range(3):
+        threading.Timer(0.05, lambda: signal.raise_signal(signal.SIGINT)).start()
+        with pytest.raises(KeyboardInterrupt):
+            thread.call(endless)
+        assert len(ended) == number + 1  # on return nothing of it runs
+        assert thread.call(lambda: "alive") == "alive"
+
+
+def test_work_that_is_given_up_before_its_turn_is_not_done(thread: EngineThread, keyboard: None) -> None:
+    begun, go, done = threading.Event(), threading.Event(), []
+
+    def busy() -> None:
+        begun.set()
+        go.wait()
+
+    thread.submit(busy)
+    begun.wait()
+    waiting = thread.submit(lambda: done.append(1))
+    threading.Timer(0.05, lambda: signal.raise_signal(signal.SIGINT)).start()
+    threading.Timer(0.2, go.set).start()
+    with pytest.raises(KeyboardInterrupt):
+        waiting.result()
+    assert thread.call(lambda: done) == []
+
+
+def test_nothing_of_finished_work_is_kept(thread: EngineThread) -> None:
+    class Large:
+        pass
+
+    job = thread.submit(Large)
+    seen = weakref.ref(job.result())
+    del job
+    thread.call(lambda: None)
+    gc.collect()
+    assert seen() is None
+
+
+def test_requests_of_run_and_stream_are_computed_on_one_thread(labs: dict[str, Lab], picture: bytes) -> None:
+    """Whoever asks: torch's pools and cuDNN's plans are kept by thread."""
+    lab, threads = labs["tiny-qwen2.5-vl"], []
+    request = Request(images=[picture], prompt="Where?", max_new_tokens=3, ignore_eos=True)
+    head = lab.checkpoint.model.lm_head
+    handle = head.register_forward_hook(lambda *_: threads.append(threading.get_ident()))
+    try:
+        lab.run(request, "transformers")
+        list(lab.stream(request, "transformers"))
+        other = threading.Thread(target=lambda: lab.run(request, "transformers"))
+        other.start()
+        other.join()
+    finally:
+        handle.remove()
+    assert len(threads) == 9
+    assert len(set(threads)) == 1
+    assert threads[0] != threading.get_ident()
