@@ -33,7 +33,8 @@ ImageBackend = Literal["pillow", "torchvision"]
 class Option:
     """One way to do the work of a toggle.
 
-    `exact` options give the same tokens as Transformers up to rounding. `needs` names "cuda", "a C++ compiler" or packages.
+    `exact` options give the same tokens as Transformers up to rounding. `needs` names "cuda", "cpu", "half precision" (bfloat16 or
+    float16), "a C++ compiler" or packages.
     `decides` names the other toggles of the slot that this option takes over: they must stay at their first option, or the recipe
     means nothing. `requires` names choices elsewhere, "slot.toggle=value" or "slot.toggle=value|value", without which this one
     cannot work. `pixels` says whose resized pixels the option makes, where it touches them: "pillow" or "torchvision"
@@ -65,10 +66,16 @@ class Option:
             return f"pixels within {self.within} of 255"
         return "yes" if self.pixels is None else f"with {self.pixels.capitalize()}'s pixels"
 
-    def unavailable(self, device: torch.device) -> str | None:
-        """Why this option cannot run on the device here, or None if it can."""
+    def unavailable(self, device: torch.device, dtype: torch.dtype | None = None) -> str | None:
+        """Why this option cannot run on the device here, or None if it can; dtype: the model's, where it is known."""
         for need in self.needs:
-            if need == "cuda":
+            if need == "half precision":
+                if dtype == torch.float32:
+                    return "it needs the model in bfloat16 or float16, and it is in float32"
+            elif need == "cpu":
+                if device.type != "cpu":
+                    return f"on {device.type} the kernel is chosen by name: sdpa_flash, sdpa_cudnn, sdpa_efficient or sdpa_math"
+            elif need == "cuda":
                 if device.type != "cuda":
                     return f"it needs a CUDA device, and the lab runs on {device.type}"
             elif need == "a C++ compiler":
@@ -216,12 +223,28 @@ class Vit:
         Option(value="linear", does="the same product as one matrix multiply; vLLM 27418, SGLang 19788, Transformers 45041"),
     )
     attention: str = _toggle(
-        Option(value="per_window", does="one attention call a window or frame, in a Python loop; Transformers with SDPA"),
-        Option(value="grouped", does="windows of a kind stand together; neighbours of equal length share a call; the lab's own"),
+        Option(
+            value="per_window",
+            does="an attention call a window or frame, in a Python loop, on CUDA by torch's memory-efficient kernel; Transformers",
+        ),
+        Option(
+            value="grouped",
+            does="windows of a kind stand together; neighbours of equal length share such a call; the lab's own",
+        ),
+        Option(
+            value="grouped_flash",
+            does="the same calls by torch's flash kernel (FlashAttention 2), in half precision",
+            needs=("cuda", "half precision"),
+        ),
+        Option(
+            value="grouped_cudnn",
+            does="the same calls by cuDNN, in half precision, which plans each new size; vLLM 34580, SGLang 19003",
+            needs=("cuda", "half precision"),
+        ),
         Option(
             value="varlen",
             does="torch's variable-length flash attention: one call over all windows, in half precision; vLLM and SGLang alike",
-            needs=("cuda",),
+            needs=("cuda", "half precision"),
         ),
         Option(
             value="triton",
@@ -271,11 +294,35 @@ class Attention:
 
     prefill: str = _toggle(
         Option(value="eager", does="scores, mask and softmax written out, scores kept in memory; Transformers' eager attention"),
-        Option(value="sdpa", does="torch's scaled_dot_product_attention with its causal kernel; Transformers' default"),
+        Option(
+            value="sdpa",
+            does="torch's scaled_dot_product_attention with a CPU's fused causal kernel; Transformers' default",
+            needs=("cpu",),
+        ),
+        Option(
+            value="sdpa_efficient",
+            does="the same on CUDA by its memory-efficient kernel, in every dtype, over views where heads are grouped",
+            needs=("cuda",),
+        ),
+        Option(
+            value="sdpa_flash",
+            does="the same by its flash kernel (FlashAttention 2), in half precision; gpt-fast names its kernel too",
+            needs=("cuda", "half precision"),
+        ),
+        Option(
+            value="sdpa_cudnn",
+            does="the same by cuDNN, in half precision: what torch prefers on Hopper and Blackwell; it plans each new length",
+            needs=("cuda", "half precision"),
+        ),
+        Option(
+            value="sdpa_math",
+            does="the same as plain products with all scores in memory: what torch falls to where no other kernel will do",
+            needs=("cuda",),
+        ),
         Option(
             value="varlen",
             does="torch's variable-length flash attention: one call over all sequences, in half precision; vLLM and SGLang alike",
-            needs=("cuda",),
+            needs=("cuda", "half precision"),
         ),
         Option(
             value="triton",
@@ -288,8 +335,26 @@ class Attention:
         Option(value="eager", does="one query against all keys, written out; Transformers' eager attention"),
         Option(
             value="sdpa",
-            does="torch's scaled_dot_product_attention, with the heads of a group as queries of one head; the lab's own",
+            does="torch's scaled_dot_product_attention on a CPU, with the heads of a group as queries of one head; the lab's own",
+            needs=("cpu",),
         ),
+        Option(
+            value="sdpa_efficient",
+            does="the same on CUDA by its memory-efficient kernel, in every dtype",
+            needs=("cuda",),
+        ),
+        Option(
+            value="sdpa_flash",
+            does="the same by its flash kernel, in half precision; it takes no mask, so nothing that pads the keys goes with it",
+            needs=("cuda", "half precision"),
+            requires=("capture.decode=eager|compile", "capture.shapes=exact"),
+        ),
+        Option(
+            value="sdpa_cudnn",
+            does="the same by cuDNN, in half precision; it plans each new number of keys: every step, unless they are padded",
+            needs=("cuda", "half precision"),
+        ),
+        Option(value="sdpa_math", does="the same as plain products with all scores in memory", needs=("cuda",)),
         Option(
             value="triton",
             does="a Triton kernel with the keys split among programs, read where the cache keeps them; Flash-Decoding",
@@ -539,13 +604,16 @@ class Recipe:
         """The best exact recipe known for the device type, from side-by-side measurements, that this installation can run.
 
         What depends on the installation is `preprocessor.decode`: turbojpeg where simplejpeg is installed. On CPU: `make sweep`,
-        both built-in checkpoints. On CUDA nothing is measured yet, so it is the CPU's.
+        both built-in checkpoints. On CUDA nothing is measured yet, so it is a guess: torch's own kernels in any dtype, copies that
+        the host does not wait for, and decode steps as graphs, since their launches take longer than their work.
         """
         with suppress(RuntimeError):  # of what torch has no device
             device = torch.device(device)
         if not isinstance(device, torch.device) or device.type not in ("cpu", "cuda"):
             raise RecipeError(f"no fastest recipe is known for device {str(device)!r}; the choices are 'cpu' and 'cuda'")
         turbojpeg = _toggle_at("preprocessor.decode").option("turbojpeg").unavailable(device) is None
+        cuda = device.type == "cuda"
+        attention = "sdpa_efficient" if cuda else "sdpa"
         return cls(
             preprocessor=Preprocessor(
                 decode="turbojpeg" if turbojpeg else "pillow",
@@ -553,12 +621,19 @@ class Recipe:
                 patchify="torch",
                 payload="uint8_folded",
                 temporal="folded",
+                upload="pinned" if cuda else "pageable",
             ),
             vit=Vit(tower="lean", patch_embed="linear", attention="grouped", positions="cached", norms="native", rope="halves"),
             attention=Attention(
-                prefill="sdpa", decode="sdpa", last_layer="last_token", projections="fused", norms="by_length", rope="rolled"
+                prefill=attention,
+                decode=attention,
+                last_layer="last_token",
+                projections="fused",
+                norms="native" if cuda else "by_length",
+                rope="rolled",
             ),
             cache=Cache(kv="static"),
+            capture=Capture(decode="graph" if cuda else "eager"),
         )
 
     @classmethod
@@ -657,11 +732,11 @@ class Recipe:
         """The toggles that differ from the baseline, by path."""
         return {t.path: self.value(t.path) for t in toggles() if self.value(t.path) != t.values[0]}
 
-    def check(self, device: torch.device) -> None:
-        """Raise `RecipeError` for the first option that cannot run on the device, with the reason."""
+    def check(self, device: torch.device, dtype: torch.dtype | None = None) -> None:
+        """Raise `RecipeError` for the first option that cannot run on the device, in the dtype, with the reason."""
         for toggle in toggles():
             option = self.option(toggle)
-            if (reason := option.unavailable(device)) is not None:
+            if (reason := option.unavailable(device, dtype)) is not None:
                 raise RecipeError(f"{toggle.path}={option.value} cannot run here: {reason}")
 
     @property

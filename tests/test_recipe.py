@@ -162,8 +162,27 @@ def test_triton_needs_the_c_compiler_that_it_would_take(monkeypatch: pytest.Monk
     assert triton.unavailable(CPU) is None
 
 
+def test_a_kernel_is_named_where_torch_has_a_choice_and_half_precision_is_asked_for() -> None:
+    cuda = torch.device("cuda")
+    for path in ("attention.prefill", "attention.decode"):
+        with pytest.raises(RecipeError, match=f"{path}=sdpa cannot run here: on cuda the kernel is chosen by name: sdpa_flash"):
+            Recipe.baseline().replace(path, "sdpa").check(cuda)
+        for kernel, in_float32 in (("flash", False), ("cudnn", False), ("efficient", True), ("math", True)):
+            recipe = Recipe.baseline().choose(path, f"sdpa_{kernel}")
+            recipe.check(cuda, torch.bfloat16)
+            recipe.check(cuda)  # the dtype is not known yet
+            if in_float32:
+                recipe.check(cuda, torch.float32)
+            else:
+                with pytest.raises(RecipeError, match=r"it needs the model in bfloat16 or float16, and it is in float32"):
+                    recipe.check(cuda, torch.float32)
+    with pytest.raises(RecipeError, match=r"attention.decode=sdpa_flash needs capture.shapes=exact"):
+        Recipe.parse("fastest, attention.decode=sdpa_flash, capture.shapes=powers_of_two")
+    Recipe.fastest("cuda").check(cuda, torch.float32)  # it runs in every dtype
+
+
 def test_a_recipe_that_cannot_run_here_is_refused_before_work(labs: dict[str, Lab], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(Option, "unavailable", lambda self, device: "no reason" if self.value == "lean" else None)
+    monkeypatch.setattr(Option, "unavailable", lambda self, device, dtype=None: "no reason" if self.value == "lean" else None)
     recipe = Recipe.parse("baseline, vit.tower=lean, attention.decode=sdpa")
     with pytest.raises(RecipeError, match=r"vit.tower=lean cannot run here: no reason"):
         labs["tiny-qwen3-vl"].run(Request(prompt="Hello."), recipe)
@@ -171,7 +190,7 @@ def test_a_recipe_that_cannot_run_here_is_refused_before_work(labs: dict[str, La
 
 def _bind_and_run(lab: Lab, recipe: Recipe) -> None:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Recipe, "check", lambda self, device: None)
+        patch.setattr(Recipe, "check", lambda self, device, dtype=None: None)
         pipeline = Pipeline(lab.checkpoint, recipe, lab.memory)
     pipeline.run(Request(prompt="Hello.", max_new_tokens=1), Tracer(CPU), lambda text, tokens: None)
 

@@ -18,23 +18,21 @@ from fastvl_lab.recipe import Attention
 def bind(slot: Attention, weights: DecoderWeights) -> Decoder:
     """The decoder as the slot's toggles say; raises `CheckpointError` where the checkpoint asks for what an option has not."""
     dtype, head_dim = weights.embed.dtype, weights.head_dim
-    if slot.prefill == "varlen" and dtype == torch.float32:
-        raise CheckpointError("attention.prefill=varlen needs the model in bfloat16 or float16, and it is in float32")
     for toggle, option in (("prefill", slot.prefill), ("decode", slot.decode)):
         if option in ("varlen", "triton") and (head_dim % 8 != 0 or head_dim > 128):
             raise CheckpointError(
                 f"attention.{toggle}={option} takes heads of a multiple of 8 up to 128, and the checkpoint's have {head_dim}; "
-                f"choose 'eager' or 'sdpa'"
+                f"choose 'eager' or one of torch's kernels"
             )
-    prefill: dict[str, Callable[[], Attend]] = {
+    prefill: dict[str, Callable[[], Attend]] = {option: partial(sdpa.bind_prefill, option) for option in sdpa.BACKENDS}
+    prefill |= {
         "eager": lambda: eager.prefill,
-        "sdpa": lambda: sdpa.prefill,
         "varlen": _varlen,
         "triton": partial(_triton_prefill, dtype),
     }
-    decode: dict[str, Callable[[], Attend]] = {
+    decode: dict[str, Callable[[], Attend]] = {option: lambda: sdpa.decode for option in sdpa.BACKENDS}
+    decode |= {
         "eager": lambda: eager.decode,
-        "sdpa": lambda: sdpa.decode,
         "triton": _triton_decode,
     }
     return Decoder(
@@ -42,6 +40,8 @@ def bind(slot: Attention, weights: DecoderWeights) -> Decoder:
         operations=bind_operations(slot, weights),
         attend_prefill=prefill[slot.prefill](),
         attend_decode=decode[slot.decode](),
+        prefill_kernel=sdpa.BACKENDS.get(slot.prefill),
+        decode_kernel=sdpa.BACKENDS.get(slot.decode),
     )
 
 

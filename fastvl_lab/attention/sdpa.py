@@ -1,34 +1,77 @@
-"""torch.nn.functional.scaled_dot_product_attention, which chooses a fused kernel for the device."""
+"""torch.nn.functional.scaled_dot_product_attention. On CUDA an option names the kernel that it runs on; a CPU has one fused kernel.
+
+Left to itself torch prefers cuDNN on Hopper and Blackwell, which makes a plan for every new shape: one for every decode step, one
+for every length of a prompt (`check_prefer_cudnn_attention` in ATen's sdp_utils.cpp).
+Shape letters: N new tokens, L tokens of the sequence, H heads, K key heads, G queries that share a key head, D head_dim.
+"""
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import torch
 import torch.nn.functional as F
+from torch.nn.attention import SDPBackend
 from torch.nn.attention.bias import causal_lower_right
 
-from fastvl_lab.language.decoder import KvCache
+from fastvl_lab.language.decoder import Attend, KvCache, once_a_forward
+from fastvl_lab.language.segments import Segments
+
+# An option of the catalogue -> the kernel that it names. "sdpa" is a CPU's, where there is no choice.
+BACKENDS: dict[str, SDPBackend | None] = {
+    "sdpa": None,
+    "sdpa_flash": SDPBackend.FLASH_ATTENTION,
+    "sdpa_cudnn": SDPBackend.CUDNN_ATTENTION,
+    "sdpa_efficient": SDPBackend.EFFICIENT_ATTENTION,
+    "sdpa_math": SDPBackend.MATH,
+}
+
+Mask = dict[str, Any]
 
 
-def prefill(q: torch.Tensor, cache: KvCache, layer: int) -> torch.Tensor:
-    """Causal attention, a call a sequence; without a mask in memory where nothing of the sequence was there before."""
-    segments, parts = cache.segments, []
-    for number, q_NHD in enumerate(q.split(segments.new)):
-        q_1HND, k_1HND, v_1HND = (x.transpose(0, 1)[None] for x in (q_NHD, *cache.read(layer, number)))
-        how: dict[str, Any] = {"is_causal": True}
-        if segments.before[number] > 0:  # `is_causal` would let the first query see the first key alone
-            how = {"attn_mask": _causal(segments.new[number], segments.lengths[number], q.device)}
-        out = F.scaled_dot_product_attention(q_1HND, k_1HND, v_1HND, enable_gqa=q_1HND.shape[1] != k_1HND.shape[1], **how)
-        parts.append(out[0].transpose(0, 1))
+def bind_prefill(option: str) -> Attend:
+    """Causal attention by an option's kernel."""
+    backend = BACKENDS[option]
+    # The memory-efficient kernel knows no grouped heads, and torch would fall to the one that keeps all scores; a view helps.
+    grouped = backend != SDPBackend.EFFICIENT_ATTENTION
+    # It and flash know the causal mask of the last queries alone; the others are given it as a tensor.
+    in_memory = backend not in (SDPBackend.EFFICIENT_ATTENTION, SDPBackend.FLASH_ATTENTION)
+    masks_of = once_a_forward(partial(_masks, in_memory=in_memory))
+    return lambda q, cache, layer: prefill(q, cache, layer, masks_of(cache, q.device), grouped=grouped)
+
+
+def prefill(q: torch.Tensor, cache: KvCache, layer: int, masks: list[Mask], *, grouped: bool) -> torch.Tensor:
+    """A call a sequence. grouped: whether the kernel takes fewer key heads than heads.
+
+    Where it does not, a key head and the queries that share it stand as one batch, over which the keys are a view.
+    """
+    parts = []
+    for number, q_NHD in enumerate(q.split(cache.segments.new)):
+        k_KLD, v_KLD = (x.transpose(0, 1) for x in cache.read(layer, number))
+        q_HND = q_NHD.transpose(0, 1)
+        if grouped:
+            shared = len(q_HND) != len(k_KLD)
+            out = F.scaled_dot_product_attention(q_HND[None], k_KLD[None], v_KLD[None], enable_gqa=shared, **masks[number])
+        else:
+            q_KGND = q_HND.unflatten(0, (len(k_KLD), -1))
+            k_KGLD, v_KGLD = (x[:, None].expand(-1, q_KGND.shape[1], -1, -1) for x in (k_KLD, v_KLD))
+            out = F.scaled_dot_product_attention(q_KGND, k_KGLD, v_KGLD, **masks[number])
+        parts.append(out.reshape(q_HND.shape).transpose(0, 1))  # kernels lay their results out as they like
     return parts[0] if len(parts) == 1 else torch.cat(parts)
 
 
-def _causal(new: int, length: int, device: torch.device) -> torch.Tensor:
-    """The mask of the last queries of a sequence; torch.compile does not know the one that is no tensor in memory."""
-    if torch.compiler.is_compiling():
-        return torch.ones(new, length, dtype=torch.bool, device=device).tril(length - new)
-    return causal_lower_right(new, length)
+def _masks(segments: Segments, device: torch.device, *, in_memory: bool) -> list[Mask]:
+    """How each sequence's new tokens are kept from the later ones, without a tensor where the kernel knows the pattern."""
+    masks: list[Mask] = []
+    for new, before, length in zip(segments.new, segments.before, segments.lengths, strict=True):
+        if before == 0:
+            masks.append({"is_causal": True})  # which lets the first query see the first key alone
+        elif in_memory or torch.compiler.is_compiling():  # torch.compile does not know the mask that is no tensor
+            masks.append({"attn_mask": torch.ones(new, length, dtype=torch.bool, device=device).tril(before)})
+        else:
+            masks.append({"attn_mask": causal_lower_right(new, length)})
+    return masks
 
 
 def decode(q: torch.Tensor, cache: KvCache, layer: int) -> torch.Tensor:
@@ -36,11 +79,21 @@ def decode(q: torch.Tensor, cache: KvCache, layer: int) -> torch.Tensor:
 
     The queries that share a key head stand as rows of one head: they need no causal mask, and keys are read once a group.
     """
-    parts = []
+    parts, biases = [], _biases(cache, q.dtype)
     for number, q_1HD in enumerate(q.split(1)):
-        keys, values = cache.read(layer, number)
-        q_1KGD = q_1HD.view(1, keys.shape[1], -1, q_1HD.shape[2])
-        mask = None if cache.visible is None else cache.visible[number].expand(1, 1, q_1KGD.shape[2], -1)
-        out = F.scaled_dot_product_attention(q_1KGD, keys.transpose(0, 1)[None], values.transpose(0, 1)[None], attn_mask=mask)
-        parts.append(out.view(q_1HD.shape))
+        k_KLD, v_KLD = (x.transpose(0, 1) for x in cache.read(layer, number))
+        q_1KGD = q_1HD.view(1, len(k_KLD), -1, q_1HD.shape[2])
+        bias = None if biases is None else biases[number].expand(1, 1, q_1KGD.shape[2], -1)
+        out = F.scaled_dot_product_attention(q_1KGD, k_KLD[None], v_KLD[None], attn_mask=bias)
+        parts.append(out.reshape(q_1HD.shape))
     return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+
+def _biases(cache: KvCache, dtype: torch.dtype) -> torch.Tensor | None:
+    """What is added to scores [B, L], made once a step: of a mask of bools every kernel would make it anew in every layer."""
+    if cache.visible is None:
+        return None
+    if _biases not in cache.made:
+        cache.made[_biases] = torch.zeros_like(cache.visible, dtype=dtype).masked_fill_(~cache.visible, float("-inf"))
+    biases: torch.Tensor = cache.made[_biases]
+    return biases

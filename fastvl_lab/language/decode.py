@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 
+from fastvl_lab.kernels.backends import on_kernel
 from fastvl_lab.language.decoder import Decoder, KvCache, logits_of, run_layers
 from fastvl_lab.trace import Inner
 
@@ -15,5 +16,6 @@ def decode(tokens: torch.Tensor, positions: torch.Tensor, decoder: Decoder, cach
     The cache has been told of the new tokens (`extend`). Generated tokens are text: one position stands for all three axes.
     """
     hidden = F.embedding(tokens, decoder.weights.embed)  # [B, hidden]
-    hidden = run_layers(hidden, positions[None], decoder, decoder.attend_decode, cache, inner)
+    with on_kernel(decoder.decode_kernel):
+        hidden = run_layers(hidden, positions[None], decoder, decoder.attend_decode, cache, inner)
     return logits_of(hidden, decoder)

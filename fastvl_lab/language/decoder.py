@@ -13,7 +13,9 @@ from typing import Any, NamedTuple, Protocol, TypeVar
 
 import torch
 import torch.nn.functional as F
+from torch.nn.attention import SDPBackend
 
+from fastvl_lab.kernels.backends import on_kernel
 from fastvl_lab.language.segments import Segments
 from fastvl_lab.language.weights import DecoderWeights, Layer
 from fastvl_lab.trace import Inner
@@ -104,12 +106,17 @@ class Operations:
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Decoder:
-    """A checkpoint's decoder, bound: its weights, the operations, and the attention of prefill and of decode."""
+    """A checkpoint's decoder, bound: its weights, the operations, and the attention of prefill and of decode.
+
+    prefill_kernel, decode_kernel: on which of torch's kernels their scaled_dot_product_attention runs, where it has a choice.
+    """
 
     weights: DecoderWeights
     operations: Operations
     attend_prefill: Attend
     attend_decode: Attend
+    prefill_kernel: SDPBackend | None = None
+    decode_kernel: SDPBackend | None = None
 
 
 def run_layers(
@@ -137,8 +144,10 @@ def run_layers(
             if operations.last_token_alone and index == len(weights.layers) - 1 and index >= len(deepstack):
                 # Nothing reads the others' outputs any more; their keys and values are kept.
                 q, hidden, alone = cache.last(q), cache.last(hidden), True
-                attend = decoder.attend_decode
-            attended = attend(q, cache, index)
+                with on_kernel(decoder.decode_kernel):
+                    attended = decoder.attend_decode(q, cache, index)
+            else:
+                attended = attend(q, cache, index)
             hidden, x = operations.add_norm(hidden, F.linear(attended.flatten(1), *layer.o), layer.norm2)
             added = operations.mlp(x, layer)
         if index < len(deepstack):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 
+from fastvl_lab.kernels.backends import on_kernel
 from fastvl_lab.language.decoder import Decoder, KvCache, logits_of, run_layers
 from fastvl_lab.request import Prompt, VisionTokens
 from fastvl_lab.trace import Inner
@@ -16,14 +17,15 @@ def prefill(
 
     The cache has been told of the new tokens (`extend`); what it holds of each sequence already is attended to.
     """
-    hidden = run_layers(
-        hidden,
-        prompt.positions,
-        decoder,
-        decoder.attend_prefill,
-        cache,
-        inner,
-        deepstack=() if vision is None else vision.deepstack,
-        visual_index=prompt.visual_index,
-    )
+    with on_kernel(decoder.prefill_kernel):
+        hidden = run_layers(
+            hidden,
+            prompt.positions,
+            decoder,
+            decoder.attend_prefill,
+            cache,
+            inner,
+            deepstack=() if vision is None else vision.deepstack,
+            visual_index=prompt.visual_index,
+        )
     return logits_of(hidden, decoder)

@@ -54,7 +54,8 @@ def variants(device: torch.device, dtype: torch.dtype) -> dict[str, EngineName]:
     Transformers, the baseline, and the lean decoder with SDPA: plain; with each other option of its slot that can run here alone,
     and what that requires; with each KV cache; with the last options of all toggles together. Then the fastest recipe known.
     """
-    lean = last = Recipe.parse("baseline, attention.prefill=sdpa, attention.decode=sdpa")
+    sdpa = "sdpa_efficient" if device.type == "cuda" else "sdpa"
+    lean = last = Recipe.parse(f"baseline, attention.prefill={sdpa}, attention.decode={sdpa}")
     engines: dict[str, EngineName] = {STOCK: STOCK, "baseline": Recipe.baseline(), "lean": lean}
     for toggle, option in runnable("attention", device, dtype):
         if option.value != lean.value(toggle.path):
@@ -65,7 +66,7 @@ def variants(device: torch.device, dtype: torch.dtype) -> dict[str, EngineName]:
             engines[f"kv={option.value}"] = lean.choose(toggle.path, option.value)
     engines["last of each"] = last
     if last.attention.prefill == "triton":
-        engines["last of each, sdpa"] = last.replace({"attention.prefill": "sdpa", "attention.decode": "sdpa"})
+        engines["last of each, sdpa"] = last.replace({"attention.prefill": sdpa, "attention.decode": sdpa})
         if dtype != torch.float32:
             engines["last of each, varlen"] = last.replace("attention.prefill", "varlen")
     engines["fastest"] = Recipe.fastest(device)

@@ -121,7 +121,7 @@ class BoundDecoder:
     @classmethod
     def of(cls, lab: Lab, recipe: Recipe) -> BoundDecoder:
         """Bind a recipe's slots 3 and 4; raises `RecipeError` where it cannot run."""
-        recipe.check(lab.device)
+        recipe.check(lab.device, lab.dtype)
         return cls(
             decoder=attention.bind(recipe.attention, decoder_weights(lab.checkpoint)),
             cache=BoundCache(recipe.cache, lab.memory, family=str(recipe), images_by=str(recipe)),

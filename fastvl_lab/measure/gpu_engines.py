@@ -20,7 +20,12 @@ _FUSED_DECODER: Changes = {f"attention.{name}": "fused" for name in ("norms", "r
 _ATTENTION: dict[str, Changes] = {
     "varlen": {"vit.attention": "varlen", "attention.prefill": "varlen", "attention.decode": "triton"},
     "triton": {"vit.attention": "triton", "attention.prefill": "triton", "attention.decode": "triton"},
-    "sdpa": {"vit.attention": "grouped", "attention.prefill": "sdpa", "attention.decode": "triton"},
+    "cudnn": {"vit.attention": "grouped_cudnn", "attention.prefill": "sdpa_cudnn", "attention.decode": "triton"},
+}
+# Kernels of torch's that are compared in the attention slot alone.
+_KERNELS: dict[str, Changes] = {
+    kernel: {"attention.prefill": f"sdpa_{kernel}", "attention.decode": f"sdpa_{kernel}"}
+    for kernel in ("efficient", "flash", "cudnn", "math")
 }
 
 # What a decode step depends on; engines that agree in it take the same steps.
@@ -44,10 +49,10 @@ _GRAPHS: dict[str, Changes] = {
 # Beyond what the fastest recipe has, of one slot: slot -> label -> changes.
 _OF_A_SLOT: dict[str, dict[str, Changes]] = {
     "preprocessor": {"pinned": _PINNED, "triton": _PINNED | {"preprocessor.patchify": "triton"}},
-    "vit": {"varlen": _FUSED_VIT | {"vit.attention": "varlen"}, "triton": _FUSED_VIT | {"vit.attention": "triton"}},
+    "vit": {name: _FUSED_VIT | {"vit.attention": name} for name in ("varlen", "triton", "grouped_flash", "grouped_cudnn")},
     "attention": {
         name: _FUSED_DECODER | {path: value for path, value in changes.items() if path.startswith("attention.")}
-        for name, changes in _ATTENTION.items()
+        for name, changes in {**_ATTENTION, **{f"sdpa_{kernel}": changes for kernel, changes in _KERNELS.items()}}.items()
     },
     "cache": {"paged": {"cache.kv": "paged"}},
     "capture": _GRAPHS,
@@ -84,7 +89,7 @@ def engines(device: torch.device, dtype: torch.dtype) -> dict[str, EngineName]:
 
 
 def fused(recipe: Recipe, attention: str = "varlen") -> Recipe:
-    """A recipe with every fused kernel, page-locked uploads, and attention in tower and prefill: "varlen", "triton" or "sdpa"."""
+    """A recipe with every fused kernel, page-locked uploads, and attention in tower and prefill: "varlen", "triton" or "cudnn"."""
     return changed(recipe, _PINNED | _FUSED_VIT | _FUSED_DECODER | _ATTENTION[attention])
 
 
@@ -126,10 +131,7 @@ def cannot_run(engine: EngineName, device: torch.device, dtype: torch.dtype) -> 
     if not isinstance(engine, Recipe):
         return None
     try:
-        engine.check(device)
+        engine.check(device, dtype)
     except RecipeError as error:
         return sentence(error)
-    for path in ("vit.attention", "attention.prefill"):
-        if engine.value(path) == "varlen" and dtype == torch.float32:
-            return f"{path}=varlen cannot run here: it takes half precision alone, and the dtype is float32"
     return None

@@ -25,8 +25,7 @@ def runnable(slot: str, device: torch.device, dtype: torch.dtype) -> Iterator[tu
     """The exact options of a slot that can run here, toggle by toggle, the first of each among them."""
     for toggle in toggles():
         for option in toggle.options if toggle.slot == slot else ():
-            in_half = option.value != "varlen" or dtype != torch.float32
-            if option.exact and in_half and option.unavailable(device) is None:
+            if option.exact and option.unavailable(device, dtype) is None:
                 yield toggle, option
 
 

@@ -35,7 +35,7 @@ def create_app(lab: Lab, recipe: Recipe | str, settings: Settings | None = None,
     bound = lab.engine(recipe)
     if not isinstance(bound, Recipe):
         raise FastvlError(f"recipe {bound!r} is a peer; a server runs a recipe")
-    bound.check(lab.device)
+    bound.check(lab.device, lab.dtype)
     metrics = Metrics()
     engine = engine or engine_thread()
     queue = RequestQueue(lab, bound, metrics, engine, max_queue=settings.max_queue, warm_up=settings.warm_up)

@@ -33,7 +33,7 @@ class LeanEncoder:
     planner: Planner
 
     def __call__(self, pixels: Pixels, tracer: Tracer) -> VisionTokens:
-        return lean.encode(pixels.patches, self._plan(pixels, tracer), self.tower, self.patch_embed, self.attention, tracer.inner)
+        return self._encode(pixels.patches, self._plan(pixels, tracer), tracer.inner)
 
     def inputs(self, pixels: Pixels, tracer: Tracer, n_patches: int | None) -> tuple[dict[str, torch.Tensor], Hashable]:
         """What `forward` takes: tensors by name, and what decides which program it is.
@@ -51,7 +51,11 @@ class LeanEncoder:
     def forward(self, tensors: Mapping[str, torch.Tensor], rest: Any, inner: Inner) -> VisionTokens:
         """Tensors in, tensors out; visual tokens of padding come last."""
         plan = Plan.joined({name.removeprefix("plan."): tensor for name, tensor in tensors.items()}, rest)
-        return lean.encode(tensors["patches"], plan, self.tower, self.patch_embed, self.attention, inner)
+        return self._encode(tensors["patches"], plan, inner)
+
+    def _encode(self, patches: torch.Tensor, plan: Plan, inner: Inner) -> VisionTokens:
+        with self.attention.on(patches.device):
+            return lean.encode(patches, plan, self.tower, self.patch_embed, self.attention, inner)
 
     def _plan(self, pixels: Pixels, tracer: Tracer, n_patches: int | None = None) -> Plan:
         with tracer.inner("vit.positions"):
@@ -69,8 +73,6 @@ def bind(slot: Vit, checkpoint: Checkpoint, patch_format: PatchFormat, *, compil
         assert patch_format == stock_format(checkpoint), "the recipe lets the stock tower have stock patches only"
         return stock.bind_stock(checkpoint)
     assert slot.tower == "lean"
-    if slot.attention == "varlen" and checkpoint.dtype == torch.float32:
-        raise CheckpointError("vit.attention=varlen needs the model in bfloat16 or float16, and it is in float32")
     vision = checkpoint.config.vision_config
     head_dim = vision.hidden_size // vision.num_heads
     if slot.attention in ("varlen", "triton") and (head_dim % 8 != 0 or head_dim > 128):

@@ -7,14 +7,18 @@ Shape letters: N patches of all segments, H heads, D head_dim.
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Hashable
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import cache
 from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
+from torch.nn.attention import SDPBackend
 
+from fastvl_lab.kernels.backends import on_kernel
 from fastvl_lab.vit.positions import Group, Groups
 
 
@@ -30,11 +34,17 @@ class SegmentAttention:
     """prepare(groups, device) -> prepared; attend(q_HND, k_HND, v_HND, prepared) -> [N, H * D].
 
     room(table) is the same table with room for more segments, so that requests of different images have tables of one size.
+    kernel: on CUDA, which of torch's kernels runs its calls of scaled_dot_product_attention, where it has any.
     """
 
     prepare: Callable[[Groups, torch.device], Prepared]
     attend: Callable[[torch.Tensor, torch.Tensor, torch.Tensor, Prepared], torch.Tensor]
     room: Callable[[torch.Tensor], torch.Tensor] = lambda table: table
+    kernel: SDPBackend | None = None
+
+    def on(self, device: torch.device) -> AbstractContextManager[None]:
+        """To be entered around a forward on the device."""
+        return on_kernel(self.kernel if device.type == "cuda" else None)
 
 
 def bind(option: str, dtype: torch.dtype, *, compiled: bool = False) -> SegmentAttention:
@@ -55,7 +65,7 @@ def per_window(_: torch.dtype) -> SegmentAttention:
     def prepare(groups: Groups, _: torch.device) -> Prepared:
         return Prepared(None, tuple(group.length for group in groups for _ in range(group.number)))
 
-    return SegmentAttention(prepare=prepare, attend=attend)
+    return SegmentAttention(prepare=prepare, attend=attend, kernel=SDPBackend.EFFICIENT_ATTENTION)
 
 
 def grouped(_: torch.dtype) -> SegmentAttention:
@@ -70,7 +80,18 @@ def grouped(_: torch.dtype) -> SegmentAttention:
             outputs.append(out.transpose(1, 2).reshape(number * length, -1))
         return outputs[0] if len(outputs) == 1 else torch.cat(outputs)
 
-    return SegmentAttention(prepare=lambda groups, _: Prepared(None, groups), attend=attend)
+    kernel = SDPBackend.EFFICIENT_ATTENTION
+    return SegmentAttention(prepare=lambda groups, _: Prepared(None, groups), attend=attend, kernel=kernel)
+
+
+def grouped_flash(dtype: torch.dtype) -> SegmentAttention:
+    """The same calls by torch's flash kernel."""
+    return dataclasses.replace(grouped(dtype), kernel=SDPBackend.FLASH_ATTENTION)
+
+
+def grouped_cudnn(dtype: torch.dtype) -> SegmentAttention:
+    """The same calls by cuDNN."""
+    return dataclasses.replace(grouped(dtype), kernel=SDPBackend.CUDNN_ATTENTION)
 
 
 def varlen(_: torch.dtype) -> SegmentAttention:
@@ -149,7 +170,8 @@ def _operator(option: str) -> Callable[..., torch.Tensor]:
         if option == "triton":
             return attention.attend(q_HND, k_HND, v_HND, Prepared(table, fixed))
         groups = tuple(Group(*row) for row in table.tolist() if row[1] > 0)
-        return attention.attend(q_HND, k_HND, v_HND, attention.prepare(groups, q_HND.device)).contiguous()
+        with attention.on(q_HND.device):  # compiled code enters nothing for it
+            return attention.attend(q_HND, k_HND, v_HND, attention.prepare(groups, q_HND.device)).contiguous()
 
     def like(q_HND: torch.Tensor, k_HND: torch.Tensor, v_HND: torch.Tensor, table: torch.Tensor, fixed: int) -> torch.Tensor:
         return q_HND.new_empty(q_HND.shape[1], q_HND.shape[0] * q_HND.shape[2])

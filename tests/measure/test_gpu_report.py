@@ -103,11 +103,10 @@ def test_an_engine_that_cannot_run_here_says_what_it_lacks() -> None:
     assert reasons["transformers"] is reasons["baseline"] is reasons["fastest"] is None
 
 
-def test_varlen_attention_is_not_tried_in_float32(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(Recipe, "check", lambda recipe, device: None)
-    varlen = Recipe.parse("fastest, attention.prefill=varlen")
-    assert "half precision" in str(cannot_run(varlen, CPU, torch.float32))
-    assert cannot_run(varlen, CPU, torch.bfloat16) is None
+def test_varlen_attention_is_not_tried_in_float32() -> None:
+    varlen = Recipe.parse("fastest, attention.prefill=varlen", CUDA)
+    assert "it needs the model in bfloat16 or float16" in str(cannot_run(varlen, CUDA, torch.float32))
+    assert cannot_run(varlen, CUDA, torch.bfloat16) is None
 
 
 def test_ways_to_execute_differ_in_nothing_else() -> None:
@@ -398,7 +397,7 @@ class _Replayed:
 
 
 def test_graphs_are_captured_for_each_size_before_anything_is_timed(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(Recipe, "check", lambda recipe, device: None)
+    monkeypatch.setattr(Recipe, "check", lambda recipe, device, dtype: None)
     store = GraphStore(_Replayed(), max_bytes=2**30, max_graphs=100)
     monkeypatch.setattr("fastvl_lab.lab._graph_store", lambda device, max_bytes: store)
     seen: list[int] = []
