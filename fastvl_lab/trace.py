@@ -50,6 +50,10 @@ STAGES: dict[str, str] = {
     "decode": "language/decode.py",
 }
 
+# Stages that always give a GPU work, and those that never do; the others do with some options.
+ON_DEVICE = ("upload", "vit", "merge", "prefill", "first_token", "sample", "decode")
+ON_HOST = ("queued", "tokenize", "emit")
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Span:
@@ -309,7 +313,7 @@ class Tracer:
         for name, lane, depth, start_ns, stop_ns, start_event, end_event in self._closed:
             begin, stop = start_ns - self._started_ns, stop_ns - self._started_ns
             spans.append(Span(name=name, lane=lane, depth=depth, start_ns=begin, end_ns=stop))
-            if start_event is not None:
+            if start_event is not None and name not in ON_HOST:
                 begin = round(self._anchor.elapsed_time(start_event) * 1e6)
                 stop = round(self._anchor.elapsed_time(end_event) * 1e6)
                 spans.append(Span(name=name, lane="device", depth=depth, start_ns=begin, end_ns=stop))

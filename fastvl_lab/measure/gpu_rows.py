@@ -18,11 +18,7 @@ from fastvl_lab.measure.slot_report import Row
 from fastvl_lab.measure.statistics import median_interval
 from fastvl_lab.request import Request
 from fastvl_lab.run import Run
-from fastvl_lab.trace import Lane, Trace
-
-# Stages that give the device work; in the others its lane shows only that the host was there.
-ON_DEVICE = ("upload", "vit", "merge", "prefill", "first_token", "sample")
-
+from fastvl_lab.trace import ON_DEVICE, Lane, Trace
 
 _LONGEST = 12  # kernels that are named
 

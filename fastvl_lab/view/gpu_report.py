@@ -7,8 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from fastvl_lab.errors import require
-from fastvl_lab.measure.gpu_rows import ON_DEVICE
-from fastvl_lab.trace import STAGES
+from fastvl_lab.trace import ON_DEVICE, STAGES
 from fastvl_lab.view import style
 from fastvl_lab.view.report import figure_html, page
 

@@ -338,9 +338,7 @@ def test_geometries_without_code_are_refused(other_checkpoint: Callable[..., Che
         (Attention(prefill="triton"), "attention.prefill=triton takes heads.*choose 'eager' or one of torch's kernels"),
     ],
 )
-def test_heads_that_a_kernel_has_not_are_refused(
-    other_checkpoint: Callable[..., Checkpoint], slot: Attention, match: str
-) -> None:
+def test_heads_that_a_kernel_has_not_are_refused(other_checkpoint: Callable[..., Checkpoint], slot: Attention, match: str) -> None:
     weights = decoder_weights(other_checkpoint("tiny-qwen3-vl", head_dim=132))
     with pytest.raises(CheckpointError, match=match):
         bind(slot, weights)
