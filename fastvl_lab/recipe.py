@@ -106,7 +106,10 @@ class Preprocessor:
         Option(value="pillow", does="Pillow decodes each image in full; Transformers, vLLM and SGLang do so by default"),
         Option(
             value="turbojpeg",
-            does="JPEG by libjpeg-turbo straight into an array, bit-equal to Pillow; other formats by Pillow; the lab's own",
+            does=(
+                "JPEG by libjpeg-turbo straight into an array, bit-equal to Pillow; other formats by Pillow; NVIDIA Dynamo 11157, "
+                "SGLang 32397"
+            ),
             needs=("simplejpeg",),
         ),
         Option(
@@ -132,7 +135,10 @@ class Preprocessor:
         Option(value="one", does="images are decoded, and by Pillow resized, one after another; Transformers"),
         Option(
             value="all",
-            does="a thread a core: images are decoded at once, and Pillow's passes cut into strips, bit-equal; the lab's own",
+            does=(
+                "a thread a core: images are decoded at once, and Pillow's passes cut into strips, bit-equal; vLLM 22710 and "
+                "TensorRT-LLM 15598 decode so, the strips are the lab's own"
+            ),
         ),
     )
     resize: str = _toggle(
@@ -143,7 +149,7 @@ class Preprocessor:
         ),
         Option(
             value="pillow",
-            does="Pillow's bicubic resize on the decoded image, with no copy through float or channels-first",
+            does="Pillow's bicubic resize on the decoded image, with no copy through float or channels-first; vLLM 47416 (Kimi)",
             pixels="pillow",
         ),
         Option(
@@ -157,7 +163,7 @@ class Preprocessor:
         ),
         Option(
             value="device",
-            does="the whole image goes to the device as bytes and is resized there in float32; vLLM 21995, 50390",
+            does="the whole image goes to the device as bytes and is resized there in float32; vLLM 21995, 50390, SGLang 33349",
             exact=False,
             pixels="own",
             requires=("preprocessor.patchify=torch|triton",),
@@ -174,17 +180,23 @@ class Preprocessor:
         ),
         Option(
             value="triton",
-            does="the resized image goes to the device as bytes, where one kernel makes patches of it; the lab's own",
+            does="the resized image goes to the device as bytes, where one kernel makes patches of it; TensorRT Edge-LLM, with two",
             needs=("cuda", "triton"),
             decides=("payload",),
         ),
     )
     payload: str = _toggle(
         Option(value="float32", does="patches are normalised on the host and sent as float32; Transformers"),
-        Option(value="uint8", does="patches are sent as bytes, a quarter of the size, and normalised on the device; vLLM 50411"),
+        Option(
+            value="uint8",
+            does="patches are sent as bytes, a quarter of the size, and normalised on the device; vLLM 50411, the default of 0.33",
+        ),
         Option(
             value="uint8_folded",
-            does="patches stay bytes until the patch embedding, whose weight and bias hold rescale and normalise; the lab's own",
+            does=(
+                "patches stay bytes until the patch embedding, whose weight and bias hold rescale and normalise; old for "
+                "classifiers, among engines the lab's own"
+            ),
             requires=("vit.tower=lean",),
         ),
     )
@@ -192,7 +204,7 @@ class Preprocessor:
         Option(value="duplicated", does="an image is a clip of two equal frames, and both are sent; Transformers"),
         Option(
             value="folded",
-            does="it is sent once, to the sum of the patch embedding's temporal slices: half the bytes and products; the lab's own",
+            does="it is sent once, to the sum of the patch embedding's temporal slices: half the bytes and products; vLLM 44787",
             requires=("vit.tower=lean",),
         ),
     )
@@ -216,7 +228,7 @@ class Vit:
             does="the stock module, called as it is; LMDeploy's TurboMind backend ran it so (InternLM/lmdeploy issue 4195)",
             decides=("patch_embed", "attention", "positions", "norms", "rope", "activation", "interpolation"),
         ),
-        Option(value="lean", does="our own forward over the same weights, with every step below a toggle"),
+        Option(value="lean", does="our own forward over the same weights, every step below a toggle; vLLM, SGLang"),
     )
     patch_embed: str = _toggle(
         Option(value="conv3d", does="Conv3d whose kernel is its stride; the published modelling code"),
@@ -229,7 +241,7 @@ class Vit:
         ),
         Option(
             value="grouped",
-            does="windows of a kind stand together; neighbours of equal length share such a call; the lab's own",
+            does="windows of a kind stand together, and those of equal length are a batch of such a call; tt-metal 37866",
         ),
         Option(
             value="grouped_flash",
@@ -248,7 +260,7 @@ class Vit:
         ),
         Option(
             value="triton",
-            does="a Triton kernel over exactly the blocks that hold queries; the lab's own",
+            does="a Triton kernel over exactly the blocks that hold queries; SGLang 29677, for its decoder",
             needs=("cuda", "triton"),
         ),
     )
@@ -258,7 +270,7 @@ class Vit:
     )
     norms: str = _toggle(
         Option(value="eager", does="RMSNorm as its formula, an operation at a time; the published modelling code"),
-        Option(value="native", does="torch's own rms_norm and layer_norm"),
+        Option(value="native", does="torch's own rms_norm and layer_norm; Transformers 42461"),
         Option(
             value="fused",
             does="residual add and norm in one Triton kernel; vLLM, SGLang 15640",
@@ -267,7 +279,7 @@ class Vit:
     )
     rope: str = _toggle(
         Option(value="eager", does="q and k rotated one after the other, their halves concatenated; the published modelling code"),
-        Option(value="halves", does="q and k rotated together, half by half, into contiguous heads; the lab's own"),
+        Option(value="halves", does="q and k rotated together, half by half, into contiguous heads; vLLM rotates both at once"),
         Option(
             value="fused",
             does="one Triton kernel on the packed projection, in place; vLLM 24511",
@@ -326,7 +338,7 @@ class Attention:
         ),
         Option(
             value="triton",
-            does="a Triton kernel that reads keys and values where the cache keeps them; the lab's own",
+            does="a Triton kernel that reads keys and values where the cache keeps them; vLLM 16828, SGLang",
             needs=("cuda", "triton"),
             requires=("cache.kv=static|paged",),
         ),
@@ -335,7 +347,10 @@ class Attention:
         Option(value="eager", does="one query against all keys, written out; Transformers' eager attention"),
         Option(
             value="sdpa",
-            does="torch's scaled_dot_product_attention on a CPU, with the heads of a group as queries of one head; the lab's own",
+            does=(
+                "torch's scaled_dot_product_attention on a CPU, with the heads of a group as queries of one head; FlashAttention, "
+                "ExecuTorch 18513"
+            ),
             needs=("cpu",),
         ),
         Option(
@@ -357,7 +372,7 @@ class Attention:
         Option(value="sdpa_math", does="the same as plain products with all scores in memory", needs=("cuda",)),
         Option(
             value="triton",
-            does="a Triton kernel with the keys split among programs, read where the cache keeps them; Flash-Decoding",
+            does="a Triton kernel with the keys split among programs, read where the cache keeps them; Flash-Decoding, SGLang",
             needs=("cuda", "triton"),
             requires=("cache.kv=static|paged",),
         ),
@@ -366,7 +381,7 @@ class Attention:
         Option(value="all_tokens", does="prefill's last layer is computed for every token, as the others are; Transformers"),
         Option(
             value="last_token",
-            does="it is computed for the token whose logits are read; of the others, keys and values alone; the lab's own",
+            does="it is computed for the token whose logits are read; of the others, keys and values alone; SGLang 37147, 38189",
         ),
     )
     projections: str = _toggle(
@@ -375,13 +390,16 @@ class Attention:
     )
     norms: str = _toggle(
         Option(value="eager", does="RMSNorm as its formula, an operation at a time; the published modelling code"),
-        Option(value="native", does="torch's own rms_norm"),
-        Option(value="by_length", does="RMSNorm from each row's length, torch's vector_norm, in five operations; the lab's own"),
+        Option(value="native", does="torch's own rms_norm; Transformers 42461"),
+        Option(
+            value="by_length",
+            does="RMSNorm from each row's length, torch's vector_norm, in five operations; its authors' code (arXiv 1910.07467)",
+        ),
         Option(value="fused", does="residual add and norm in one Triton kernel; vLLM, SGLang", needs=("cuda", "triton")),
     )
     rope: str = _toggle(
         Option(value="eager", does="angles of all three axes, q and k rotated one after the other; the published modelling code"),
-        Option(value="rolled", does="each angle made once, heads rotated by rolling their halves; the lab's own"),
+        Option(value="rolled", does="each angle made once, heads rotated by rolling their halves; among engines the lab's own"),
         Option(
             value="fused",
             does="norm of heads, rotation and the write into the cache in one Triton kernel; vLLM 49744",
@@ -395,7 +413,7 @@ class Attention:
     )
     argmax: str = _toggle(
         Option(value="eager", does="torch's argmax over the vocabulary; Transformers"),
-        Option(value="fused", does="two Triton kernels over many programs; the lab's own", needs=("cuda", "triton")),
+        Option(value="fused", does="two Triton kernels over many programs; vLLM 57770", needs=("cuda", "triton")),
     )
 
 
@@ -410,7 +428,7 @@ class Cache:
     )
     image_reuse: str = _toggle(
         Option(value="off", does="every request's images go through the vision tower; Transformers"),
-        Option(value="on", does="visual tokens are kept by the image's bytes and all that shapes them; vLLM 11020, SGLang"),
+        Option(value="on", does="visual tokens are kept by the image's bytes and all that shapes them; vLLM 29621, SGLang 21123"),
     )
     prefix_reuse: str = _toggle(
         Option(value="off", does="every prompt is computed from its first token; Transformers"),
@@ -427,7 +445,7 @@ class Capture:
     """How a stage is executed."""
 
     vit: str = _toggle(
-        Option(value="eager", does="one kernel launch an operation, from Python"),
+        Option(value="eager", does="one kernel launch an operation, from Python; Transformers"),
         Option(
             value="compile",
             does="torch.compile of the whole tower but its attention, for any image size; vLLM 23207, 40116",
@@ -442,7 +460,7 @@ class Capture:
         ),
     )
     prefill: str = _toggle(
-        Option(value="eager", does="one kernel launch an operation, from Python"),
+        Option(value="eager", does="one kernel launch an operation, from Python; Transformers"),
         Option(
             value="compile",
             does="torch.compile of the whole decoder, for any length of the prompt; gpt-fast, vLLM",
@@ -457,7 +475,7 @@ class Capture:
         ),
     )
     decode: str = _toggle(
-        Option(value="eager", does="one kernel launch an operation, from Python"),
+        Option(value="eager", does="one kernel launch an operation, from Python; Transformers"),
         Option(
             value="compile",
             does="torch.compile of the whole decoder, for any number of keys; gpt-fast, vLLM",
@@ -466,13 +484,13 @@ class Capture:
         ),
         Option(
             value="graph",
-            does="CUDA graphs by the number of keys, rounded up: to a power of two where shapes are exact; SGLang, vLLM",
+            does="CUDA graphs by the number of keys, rounded up: to a power of two where shapes are exact; Transformers 45323",
             needs=("cuda",),
             requires=("cache.kv=static|paged",),
         ),
     )
     first_token: str = _toggle(
-        Option(value="per_stage", does="vision tower, merge, prefill and argmax one after another"),
+        Option(value="per_stage", does="vision tower, merge, prefill and argmax one after another; Transformers, vLLM, SGLang"),
         Option(
             value="single_graph",
             does="all from the patches to the first token as one CUDA graph: one launch and one wait; FlashRT",
@@ -482,20 +500,23 @@ class Capture:
         ),
     )
     shapes: str = _toggle(
-        Option(value="exact", does="every stage computes what is there"),
+        Option(value="exact", does="every stage computes what is there; Transformers"),
         Option(
             value="multiples_of_64",
-            does="visual tokens, prompt and keys are padded to the next multiple of 64, and masked, so that sizes share a program",
+            does=(
+                "visual tokens, prompt and keys are padded to the next multiple of 64, and masked, so that sizes share a program; "
+                "vLLM on Gaudi"
+            ),
             requires=_PADDING,
         ),
         Option(
             value="multiples_of_256",
-            does="the same with multiples of 256: fewer programs, more padding; token budgets of vLLM 35963",
+            does="the same with multiples of 256: fewer programs, more padding; budgets of vLLM 35963, keys of llama.cpp 16812",
             requires=_PADDING,
         ),
         Option(
             value="powers_of_two",
-            does="the same with powers of two from 64 on: fewest programs, up to half of the work padding",
+            does="the same with powers of two from 64 on: fewest programs, up to half of the work padding; Transformers 45323",
             requires=_PADDING,
         ),
     )

@@ -43,6 +43,17 @@ def test_the_first_option_of_every_toggle_is_exact_and_runs_on_a_cpu() -> None:
     assert Recipe.baseline().changes() == {}
 
 
+def test_every_option_says_what_it_does_and_who_does_it() -> None:
+    """A reader must be able to tell an engine's idea from the lab's; who it is, only a search can tell."""
+    for toggle in toggles():
+        for option in toggle.options:
+            what, _, who = option.does.rpartition("; ")
+            assert what, f"{toggle.path}={option.value}"
+            assert who, f"{toggle.path}={option.value}"
+            assert "\n" not in option.does
+            assert "|" not in option.does  # it stands in a table
+
+
 @pytest.mark.parametrize("recipe", [Recipe.baseline(), Recipe.fastest(), *_recipes()], ids=str)
 def test_a_recipe_survives_json_yaml_and_text(recipe: Recipe) -> None:
     assert Recipe.from_dict(json.loads(json.dumps(recipe.to_dict()))) == recipe

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 import platform
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,8 +16,9 @@ import torch
 import transformers
 from tqdm import tqdm
 
+from fastvl_lab.checkpoint import tiny
 from fastvl_lab.checkpoint.loading import resolve_device, resolve_dtype
-from fastvl_lab.errors import RecipeError, RequestError, require, sentence
+from fastvl_lab.errors import CheckpointError, FastvlError, RecipeError, RequestError, require, sentence
 from fastvl_lab.lab import EngineName, Lab, device_name, parse_engine
 from fastvl_lab.measure.compare import Comparison, compare
 from fastvl_lab.measure.parameters import notebook_parameters
@@ -34,7 +36,8 @@ class SweepSettings:
 
     recipes: recipe texts and peers, such as "transformers", "baseline", "fastest, vit.tower=lean". image: a path or a built-in
     photograph. image_sizes: [width, height] pairs the image is resized to; empty leaves it as it is. device, dtype: "" is the
-    default. output_dir: "" keeps nothing on disk. Raises `FastvlError`s for what can be known before any work.
+    default. output_dir: "" keeps nothing on disk. Raises `FastvlError`s for what can be known before any work, one of a list twice
+    included: its samples could not be told apart.
     """
 
     checkpoints: Sequence[str]
@@ -58,14 +61,18 @@ class SweepSettings:
         for name in ("checkpoints", "recipes"):
             if len(getattr(self, name)) == 0:
                 raise RequestError(f"{name} is empty; give a list of at least one")
+        for checkpoint in self.checkpoints:
+            if not isinstance(checkpoint, str):
+                raise CheckpointError(f"checkpoints has {checkpoint!r}; each is a text: a folder, a hub id or a built-in name")
         for recipe in self.recipes:
             parse_engine(recipe)
-        if len(set(self.recipes)) != len(self.recipes):
-            raise RecipeError(f"recipes names one twice: {', '.join(self.recipes)}")
+        _refuse_twice("recipes", self.recipes, _without_spaces, RecipeError)
+        _refuse_twice("checkpoints", self.checkpoints, _place, CheckpointError)
         for size in self.image_sizes:
             whole = isinstance(size, Sequence) and all(isinstance(side, int) and 0 < side <= _LARGEST_SIDE for side in size)
             if not whole or len(size) != 2:
                 raise RequestError(f"image_sizes has {size!r}; each is [width, height] in whole pixels from 1 to {_LARGEST_SIDE}")
+        _refuse_twice("image_sizes", self.image_sizes, tuple, RequestError)
         for name, least in (("repeats", 1), ("warm_up", 0), ("max_new_tokens", 1), ("seed", 0)):
             value = getattr(self, name)
             if not isinstance(value, int) or isinstance(value, bool) or value < least:
@@ -241,6 +248,26 @@ def sweep(settings: SweepSettings, *, progress: bool = True) -> SweepResult:
                         failed(sentence(error), name, size_label(size))
             del lab, engines
     return SweepResult(settings=settings, environment=environment, points=tuple(points), errors=tuple(errors))
+
+
+def _refuse_twice(name: str, given: Sequence[Any], identity: Callable[[Any], Any], error: type[FastvlError]) -> None:
+    """Raise for a list that has one thing twice, also where it is spelled in two ways; identity: what two spellings share."""
+    met: dict[Any, Any] = {}
+    for value in given:
+        key = identity(value)
+        if key in met:
+            raise error(f"{name} names one twice: {met[key]!r} and {value!r}")
+        met[key] = value
+
+
+def _without_spaces(recipe: str) -> str:
+    return "".join(recipe.split())
+
+
+def _place(checkpoint: str) -> str:
+    """A folder's one path; any other name as it is."""
+    folder = os.path.expanduser(checkpoint)
+    return os.path.realpath(folder) if checkpoint not in tiny.NAMES and os.path.isdir(folder) else checkpoint
 
 
 def size_label(size: tuple[int, int] | None) -> str:

@@ -45,15 +45,18 @@ def operation_timeline(ways: Mapping[str, Operations]) -> go.Figure:
             if lane == "device":
                 marker["pattern"] = {"shape": style.DEVICE_PATTERN, "fillmode": "replace", "size": 5}
             figure.add_bar(
-                y=[lane] * len(mine),
-                base=[(operation.start_us - began) / 1e3 for operation in mine],
-                x=[(operation.end_us - operation.start_us) / 1e3 for operation in mine],
-                orientation="h",
+                **style.placed_bars(
+                    [lane] * len(mine),
+                    [(operation.start_us - began) / 1e3 for operation in mine],
+                    [(operation.end_us - operation.start_us) / 1e3 for operation in mine],
+                    told="%{customdata[3]}",
+                    beside="%{customdata[4]}",
+                    decimals=4,
+                    texts=[[html.escape(operation.name[:80]), operation.stage] for operation in mine],
+                ),
                 width=0.7,
                 marker=marker,
                 showlegend=False,
-                customdata=[[html.escape(operation.name[:80]), operation.stage] for operation in mine],
-                hovertemplate="%{customdata[0]}<br>%{x:.4f} ms from %{base:.3f} ms<extra>%{customdata[1]}</extra>",
                 row=row,
                 col=1,
             )

@@ -161,16 +161,12 @@ def block_waterfall(runs: Sequence[Run], stage: str = "vit", number: int = 0) ->
     for column, spans in enumerate(panels, start=1):
         figure.add_trace(
             figure_of.Bar(
-                y=[name for name, _, _ in spans],
-                base=[start for _, start, _ in spans],
-                x=[length for _, _, length in spans],
-                orientation="h",
+                **style.placed_bars(*zip(*spans, strict=True)),
                 showlegend=False,
                 marker={"color": [style.STAGE_COLOURS[stage if name == stage else "merge"] for name, _, _ in spans]},
                 text=[f"{length:.2f}" for _, _, length in spans],
                 textposition="outside",
                 cliponaxis=False,
-                hovertemplate="%{y}: %{x:.3f} ms from %{base:.3f} ms<extra></extra>",
             ),
             row=1,
             col=column,

@@ -66,13 +66,13 @@ def launches_and_steps(runs: Mapping[str, Run], n_steps: int = 34) -> go.Figure:
             if lane == "device":
                 marker["pattern"] = {"shape": style.DEVICE_PATTERN, "fillmode": "replace", "size": 5}
             figure.add_bar(
-                y=[{"host": "launched (host)", "device": "done (device)"}[lane]] * len(mine),
-                base=[(span.start_ns - began) / 1e6 for span in mine],
-                x=[span.duration_ns / 1e6 for span in mine],
-                orientation="h",
+                **style.placed_bars(
+                    [{"host": "launched (host)", "device": "done (device)"}[lane]] * len(mine),
+                    [(span.start_ns - began) / 1e6 for span in mine],
+                    [span.duration_ns / 1e6 for span in mine],
+                ),
                 marker=marker,
                 showlegend=False,
-                hovertemplate="%{x:.3f} ms from %{base:.3f} ms<extra>" + lane + "</extra>",
                 row=row,
                 col=1,
             )

@@ -105,17 +105,11 @@ def _bar_style(bars: list[dict[str, Any]], lane: str, two_lanes: bool) -> dict[s
     placed = {"width": 0.6, "offset": -0.3}
     if two_lanes:
         placed = {"width": 0.36, "offset": 0.04 if lane == "device" else -0.36}
-    return {
-        "name": {"host": "host (solid)", "device": "device (hatched)", "unaccounted": "unaccounted"}[lane],
-        "orientation": "h",
-        "y": [bar["stage"] for bar in bars],
-        "base": [bar["start"] for bar in bars],
-        "x": [bar["length"] for bar in bars],
-        "marker": marker,
-        "customdata": [[bar["start"], html.escape(bar["file"])] for bar in bars],
-        "hovertemplate": "%{y}: %{x:.3f} ms from %{customdata[0]:.3f} ms<br>%{customdata[1]}<extra>" + lane + "</extra>",
-        **placed,
-    }
+    stages, starts, lengths = ([bar[key] for bar in bars] for key in ("stage", "start", "length"))
+    files = [[html.escape(bar["file"])] for bar in bars]
+    shown = style.placed_bars(stages, starts, lengths, below="<br>%{customdata[3]}", beside=lane, texts=files)
+    name = {"host": "host (solid)", "device": "device (hatched)", "unaccounted": "unaccounted"}[lane]
+    return {"name": name, "marker": marker, **shown, **placed}
 
 
 def _label_panel(figure: Any, run: Run, rows: list[str], number: int) -> None:

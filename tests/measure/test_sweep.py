@@ -98,7 +98,6 @@ def test_an_image_as_it_is(tmp_path: Path, picture: bytes) -> None:
     ("changes", "error", "says"),
     [
         ({"recipes": ["baseline", "quickest"]}, RecipeError, "the choices are baseline, fastest"),
-        ({"recipes": ["baseline", "baseline"]}, RecipeError, "names one twice"),
         ({"recipes": "baseline"}, RequestError, "give a list"),
         ({"recipes": None}, RequestError, "give a list"),
         ({"recipes": [1]}, RecipeError, "a recipe is given as 1"),
@@ -112,6 +111,7 @@ def test_an_image_as_it_is(tmp_path: Path, picture: bytes) -> None:
         ({"device": "gpu"}, DeviceError, "the choices are 'cpu' and 'cuda'"),
         ({"output_dir": "/dev/null/x"}, RequestError, "cannot be made"),
         ({"checkpoints": []}, RequestError, "is empty"),
+        ({"checkpoints": ["tiny-qwen3-vl", None]}, CheckpointError, "checkpoints has None; each is a text"),
         ({"image_sizes": [[10]]}, RequestError, r"image_sizes has \[10\]"),
         ({"image_sizes": [[0, 5]]}, RequestError, "in whole pixels"),
         ({"repeats": 0}, RequestError, "repeats is 0"),
@@ -120,6 +120,49 @@ def test_an_image_as_it_is(tmp_path: Path, picture: bytes) -> None:
 def test_what_can_be_known_before_any_work_is_refused_then(changes: dict, error: type[FastvlError], says: str) -> None:
     with pytest.raises(error, match=says):
         SweepSettings(**SETTINGS | changes)
+
+
+@pytest.mark.parametrize(
+    ("name", "values", "error", "says"),
+    [
+        ("recipes", ["baseline", "baseline"], RecipeError, "'baseline' and 'baseline'"),
+        ("recipes", ["fastest", "fastest,vit.tower=lean", "fastest, vit.tower=lean"], RecipeError, "'fastest, vit.tower=lean'"),
+        ("checkpoints", ["tiny-qwen3-vl", "tiny-qwen2.5-vl", "tiny-qwen3-vl"], CheckpointError, "'tiny-qwen3-vl'"),
+        ("checkpoints", ["random:Qwen/Qwen3-VL-2B-Instruct"] * 2, CheckpointError, "random:Qwen"),
+        ("checkpoints", ["mine", "other", "./mine/"], CheckpointError, "'mine' and './mine/'"),
+        ("checkpoints", ["mine", "link"], CheckpointError, "'mine' and 'link'"),
+        ("checkpoints", ["~/mine", "mine"], CheckpointError, "'~/mine' and 'mine'"),
+        ("image_sizes", [[64, 96], [96, 64], [64, 96]], RequestError, r"\[64, 96\]"),
+        ("image_sizes", [[64, 96], (64, 96)], RequestError, r"\[64, 96\] and \(64, 96\)"),
+    ],
+)
+def test_what_is_named_twice_is_refused_however_it_is_spelled(
+    name: str, values: list, error: type[FastvlError], says: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for folder in ("mine", "other"):
+        (tmp_path / folder).mkdir()
+    (tmp_path / "link").symlink_to("mine")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    with pytest.raises(error, match=f"{name} names one twice: .*{says}"):
+        SweepSettings(**SETTINGS | {name: values})
+
+
+@pytest.mark.parametrize(
+    ("name", "values"),
+    [
+        ("checkpoints", ["tiny-qwen3-vl", "./tiny-qwen3-vl"]),  # the built-in one, and a folder of that name
+        ("checkpoints", ["Qwen/Qwen3-VL-2B-Instruct", "random:Qwen/Qwen3-VL-2B-Instruct"]),
+        ("image_sizes", [[64, 96], [96, 64]]),
+        ("recipes", ["baseline", "baseline, vit.tower=transformers"]),  # one recipe under two names: how far noise goes
+    ],
+)
+def test_what_has_two_names_to_be_told_apart_by_is_not_refused(
+    name: str, values: list, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "tiny-qwen3-vl").mkdir()
+    monkeypatch.chdir(tmp_path)
+    SweepSettings(**SETTINGS | {name: values})
 
 
 def test_notebook_parameters_know_what_papermill_injected() -> None:

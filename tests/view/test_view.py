@@ -5,17 +5,19 @@ from __future__ import annotations
 import dataclasses
 import html
 import json
+import re
 from pathlib import Path
 
 import pytest
 
 from fastvl_lab import Lab, Recipe, Request, Run, compare, view
 from fastvl_lab.measure.conversation import converse
+from fastvl_lab.measure.operations import Operation, Operations
 from fastvl_lab.measure.rounds import Rounds, Timing
 from fastvl_lab.measure.towers import Cost
 from fastvl_lab.trace import Span, Trace
 from fastvl_lab.view import style
-from fastvl_lab.view.workbench.figures import with_ghost
+from fastvl_lab.view.workbench.figures import so_far, with_ghost
 
 
 @pytest.fixture(scope="module")
@@ -46,13 +48,54 @@ def test_every_bar_is_a_span_and_every_span_a_bar(runs: list[Run]) -> None:
         gaps = [(start, length) for lane, _, start, length in bars if lane == "unaccounted"]
         assert gaps == [(a / 1e6, (b - a) / 1e6) for a, b in run.trace.gaps()]
         assert sum(length for *_, length in bars) == pytest.approx(run.ttft * 1e3, rel=1e-6)
-        files = {stage: data[1] for bars in figure.data for stage, data in zip(bars.y, bars.customdata, strict=True)}
+        files = {stage: data[3] for bars in figure.data for stage, data in zip(bars.y, bars.customdata, strict=True)}
     assert files["vit"] == "fastvl_lab/vit/"  # the lean run's, drawn last
-    assert view.waterfall(runs[:1]).data[0].customdata[0][1] == "inside transformers"
+    assert view.waterfall(runs[:1]).data[0].customdata[0][3] == "inside transformers"
     texts = " ".join(annotation.text for annotation in figure.layout.annotations)
     for run in runs:
         assert f"{run.engine}: {run.kind} TTFT" in texts
         assert run.subtitle() in texts
+
+
+def _told(bars: object) -> list[str]:
+    """What pointing at each bar of a trace says, as the page fills its template in."""
+    return [
+        re.sub(
+            r"%\{customdata\[(\d)\](?::(\.\df))?\}",
+            lambda field, data=data: format(data[int(field[1])], field[2] or ""),  # type: ignore[misc]
+            bars.hovertemplate.replace("%{y}", row),  # type: ignore[attr-defined]
+        )
+        for row, data in zip(bars.y, bars.customdata, strict=True)  # type: ignore[attr-defined]
+    ]
+
+
+def test_pointing_at_a_bar_tells_its_own_length(labs: dict[str, Lab], runs: list[Run], picture: bytes) -> None:
+    """Of a bar that does not begin at zero, plotly's own %{x} is where it ends."""
+    request = Request(images=[picture], prompt="What?", max_new_tokens=6, ignore_eos=True)
+    layers, rounds = (
+        labs["tiny-qwen3-vl"].run(request, engine, trace=trace)
+        for engine, trace in (("fastest", "layers"), ("fastest, streaming.steps_per_round=2", "stages"))
+    )
+    operation = Operation(name="mul", lane="host", stage="vit", start_us=1500.0, end_us=1504.25)
+    stage = Operation(name="vit", lane="host", stage="vit", start_us=500.0, end_us=2000.0)
+    figures = {
+        "waterfall": view.waterfall(runs),
+        "ghost": with_ghost(runs[0], runs[1], runs[0]),
+        "so far": so_far(runs[1].trace.within_ttft()),
+        "blocks": view.block_waterfall([layers]),
+        "launches": view.launches_and_steps({"rounds": rounds}),
+        "operations": view.operation_timeline({"eager": Operations(stages=(stage,), operations=(operation,))}),
+    }
+    for name, figure in figures.items():
+        bars = [trace for trace in figure.data if trace.type == "bar"]
+        assert any(start > 0 for trace in bars for start in trace.base), name
+        for trace in bars:
+            assert "%{x" not in trace.hovertemplate, name
+            for told, start, length in zip(_told(trace), trace.base, trace.x, strict=True):
+                decimals = 4 if name == "operations" else 3
+                span = f"{length:.{decimals}f} ms, from {start:.{decimals}f} to {start + length:.{decimals}f} ms"
+                assert span in told, name
+    assert _told(figures["operations"].data[0]) == ["mul: 0.0043 ms, from 1.0000 to 1.0043 ms<extra>vit</extra>"]
 
 
 def test_runs_share_one_axis(runs: list[Run]) -> None:
@@ -112,7 +155,7 @@ def test_stages_with_names_of_their_own_are_drawn_and_tabled(runs: list[Run]) ->
     assert list(table[run.engine]) == ["1.000", "1.000", "0.000", "2.000"]
     bars = view.waterfall([run]).data[0]
     assert list(bars.y) == ["encode", "wait"]
-    assert {data[1] for data in bars.customdata} == {"inside http://host:1/v1"}
+    assert {data[3] for data in bars.customdata} == {"inside http://host:1/v1"}
 
 
 def test_hostile_names_do_not_become_markup(runs: list[Run]) -> None:

@@ -38,14 +38,10 @@ def with_ghost(reference: Run | None, run: Run, ghost: Run | None) -> go.Figure:
     figure.add_trace(
         style.graph_objects().Bar(
             name="the run before",
-            orientation="h",
-            y=[span.name for span in spans],
-            base=[span.start_ns / 1e6 for span in spans],
-            x=[span.duration_ns / 1e6 for span in spans],
             width=[lanes[span.lane][1] for span in spans],
             offset=[lanes[span.lane][0] for span in spans],
             marker={"color": _GHOST, "line": {"width": 0}},
-            hovertemplate="%{y} before: %{x:.3f} ms from %{base:.3f} ms<extra></extra>",
+            **_placed(spans, told="%{y} before"),
         ),
         row=panel,
         col=1,
@@ -59,10 +55,7 @@ def so_far(stages: Sequence[Span]) -> go.Figure:
     """The stages that have ended of a run that is under way."""
     figure = style.graph_objects().Figure()
     figure.add_bar(
-        y=[stage.name for stage in stages],
-        base=[stage.start_ns / 1e6 for stage in stages],
-        x=[stage.duration_ns / 1e6 for stage in stages],
-        orientation="h",
+        **_placed(stages),
         marker={"color": [style.STAGE_COLOURS.get(stage.name, style.INK) for stage in stages]},
         text=[f"{stage.duration_ns / 1e6:.0f} ms" for stage in stages],
         textposition="outside",
@@ -73,6 +66,11 @@ def so_far(stages: Sequence[Span]) -> go.Figure:
     figure.update_yaxes(autorange="reversed", ticklabelstandoff=8)
     figure.update_layout(**style.layout(height=140 + 24 * len(stages), margin={"l": 120, "r": 60, "t": 40, "b": 55}))
     return figure
+
+
+def _placed(spans: Sequence[Span], told: str = "%{y}") -> dict[str, Any]:
+    starts, lengths = [span.start_ns / 1e6 for span in spans], [span.duration_ns / 1e6 for span in spans]
+    return style.placed_bars([span.name for span in spans], starts, lengths, told=told)
 
 
 def themed(figure: go.Figure, *, dark: bool) -> go.Figure:
