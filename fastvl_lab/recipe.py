@@ -245,7 +245,7 @@ class Vit:
         ),
         Option(
             value="grouped_flash",
-            does="the same calls by torch's flash kernel (FlashAttention 2), in half precision",
+            does="the same calls by torch's flash kernel, in half precision; FlashAttention 2 (arXiv 2307.08691)",
             needs=("cuda", "half precision"),
         ),
         Option(
@@ -313,22 +313,22 @@ class Attention:
         ),
         Option(
             value="sdpa_efficient",
-            does="the same on CUDA by its memory-efficient kernel, in every dtype, over views where heads are grouped",
+            does="the same on CUDA by its memory-efficient kernel, in every dtype, over views where heads are grouped; xFormers",
             needs=("cuda",),
         ),
         Option(
             value="sdpa_flash",
-            does="the same by its flash kernel (FlashAttention 2), in half precision; gpt-fast names its kernel too",
+            does="the same by its flash kernel, in half precision; FlashAttention 2, gpt-fast, which names its kernel too",
             needs=("cuda", "half precision"),
         ),
         Option(
             value="sdpa_cudnn",
-            does="the same by cuDNN, in half precision: what torch prefers on Hopper and Blackwell; it plans each new length",
+            does="the same by cuDNN, in half precision, which plans each new length; what torch itself prefers on Hopper and Blackwell",
             needs=("cuda", "half precision"),
         ),
         Option(
             value="sdpa_math",
-            does="the same as plain products with all scores in memory: what torch falls to where no other kernel will do",
+            does="the same as plain products with all scores in memory; what torch falls to where no other kernel will do",
             needs=("cuda",),
         ),
         Option(
@@ -355,21 +355,23 @@ class Attention:
         ),
         Option(
             value="sdpa_efficient",
-            does="the same on CUDA by its memory-efficient kernel, in every dtype",
+            does="the same on CUDA by its memory-efficient kernel, in every dtype; xFormers",
             needs=("cuda",),
         ),
         Option(
             value="sdpa_flash",
-            does="the same by its flash kernel, in half precision; it takes no mask, so nothing that pads the keys goes with it",
+            does="the same by its flash kernel, in half precision, which takes no mask, and so no padded keys; FlashAttention 2",
             needs=("cuda", "half precision"),
             requires=("capture.decode=eager|compile", "capture.shapes=exact"),
         ),
         Option(
             value="sdpa_cudnn",
-            does="the same by cuDNN, in half precision; it plans each new number of keys: every step, unless they are padded",
+            does="the same by cuDNN, in half precision, which plans each new number of keys unless they are padded; torch on Hopper",
             needs=("cuda", "half precision"),
         ),
-        Option(value="sdpa_math", does="the same as plain products with all scores in memory", needs=("cuda",)),
+        Option(
+            value="sdpa_math", does="the same as plain products with all scores in memory; torch's last resort", needs=("cuda",)
+        ),
         Option(
             value="triton",
             does="a Triton kernel with the keys split among programs, read where the cache keeps them; Flash-Decoding, SGLang",
