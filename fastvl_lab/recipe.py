@@ -323,7 +323,7 @@ class Attention:
         ),
         Option(
             value="sdpa_cudnn",
-            does="the same by cuDNN, in half precision, which plans each new length; what torch itself prefers on Hopper and Blackwell",
+            does="the same by cuDNN, in half precision, which plans each new length; what torch prefers on Hopper",
             needs=("cuda", "half precision"),
         ),
         Option(
@@ -366,7 +366,7 @@ class Attention:
         ),
         Option(
             value="sdpa_cudnn",
-            does="the same by cuDNN, in half precision, which plans each new number of keys unless they are padded; torch on Hopper",
+            does="the same by cuDNN, in half precision, which plans each new number of keys; torch on Hopper",
             needs=("cuda", "half precision"),
         ),
         Option(
