@@ -75,7 +75,8 @@ class Lab:
         on = checkpoints.resolve_device(device)
         self._thread = EngineThread.of(on)
         loaded = self._thread.call(partial(checkpoints.load, name, device=on, dtype=dtype))
-        session_len = default_session_len(loaded) if session_len is None else session_len
+        if session_len is None:
+            session_len = default_session_len(loaded, reserved=graph_budget if on.type == "cuda" else 0)
         if session_len > loaded.max_length:
             raise CheckpointError(
                 f"session_len is {session_len}; checkpoint {loaded.name!r} attends to {loaded.max_length} tokens at most"

@@ -96,10 +96,13 @@ def least_budget(shape: KvShape, session_len: int) -> int:
     return -(-kv_bytes * _IMAGE_SHARE // (_IMAGE_SHARE - 1))
 
 
-def default_session_len(checkpoint: Checkpoint) -> int:
-    """What the model can attend to, up to 32,768 tokens; halved until the caches take at most half of the free memory."""
+def default_session_len(checkpoint: Checkpoint, *, reserved: int = 0) -> int:
+    """What the model can attend to, up to 32,768 tokens; halved until the caches take at most half of the free memory.
+
+    reserved: bytes of it that others will take. The other half is for what a request computes with.
+    """
     session_len, free = min(checkpoint.max_length, DEFAULT_SESSION_LEN), available_bytes(checkpoint.device)
     shape = KvShape.of(checkpoint)
-    while free is not None and session_len > _LEAST_SESSION_LEN and least_budget(shape, session_len) > free // 2:
+    while free is not None and session_len > _LEAST_SESSION_LEN and least_budget(shape, session_len) > (free - reserved) // 2:
         session_len //= 2
     return session_len

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from fastvl_lab import CheckpointError, DeviceError, Lab, Recipe, Request, RequestError, Run, photo
+from fastvl_lab.cache import memory
 from fastvl_lab.cache.concat import ConcatKv
 from fastvl_lab.cache.images import ImageStore, image_digest
 from fastvl_lab.cache.memory import least_budget
@@ -212,6 +213,19 @@ def test_the_budget_is_divided_and_kept(fresh: Lab) -> None:
         DeviceError, match=rf"memory_budget is {least - 1} bytes .* a session_len of 512 tokens needs at least {least}"
     ):
         Lab(fresh.checkpoint.name, device="cpu", dtype="float32", session_len=512, memory_budget=least - 1)
+
+
+def test_the_default_session_leaves_room_for_what_computes_and_for_graphs(fresh: Lab, monkeypatch: pytest.MonkeyPatch) -> None:
+    shape = KvShape.of(fresh.checkpoint)
+    for free, reserved, expected in (
+        (2 * least_budget(shape, 32_768), 0, 32_768),
+        (2 * least_budget(shape, 32_768) - 1, 0, 16_384),
+        (2 * least_budget(shape, 32_768), 1_000_000, 16_384),
+        (2 * least_budget(shape, 4_096) + 5_000_000, 5_000_000, 4_096),
+        (0, 5_000_000, 1_024),
+    ):
+        monkeypatch.setattr(memory, "available_bytes", lambda _, free=free: free)
+        assert memory.default_session_len(fresh.checkpoint, reserved=reserved) == expected
 
 
 @pytest.mark.parametrize(("what", "value"), [("session_len", 0), ("session_len", "many"), ("memory_budget", -5)])
