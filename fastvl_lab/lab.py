@@ -118,6 +118,9 @@ class Lab:
             outcome = self._serve(bound, request, tracer, deliver)
             finished, logits = tracer.finish(), outcome.logits.cpu()
             kind = self._kind(key, outcome)
+        if outcome.chunk_tokens is not None:
+            known = zip(chunks, outcome.chunk_tokens, strict=True)
+            chunks = [dataclasses.replace(chunk, tokens=tokens) for chunk, tokens in known if chunk.text or tokens]
         name = key.text(self.device) if isinstance(key, Recipe) else key
         return Run(
             engine=engine if isinstance(engine, str) else name,
@@ -262,7 +265,10 @@ class Lab:
 
         A run that compiled or captured something on its way is cold in any case.
         On a CPU each calling thread has a thread pool of its own in torch, so the first run of another thread is cold again.
+        Of an endpoint's caches only the endpoint knows: where it does not say, the run is of unknown kind, be it the first or not.
         """
+        if outcome.kind is not None:
+            return outcome.kind
         if outcome.reused and not outcome.captures:
             return "cache_hit"
         seen = self._seen

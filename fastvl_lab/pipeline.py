@@ -20,7 +20,7 @@ from fastvl_lab.language.weights import decoder_weights
 from fastvl_lab.preprocessor import OpenedImages
 from fastvl_lab.preprocessor.upload import upload_pixels, upload_prompt
 from fastvl_lab.recipe import Recipe
-from fastvl_lab.request import ImageShape, Prompt, Request
+from fastvl_lab.request import ImageShape, Kind, Prompt, Request
 from fastvl_lab.streaming.answer import Answer
 from fastvl_lab.streaming.text import Deliver, Emitter, TokenBytes
 from fastvl_lab.tokenizer import tokenize
@@ -31,8 +31,9 @@ from fastvl_lab.trace import Tracer
 class Outcome:
     """What an engine reports when a request is done; `logits` are those of the last prompt token, float32 [vocab].
 
-    reused: whether anything of an earlier request was used. captures: what was compiled or captured on the way. model: what an
-    endpoint calls the model that it serves.
+    reused: whether anything of an earlier request was used. captures: what was compiled or captured on the way. Of an endpoint
+    alone, model: what it calls the model that it serves; kind: what its words make of the run, where they decide it; chunk_tokens:
+    the tokens of each chunk, which may be known only at the end.
     """
 
     tokens: tuple[int, ...]
@@ -42,6 +43,8 @@ class Outcome:
     reused: bool = False
     captures: tuple[Capture, ...] = ()
     model: str | None = None
+    kind: Kind | None = None
+    chunk_tokens: tuple[tuple[int, ...], ...] | None = None
 
 
 class Engine(Protocol):

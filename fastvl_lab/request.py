@@ -11,7 +11,7 @@ import operator
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypeAlias
 from urllib.request import url2pathname
 
 import numpy as np
@@ -30,6 +30,12 @@ MAX_IMAGES = 64
 Picture: TypeAlias = "Image.Image | torch.Tensor"
 
 ImageSource = bytes | str | Path | Image.Image | np.ndarray
+
+# Whether a run was the first of its kind, reused something of an earlier request, or neither; or nobody says. See `Run`.
+Kind = Literal["cold", "warm", "cache_hit", "unknown"]
+
+# In the place of a token that an endpoint counts and does not name.
+UNNAMED = -1
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -336,7 +342,8 @@ class VisionTokens:
 class Chunk:
     """What the consumer receives at once: new text, the token ids behind it, and when it was in the consumer's hands.
 
-    `time` is in seconds from the moment the engine was given the request. `str(chunk)` is its text.
+    `time` is in seconds from the moment the engine was given the request. `tokens` has `UNNAMED` for each that an endpoint counts
+    and does not name. `str(chunk)` is its text.
     """
 
     text: str

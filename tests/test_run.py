@@ -70,3 +70,15 @@ def test_tpot_counts_the_tokens_after_the_first_chunk(run: Run) -> None:
     )
     assert dataclasses.replace(run, chunks=chunks).tpot == pytest.approx(0.5)
     assert dataclasses.replace(run, chunks=chunks[:1]).tpot is None
+
+
+def test_a_run_whose_reuse_nobody_tells_says_so(run: Run) -> None:
+    import dataclasses
+
+    unsaid = dataclasses.replace(run, kind="unknown")
+    assert unsaid.title().endswith("· reuse unknown")
+    assert dataclasses.replace(run, kind="cache_hit").title().endswith("· cache hit")
+    assert Run.from_record(unsaid.to_record()).kind == "unknown"
+    elsewhere = dataclasses.replace(unsaid, device="elsewhere")
+    assert elsewhere.subtitle() == f"{run.n_prompt} prompt tokens, as the endpoint counts them"
+    assert dataclasses.replace(elsewhere, n_prompt=0).subtitle() == "prompt tokens not counted"
