@@ -23,7 +23,7 @@ from fastvl_lab.recipe import Recipe
 from fastvl_lab.request import ImageShape, Kind, Prompt, Request
 from fastvl_lab.streaming.answer import Answer
 from fastvl_lab.streaming.text import Deliver, Emitter, TokenBytes
-from fastvl_lab.tokenizer import tokenize
+from fastvl_lab.tokenizer import tokenize, tokens_to_make
 from fastvl_lab.trace import Tracer
 
 
@@ -90,9 +90,10 @@ class Pipeline:
         with span("tokenize"):
             prompt = tokenize(request, opened.grids if opened else (), self.checkpoint)
         with span("admit"):
-            place = self.cache.admit(prompt, request.max_new_tokens, opened.contents if opened else tuple)
+            n_new = tokens_to_make(prompt.n_tokens, request, self.checkpoint)
+            place = self.cache.admit(prompt, n_new, opened.contents if opened else tuple)
         try:
-            return self._serve(request, prompt, opened, place, tracer, deliver)
+            return self._serve(request, prompt, n_new, opened, place, tracer, deliver)
         finally:
             place.close()
 
@@ -100,6 +101,7 @@ class Pipeline:
         self,
         request: Request,
         prompt: Prompt,
+        n_new: int,
         opened: OpenedImages | None,
         place: Place,
         tracer: Tracer,
@@ -143,7 +145,7 @@ class Pipeline:
             next_position=prompt.next_position,
             decode=decode,
             sample=lambda logits: greedy(logits[0], decoder),
-            max_new_tokens=request.max_new_tokens,
+            max_new_tokens=n_new,
             ends=() if request.ignore_eos else self.checkpoint.eos_token_ids,
             emitter=Emitter(self.token_bytes, deliver),
             tracer=tracer,

@@ -112,7 +112,8 @@ class Request:
 
     Give `images` and `prompt` (images come first), or `messages` as OpenAI and Transformers write them. `min_pixels` and
     `max_pixels` override the checkpoint's own limits on the area of the resized image. Decoding is greedy: no sampling and no
-    repetition penalty. `ignore_eos` makes exactly `max_new_tokens` tokens. Raises `RequestError` and `ImageError`.
+    repetition penalty. `ignore_eos` makes exactly `max_new_tokens` tokens; `fit` makes fewer where a session has no room for so
+    many. Raises `RequestError` and `ImageError`.
 
     Paths are read when the request is made, so that a run starts with the bytes at hand. What engines read is derived:
     `image_inputs`, the images in order, and `conversation`, the messages with an `{"type": "image"}` part where each belongs.
@@ -123,6 +124,7 @@ class Request:
     messages: Sequence[Mapping[str, Any]] | None = None
     max_new_tokens: int = 32
     ignore_eos: bool = False
+    fit: bool = False
     min_pixels: int | None = None
     max_pixels: int | None = None
     image_inputs: tuple[ImageInput, ...] = field(init=False, repr=False)
