@@ -272,7 +272,7 @@ class Lab:
         if outcome.reused and not outcome.captures:
             return "cache_hit"
         seen = self._seen
-        if self.device.type == "cpu":
+        if self.device.type == "cpu" and not peers.is_remote(key):
             seen = self._seen_by_thread.__dict__.setdefault("seen", set())
         shape = (key, outcome.n_prompt, *(s.grid for s in outcome.shapes), len(outcome.tokens) > 1)
         first = shape not in seen

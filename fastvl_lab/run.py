@@ -12,7 +12,7 @@ import torch
 from fastvl_lab.capture.execute import Capture
 from fastvl_lab.errors import MissingExtraError
 from fastvl_lab.recipe import Recipe
-from fastvl_lab.request import Chunk, Grid, ImageShape
+from fastvl_lab.request import UNNAMED, Chunk, Grid, ImageShape
 from fastvl_lab.request import Kind as Kind
 from fastvl_lab.trace import Trace
 
@@ -64,6 +64,12 @@ class Run:
     @property
     def text(self) -> str:
         return "".join(chunk.text for chunk in self.chunks)
+
+    def made(self, tokens: tuple[int, ...], text: str) -> bool:
+        """Whether it made these tokens of this text; where an endpoint does not name all of them, as many, and the same text."""
+        if UNNAMED in self.tokens or UNNAMED in tokens:
+            return len(self.tokens) == len(tokens) and self.text == text
+        return self.tokens == tokens
 
     @property
     def visual_tokens(self) -> int:

@@ -17,7 +17,7 @@ from fastvl_lab.measure.preprocessing import model_pictures, pixel_differences
 from fastvl_lab.measure.statistics import Interval, median_interval
 from fastvl_lab.peers import is_remote
 from fastvl_lab.recipe import Recipe
-from fastvl_lab.request import UNNAMED, Request, check_whole_number
+from fastvl_lab.request import Request, check_whole_number
 from fastvl_lab.run import Kind, Run
 from fastvl_lab.trace import Lane
 
@@ -74,7 +74,7 @@ class Comparison:
         return [s.run for s in self.samples if s.engine == engine and s.run.kind == kind and (s.round >= 0 or kind == "cold")]
 
     def compared(self, engine: str) -> Kind:
-        """The kind of the engine's runs that are compared: warm, or unknown of an endpoint that never says what it reused."""
+        """The kind of the engine's runs that are compared: warm, or unknown where an endpoint does not say it of any."""
         return "unknown" if self.runs(engine, "unknown") and not self.runs(engine) else "warm"
 
     def representative(self, engine: str) -> Run:
@@ -89,13 +89,10 @@ class Comparison:
         return own.tokens if own else next(s.run.tokens for s in self.samples if s.engine == self.reference)
 
     def as_expected(self, sample: Sample) -> bool:
-        """Whether a run made the tokens that it must; where an endpoint does not name all of them, as many, and the same text."""
-        tokens, run = self.expected(sample.engine), sample.run
-        if UNNAMED not in (*run.tokens, *tokens):
-            return run.tokens == tokens
+        """Whether a run made the tokens that it must."""
         own = self.oracles.get(sample.engine)
         text = own.text if own else next(s.run.text for s in self.samples if s.engine == self.reference)
-        return len(run.tokens) == len(tokens) and run.text == text
+        return sample.run.made(self.expected(sample.engine), text)
 
     def parity(self, engine: str) -> bool:
         """Whether every run of the engine made the tokens that it must, on the pixels that it may."""
