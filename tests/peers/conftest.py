@@ -12,8 +12,6 @@ from typing import Any
 
 import pytest
 
-from fastvl_lab import Lab
-
 
 class FakeEndpoint:
     """What it streams, objects as events, bytes as they are, with pauses in seconds; what it lists; and what it was asked with."""
@@ -74,12 +72,6 @@ def fake(_fake: FakeEndpoint) -> FakeEndpoint:
     FakeEndpoint.__init__(_fake)
     _fake.url = url
     return _fake
-
-
-@pytest.fixture
-def lab(labs: dict[str, Lab]) -> Lab:
-    """A lab that knows no endpoint yet."""
-    return labs["tiny-qwen3-vl"].apart()
 
 
 @pytest.fixture(scope="session")

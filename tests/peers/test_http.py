@@ -24,6 +24,12 @@ STEP = 0.06
 
 
 @pytest.fixture
+def lab(labs: dict[str, Lab]) -> Lab:
+    """A lab that knows no endpoint yet."""
+    return labs["tiny-qwen3-vl"].apart()
+
+
+@pytest.fixture
 def request_() -> Request:
     return Request(prompt="hi", max_new_tokens=8, ignore_eos=True)
 
