@@ -133,6 +133,9 @@ class Lab:
             return outcome, tracer.finish(), outcome.logits.cpu(), self._kind(key, outcome)
 
         outcome, finished, logits, kind = self._in_turn(key, served)
+        if outcome.chunk_tokens is not None:
+            known = zip(chunks, outcome.chunk_tokens, strict=True)
+            chunks = [dataclasses.replace(chunk, tokens=tokens) for chunk, tokens in known if chunk.text or tokens]
         name = key.text(self.device) if isinstance(key, Recipe) else key
         return Run(
             engine=engine if isinstance(engine, str) else name,
@@ -314,8 +317,11 @@ class Lab:
         """Whether anything was reused, else whether its engine has run this shape before, to as many tokens or more.
 
         A step reads more keys than the one before it, for which a library may build a plan. A run that compiled or captured
-        something on its way is cold in any case.
+        something on its way is cold in any case. What an endpoint reused only the endpoint knows: where it does not say, every run
+        of it is of unknown kind.
         """
+        if outcome.kind is not None:
+            return outcome.kind
         if outcome.reused and not outcome.captures:
             return "cache_hit"
         seen, shape = self._seen.setdefault(key, {}), (outcome.n_prompt, *(s.grid for s in outcome.shapes))

@@ -21,10 +21,10 @@ from fastvl_lab.language.weights import decoder_weights
 from fastvl_lab.preprocessor import OpenedImages
 from fastvl_lab.preprocessor.upload import upload_pixels, upload_prompt
 from fastvl_lab.recipe import Recipe
-from fastvl_lab.request import ImageShape, Prompt, Request
+from fastvl_lab.request import ImageShape, Kind, Prompt, Request
 from fastvl_lab.streaming.answer import Answer, Forced
 from fastvl_lab.streaming.text import Deliver, Emitter, TokenBytes
-from fastvl_lab.tokenizer import tokenize
+from fastvl_lab.tokenizer import tokenize, tokens_to_make
 from fastvl_lab.trace import Tracer
 
 
@@ -32,8 +32,9 @@ from fastvl_lab.trace import Tracer
 class Outcome:
     """What an engine reports when a request is done; `logits` are those of the last prompt token, float32 [vocab].
 
-    reused: whether anything of an earlier request was used. captures: what was compiled or captured on the way. model: what an
-    endpoint calls the model that it serves.
+    reused: whether anything of an earlier request was used. captures: what was compiled or captured on the way. Of an endpoint
+    alone, model: what it calls the model that it serves; kind: what its words make of the run, where they decide it; chunk_tokens:
+    the tokens of each chunk, which may be known only at the end.
     """
 
     tokens: tuple[int, ...]
@@ -43,6 +44,8 @@ class Outcome:
     reused: bool = False
     captures: tuple[Capture, ...] = ()
     model: str | None = None
+    kind: Kind | None = None
+    chunk_tokens: tuple[tuple[int, ...], ...] | None = None
 
 
 class Engine(Protocol):
@@ -100,9 +103,10 @@ class Pipeline:
         with span("tokenize"):
             prompt = tokenize(request, opened.grids if opened else (), self.checkpoint)
         with span("admit"):
-            place = self.cache.admit(prompt, request.max_new_tokens, opened.contents if opened else tuple)
+            n_new = tokens_to_make(prompt.n_tokens, request, self.checkpoint)
+            place = self.cache.admit(prompt, n_new, opened.contents if opened else tuple)
         try:
-            return self._serve(request, prompt, opened, place, tracer, deliver, forced)
+            return self._serve(request, prompt, n_new, opened, place, tracer, deliver, forced)
         finally:
             place.close()
 
@@ -110,6 +114,7 @@ class Pipeline:
         self,
         request: Request,
         prompt: Prompt,
+        n_new: int,
         opened: OpenedImages | None,
         place: Place,
         tracer: Tracer,
@@ -154,7 +159,7 @@ class Pipeline:
             next_position=prompt.next_position,
             decode=decode if forced is None else forced.steps(decode),
             sample=lambda logits: greedy(logits[0], decoder),
-            max_new_tokens=request.max_new_tokens,
+            max_new_tokens=n_new,
             ends=() if request.ignore_eos else self.checkpoint.eos_token_ids,
             emitter=Emitter(self.token_bytes, deliver),
             tracer=tracer,

@@ -11,7 +11,7 @@ import operator
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypeAlias
 from urllib.request import url2pathname
 
 import numpy as np
@@ -30,6 +30,12 @@ MAX_IMAGES = 64
 Picture: TypeAlias = "Image.Image | torch.Tensor"
 
 ImageSource = bytes | str | Path | Image.Image | np.ndarray
+
+# Whether a run was the first of its kind, reused something of an earlier request, or neither; or nobody says. See `Run`.
+Kind = Literal["cold", "warm", "cache_hit", "unknown"]
+
+# In the place of a token that an endpoint counts and does not name.
+UNNAMED = -1
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -106,7 +112,8 @@ class Request:
 
     Give `images` and `prompt` (images come first), or `messages` as OpenAI and Transformers write them. `min_pixels` and
     `max_pixels` override the checkpoint's own limits on the area of the resized image. Decoding is greedy: no sampling and no
-    repetition penalty. `ignore_eos` makes exactly `max_new_tokens` tokens. Raises `RequestError` and `ImageError`.
+    repetition penalty. `ignore_eos` makes exactly `max_new_tokens` tokens; `fit` makes fewer where a session has no room for so
+    many. Raises `RequestError` and `ImageError`.
 
     Paths are read when the request is made, so that a run starts with the bytes at hand. What engines read is derived:
     `image_inputs`, the images in order, and `conversation`, the messages with an `{"type": "image"}` part where each belongs.
@@ -117,6 +124,7 @@ class Request:
     messages: Sequence[Mapping[str, Any]] | None = None
     max_new_tokens: int = 32
     ignore_eos: bool = False
+    fit: bool = False
     min_pixels: int | None = None
     max_pixels: int | None = None
     image_inputs: tuple[ImageInput, ...] = field(init=False, repr=False)
@@ -336,7 +344,8 @@ class VisionTokens:
 class Chunk:
     """What the consumer receives at once: new text, the token ids behind it, and when it was in the consumer's hands.
 
-    `time` is in seconds from the moment the engine was given the request. `str(chunk)` is its text.
+    `time` is in seconds from the moment the engine was given the request. `tokens` has `UNNAMED` for each that an endpoint counts
+    and does not name. `str(chunk)` is its text.
     """
 
     text: str

@@ -5,20 +5,19 @@ from __future__ import annotations
 import html
 import json
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from fastvl_lab.capture.execute import Capture
 from fastvl_lab.errors import MissingExtraError
 from fastvl_lab.recipe import Recipe
-from fastvl_lab.request import Chunk, Grid, ImageShape
+from fastvl_lab.request import UNNAMED, Chunk, Grid, ImageShape
+from fastvl_lab.request import Kind as Kind
 from fastvl_lab.trace import Trace
 
 if TYPE_CHECKING:
     import plotly.graph_objects as go
-
-Kind = Literal["cold", "warm", "cache_hit"]
 
 # The device of a run whose engine is behind an address.
 ELSEWHERE = "elsewhere"
@@ -32,8 +31,10 @@ class Run:
     """What one engine did with one request.
 
     `kind` is "cold" for the first run of its engine, shape and thread, and for any run that compiled or captured something (they
-    are its `captures`), "warm" after that, "cache_hit" when something was reused from an earlier request. `logits` are those of the
-    last prompt token, float32 [vocab] on the host; finite: whether they were all finite numbers, without which tokens mean nothing.
+    are its `captures`), "warm" after that, "cache_hit" when something was reused from an earlier request. An endpoint's run is what
+    the endpoint says of it, and "unknown" where it does not say whether it reused anything. `logits` are those of the last prompt
+    token, float32 [vocab] on the host; finite: whether all of them were finite numbers, without which tokens mean nothing.
+    `n_prompt` is 0 where an endpoint does not count.
     """
 
     engine: str
@@ -66,6 +67,12 @@ class Run:
     def text(self) -> str:
         return "".join(chunk.text for chunk in self.chunks)
 
+    def made(self, tokens: tuple[int, ...], text: str) -> bool:
+        """Whether it made these tokens of this text; where an endpoint does not name all of them, as many, and the same text."""
+        if UNNAMED in self.tokens or UNNAMED in tokens:
+            return len(self.tokens) == len(tokens) and self.text == text
+        return self.tokens == tokens
+
     @property
     def visual_tokens(self) -> int:
         return sum(shape.visual_tokens for shape in self.shapes)
@@ -78,7 +85,7 @@ class Run:
     def subtitle(self) -> str:
         """What became of the images: decoded size, resized size, patches, visual tokens."""
         if self.device == ELSEWHERE:
-            return f"{self.n_prompt} prompt tokens, as the endpoint counts them"
+            return f"{self.n_prompt} prompt tokens, as the endpoint counts them" if self.n_prompt else "prompt tokens not counted"
         if not self.shapes:
             return f"text only → {self.n_prompt} prompt tokens"
         first, more = self.shapes[0], len(self.shapes) - 1
@@ -90,7 +97,7 @@ class Run:
         )
 
     def title(self) -> str:
-        return f"{self.checkpoint} · {self.engine} · {self.device} {self.dtype} · {self.kind}"
+        return f"{self.checkpoint} · {self.engine} · {self.device} {self.dtype} · {in_words(self.kind)}"
 
     def stage_table(self) -> list[dict[str, Any]]:
         """One row a stage, then `unaccounted` and `TTFT`: name, host ms, device ms (CUDA only), share of TTFT."""
@@ -196,3 +203,8 @@ class Run:
 
         shown = json.loads(figure.to_json())
         return bundle | {"application/vnd.plotly.v1+json": shown | {"config": CONFIG}}
+
+
+def in_words(kind: Kind) -> str:
+    """A kind as it is shown."""
+    return {"cache_hit": "cache hit", "unknown": "reuse unknown"}.get(kind, kind)

@@ -6,6 +6,7 @@ the expanded text, because a special token never merges with its neighbours, and
 
 from __future__ import annotations
 
+import unicodedata
 from collections.abc import Sequence
 
 import numpy as np
@@ -16,18 +17,22 @@ from fastvl_lab.checkpoint import Checkpoint
 from fastvl_lab.errors import RequestError
 from fastvl_lab.request import Grid, Prompt, Request
 
+# Bytes of text that a token seldom has more of.
+_LIKELY_TOKEN = 4
+
 
 def chat_text(request: Request, checkpoint: Checkpoint) -> str:
     """The conversation as the checkpoint's template writes it, one placeholder an image.
 
-    Raises `RequestError` if the user's own words contain a placeholder, which would be taken for an image, and if the template
-    cannot write the conversation.
+    Raises `RequestError` if the user's own words contain a placeholder, which would be taken for an image, if the template cannot
+    write the conversation, and if its bytes alone make more tokens than a session has: before anything is tokenized.
     """
     messages = [{"role": m["role"], "content": list(m["content"])} for m in request.conversation]
     try:
         text: str = checkpoint.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
     except (TemplateError, TypeError) as error:  # TypeError: a text-only template that takes content for a string
         raise RequestError(f"the chat template of {checkpoint.name!r} cannot write this conversation: {error}") from None
+    check_bytes(text, checkpoint)
     image, video = (checkpoint.tokenizer.convert_ids_to_tokens(token) for token in _placeholder_ids(checkpoint))
     if text.count(image) != len(request.image_inputs) or video in text:
         words = "".join(m["role"] + "".join(part.get("text", "") for part in m["content"]) for m in request.conversation)
@@ -73,11 +78,44 @@ def tokenize(request: Request, grids: Sequence[Grid], checkpoint: Checkpoint) ->
     )
 
 
-def check_length(n_prompt: int, request: Request, checkpoint: Checkpoint, *, visual_tokens: int) -> None:
-    """Raise `RequestError` if prompt and answer together are longer than a session."""
-    if n_prompt + request.max_new_tokens > checkpoint.session_len:
+def check_text(request: Request, checkpoint: Checkpoint) -> None:
+    """Raise `RequestError` where the text alone is longer than a session, for which a long one is tokenized.
+
+    For callers on a thread that has time, before the request joins those that wait for a device.
+    """
+    length = sum(len(part.get("text", "")) for message in request.conversation for part in message["content"] or ())
+    if length > _LIKELY_TOKEN * checkpoint.session_len:
+        text = chat_text(request, checkpoint)
+        (encoded,) = checkpoint.tokenizer.backend_tokenizer.encode_batch_fast([text], add_special_tokens=False)  # without the GIL
+        check_length(len(encoded.ids), request, checkpoint, visual_tokens=None)
+
+
+def check_bytes(text: str, checkpoint: Checkpoint) -> None:
+    """Raise `RequestError` for a prompt of more bytes than a session's tokens can stand for, whatever they are."""
+    if len(text) <= checkpoint.session_len or (longest := checkpoint.longest_token) is None:
+        return
+    # The tokenizer composes characters first (NFC), which leaves fewer bytes, but not of ASCII.
+    n_bytes = len(text) if text.isascii() else len(unicodedata.normalize("NFC", text).encode())
+    if n_bytes > longest * checkpoint.session_len:
+        at_least = -(-n_bytes // longest)
         raise RequestError(
-            f"the prompt has {n_prompt} tokens ({visual_tokens} of them visual) and max_new_tokens is {request.max_new_tokens}: "
+            f"the prompt has {n_bytes} bytes of text, which are at least {at_least} tokens: over session_len, "
+            f"{checkpoint.session_len} (the model's own limit is {checkpoint.max_length}); shorten the prompt"
+        )
+
+
+def tokens_to_make(n_prompt: int, request: Request, checkpoint: Checkpoint) -> int:
+    """How many tokens follow a prompt that `check_length` let pass: `max_new_tokens`, or, of one that may `fit`, what is left."""
+    room = checkpoint.session_len - n_prompt
+    return min(request.max_new_tokens, room) if request.fit else request.max_new_tokens
+
+
+def check_length(n_prompt: int, request: Request, checkpoint: Checkpoint, *, visual_tokens: int | None) -> None:
+    """Raise `RequestError` if prompt and answer together are longer than a session; visual_tokens: of the prompt, where known."""
+    if n_prompt + (1 if request.fit else request.max_new_tokens) > checkpoint.session_len:
+        of_images = "" if visual_tokens is None else f" ({visual_tokens} of them visual)"
+        raise RequestError(
+            f"the prompt has {n_prompt} tokens{of_images} and max_new_tokens is {request.max_new_tokens}: "
             f"together over session_len, {checkpoint.session_len} (the model's own limit is {checkpoint.max_length}); "
             f"set a smaller {'max_pixels or ' if visual_tokens else ''}max_new_tokens, or shorten the prompt"
         )

@@ -7,7 +7,7 @@ import json
 import pytest
 
 from fastvl_lab import Lab, Request, Run
-from fastvl_lab.request import Chunk
+from fastvl_lab.request import UNNAMED, Chunk
 
 
 @pytest.fixture(scope="module")
@@ -70,3 +70,29 @@ def test_tpot_counts_the_tokens_after_the_first_chunk(run: Run) -> None:
     )
     assert dataclasses.replace(run, chunks=chunks).tpot == pytest.approx(0.5)
     assert dataclasses.replace(run, chunks=chunks[:1]).tpot is None
+
+
+def test_a_run_whose_reuse_nobody_tells_says_so(run: Run) -> None:
+    import dataclasses
+
+    unsaid = dataclasses.replace(run, kind="unknown")
+    assert unsaid.title().endswith("· reuse unknown")
+    assert dataclasses.replace(run, kind="cache_hit").title().endswith("· cache hit")
+    assert Run.from_record(unsaid.to_record()).kind == "unknown"
+    elsewhere = dataclasses.replace(unsaid, device="elsewhere")
+    assert elsewhere.subtitle() == f"{run.n_prompt} prompt tokens, as the endpoint counts them"
+    assert dataclasses.replace(elsewhere, n_prompt=0).subtitle() == "prompt tokens not counted"
+
+
+def test_tokens_that_nobody_names_are_held_to_their_text(run: Run) -> None:
+    import dataclasses
+
+    tokens, text = run.tokens, run.text
+    assert run.made(tokens, text)
+    assert run.made(tokens, "another, as of a special token that is written or not")
+    assert not run.made((*tokens[:-1], tokens[-1] + 1), text)
+    unnamed = dataclasses.replace(run, tokens=(UNNAMED, *tokens[1:]))
+    assert unnamed.made(tokens, text)
+    assert run.made(unnamed.tokens, text)
+    assert not unnamed.made(tokens, text + "?")
+    assert not unnamed.made((*tokens, 1), text)

@@ -2,15 +2,22 @@
 
 from __future__ import annotations
 
+import dataclasses
+import unicodedata
+from types import SimpleNamespace
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tokenizers import AddedToken, normalizers
 
 from fastvl_lab import Lab, Request, RequestError
+from fastvl_lab.checkpoint import Checkpoint
 from fastvl_lab.request import Grid
-from fastvl_lab.tokenizer import mrope_positions, tokenize
+from fastvl_lab.tokenizer import check_bytes, check_text, mrope_positions, tokenize
 
 grids_strategy = st.lists(st.builds(lambda h, w: Grid(1, 2 * h, 2 * w), st.integers(1, 40), st.integers(1, 40)), max_size=4)
 # Without placeholders, which hypothesis knows from the source, and which are refused in a prompt.
@@ -101,3 +108,83 @@ def test_a_prompt_longer_than_the_model_is_refused_with_the_numbers(lab: Lab) ->
     for engine in ("baseline", "transformers"):
         with pytest.raises(RequestError, match=rf"max_new_tokens is {limit}: together over session_len, {limit} "):
             lab.run(request, engine)
+
+
+def _short(lab: Lab, session_len: int) -> Lab:
+    """The same, whose sessions have so many tokens."""
+    short = lab.apart()
+    short.checkpoint = dataclasses.replace(lab.checkpoint, session_len=session_len)
+    return short.apart()
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.text(max_size=40) | st.text(st.sampled_from("e\u0301\u0327 \n\t\u1100\u1161\u11a8\u212a\u1fef<|im_end|>"), max_size=60))
+def test_no_token_stands_for_more_than_the_longest(labs: dict[str, Lab], text: str) -> None:
+    checkpoint = labs["tiny-qwen3-vl"].checkpoint
+    text = text.encode(errors="replace").decode()
+    n_tokens = len(checkpoint.tokenizer(text, add_special_tokens=False).input_ids)
+    assert checkpoint.longest_token == len("<|vision_start|>")
+    assert len(unicodedata.normalize("NFC", text).encode()) <= checkpoint.longest_token * n_tokens
+
+
+@pytest.mark.parametrize("text", ["word " * 400, "w\u00f6rter " * 300, "\U0001f600" * 500, "\n" * 1700])
+@pytest.mark.parametrize("engine", ["baseline", "transformers"])
+def test_a_text_of_too_many_bytes_is_refused_before_it_is_tokenized(
+    lab: Lab, text: str, engine: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def tokenized(*_: object, **__: object) -> None:
+        raise AssertionError("it was tokenized")
+
+    monkeypatch.setattr(type(lab.checkpoint.tokenizer), "__call__", tokenized)
+    for role in ("user", "assistant", "system"):
+        messages = [{"role": role, "content": text}, {"role": "user", "content": "?"}]
+        with pytest.raises(RequestError, match=r"bytes of text, which are at least \d+ tokens: over session_len, 100"):
+            _short(lab, 100).run(Request(messages=messages), engine)
+
+
+def test_bytes_decide_nothing_that_they_cannot(lab: Lab) -> None:
+    """Characters that are composed first, special tokens in the text, and tokenizers that may drop some of it."""
+    short = _short(lab, 100).checkpoint
+    for text in ("e\u0301" * 600, "<|vision_start|>" * 99, "a" * 1600):
+        check_bytes(text, short)
+    for text in ("e\u0301" * 801, "<|vision_start|>" * 101, "a" * 1601):
+        with pytest.raises(RequestError, match="bytes of text"):
+            check_bytes(text, short)
+
+    def other(**changes: Any) -> Checkpoint:
+        backend = SimpleNamespace(normalizer=changes.get("normalizer"))
+        added = {7: AddedToken("<a>", lstrip=changes.get("lstrip", False), rstrip=changes.get("rstrip", False))}
+        vocabulary = {"\u00e4" * 9: 1, "<\u00e4\u00e4\u00e4\u00e4>": 7}  # a character for each byte, but in what was added
+        tokenizer = SimpleNamespace(backend_tokenizer=backend, added_tokens_decoder=added, get_vocab=lambda: vocabulary)
+        return dataclasses.replace(short, tokenizer=tokenizer)
+
+    assert other().longest_token == 10
+    assert other(normalizer=normalizers.NFC()).longest_token == 10
+    for unsure in ({"normalizer": normalizers.Strip()}, {"normalizer": normalizers.NFKC()}, {"lstrip": True}, {"rstrip": True}):
+        assert other(**unsure).longest_token is None
+        check_bytes("a" * 10_000, other(**unsure))
+
+
+def test_a_long_text_is_counted_by_who_has_time(lab: Lab) -> None:
+    short = _short(lab, 100).checkpoint
+    for text in ("a" * 20, "a" * 390):  # of which the engine itself says what it is
+        check_text(Request(prompt=text), short)
+    with pytest.raises(RequestError, match=r"the prompt has \d+ tokens and max_new_tokens is 3: together over session_len, 100"):
+        check_text(Request(prompt="a" * 401, max_new_tokens=3), short)
+    with pytest.raises(RequestError, match="bytes of text"):
+        check_text(Request(prompt="a" * 4000), short)
+
+
+@pytest.mark.parametrize(
+    "engine",
+    ["baseline", "fastest", "fastest, cache.kv=paged", "fastest, streaming.steps_per_round=16", "transformers"],
+)
+def test_an_answer_that_may_fit_ends_where_the_session_does(lab: Lab, engine: str) -> None:
+    request = Request(prompt="Hello.", max_new_tokens=8, ignore_eos=True, fit=True)
+    whole = lab.run(request, "baseline")
+    for room, made in ((1, 1), (5, 5), (8, 8), (100, 8)):
+        run = _short(lab, whole.n_prompt + room).run(request, engine)
+        assert run.tokens == whole.tokens[:made]
+    for asked in (request, dataclasses.replace(request, fit=False, max_new_tokens=1)):
+        with pytest.raises(RequestError, match="over session_len"):
+            _short(lab, whole.n_prompt).run(asked, engine)

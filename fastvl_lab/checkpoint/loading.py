@@ -9,6 +9,7 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
@@ -67,6 +68,17 @@ class Checkpoint:
     def merge_size(self) -> int:
         """Patches along one side of a visual token (`spatial_merge_size`)."""
         return int(self.config.vision_config.spatial_merge_size)
+
+    @cached_property
+    def longest_token(self) -> int | None:
+        """The most bytes of text, in NFC, that a token stands for; None for a tokenizer that may drop or rewrite others."""
+        normalizer, added = self.tokenizer.backend_tokenizer.normalizer, self.tokenizer.added_tokens_decoder
+        rewrites = normalizer is not None and type(normalizer).__name__ != "NFC"
+        if rewrites or any(token.lstrip or token.rstrip for token in added.values()):
+            return None
+        # Byte-level BPE writes a character for each byte; added tokens stand as they are.
+        vocabulary = self.tokenizer.get_vocab().items()
+        return max(len(text.encode()) if token in added else len(text) for text, token in vocabulary)
 
     @property
     def image_backend(self) -> Literal["pillow", "torchvision"]:

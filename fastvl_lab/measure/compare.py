@@ -54,23 +54,33 @@ class Comparison:
         """The timed runs of an engine that were of that kind; of "cold" ones those of warm-up rounds too."""
         return [s.run for s in self.samples if s.engine == engine and s.run.kind == kind and (s.round >= 0 or kind == "cold")]
 
+    def compared(self, engine: str) -> Kind:
+        """The kind of the engine's runs that are compared: warm, or unknown where an endpoint does not say it of any."""
+        return "unknown" if self.runs(engine, "unknown") and not self.runs(engine) else "warm"
+
     def representative(self, engine: str) -> Run:
-        """The run whose TTFT is the (lower) median of the warm ones; of all its runs where none was timed warm."""
+        """The run whose TTFT is the (lower) median of those compared; of all its runs where there are none."""
         everything = [sample.run for sample in self.samples if sample.engine == engine]
-        runs = sorted(self.runs(engine) or everything, key=lambda run: run.ttft)
+        runs = sorted(self.runs(engine, self.compared(engine)) or everything, key=lambda run: run.ttft)
         return runs[(len(runs) - 1) // 2]
 
     def parity(self, engine: str) -> bool:
         """Whether the engine computes what Transformers computes, on the pixels that it may make (`measure.parity`)."""
         return self.checks[engine].holds
 
+    def as_expected(self, sample: Sample) -> bool:
+        """Whether a run made the tokens of who answers for its engine."""
+        checked = self.checks[sample.engine]
+        return sample.run.made(checked.expected, checked.expected_text)
+
     def speedup(self, engine: str, over: str | None = None, *, of: Literal["ttft", "tpot"] = "ttft") -> Interval | None:
         """TTFT (or TPOT) of the reference, or of the engine `over`, over the engine's, paired by round.
 
-        None where either fails parity or nothing is warm in both.
+        None where either fails parity or no round has a run of each that is `compared`.
         """
         over = self.reference if over is None else over
-        timed = [s for s in self.samples if s.round >= 0 and s.run.kind == "warm" and getattr(s.run, of) is not None]
+        timed = [s for s in self.samples if s.round >= 0 and s.engine in (engine, over) and getattr(s.run, of) is not None]
+        timed = [s for s in timed if s.run.kind == self.compared(s.engine)]
         warm: dict[tuple[str, int], float] = {(s.engine, s.round): getattr(s.run, of) for s in timed}
         rounds = [number for name, number in warm if name == engine and (over, number) in warm]
         if not rounds or not (self.parity(engine) and self.parity(over)):
@@ -78,19 +88,21 @@ class Comparison:
         return median_interval([warm[over, number] / warm[engine, number] for number in rounds])
 
     def summary(self) -> list[dict[str, Any]]:
-        """One row an engine: TTFT and TPOT medians over warm runs (ms), cold and cache-hit TTFT, parity, the paired speed-up."""
+        """One row an engine: TTFT and TPOT medians over its `compared` runs (ms), cold and cache-hit TTFT, parity, the speed-up."""
         rows = []
         for engine in self.engines:
-            warm, cold, hits = self.runs(engine), self.runs(engine, "cold"), self.runs(engine, "cache_hit")
+            kind, cold, hits = self.compared(engine), self.runs(engine, "cold"), self.runs(engine, "cache_hit")
+            timed = self.runs(engine, kind)
             shown, checked = self.representative(engine), self.checks[engine]
-            ttft = median_interval([run.ttft * 1e3 for run in warm]) if warm else None
-            tpots = [run.tpot * 1e3 for run in warm or hits if run.tpot is not None]
+            ttft = median_interval([run.ttft * 1e3 for run in timed]) if timed else None
+            tpots = [run.tpot * 1e3 for run in timed or hits if run.tpot is not None]
             speedup = self.speedup(engine)
             row = {
                 "engine": engine,
                 "is_reference": engine == self.reference,
                 "visual_tokens": shown.visual_tokens,
-                "warm_runs": len(warm),
+                "warm_runs": len(timed) if kind == "warm" else 0,
+                "unknown_runs": len(timed) if kind == "unknown" else 0,
                 "ttft_ms": ttft.median if ttft else None,
                 "ttft_low_ms": ttft.low if ttft else None,
                 "ttft_high_ms": ttft.high if ttft else None,
@@ -126,6 +138,8 @@ class Comparison:
             if hits := self.runs(engine, "cache_hit"):
                 ttft = median_interval([run.ttft * 1e3 for run in hits]).median
                 line += f"; {len(hits)} runs were cache hits, with a TTFT of {ttft:.1f} ms, and are compared with nothing"
+            if self.compared(engine) == "unknown":
+                line += "; the endpoint does not say whether it reused anything of earlier requests, so its runs may be cache hits"
             if engine != self.reference:
                 line += f"; {self._against(engine)}"
             lines.append(line)

@@ -59,12 +59,12 @@ class Conversation:
 
     def tokens_equal(self, engine: str, turn: int | None = None) -> bool:
         """Whether every run of the engine, at that turn or at all, made the tokens that the reference made at that turn."""
-        expected: dict[int, tuple[int, ...]] = {}
+        expected: dict[int, Run] = {}
         for played in self.played:
             if played.engine == self.reference:
-                expected.setdefault(played.turn, played.run.tokens)
+                expected.setdefault(played.turn, played.run)
         mine = (played for played in self.played if played.engine == engine and turn in (None, played.turn))
-        return all(played.run.tokens == expected[played.turn] for played in mine)
+        return all(p.run.made(expected[p.turn].tokens, expected[p.turn].text) for p in mine)
 
     def speedup(self, engine: str, turn: int, over: str) -> Interval | None:
         """How many times as fast as another engine a turn's first token comes, paired by round.

@@ -22,7 +22,7 @@ from fastvl_lab.checkpoint import Checkpoint
 from fastvl_lab.lab import EngineName, Lab
 from fastvl_lab.measure.preprocessing import model_pictures, pixel_differences
 from fastvl_lab.recipe import Recipe
-from fastvl_lab.request import Request
+from fastvl_lab.request import UNNAMED, Request
 from fastvl_lab.run import Run
 
 # Of the largest logit: what float32 may be off by.
@@ -42,7 +42,7 @@ BUDGET = 2.0
 class Parity:
     """How an engine came through.
 
-    oracle: who answers for it, Transformers on the engine's own pixels, and expected: the tokens that it made. why: the sentence
+    oracle: who answers for it, Transformers on the engine's own pixels, and expected: the tokens that it made, of expected_text. why: the sentence
     where parity does not hold; "" where it does. by: what was held against the oracle. error, budget: of logits, as shares of the
     oracle's. other_from: the number of the first of its tokens that is not the oracle's, None where all are. moved: by how much its
     pixels alone move one of Transformers' logits at most, None where they are the reference's. in_bounds: whether its pixels are as
@@ -52,6 +52,7 @@ class Parity:
     oracle: str
     holds: bool
     expected: tuple[int, ...] = ()
+    expected_text: str = ""
     why: str = ""
     by: Literal["tokens", "logits"] = "tokens"
     error: float | None = None
@@ -227,7 +228,8 @@ def check(oracles: Oracles, engine: EngineName, runs: Sequence[Run], logits: tor
         oracle=oracle,
         holds=False,
         expected=theirs.tokens,
-        other_from=min((n for run in runs if (n := _departs(run.tokens, theirs.tokens)) is not None), default=None),
+        expected_text=theirs.text,
+        other_from=min((_departs(run.tokens, theirs.tokens) for run in _others(runs, theirs)), default=None),
         moved=None if oracle == base else _moved(theirs, oracles.run(base)),
         in_bounds=_in_bounds(lab, oracles.request, engine),
     )
@@ -270,7 +272,11 @@ def _in_half(found: Parity, oracles: Oracles, engine: EngineName, runs: Sequence
                 found,
                 why=f"its logits are off by {error:.1%}, over {budget:.1%}, twice the error of {found.oracle} in {dtype}",
             )
-    for made in dict.fromkeys(run.tokens[:_CHECKED_TOKENS] for run in runs):
+    others = [run.tokens[:_CHECKED_TOKENS] for run in _others(runs, oracles.run(found.oracle))]
+    for made in dict.fromkeys([found.expected[:_CHECKED_TOKENS], *others]):
+        if UNNAMED in made:
+            why = f"its answer is not that of {found.oracle}, and without its tokens' ids nobody can tell whether they are as good"
+            return dataclasses.replace(found, why=why)
         truth = oracles.truth(found.oracle, made)
         # Either of two logits, the chosen one and the best, may be off by twice what Transformers' own are.
         if not truth.shortfall() <= 2 * BUDGET * truth.own_off:
@@ -282,12 +288,15 @@ def _in_half(found: Parity, oracles: Oracles, engine: EngineName, runs: Sequence
     return dataclasses.replace(found, holds=True)
 
 
-def _departs(tokens: Sequence[int], others: Sequence[int]) -> int | None:
-    """The number of the first token that is another, or None."""
-    for number, (one, other) in enumerate(zip(tokens, others, strict=False)):
-        if one != other:
-            return number
-    return None if len(tokens) == len(others) else min(len(tokens), len(others))
+def _others(runs: Sequence[Run], theirs: Run) -> list[Run]:
+    """Those whose answer is another one."""
+    return [run for run in runs if not run.made(theirs.tokens, theirs.text)]
+
+
+def _departs(tokens: Sequence[int], others: Sequence[int]) -> int:
+    """The number of the first token that is another, or that an endpoint does not name; of two answers that are not the same."""
+    pairs = enumerate(zip(tokens, others, strict=False))
+    return next((number for number, (one, other) in pairs if one != other), min(len(tokens), len(others)))
 
 
 def _moved(theirs: Run, base: Run) -> float:

@@ -142,7 +142,7 @@ class SweepResult:
                 "unaccounted_ms": sample.run.trace.unaccounted_ns / 1e6,
                 **{f"{stage}_ms": ns / 1e6 for stage, ns in sample.run.trace.stages().items()},
                 **{f"device_{stage}_ms": ns / 1e6 for stage, ns in sample.run.trace.stages("device").items()},
-                "tokens_equal": sample.run.tokens == point.comparison.checks[sample.engine].expected,
+                "tokens_equal": point.comparison.as_expected(sample),
                 **self.environment,
             }
             for point in self.points

@@ -1,8 +1,8 @@
 """Any OpenAI-compatible endpoint, measured from outside by the same clock: vLLM, SGLang, LMDeploy, or this project's own server.
 
-What can be seen from here is the request being encoded, the connection, the upload, the wait, and chunks as they arrive. An
-endpoint that sends no token ids is counted by the checkpoint's own tokenizer on the text of each chunk, which may differ by a few
-from its own.
+What can be seen from here is the request being encoded, the connection, the upload, the wait, and chunks as they arrive. TTFT ends
+with the first text of any channel, be it thought or answer. What the endpoint says of itself is taken at its word: ids and numbers
+of tokens (`counts`), and how many of the prompt it reused; that says nothing of images whose pixels or visual tokens it had kept.
 """
 
 from __future__ import annotations
@@ -10,112 +10,112 @@ from __future__ import annotations
 import base64
 import http.client
 import io
+import ipaddress
 import json
 import os
 import ssl
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from itertools import chain
 from typing import Any
-from urllib.parse import urlsplit
+from urllib.parse import SplitResult, urlsplit
 
 import torch
-from PIL import Image
 
 from fastvl_lab.errors import EndpointError
+from fastvl_lab.peers.answers import MAX_EVENT, Event, Model, Usage, read_events, read_models, said
+from fastvl_lab.peers.counts import Piece, tokens_of
 from fastvl_lab.pipeline import Outcome
-from fastvl_lab.preprocessor.decode_image import as_image
-from fastvl_lab.request import ImageInput, Request
+from fastvl_lab.preprocessor.decode_image import as_image, open_image, read_orientation, with_pillow
+from fastvl_lab.request import ImageInput, Kind, Request
 from fastvl_lab.streaming.text import Deliver
 from fastvl_lab.trace import Tracer
 
-KEY = "FASTVL_LAB_API_KEY"
+KEY = "FASTVL_LAB_ENDPOINT_KEY"
 TIMEOUT = 600.0  # seconds without a byte
-_MAX_LINE = 16_000_000
 
 # How files begin, and what they are.
 _MAGIC = ((b"\xff\xd8", "jpeg"), (b"\x89PNG", "png"), (b"GIF8", "gif"), (b"BM", "bmp"), (b"II*\0", "tiff"), (b"MM\0*", "tiff"))
 
 
 class HttpPeer:
-    """An endpoint at an address that ends in /v1; its key, if it wants one, is in the environment as FASTVL_LAB_API_KEY.
+    """An endpoint at an address that ends in /v1; its key, if it wants one, is in the environment as FASTVL_LAB_ENDPOINT_KEY.
 
-    model: its name there, by default the only or first that the endpoint lists. tokenizer: counts what has no ids.
+    model: its name there, by default the first that the endpoint lists. tokenizer: counts what the endpoint does not. Raises
+    `EndpointError` for an endpoint that is not there, has no such model, or would be sent the key in the clear.
     """
 
     def __init__(self, address: str, model: str | None, tokenizer: Any) -> None:
         self._address, self._tokenizer = urlsplit(address), tokenizer
         self._headers = {"Content-Type": "application/json", "Accept": "text/event-stream"}
-        if key := os.environ.get(KEY):
-            self._headers["Authorization"] = f"Bearer {key}"
+        if key := os.environ.get(KEY, "").strip():
+            self._headers["Authorization"] = f"Bearer {_checked(key, self._address)}"
         listed = self._models()
-        names = [entry["id"] for entry in listed]
-        if not names or (model is not None and model not in names):
-            raise EndpointError(f"endpoint {address!r} does not serve {model or 'any model'}; the choices are {', '.join(names)}")
+        names = [entry.name for entry in listed]
+        if model is None and not names:
+            raise EndpointError(f"endpoint {address!r} lists no model; name one behind the address: {address}, model=<name>")
+        if model is not None and names and model not in names:
+            raise EndpointError(f"endpoint {address!r} does not serve {model}; the choices are {', '.join(names)}")
         self._model = model or names[0]
-        self._is_ours = any(entry["id"] == self._model and entry.get("owned_by") == "fastvl_lab" for entry in listed)
+        self._owner = next((entry.owner for entry in listed if entry.name == self._model), "")
 
     def run(self, request: Request, tracer: Tracer, deliver: Deliver) -> Outcome:
         """Have one request served; raises `EndpointError` if the endpoint refuses it, fails, or falls silent."""
         span, connection = tracer.span, self._connection()
-        tokens: list[int] = []
-        usage: dict[str, Any] = {}
+        answer = _Answer(self._address.netloc, tracer, deliver, self._tokenizer)
         try:
             with span("encode"):
                 body = json.dumps(self._body(request)).encode()
-            with span("connect"):
-                connection.connect()
-            with span("upload"):
-                connection.request("POST", f"{self._address.path}/chat/completions", body, self._headers)
-            tracer.begin("wait")
-            response = connection.getresponse()
-            if response.status != 200:
-                raise EndpointError(f"{self._address.netloc} answers {response.status}: {_said(response.read(_MAX_LINE))}")
-            for event in _events(response):
+            with self._heard():
+                with span("connect"):
+                    connection.connect()
+                with span("upload"):
+                    connection.request("POST", f"{self._address.path}/chat/completions", body, self._headers)
+                tracer.begin("wait")
+                response = connection.getresponse()
+                if response.status != 200:
+                    raise EndpointError(f"it answers {response.status}: {said(response.read(MAX_EVENT))}")
+            for event in self._events(response):
                 tracer.check()
-                usage = event.get("usage") or usage
-                for choice in event.get("choices", ()):
-                    text = choice.get("delta", {}).get("content") or ""
-                    made = choice.get("token_ids") or (self._count(text) if text else [])
-                    if text or made:
-                        if not tokens:
-                            tracer.end("wait")
-                        tokens += made
-                        deliver(text, tuple(made))
-        except (OSError, http.client.HTTPException) as error:
-            raise EndpointError(f"{self._address.netloc}: {error or type(error).__name__}") from None
+                answer.take(event)
         finally:
             connection.close()
-        if not tokens:
-            raise EndpointError(f"{self._address.netloc} ended its answer without a token")
-        return Outcome(
-            tokens=tuple(tokens),
-            n_prompt=int(usage.get("prompt_tokens", 0)),
-            shapes=(),
-            logits=torch.empty(0, dtype=torch.float32),
-            model=self._model,
-        )
+        return answer.outcome(self._model)
 
     def logits_along(self, request: Request, tokens: torch.Tensor) -> torch.Tensor:
         """Endpoints show no logits: raises `EndpointError`."""
         raise EndpointError(f"{self._address.netloc} shows no logits; what it computes can be told by its tokens alone")
 
-    def _models(self) -> list[dict[str, Any]]:
+    def _models(self) -> tuple[Model, ...]:
         connection = self._connection()
         try:
-            connection.request("GET", f"{self._address.path}/models", headers=self._headers)
-            response = connection.getresponse()
-            body = response.read(_MAX_LINE)
-            if response.status != 200:
-                raise EndpointError(f"{self._address.geturl()}/models answers {response.status}: {_said(body)}")
-            listed: list[dict[str, Any]] = json.loads(body)["data"]
-            return listed
-        except (OSError, http.client.HTTPException, ValueError, KeyError, TypeError) as error:
-            if isinstance(error, EndpointError):
-                raise
-            raise EndpointError(
-                f"{self._address.geturl()} is no OpenAI-compatible endpoint: {error or type(error).__name__}"
-            ) from None
+            with self._heard(" is no OpenAI-compatible endpoint"):
+                connection.request("GET", f"{self._address.path}/models", headers=self._headers)
+                response = connection.getresponse()
+                body = response.read(MAX_EVENT)
+                if response.status != 200:
+                    raise EndpointError(f"its list of models answers {response.status}: {said(body)}")
+                return read_models(body)
         finally:
             connection.close()
+
+    def _events(self, response: http.client.HTTPResponse) -> Iterator[Event]:
+        """What arrives. Whom it is handed to may fail as well, which is no fault of the endpoint's."""
+        events = read_events(iter(lambda: response.readline(MAX_EVENT), b""))
+        while True:
+            with self._heard():
+                event = next(events, None)
+            if event is None:
+                return
+            yield event
+
+    @contextmanager
+    def _heard(self, fault: str = "") -> Iterator[None]:
+        """Turn what goes wrong while the endpoint is asked or heard into an error that names it."""
+        try:
+            yield
+        except (OSError, http.client.HTTPException, UnicodeError, EndpointError) as error:
+            raise EndpointError(f"{self._address.netloc}{fault}: {error or type(error).__name__}") from None
 
     def _connection(self) -> http.client.HTTPConnection:
         host, port = self._address.hostname or "", self._address.port
@@ -125,58 +125,125 @@ class HttpPeer:
 
     def _body(self, request: Request) -> dict[str, Any]:
         images = iter(request.image_inputs)
-        messages = [
-            message | {"content": [part if part["type"] == "text" else _image_part(next(images)) for part in message["content"]]}
-            for message in request.conversation
-        ]
+        messages = [self._message(message, images) for message in request.conversation]
         body: dict[str, Any] = {"model": self._model, "messages": messages, "temperature": 0, "stream": True}
         body |= {"max_tokens": request.max_new_tokens, "stream_options": {"include_usage": True}}
         limits = {name: getattr(request, name) for name in ("min_pixels", "max_pixels") if getattr(request, name) is not None}
         if request.ignore_eos:
             body["ignore_eos"] = True  # vLLM, SGLang, LMDeploy
-        if self._is_ours:
-            return body | limits | {"return_token_ids": True}
+        if self._owner in ("fastvl_lab", "vllm"):
+            body["return_token_ids"] = True
+        if self._owner == "fastvl_lab":
+            return body | limits
         return body | ({"mm_processor_kwargs": limits} if limits else {})  # vLLM
 
-    def _count(self, text: str) -> list[int]:
-        ids: list[int] = self._tokenizer(text, add_special_tokens=False).input_ids
-        return ids
+    def _message(self, message: Mapping[str, Any], images: Iterator[ImageInput]) -> dict[str, Any]:
+        """A message of the conversation with its images in it."""
+        content = message.get("content")
+        if not isinstance(content, list | tuple):
+            return dict(message)
+        return {**message, "content": [self._image_part(part, images) if part["type"] == "image" else part for part in content]}
+
+    def _image_part(self, part: Mapping[str, Any], images: Iterator[ImageInput]) -> dict[str, Any]:
+        """An image, with what its part says beside it; `detail` alone is every endpoint's."""
+        beside = {name: value for name, value in part.items() if name not in ("type", "image", "image_url", "path")}
+        address = {"url": _data_uri(next(images))}
+        if "detail" in beside:
+            address["detail"] = beside.pop("detail")
+        if beside and self._owner != "fastvl_lab":
+            names = ", ".join(beside)
+            raise EndpointError(
+                f"endpoint {self._address.geturl()!r} knows no {names} of a single image; set limits of the request"
+            )
+        return {"type": "image_url", "image_url": address, **beside}
 
 
-def _image_part(image: ImageInput) -> dict[str, Any]:
-    """An encoded image as it is; pixels as PNG."""
+class _Answer:
+    """An answer as it arrives: its text is handed on, and what is said of it is kept.
+
+    Pieces before the first with text are not handed on, since they end no TTFT; their tokens go with that one.
+    """
+
+    def __init__(self, whose: str, tracer: Tracer, deliver: Deliver, tokenizer: Any) -> None:
+        self._whose, self._tracer, self._deliver, self._tokenizer = whose, tracer, deliver, tokenizer
+        self._pieces: list[Piece] = []
+        self._first: int | None = None  # number of the first piece with text
+        self._has_ids = False
+        self._usage = Usage()
+        self._kind: Kind | None = None
+
+    def take(self, event: Event) -> None:
+        self._usage, self._kind = event.usage.or_earlier(self._usage), event.kind or self._kind
+        self._has_ids = self._has_ids or bool(event.tokens)
+        if not event.is_piece or (self._has_ids and not event.text and not event.tokens):
+            return  # where ids are sent, no token is without
+        guess = self._ids(event.text) if event.text and not event.tokens else ()
+        self._pieces.append(Piece(text=event.text, tokens=event.tokens, guess=guess, counted=event.usage.completion))
+        if self._first is not None:
+            self._deliver(event.text, event.tokens or guess)
+        elif event.text:
+            self._first = len(self._pieces) - 1
+            self._begin(event.text, _joined(piece.tokens or piece.guess for piece in self._pieces))
+
+    def outcome(self, model: str) -> Outcome:
+        """The whole, once it has ended; raises `EndpointError` for one without a token."""
+        tokens, first = tokens_of(self._pieces, self._usage.completion), self._first
+        chunks = [_joined(tokens)] if first is None else [_joined(tokens[: first + 1]), *tokens[first + 1 :]]
+        if first is None:
+            if not chunks[0]:
+                raise EndpointError(f"{self._whose}: it ended its answer without a token")
+            self._begin("", chunks[0])
+        return Outcome(
+            tokens=_joined(chunks),
+            n_prompt=self._usage.prompt or 0,
+            shapes=(),
+            logits=torch.empty(0, dtype=torch.float32),
+            model=model,
+            kind=self._said_kind(),
+            chunk_tokens=tuple(chunks),
+        )
+
+    def _said_kind(self) -> Kind | None:
+        """What the endpoint's words make of the run; None where it reused nothing, and only the first of its shape can be cold."""
+        if self._kind is not None or self._usage.cached == 0:
+            return self._kind
+        return "unknown" if self._usage.cached is None else "cache_hit"
+
+    def _begin(self, text: str, tokens: tuple[int, ...]) -> None:
+        self._tracer.end("wait")
+        self._deliver(text, tokens)
+
+    def _ids(self, text: str) -> tuple[int, ...]:
+        return tuple(self._tokenizer(text, add_special_tokens=False).input_ids)
+
+
+def _joined(tokens: Iterable[tuple[int, ...]]) -> tuple[int, ...]:
+    return tuple(chain.from_iterable(tokens))
+
+
+def _checked(key: str, address: SplitResult) -> str:
+    """The key, where it can be sent there; raises `EndpointError`."""
+    if not (key.isascii() and key.isprintable()):
+        raise EndpointError(f"{KEY} has characters that no header can carry")
+    if address.scheme == "http" and not _is_here(address.hostname or ""):
+        raise EndpointError(f"{KEY} is set and would go to {address.hostname} unencrypted; give an https address, or unset it")
+    return key
+
+
+def _is_here(host: str) -> bool:
+    """Whether a host's name or address is this machine's own."""
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost" or host.endswith(".localhost")
+
+
+def _data_uri(image: ImageInput) -> str:
+    """An encoded image as it is; pixels as the lab itself would see them, as PNG."""
     data = image.data
     if not isinstance(data, bytes):
         buffer = io.BytesIO()
-        picture = data if isinstance(data, Image.Image) else Image.fromarray(data)
-        as_image(picture).save(buffer, "PNG")
+        as_image(with_pillow(read_orientation(open_image(image)))).save(buffer, "PNG", compress_level=1)  # its time is in TTFT
         data = buffer.getvalue()
     kind = next((kind for magic, kind in _MAGIC if data.startswith(magic)), "webp")
-    return {"type": "image_url", "image_url": {"url": f"data:image/{kind};base64,{base64.b64encode(data).decode()}"}}
-
-
-def _events(response: http.client.HTTPResponse) -> Iterator[dict[str, Any]]:
-    """The data of server-sent events, until the stream says that it is done or ends."""
-    while line := response.readline(_MAX_LINE):
-        if not line.startswith(b"data:"):
-            continue
-        data = line[len(b"data:") :].strip()
-        if data == b"[DONE]":
-            return
-        try:
-            event: dict[str, Any] = json.loads(data)
-        except ValueError:
-            raise EndpointError(f"an event is no JSON: {data[:80]!r}") from None
-        if "error" in event:
-            raise EndpointError(f"the endpoint gave up: {_said(data)}")
-        yield event
-
-
-def _said(body: bytes) -> str:
-    """The sentence in an error's body, whatever its form."""
-    try:
-        error = json.loads(body)
-        error = error.get("error", error)
-        return str(error["message"] if isinstance(error, dict) and "message" in error else error)[:400]
-    except (ValueError, AttributeError):
-        return body[:400].decode(errors="replace")
+    return f"data:image/{kind};base64,{base64.b64encode(data).decode()}"

@@ -23,7 +23,7 @@ from fastvl_lab.preprocessor import bind
 from fastvl_lab.recipe import Preprocessor
 from fastvl_lab.request import Grid, Pixels, Request
 from fastvl_lab.streaming.text import Deliver, Emitter, TokenBytes
-from fastvl_lab.tokenizer import chat_text, check_length
+from fastvl_lab.tokenizer import chat_text, check_length, tokens_to_make
 from fastvl_lab.trace import Tracer
 
 
@@ -45,7 +45,7 @@ class TransformersPeer:
         inputs, pixels = self._inputs(request, tracer)
         n_prompt = inputs["input_ids"].shape[1]
         settings = GenerationConfig(
-            max_new_tokens=request.max_new_tokens,
+            max_new_tokens=tokens_to_make(n_prompt, request, checkpoint),
             do_sample=False,
             eos_token_id=None if request.ignore_eos else list(checkpoint.eos_token_ids),
             pad_token_id=checkpoint.tokenizer.pad_token_id,

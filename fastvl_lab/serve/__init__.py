@@ -1,8 +1,8 @@
 """A recipe behind an OpenAI-compatible HTTP endpoint: `python -m fastvl_lab.serve`, or `serving` for one beside a script.
 
-The life of a request: `app` reads its body within limits, `chat` makes a `Request` of it or says in one sentence why not,
-`request_queue` lets it wait for the one engine thread, and `app` streams what that thread makes. A client that leaves takes its
-request along.
+The life of a request: `request_queue` has a place for it, or it is not read; `app` reads its body within limits, `chat` makes a
+`Request` of it, with images that `fetch` may bring, or says in one sentence why not; it waits for the one engine thread, and `app`
+streams what that thread makes. All of it has the same few minutes, and a client that leaves takes its request along.
 """
 
 from __future__ import annotations

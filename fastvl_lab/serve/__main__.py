@@ -6,12 +6,10 @@ import argparse
 import os
 import sys
 from collections.abc import Sequence
-from functools import partial
 
 from fastvl_lab.errors import FastvlError, require
 from fastvl_lab.lab import Lab
 from fastvl_lab.serve.app import create_app
-from fastvl_lab.serve.request_queue import engine_thread
 from fastvl_lab.serve.settings import Settings
 
 
@@ -26,12 +24,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
             max_body=given.max_body,
             max_tokens=given.max_tokens,
             api_key=given.api_key or os.environ.get("FASTVL_LAB_API_KEY") or None,
+            served_name=given.served_model_name,
+            origins=tuple(given.allow_origins),
             image_hosts=tuple(given.allow_image_hosts),
             warm_up=tuple(given.warm_up),
         )
-        engine = engine_thread()
-        load = partial(Lab, given.checkpoint, device=given.device, dtype=given.dtype, session_len=given.session_len)
-        app = create_app(engine.submit(load).result(), given.recipe, settings, engine)
+        lab = Lab(given.checkpoint, device=given.device, dtype=given.dtype, session_len=given.session_len)
+        app = create_app(lab, given.recipe, settings)
     except FastvlError as error:
         sys.exit(f"{error}")
     graceful = int(given.timeout) + 1
@@ -51,9 +50,20 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--max-queue", type=int, default=defaults.max_queue, help=f"requests that may wait ({defaults.max_queue})")
     parser.add_argument("--timeout", type=float, default=defaults.timeout, help=f"seconds a request ({defaults.timeout:g})")
     parser.add_argument("--max-body", type=int, default=defaults.max_body, help=f"bytes a request ({defaults.max_body})")
-    parser.add_argument("--max-tokens", type=int, default=defaults.max_tokens, help="tokens of an answer if a request does not say")
+    parser.add_argument(
+        "--max-tokens",
+        type=int,
+        default=defaults.max_tokens,
+        help=f"tokens of an answer if a request does not say ({defaults.max_tokens})",
+    )
+    parser.add_argument("--served-model-name", metavar="NAME", help="what clients call the model (default: the checkpoint's name)")
     parser.add_argument("--api-key", help="what clients must send as a bearer token; also FASTVL_LAB_API_KEY")
-    parser.add_argument("--allow-image-hosts", nargs="*", default=[], metavar="HOST", help="fetch images from these hosts")
+    parser.add_argument(
+        "--allow-image-hosts", nargs="*", default=[], metavar="HOST", help="fetch images from these hosts, or host:port"
+    )
+    parser.add_argument(
+        "--allow-origins", nargs="*", default=[], metavar="ORIGIN", help="pages that may ask, besides this machine's"
+    )
     parser.add_argument(
         "--warm-up", nargs="*", default=[], type=_size, metavar="WIDTHxHEIGHT", help="sizes to serve before the first"
     )
@@ -68,6 +78,8 @@ def _port(text: str) -> int:
 
 def _size(text: str) -> tuple[int, int]:
     width, _, height = text.partition("x")
+    if not (width.isdecimal() and height.isdecimal()):
+        raise argparse.ArgumentTypeError(f"{text!r} is no size; it reads WIDTHxHEIGHT, such as 448x448")
     return int(width), int(height)
 
 

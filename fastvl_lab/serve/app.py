@@ -3,32 +3,43 @@
 from __future__ import annotations
 
 import asyncio
+import copy
+import dataclasses
 import hmac
 import json
-from collections.abc import AsyncIterator
-from concurrent.futures import Executor
+from collections.abc import AsyncIterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
-from functools import partial
+from pathlib import Path
 from typing import Any
 
+from fastvl_lab.capture.warm_up import requests_of
+from fastvl_lab.checkpoint import Checkpoint
 from fastvl_lab.errors import DeviceError, FastvlError, RequestCancelledError, require
 from fastvl_lab.lab import Lab
+from fastvl_lab.preprocessor import open_images
 from fastvl_lab.recipe import Recipe
-from fastvl_lab.request import Chunk
+from fastvl_lab.request import Chunk, Request
 from fastvl_lab.serve import chat as chats
-from fastvl_lab.serve.chat import Chat, Reply, UnknownModelError, error_body
-from fastvl_lab.serve.fetch import fetch
+from fastvl_lab.serve.chat import Chat, Reply, Served, UnknownModelError, error_body
+from fastvl_lab.serve.fetch import fetch_all
 from fastvl_lab.serve.metrics import Metrics
-from fastvl_lab.serve.request_queue import Finished, QueuedRequest, QueueFullError, RequestQueue, engine_thread
+from fastvl_lab.serve.request_queue import Finished, QueuedRequest, QueueFullError, RequestQueue
 from fastvl_lab.serve.settings import Settings
+from fastvl_lab.tokenizer import check_text, tokenize
 
 CLIENT_LEFT = 499  # nginx's number for it; nobody reads it but the metrics
 
+_READERS, _FETCHERS = 4, 16  # threads: who reads bodies is not held up by who waits for addresses
 
-def create_app(lab: Lab, recipe: Recipe | str, settings: Settings | None = None, engine: Executor | None = None) -> Any:
-    """The FastAPI application that serves a recipe of a lab; raises `RecipeError` for one that cannot run here.
+# Pages of this machine, whose scripts may ask.
+_LOCAL_PAGES = r"https?://(localhost|127\.0\.0\.1|\[::1\])(:\d+)?"
 
-    engine: the `engine_thread` that loaded the lab, where one did; it ends with the application.
+
+def create_app(lab: Lab, recipe: Recipe | str, settings: Settings | None = None) -> Any:
+    """The FastAPI application that serves a recipe of a lab.
+
+    Raises `RecipeError` for a recipe that cannot run here, and `RequestError` for a size to warm up that cannot be.
     """
     fastapi = require("fastapi", "serve")
     settings = settings or Settings()
@@ -36,40 +47,97 @@ def create_app(lab: Lab, recipe: Recipe | str, settings: Settings | None = None,
     if not isinstance(bound, Recipe):
         raise FastvlError(f"recipe {bound!r} is a peer; a server runs a recipe")
     bound.check(lab.device, lab.dtype)
+    lab = _under_its_served_name(lab, settings)
+    warm_up = tuple(_checked(request, lab.checkpoint) for request in requests_of(settings.warm_up, 32))
     metrics = Metrics()
-    engine = engine or engine_thread()
-    queue = RequestQueue(lab, bound, metrics, engine, max_queue=settings.max_queue, warm_up=settings.warm_up)
+    queue = RequestQueue(lab, bound, metrics, max_queue=settings.max_queue, warm_up=warm_up)
+    front = _Front(lab.checkpoint, queue, metrics, settings)
 
     @asynccontextmanager
     async def lifespan(_: Any) -> AsyncIterator[None]:
         queue.start()
         yield
+        front.close()
         await asyncio.to_thread(queue.close)
 
-    app = fastapi.FastAPI(title="fastvl_lab", lifespan=lifespan, docs_url=None, redoc_url=None, openapi_url=None)
+    http_error = require("starlette.exceptions", "serve").HTTPException
+    app = fastapi.FastAPI(
+        title="fastvl_lab",
+        lifespan=lifespan,
+        docs_url=None,
+        redoc_url=None,
+        openapi_url=None,
+        exception_handlers={http_error: front.no_such_place, Exception: front.failed},
+    )
     app.state.queue = queue
-    front = _Front(lab, queue, metrics, settings)
     app.add_route("/v1/chat/completions", front.complete, methods=["POST"])
     app.add_route("/v1/models", front.models, methods=["GET"])
+    app.add_route("/v1/models/{name:path}", front.model, methods=["GET"])
     app.add_route("/health", front.health, methods=["GET"])
     app.add_route("/metrics", front.metrics_page, methods=["GET"])
+    app.add_middleware(
+        require("starlette.middleware.cors", "serve").CORSMiddleware,
+        allow_origins=settings.origins,
+        allow_origin_regex=_LOCAL_PAGES,
+        allow_methods=["GET", "POST"],
+        allow_headers=["*"],
+    )
     return app
+
+
+def _under_its_served_name(lab: Lab, settings: Settings) -> Lab:
+    """The same lab with a checkpoint of that name, so that no answer, trace or error shows a path of this disk."""
+    name = settings.served_name or _last_part(lab.checkpoint.name)
+    if name == lab.checkpoint.name:
+        return lab
+    lab = copy.copy(lab)
+    lab.checkpoint = dataclasses.replace(lab.checkpoint, name=name)
+    return lab
+
+
+def _last_part(name: str) -> str:
+    """The name of a checkpoint that is a folder, without the way there."""
+    path = Path(name).expanduser() if name.startswith("~") else Path(name)
+    return path.resolve().name if path.exists() else name
+
+
+def _checked(request: Request, checkpoint: Checkpoint) -> Request:
+    """A request, where one such can be served; raises `RequestError`."""
+    tokenize(request, open_images(request, checkpoint).grids, checkpoint)
+    return request
 
 
 class _Front:
     """The endpoints of one server."""
 
-    def __init__(self, lab: Lab, queue: RequestQueue, metrics: Metrics, settings: Settings) -> None:
-        self._model, self._ends = lab.checkpoint.name, tuple(lab.checkpoint.eos_token_ids)
+    def __init__(self, checkpoint: Checkpoint, queue: RequestQueue, metrics: Metrics, settings: Settings) -> None:
+        self._checkpoint = checkpoint
+        self._served = Served(model=checkpoint.name, ends=tuple(checkpoint.eos_token_ids))
         self._queue, self._metrics, self._settings = queue, metrics, settings
-        self._fetch = partial(fetch, settings=settings)
+        self._readers = ThreadPoolExecutor(_READERS, thread_name_prefix="fastvl-reader")
+        self._fetchers = ThreadPoolExecutor(_FETCHERS, thread_name_prefix="fastvl-fetcher")
         self._responses = require("starlette.responses", "serve")
+        self._gone = require("starlette.requests", "serve").ClientDisconnect
+
+    def close(self) -> None:
+        for pool in (self._readers, self._fetchers):
+            pool.shutdown(wait=False, cancel_futures=True)
 
     async def models(self, request: Any) -> Any:
         if (refused := self._without_key(request)) is not None:
             return refused
-        model = {"id": self._model, "object": "model", "created": 0, "owned_by": "fastvl_lab"}
-        return self._responses.JSONResponse({"object": "list", "data": [model]})
+        return self._responses.JSONResponse({"object": "list", "data": [self._model()]})
+
+    async def model(self, request: Any) -> Any:
+        if (refused := self._without_key(request)) is not None:
+            return refused
+        if (name := request.path_params["name"]) != self._served.model:
+            said = f"model {name[:80]!r} is not served here; the choice is {self._served.model!r}"
+            return self._refused(404, said, "invalid_request_error", "model_not_found")
+        return self._responses.JSONResponse(self._model())
+
+    def _model(self) -> dict[str, Any]:
+        return {"id": self._served.model, "object": "model", "created": 0, "owned_by": "fastvl_lab"}
 
     async def health(self, _: Any) -> Any:
         if self._queue.failure is not None:
@@ -81,31 +149,63 @@ class _Front:
         text, kind = self._metrics.text()
         return self._responses.Response(text, headers={"Content-Type": kind})
 
+    async def no_such_place(self, request: Any, error: Any) -> Any:
+        """What is not served here: a path, or a method of one."""
+        said = f"{request.method} {request.url.path[:80]} is not served here: {error.detail}"
+        return self._refused(error.status_code, said, "invalid_request_error", headers=error.headers)
+
+    async def failed(self, _: Any, error: Exception) -> Any:
+        """What was not foreseen, which goes to the log as well."""
+        return self._refused(500, error, "server_error")
+
     async def complete(self, request: Any) -> Any:
         """One chat completion, from its body to the response that will be sent."""
         deadline = asyncio.get_running_loop().time() + self._settings.timeout
         if (refused := self._without_key(request)) is not None:
             return refused
-        body = await self._body(request)
-        if body is None:
-            said = f"the body has more than {self._settings.max_body} bytes, the limit"
-            return self._refused(413, said, "invalid_request_error", headers={"Connection": "close"})  # nobody reads the rest
+        if int(request.headers.get("content-length", "0")) > 2 * self._settings.max_body:
+            return self._too_large()
         try:
-            chat = await asyncio.to_thread(chats.read, body, self._model, self._settings, self._fetch)
-            queued = QueuedRequest(chat.request)
-            self._queue.put(queued)
+            with self._queue.place() as put:
+                async with asyncio.timeout_at(deadline):
+                    body = await self._body(request)
+                    if body is None:
+                        return self._too_large()
+                    chat = await self._chat(body, deadline)
+                queued = QueuedRequest(chat.request)
+                put(queued)
+        except self._gone:
+            return self._refused(CLIENT_LEFT, "the client left", "invalid_request_error")
         except UnknownModelError as error:
             return self._refused(404, error, "invalid_request_error", "model_not_found")
         except QueueFullError as error:
             return self._refused(429, error, "rate_limit_error", "queue_full", {"Retry-After": "1"})
-        except FastvlError as error:
-            return self._refused(400, error, "invalid_request_error")
-        return _Answer(chat, queued, self._queue, self._metrics, deadline, self._ends)
+        except (FastvlError, TimeoutError) as error:
+            status, kind = _status(error)
+            return self._refused(status, error, kind)
+        return _Answer(chat, queued, self._queue, self._metrics, deadline)
+
+    async def _chat(self, body: bytes, deadline: float) -> Chat:
+        """What a body asks, with the images at its addresses; on other threads, and none of it on the engine's."""
+        loop = asyncio.get_running_loop()
+        draft = await loop.run_in_executor(self._readers, chats.read, body, self._served, self._settings)
+        fetched: dict[str, bytes] = {}
+        if draft.addresses:
+            left = deadline - loop.time()
+            fetched = await loop.run_in_executor(self._fetchers, fetch_all, draft.addresses, self._settings, left)
+
+        def whole() -> Chat:
+            chat = draft.chat(fetched)
+            check_text(chat.request, self._checkpoint)
+            return chat
+
+        return await loop.run_in_executor(self._readers, whole)
 
     def _without_key(self, request: Any) -> Any:
         """The refusal of a request that does not show the key, where one is set; else None."""
-        key, given = self._settings.api_key, request.headers.get("authorization", "")
-        if key is None or hmac.compare_digest(given.encode(), f"Bearer {key}".encode()):
+        key, (scheme, _, given) = self._settings.api_key, request.headers.get("authorization", "").partition(" ")
+        shown = given.strip().encode("latin-1") if scheme.lower() == "bearer" else b""  # as it came; schemes have no case
+        if key is None or hmac.compare_digest(shown, key.encode()):
             return None
         return self._refused(401, "the API key is missing or wrong", "authentication_error")
 
@@ -115,8 +215,6 @@ class _Front:
         What is too large is read on for as much again, and thrown away: a client that is still sending hears no answer.
         """
         limit, body, n_read = self._settings.max_body, bytearray(), 0
-        if int(request.headers.get("content-length", "0")) > 2 * limit:
-            return None
         async for piece in request.stream():
             n_read += len(piece)
             if n_read > 2 * limit:
@@ -125,8 +223,17 @@ class _Front:
                 body += piece
         return bytes(body) if n_read <= limit else None
 
+    def _too_large(self) -> Any:
+        said, unread = f"the body has more than {self._settings.max_body} bytes, the limit", {"Connection": "close"}
+        return self._refused(413, said, "invalid_request_error", headers=unread)
+
     def _refused(
-        self, status: int, error: FastvlError | str, kind: str, code: str | None = None, headers: dict[str, str] | None = None
+        self,
+        status: int,
+        error: BaseException | str,
+        kind: str,
+        code: str | None = None,
+        headers: Mapping[str, str] | None = None,
     ) -> Any:
         self._metrics.requests.labels(status).inc()
         return self._responses.JSONResponse(error_body(error, kind, code), status_code=status, headers=headers)
@@ -135,11 +242,9 @@ class _Front:
 class _Answer:
     """An ASGI response that waits for its request's turn, sends what is made, and gives the request up when its client leaves."""
 
-    def __init__(
-        self, chat: Chat, queued: QueuedRequest, queue: RequestQueue, metrics: Metrics, deadline: float, ends: tuple[int, ...]
-    ) -> None:
+    def __init__(self, chat: Chat, queued: QueuedRequest, queue: RequestQueue, metrics: Metrics, deadline: float) -> None:
         self._chat, self._queued, self._queue, self._metrics, self._deadline = chat, queued, queue, metrics, deadline
-        self._reply = Reply(chat, ends)
+        self._reply = Reply(chat)
         self._begun = False
 
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
@@ -148,7 +253,7 @@ class _Answer:
         try:
             await asyncio.wait((leaving, answering), return_when=asyncio.FIRST_COMPLETED)
             status = answering.result() if answering.done() else CLIENT_LEFT
-        except (OSError, RuntimeError):  # the connection broke while something was sent
+        except OSError:  # the connection broke while something was sent
             status = CLIENT_LEFT
         finally:
             self._queue.give_up(self._queued)
@@ -181,7 +286,8 @@ class _Answer:
 
     async def _fail(self, send: Any, error: BaseException) -> int:
         """Say what went wrong, with a status, or in the stream if that has begun."""
-        status, said = _status(error)
+        status, kind = _status(error)
+        said = error_body(error, kind)
         if not self._begun:
             await self._send_json(send, status, said)
         else:
@@ -206,14 +312,13 @@ def _event(data: dict[str, Any]) -> bytes:
     return b"data: " + json.dumps(data).encode() + b"\n\n"
 
 
-def _status(error: BaseException) -> tuple[int, dict[str, Any]]:
+def _status(error: BaseException) -> tuple[int, str]:
+    """An error's HTTP status, and OpenAI's type for it."""
     if isinstance(error, TimeoutError | RequestCancelledError):
-        return 504, error_body("the request took longer than this server allows", "timeout_error")
+        return 504, "timeout_error"
     if isinstance(error, DeviceError):
-        return 503, error_body(error, "server_error")
-    if isinstance(error, FastvlError):
-        return 400, error_body(error, "invalid_request_error")
-    return 500, error_body(error, "server_error")
+        return 503, "server_error"
+    return (400, "invalid_request_error") if isinstance(error, FastvlError) else (500, "server_error")
 
 
 async def _until_gone(receive: Any) -> None:

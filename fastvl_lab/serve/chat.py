@@ -7,37 +7,86 @@ import time
 import uuid
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeGuard
 
-from fastvl_lab.errors import FastvlError, RequestError, sentence
-from fastvl_lab.request import Chunk, Request, check_whole_number
+from fastvl_lab.errors import FastvlError, RequestCancelledError, RequestError, sentence
+from fastvl_lab.request import MAX_IMAGES, Chunk, Request, check_whole_number
 from fastvl_lab.run import Run
 from fastvl_lab.serve.settings import Settings
 
-# What would change the answer, and the only values under which it does not: decoding is greedy, the answer one text.
-_FIXED: dict[str, tuple[Any, ...]] = {
+# What would change the answer, and the values under which it does not: decoding is greedy, the answer one text.
+_NEUTRAL: dict[str, tuple[Any, ...]] = {
     "temperature": (0,),
     "top_p": (1,),
+    "top_k": (-1, 0),
+    "min_p": (0,),
+    "typical_p": (1,),
+    "do_sample": (False,),
+    "use_beam_search": (False,),
     "n": (1,),
-    "stop": ([],),
+    "best_of": (1,),
     "frequency_penalty": (0,),
     "presence_penalty": (0,),
+    "repetition_penalty": (1,),
     "logit_bias": ({},),
+    "bad_words": ([],),
+    "logits_processors": ([],),
+    "stop": ([], "", [""]),
+    "stop_token_ids": ([],),
+    "min_tokens": (0,),
+    "min_new_tokens": (0,),
+    "echo": (False,),
     "logprobs": (False,),
     "top_logprobs": (0,),
+    "skip_special_tokens": (True,),
+    "return_tokens_as_token_ids": (False,),
     "response_format": ({"type": "text"},),
     "modalities": (["text"],),
+    "verbosity": ("medium",),
+    "reasoning_effort": ("none",),
     "tools": ([],),
-    "tool_choice": ("none",),
+    "tool_choice": ("none", "auto"),
+    "functions": ([],),
+    "function_call": ("none", "auto"),
+    "documents": ([],),
+    "add_generation_prompt": (True,),
+    "continue_final_message": (False,),
+    "chat_template_kwargs": ({},),
+    "media_io_kwargs": ({},),
+    "priority": (0,),
 }
-# What changes nothing here.
-_IGNORED = ("user", "seed", "store", "metadata", "service_tier", "parallel_tool_calls", "safety_identifier", "prompt_cache_key")
+# What has no meaning where the likeliest token is taken.
+_OF_SAMPLING = ("temperature", "top_p", "top_k", "min_p", "typical_p")
+# What changes nothing here, whatever it is.
+_IGNORED = (
+    *("user", "seed", "store", "metadata", "service_tier", "safety_identifier", "prompt_cache_key", "prompt_cache_retention"),
+    *("parallel_tool_calls", "prediction", "request_id", "rid", "session_id", "include_reasoning", "separate_reasoning"),
+    *("stream_reasoning", "length_penalty", "spaces_between_special_tokens", "include_stop_str_in_output"),
+)
 _READ = ("model", "messages", "max_tokens", "max_completion_tokens", "stream", "stream_options")
-_EXTENSIONS = ("ignore_eos", "min_pixels", "max_pixels", "return_token_ids", "return_trace")
+_EXTENSIONS = ("ignore_eos", "min_pixels", "max_pixels", "mm_processor_kwargs", "return_token_ids", "return_trace")
+_LIMITS = ("min_pixels", "max_pixels")
+
+# vLLM takes a lower temperature for 0.
+_GREEDY_BELOW = 1e-5
+
+# Of a request, messages and their parts together; more would take longer to look at than to refuse.
+MAX_PARTS = 10_000
+
+# Under which names Transformers and others keep an image in a part; those of files must not be read from the server's disk.
+_SOURCES = ("type", "image", "image_url", "image_pil", "url", "path", "base64")
 
 
 class UnknownModelError(RequestError):
     """A request for a model that is not served here."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Served:
+    """What a server serves: the model's name there, and the tokens that end its answers."""
+
+    model: str
+    ends: tuple[int, ...]
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -48,59 +97,106 @@ class Chat:
     """
 
     request: Request
-    model: str
+    served: Served
     stream: bool
     include_usage: bool
     token_ids: bool
     trace: bool
 
 
-def read(body: bytes, model: str, settings: Settings, fetch: Callable[[str], bytes]) -> Chat:
-    """A body as a chat completion of the model served; raises `RequestError`s. fetch: the bytes at an http(s) address."""
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Draft:
+    """A chat completion whose images may still be at their addresses. chat: the whole, from the bytes at each address."""
+
+    addresses: tuple[str, ...]
+    chat: Callable[[Mapping[str, bytes]], Chat]
+
+
+def read(body: bytes, served: Served, settings: Settings) -> Draft:
+    """A body as a chat completion of the model served; raises `RequestError`s, here or in `Draft.chat`."""
     try:
         data = json.loads(body)
     except (ValueError, RecursionError) as error:
         raise RequestError(f"the body is no JSON: {error}") from None
     if not isinstance(data, dict):
         raise RequestError(f"the body is a JSON {type(data).__name__}; it must be an object")
-    _check_fields(data)
-    if data.get("model", model) != model:
-        raise UnknownModelError(f"model {str(data['model'])[:80]!r} is not served here; the choice is {model!r}")
-    options = data.get("stream_options") or {}
-    if not isinstance(options, Mapping):
-        raise RequestError("stream_options must be an object")
-    given = [name for name in ("max_completion_tokens", "max_tokens") if data.get(name) is not None]
+    data = {name: value for name, value in data.items() if value is not None}  # which says nothing
+    if data.get("model", served.model) != served.model:
+        raise UnknownModelError(f"model {str(data['model'])[:80]!r} is not served here; the choice is {served.model!r}")
+    given = [name for name in ("max_completion_tokens", "max_tokens") if name in data]
     for name in given:
         check_whole_number(name, data[name])
     if len({data[name] for name in given}) > 1:
         raise RequestError(f"max_completion_tokens is {data[given[0]]} and max_tokens {data[given[1]]}; give one of them")
-    request = Request(
-        messages=[_message(number, message, fetch) for number, message in enumerate(_list(data.get("messages"), "messages"))],
-        max_new_tokens=data[given[0]] if given else settings.max_tokens,
-        ignore_eos=_flag(data, "ignore_eos"),
-        min_pixels=data.get("min_pixels"),
-        max_pixels=data.get("max_pixels"),
-    )
-    return Chat(
-        request=request,
-        model=model,
-        stream=_flag(data, "stream"),
-        include_usage=bool(options.get("include_usage")),
-        token_ids=_flag(data, "return_token_ids"),
-        trace=_flag(data, "return_trace"),
-    )
+    most = data[given[0]] if given else settings.max_tokens
+    ignore_eos = _flag(data, "ignore_eos")
+    _check_fields(data, served, most, ignore_eos=ignore_eos)
+    options = data.get("stream_options", {})
+    if not isinstance(options, Mapping):
+        raise RequestError("stream_options must be an object")
+    messages, limits = _list(data.get("messages"), "messages"), _limits(data)
+    _check_number(messages)
+    stream, token_ids, trace = (_flag(data, name) for name in ("stream", "return_token_ids", "return_trace"))
+
+    def chat(fetched: Mapping[str, bytes]) -> Chat:
+        read_messages = [_message(number, message, fetched) for number, message in enumerate(messages)]
+        request = Request(messages=read_messages, max_new_tokens=most, fit=not given, ignore_eos=ignore_eos, **limits)
+        usage = bool(options.get("include_usage"))
+        return Chat(request=request, served=served, stream=stream, include_usage=usage, token_ids=token_ids, trace=trace)
+
+    urls = (_url(number, part) for number, message in enumerate(messages) for part in _parts(message) if _is_image(part))
+    return Draft(addresses=tuple(dict.fromkeys(url for url in urls if not _is_data(url))), chat=chat)
 
 
-def _check_fields(data: Mapping[str, Any]) -> None:
+def _check_fields(data: Mapping[str, Any], served: Served, most: int, *, ignore_eos: bool) -> None:
+    """Raise `RequestError` for a field that is unknown, or under whose value the answer would be another."""
     for name, value in data.items():
-        if name in _FIXED:
-            if value is not None and value not in _FIXED[name]:
-                allowed = " or ".join(json.dumps(v) for v in _FIXED[name])
+        if name in _NEUTRAL:
+            if value not in _NEUTRAL[name] and not _changes_nothing(name, data, served, most, ignore_eos=ignore_eos):
+                allowed = " or ".join(json.dumps(v) for v in _NEUTRAL[name])
                 why = "the answer is one text, made greedily and to its end"
                 raise RequestError(f"{name} is {json.dumps(value)[:80]}; {why}, so it must be {allowed} or left out")
         elif name not in (*_READ, *_IGNORED, *_EXTENSIONS):
             known = ", ".join((*_READ, *_EXTENSIONS))
             raise RequestError(f"the field {name[:80]!r} is unknown; the choices are {known}")
+
+
+def _changes_nothing(name: str, data: Mapping[str, Any], served: Served, most: int, *, ignore_eos: bool) -> bool:
+    """Whether a value does not change the answer for what else is asked."""
+    value = data[name]
+    if name in _OF_SAMPLING:
+        return _is_greedy(data)
+    if name in ("min_tokens", "min_new_tokens"):
+        return ignore_eos and _number(value) and value <= most
+    if name == "stop_token_ids":
+        return not ignore_eos and isinstance(value, list) and all(token in served.ends for token in value)
+    if name == "logit_bias":
+        return isinstance(value, Mapping) and all(bias == 0 for bias in value.values())
+    return name == "response_format" and isinstance(value, Mapping) and value.get("type") == "text"
+
+
+def _is_greedy(data: Mapping[str, Any]) -> bool:
+    """Whether the client itself asks for the likeliest token."""
+    heat = data.get("temperature")
+    return data.get("top_k") == 1 or data.get("do_sample") is False or (_number(heat) and 0 <= heat < _GREEDY_BELOW)
+
+
+def _number(value: Any) -> TypeGuard[float]:
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def _limits(data: Mapping[str, Any]) -> dict[str, Any]:
+    """The limits of all images, as this server's own fields or as vLLM's."""
+    options = data.get("mm_processor_kwargs", {})
+    if not isinstance(options, Mapping):
+        raise RequestError("mm_processor_kwargs must be an object")
+    options = {name: value for name, value in options.items() if value is not None}
+    for name, value in options.items():
+        if name not in _LIMITS:
+            raise RequestError(f"mm_processor_kwargs has {name[:80]!r}; the choices are {', '.join(_LIMITS)}")
+        if data.get(name, value) != value:
+            raise RequestError(f"{name} is {data[name]} and in mm_processor_kwargs {value}; give one of them")
+    return {name: options.get(name, data.get(name)) for name in _LIMITS}
 
 
 def _flag(data: Mapping[str, Any], name: str) -> bool:
@@ -116,32 +212,69 @@ def _list(value: Any, name: str) -> list[Any]:
     return value
 
 
-def _message(number: int, message: Any, fetch: Callable[[str], bytes]) -> Any:
-    """A message whose images are bytes or data URIs: what a client names must not be read from the server's disk."""
-    if not isinstance(message, dict) or not isinstance(message.get("content"), list):
-        return message  # a text, or what `Request` refuses
-    return message | {"content": [_part(number, part, fetch) for part in message["content"]]}
+def _check_number(messages: list[Any]) -> None:
+    """Raise `RequestError` for more messages, parts or images than there may be, before any is looked at."""
+    parts = [part for message in messages[:MAX_PARTS] for part in _parts(message)]
+    if len(messages) + len(parts) > MAX_PARTS:
+        raise RequestError(f"the request has over {MAX_PARTS} messages and parts of messages, the limit")
+    if (n_images := sum(map(_is_image, parts))) > MAX_IMAGES:
+        raise RequestError(f"the request has {n_images} images; the limit is {MAX_IMAGES}")
 
 
-def _part(number: int, part: Any, fetch: Callable[[str], bytes]) -> Any:
-    if not isinstance(part, dict) or part.get("type") not in ("text", "image_url"):
-        kind = part.get("type") if isinstance(part, dict) else part
-        raise RequestError(f"message {number} has a part of type {str(kind)[:80]!r}; the choices are 'text' and 'image_url'")
-    if part["type"] == "text":
+def _parts(message: Any) -> list[Any]:
+    content = message.get("content") if isinstance(message, dict) else None
+    return content if isinstance(content, list) else []
+
+
+def _is_image(part: Any) -> bool:
+    return isinstance(part, dict) and part.get("type") == "image_url"
+
+
+def _message(number: int, message: Any, fetched: Mapping[str, bytes]) -> Any:
+    """A message as `Request` takes it, with its images in it, and without what says nothing: null, or an empty list."""
+    if not isinstance(message, dict):
+        return message  # which `Request` refuses
+    said = {name: value for name, value in message.items() if name in ("role", "content") or value not in (None, [])}
+    if said.get("content") is None and said.get("role") == "assistant" and "tool_calls" not in said:
+        said["content"] = ""  # as clients send back an answer of which nothing was text
+    if isinstance(said.get("content"), list):
+        said["content"] = [_part(number, part, fetched) for part in said["content"]]
+    return said
+
+
+def _part(number: int, part: Any, fetched: Mapping[str, bytes]) -> Any:
+    """A part of a message: an image is bytes or a data URI, since what a client names must not be read from the server's disk."""
+    kind = part.get("type") if isinstance(part, dict) else part
+    if kind == "text":
         return part
+    if kind == "refusal":
+        return {"type": "text", "text": part.get("refusal")}
+    if kind != "image_url":
+        raise RequestError(f"message {number} has a part of type {str(kind)[:80]!r}; the choices are 'text' and 'image_url'")
+    url, beside = _url(number, part), {name: value for name, value in part.items() if name not in _SOURCES and value is not None}
+    if isinstance(part["image_url"], dict) and part["image_url"].get("detail") is not None:
+        beside["detail"] = part["image_url"]["detail"]
+    return {"type": "image", "image": url if _is_data(url) else fetched[url], **beside}
+
+
+def _url(number: int, part: Mapping[str, Any]) -> str:
     url = part.get("image_url")
     url = url.get("url") if isinstance(url, dict) else url
     if not isinstance(url, str):
         raise RequestError(f"message {number} has an image_url without a url")
-    return {"type": "image", "image": url if url[:5].lower() == "data:" else fetch(url)}
+    return url
+
+
+def _is_data(url: str) -> bool:
+    return url[:5].lower() == "data:"
 
 
 class Reply:
     """What is sent back for one chat: the same id and time in all of it."""
 
-    def __init__(self, chat: Chat, ends: tuple[int, ...]) -> None:
-        self._chat, self._ends = chat, ends
-        self._head = {"id": f"chatcmpl-{uuid.uuid4().hex}", "created": int(time.time()), "model": chat.model}
+    def __init__(self, chat: Chat) -> None:
+        self._chat = chat
+        self._head = {"id": f"chatcmpl-{uuid.uuid4().hex}", "created": int(time.time()), "model": chat.served.model}
         self._begun = False
 
     def piece(self, chunk: Chunk) -> dict[str, Any]:
@@ -172,22 +305,28 @@ class Reply:
         return {**self._head, "object": "chat.completion.chunk", "choices": [choice]}
 
     def _reason(self, run: Run) -> str:
-        ended = not self._chat.request.ignore_eos and run.tokens[-1] in self._ends
+        ended = not self._chat.request.ignore_eos and run.tokens[-1] in self._chat.served.ends
         return "stop" if ended else "length"
 
     def _measured(self, run: Run) -> dict[str, Any]:
-        """Usage, and on demand the run's own record, from when it was queued."""
-        n, made = run.n_prompt, len(run.tokens)
-        measured: dict[str, Any] = {"usage": {"prompt_tokens": n, "completion_tokens": made, "total_tokens": n + made}}
+        """Usage, what kind of run it was, and on demand its own record, from when it was queued."""
+        n, made, reused = run.n_prompt, len(run.tokens), run.trace.counts.get("cache: prefix tokens found", 0)
+        usage: dict[str, Any] = {"prompt_tokens": n, "completion_tokens": made, "total_tokens": n + made}
+        usage["prompt_tokens_details"] = {"cached_tokens": reused}
+        ours: dict[str, Any] = {"kind": run.kind}
         if self._chat.trace:
-            measured["fastvl_lab"] = {"run": run.to_record()}
-        return measured
+            ours["run"] = run.to_record()
+        return {"usage": usage, "fastvl_lab": ours}
 
 
 def error_body(error: BaseException | str, kind: str, code: str | None = None) -> dict[str, Any]:
     """An error as OpenAI's clients read it. What was not foreseen is named by its type alone: its text may hold a path."""
-    if isinstance(error, str | FastvlError):
-        message = error if isinstance(error, str) else sentence(error)
+    if isinstance(error, str):
+        message = error
+    elif isinstance(error, TimeoutError | RequestCancelledError):
+        message = "the request took longer than this server allows"
+    elif isinstance(error, FastvlError):
+        message = sentence(error)
     else:
         message = f"the server failed with a {type(error).__name__}"
     return {"error": {"message": message, "type": kind, "param": None, "code": code}}

@@ -16,7 +16,8 @@ if TYPE_CHECKING:
 def ttft_against_visual_tokens(rows: Sequence[Mapping[str, Any]]) -> go.Figure:
     """Median warm TTFT (ms, with its 95% interval) against visual tokens, one panel a checkpoint, one line an engine.
 
-    rows: as `SweepResult.summary` gives them; engines without a warm run are left out.
+    rows: as `SweepResult.summary` gives them; engines without a run that is compared are left out. Those of an endpoint that does
+    not say whether it reused anything are marked.
     """
     figure_of = style.graph_objects()
     checkpoints = list(dict.fromkeys(row["checkpoint"] for row in rows))
@@ -43,7 +44,7 @@ def ttft_against_visual_tokens(rows: Sequence[Mapping[str, Any]]) -> go.Figure:
                         "array": [_reach(row["ttft_high_ms"], row["ttft_ms"]) for row in points],
                         "arrayminus": [_reach(row["ttft_ms"], row["ttft_low_ms"]) for row in points],
                     },
-                    name=html.escape(engine),
+                    name=html.escape(engine) + (" (reuse unknown)" if any(row["unknown_runs"] for row in points) else ""),
                     legendgroup=engine,
                     showlegend=column == 1,
                     **style.series(number),

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from fastvl_lab.errors import require
 from fastvl_lab.measure.conversation import Conversation
 from fastvl_lab.measure.rounds import Rounds
+from fastvl_lab.run import in_words
 from fastvl_lab.view import style
 from fastvl_lab.view.tables import times
 
@@ -149,7 +150,7 @@ def turn_frame(chat: Conversation, over: str) -> Any:
         line = {
             "turn": row["turn"],
             "engine": engine,
-            "kind": row["kind"].replace("_", " "),
+            "kind": in_words(row["kind"]),
             "prompt tokens": row["prompt_tokens"],
             "found in the cache": row["tokens_found"],
             "images found": row["images_found"],
@@ -191,7 +192,7 @@ def turn_bars(chat: Conversation) -> go.Figure:
                 textangle=0,
                 textfont={"size": 11},
                 cliponaxis=False,
-                customdata=[[chat.kind(engine, turn).replace("_", " "), *found[turn]] for turn in turns],
+                customdata=[[in_words(chat.kind(engine, turn)), *found[turn]] for turn in turns],
                 hovertemplate="%{y:.2f} ms, %{customdata[0]}<br>%{customdata[1]} tokens and %{customdata[2]} images found"
                 "<extra>%{fullData.name}</extra>",
             )

@@ -33,7 +33,8 @@ def report_html(result: SweepResult) -> str:
         rows = result.summary()
         body += [
             "<h2>Summary</h2>",
-            "<p>Medians over warm runs, measured in interleaved rounds; a speed-up is the median of ratios paired by round, and is "
+            "<p>Medians over warm runs, and over all runs of endpoints that do not say whether they reused anything (reuse "
+            "unknown), measured in interleaved rounds; a speed-up is the median of ratios paired by round, and is "
             "shown only where the tokens are equal to the reference's, or, on pixels other than the reference's, to those of "
             "Transformers' model on the same pixels.</p>",
             table_html(summary_frame(rows)),

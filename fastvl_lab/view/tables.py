@@ -15,7 +15,8 @@ from fastvl_lab.trace import STAGES
 def summary_frame(rows: Sequence[Mapping[str, Any]]) -> Any:
     """One line an engine and point: times, intervals, parity and speed-up.
 
-    A speed-up stands only beside a parity check that held; an interval needs at least six warm runs.
+    A speed-up stands only beside a parity check that held; an interval needs at least six warm runs. Runs of an endpoint that does
+    not say whether it reused anything are counted as such.
     """
     any_hits = any(row["hit_runs"] for row in rows)
     table = [
@@ -33,7 +34,7 @@ def summary_frame(rows: Sequence[Mapping[str, Any]]) -> Any:
                 if row["is_reference"]
                 else _interval(row["speedup"], row["speedup_low"], row["speedup_high"], ".2f", "×")
             ),
-            "warm runs": row["warm_runs"],
+            "warm runs": f"{row['unknown_runs']} (reuse unknown)" if row["unknown_runs"] else row["warm_runs"],
         }
         for row in rows
     ]

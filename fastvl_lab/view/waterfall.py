@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from fastvl_lab.errors import require
-from fastvl_lab.run import Run
+from fastvl_lab.run import Run, in_words
 from fastvl_lab.trace import STAGES
 from fastvl_lab.view import style
 
@@ -141,7 +141,7 @@ def _label_panel(figure: Any, run: Run, rows: list[str], number: int) -> None:
     )
     figure.add_vline(x=run.ttft * 1e3, line={"color": style.INK, "width": 1.5, "dash": "dot"}, row=number, col=1)
     # What a long recipe may push out of the picture comes last.
-    kind = run.kind.replace("_", " ")
+    kind = in_words(run.kind)
     heading = f"<b>{html.escape(run.engine)}: {kind} TTFT {_ms(run.ttft * 1e3)}</b> · {html.escape(run.checkpoint)} · "
     heading += f"{html.escape(run.device)} {run.dtype}<br><span style='font-size:12px'>{run.subtitle()}</span>"
     figure.add_annotation(

@@ -13,6 +13,7 @@ from fastvl_lab.measure.parity import Parity
 from fastvl_lab.measure.statistics import Interval, median_interval
 from fastvl_lab.peers.transformers import TransformersPeer
 from fastvl_lab.preprocessor import resize
+from fastvl_lab.run import Kind
 from fastvl_lab.trace import Span, Trace
 
 
@@ -109,6 +110,28 @@ def test_findings_claim_no_more_than_the_interval_bears(run: Run, times: list[fl
     findings = _comparison(run, {"a": [100.0] * 6, "b": times}).findings()
     assert says in findings[1]
     assert findings[0] == "a spends 50% of its TTFT in vit (host)"
+
+
+def test_runs_of_unknown_kind_count_only_where_none_is_warm(run: Run) -> None:
+    """An endpoint that says of some runs that they were hits, and of the others nothing; never are two kinds pooled."""
+    comparison = _comparison(run, {"a": [100.0] * 6, "b": [50.0] * 6})
+
+    def told(kinds: list[Kind]) -> Comparison:
+        ours = [s for s in comparison.samples if s.engine == "b"]
+        changed = [dataclasses.replace(s, run=dataclasses.replace(s.run, kind=k)) for s, k in zip(ours, kinds, strict=True)]
+        return dataclasses.replace(comparison, samples=(*(s for s in comparison.samples if s.engine == "a"), *changed))
+
+    unsaid = told(["unknown"] * 7)
+    assert unsaid.compared("b") == "unknown"
+    assert unsaid.speedup("b") == (2, 2, 2)
+    assert unsaid.summary()[1]["ttft_ms"] == pytest.approx(50)
+    assert "does not say whether it reused anything of earlier requests, so its runs may be cache hits" in unsaid.findings()[1]
+    assert "2.00× as fast as a" in unsaid.findings()[1]
+    mixed = told(["unknown", "cache_hit", "unknown", "cache_hit", "unknown", "cache_hit", "cache_hit"]).summary()[1]
+    assert (mixed["warm_runs"], mixed["unknown_runs"], mixed["hit_runs"]) == (0, 2, 4)
+    warm = told(["unknown", "unknown", "warm", "warm", "unknown", "warm", "warm"])
+    assert (warm.compared("b"), warm.summary()[1]["warm_runs"], warm.summary()[1]["unknown_runs"]) == ("warm", 4, 0)
+    assert "does not say" not in warm.findings()[1]
 
 
 @pytest.mark.parametrize(

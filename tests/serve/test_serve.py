@@ -23,13 +23,17 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
-from fastvl_lab import EndpointError, Lab, RecipeError, Request, Run
+from fastvl_lab import EndpointError, Lab, Recipe, RecipeError, Request, RequestError, Run
 from fastvl_lab.errors import DeviceError, FastvlError
 from fastvl_lab.measure.compare import compare
 from fastvl_lab.serve import serving
 from fastvl_lab.serve.__main__ import main
-from fastvl_lab.serve.app import create_app
+from fastvl_lab.serve.app import _Front, create_app
+from fastvl_lab.serve.chat import Reply
+from fastvl_lab.serve.metrics import Metrics
+from fastvl_lab.serve.request_queue import QueuedRequest, RequestQueue
 from fastvl_lab.serve.settings import Settings
 
 httpx = pytest.importorskip("httpx", reason="tests of the server need httpx (extra dev)")
@@ -186,7 +190,6 @@ def test_a_port_that_cannot_be_is_refused_before_anything_is_loaded(capsys: pyte
         ({"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "data:,x"}}]}]}, 400, "not base64"),
         ({"model": "gpt-4"}, 404, "model 'gpt-4' is not served here; the choice is 'tiny-qwen2.5-vl'"),
         ({"max_tokens": 10**9}, 400, "limit"),
-        ({"user": "me", "seed": 3, "temperature": 0, "n": 1, "stop": None}, 200, ""),
     ],
 )
 def test_a_field_that_cannot_be_honoured_is_refused_in_a_sentence(server: Any, change: dict, status: int, says: str) -> None:
@@ -196,6 +199,51 @@ def test_a_field_that_cannot_be_honoured_is_refused_in_a_sentence(server: Any, c
     if status != 200:
         assert says in answer.json()["error"]["message"]
         assert set(answer.json()["error"]) == {"message", "type", "param", "code"}
+
+
+@pytest.mark.parametrize(
+    "limits",
+    [{"max_pixels": 3136}, {"mm_processor_kwargs": {"max_pixels": 3136, "min_pixels": None}}],
+)
+def test_limits_of_images_are_honoured_in_either_place(server: Any, picture: bytes, limits: dict[str, Any]) -> None:
+    expected = server.lab.run(Request(messages=_messages(picture), max_new_tokens=4, ignore_eos=True, max_pixels=3136), "fastest")
+    asked = {"model": MODEL, "messages": _messages(picture), "max_tokens": 4, "extra_body": {"ignore_eos": True} | limits}
+    answer = _client(server).chat.completions.create(**asked)
+    assert (answer.usage.prompt_tokens, answer.choices[0].message.content) == (expected.n_prompt, expected.text)
+    whole = server.lab.run(Request(messages=_messages(picture), max_new_tokens=4), "fastest")
+    assert answer.usage.prompt_tokens < whole.n_prompt
+
+
+def test_who_does_not_say_how_long_gets_what_there_is_room_for(serve: Callable[..., Any], labs: dict[str, Lab]) -> None:
+    lab = labs[MODEL].apart()
+    lab.checkpoint = dataclasses.replace(lab.checkpoint, session_len=200)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(labs, MODEL, lab)
+        with serve(max_tokens=40) as running:
+            url = f"{running.url}/v1/chat/completions"
+            for text in ("a", "a" * 110, "a" * 140):
+                answer = httpx.post(url, json={"messages": _messages(None, text), "ignore_eos": True}, timeout=60).json()
+                used = answer["usage"]
+                assert used["completion_tokens"] == min(40, 200 - used["prompt_tokens"])
+                assert answer["choices"][0]["finish_reason"] == "length"
+            full = httpx.post(url, json={"messages": _messages(None, "a" * 199)}, timeout=60)
+            assert "over session_len, 200" in full.json()["error"]["message"]
+            wished = httpx.post(url, json={"messages": _messages(None, "a" * 110), "max_tokens": 40}, timeout=60)
+            assert "max_new_tokens is 40" in wished.json()["error"]["message"]  # a wish is no default
+
+
+@pytest.mark.parametrize(
+    ("text", "n_messages"),
+    [("word " * 300_000, 1), ("w\u00f6rd\u3000" * 150_000, 1), ("=" * 30_000, 40), (" a" * 100_000, 1), ("line\n" * 40_000, 2)],
+)
+def test_a_text_that_no_session_holds_does_not_reach_the_engine(server: Any, text: str, n_messages: int) -> None:
+    """It is refused beside the engine's thread: by its bytes, or, where those do not decide it, by its tokens."""
+    body = {"messages": [{"role": "user", "content": text}] * n_messages, "max_tokens": 2}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(server.lab, "run", _raiser(AssertionError("it reached the engine")))
+        answer = httpx.post(f"{server.url}/v1/chat/completions", json=body, timeout=60)
+    assert answer.status_code == 400
+    assert "over session_len" in answer.json()["error"]["message"]
 
 
 @pytest.mark.parametrize("body", [b"", b"{", b"[]", b"\xff\xfe", b'"text"', b"[" * 100_000])
@@ -227,6 +275,9 @@ def test_a_body_over_the_limit_is_refused_before_it_is_read_in_full(server: Any)
 
 def test_models_health_and_metrics(server: Any, picture: bytes) -> None:
     assert [model.id for model in _client(server).models.list()] == [MODEL]
+    assert _client(server).models.retrieve(MODEL).owned_by == "fastvl_lab"
+    with pytest.raises(openai.NotFoundError, match="model 'Qwen/other' is not served here"):
+        _client(server).models.retrieve("Qwen/other")
     assert httpx.get(f"{server.url}/health").json() == {"status": "ok"}
     before = _metrics(server)
     _client(server).chat.completions.create(model=MODEL, messages=_messages(picture), max_tokens=3)
@@ -242,13 +293,111 @@ def _metrics(server: Any) -> dict[str, float]:
     return {name: float(value) for name, _, value in (line.rpartition(" ") for line in lines if line and line[0] != "#")}
 
 
+def test_what_is_not_served_is_said_as_openai_says_errors(server: Any) -> None:
+    for method, path, status in (
+        ("POST", "/v1/completions", 404),
+        ("GET", "/", 404),
+        ("GET", "/v1/chat/completions", 405),
+        ("DELETE", f"/v1/models/{MODEL}", 405),
+        ("POST", "/health", 405),
+    ):
+        answer = httpx.request(method, f"{server.url}{path}")
+        assert answer.status_code == status
+        assert set(answer.json()["error"]) == {"message", "type", "param", "code"}
+        assert f"{method} {path} is not served here" in answer.json()["error"]["message"]
+    assert "GET" in httpx.post(f"{server.url}/health").headers["allow"]
+
+
+def _preflight(server: Any, origin: str) -> Any:
+    asked = {
+        "Origin": origin,
+        "Access-Control-Request-Method": "POST",
+        "Access-Control-Request-Headers": "authorization,content-type",
+    }
+    return httpx.options(f"{server.url}/v1/chat/completions", headers=asked)
+
+
+def test_scripts_of_pages_may_ask_where_a_setting_or_this_machine_lets_them(server: Any, serve: Callable[..., Any]) -> None:
+    for origin in ("http://localhost:3000", "https://127.0.0.1", "http://[::1]:8080"):
+        assert _preflight(server, origin).headers["access-control-allow-origin"] == origin
+    for origin in ("https://pages.example", "http://localhost.example", "http://localhost:3000.example", "null"):
+        assert "access-control-allow-origin" not in _preflight(server, origin).headers
+    with serve(origins=("https://pages.example",)) as running:
+        asked = _preflight(running, "https://pages.example")
+        assert (asked.status_code, asked.headers["access-control-allow-origin"]) == (200, "https://pages.example")
+        assert "authorization" in asked.headers["access-control-allow-headers"]
+        body = {"messages": _messages(None), "max_tokens": 2, "stream": True}
+        answer = httpx.post(f"{running.url}/v1/chat/completions", json=body, headers={"Origin": "https://pages.example"})
+        assert answer.headers["access-control-allow-origin"] == "https://pages.example"
+        assert answer.text.strip().endswith("[DONE]")
+        assert "access-control-allow-origin" not in _preflight(running, "https://other.example").headers
+    for origin in ("pages.example", "https://pages.example/", "ftp://pages.example"):
+        with pytest.raises(FastvlError, match=r"origin .* is none; it reads https://host"):
+            Settings(origins=(origin,))
+
+
+@pytest.mark.parametrize("reuse", ["cache.prefix_reuse=on", "cache.image_reuse=on", "cache.prefix_reuse=on, cache.image_reuse=on"])
+def test_a_server_says_what_it_reused(serve: Callable[..., Any], labs: dict[str, Lab], picture: bytes, reuse: str) -> None:
+    recipe = f"fastest, cache.kv=paged, {reuse}"
+    inside, outside = labs[MODEL].apart(), labs[MODEL].apart()
+    requests = [Request(images=[picture], prompt="What?", max_new_tokens=n, ignore_eos=True) for n in (3, 3, 4)]
+    requests += [Request(prompt="Hello.", max_new_tokens=3, ignore_eos=True)] * 2
+    with serve(recipe=recipe) as running:
+        served = [outside.run(request, f"{running.url}/v1") for request in requests]
+        used = httpx.post(f"{running.url}/v1/chat/completions", json={"messages": _messages(None), "max_tokens": 2}).json()["usage"]
+        asked = httpx.post(f"{running.url}/v1/chat/completions", json={"messages": _messages(None), "max_tokens": 2}).json()[
+            "usage"
+        ]
+    assert [run.kind for run in served] == [inside.run(request, recipe).kind for request in requests]
+    assert {run.kind for run in served} >= {"cold", "cache_hit"}
+    found = [usage["prompt_tokens_details"]["cached_tokens"] for usage in (used, asked)]
+    assert (found[1] > 0) == ("prefix" in reuse)
+    assert found[1] < asked["prompt_tokens"]
+
+
+def test_no_path_of_the_disk_is_shown(labs: dict[str, Lab], serve: Callable[..., Any], tmp_path: Path, picture: bytes) -> None:
+    folder = tmp_path / "secret" / "my-model"
+    folder.mkdir(parents=True)
+    for named, shown in ((str(folder), "my-model"), (f"{folder}/.", "my-model"), ("Qwen/Qwen2.5-VL-3B", "Qwen/Qwen2.5-VL-3B")):
+        lab = labs[MODEL].apart()
+        lab.checkpoint = dataclasses.replace(lab.checkpoint, name=named)
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setitem(labs, MODEL, lab)
+            with serve() as running:
+                assert [model.id for model in _client(running).models.list()] == [shown]
+                assert _client(running).models.retrieve(shown).id == shown
+                body = {"model": shown, "messages": _messages(picture), "max_tokens": 2, "return_trace": True}
+                answer = httpx.post(f"{running.url}/v1/chat/completions", json=body, timeout=30)
+                assert answer.json()["fastvl_lab"]["run"]["checkpoint"] == answer.json()["model"] == shown
+                refused = httpx.post(
+                    f"{running.url}/v1/chat/completions", json=body | {"messages": _messages(None, "<|image_pad|>")}
+                )
+                other = httpx.post(f"{running.url}/v1/chat/completions", json=body | {"model": named + "?"})
+                assert not any("secret" in told.text for told in (answer, refused)), refused.text
+                assert other.status_code == 404
+        assert lab.checkpoint.name == named  # the caller's own is as it was
+    with serve(served_name="gpt-5") as running:
+        assert [model.id for model in _client(running).models.list()] == ["gpt-5"]
+        body = {"model": MODEL, "messages": _messages(None), "max_tokens": 2}
+        assert httpx.post(f"{running.url}/v1/chat/completions", json=body).status_code == 404
+        assert httpx.post(f"{running.url}/v1/chat/completions", json=body | {"model": "gpt-5"}).json()["model"] == "gpt-5"
+
+
 def test_a_key_is_asked_for_where_one_is_set(serve: Callable[..., Any], monkeypatch: pytest.MonkeyPatch) -> None:
     with serve(api_key="a secret") as running:
         with pytest.raises(openai.AuthenticationError, match="missing or wrong"):
             _client(running, api_key="another").models.list()
         with pytest.raises(EndpointError, match="answers 401"):
             running.lab.run(Request(prompt="?"), f"{running.url}/v1")
-        monkeypatch.setenv("FASTVL_LAB_API_KEY", "a secret")
+        for scheme in ("bearer", "BEARER", "Bearer "):
+            assert httpx.get(f"{running.url}/v1/models", headers={"Authorization": f"{scheme} a secret"}).status_code == 200
+        for shown in ("a secret", "Basic a secret", "Bearer", "Bearer a secre", "Bearer A secret"):
+            assert httpx.get(f"{running.url}/v1/models", headers={"Authorization": shown}).status_code == 401
+            assert httpx.get(f"{running.url}/v1/models/{MODEL}", headers={"Authorization": shown}).status_code == 401
+        monkeypatch.setenv("FASTVL_LAB_API_KEY", "a secret")  # the server's own, which goes nowhere
+        with pytest.raises(EndpointError, match="answers 401"):
+            running.lab.run(Request(prompt="?"), f"{running.url}/v1")
+        monkeypatch.setenv("FASTVL_LAB_ENDPOINT_KEY", "a secret")
         assert running.lab.run(Request(prompt="?", max_new_tokens=2), f"{running.url}/v1").tokens
         assert httpx.get(f"{running.url}/health").status_code == 200  # for load balancers, which have none
 
@@ -274,14 +423,72 @@ def test_a_full_queue_is_said_at_once_and_who_leaves_makes_room(serve: Callable[
         assert time.monotonic() - started < 10  # the endless one went with its client
 
 
-def _post_and_wait(running: Any, body: dict[str, Any]) -> socket.socket:
-    """A client that has asked, and reads nothing."""
+def _post_and_wait(running: Any, body: dict[str, Any], *, unsent: int = 0) -> socket.socket:
+    """A client that has asked, and reads nothing; unsent: bytes at the end of its body that it keeps."""
     host, port = running.url.removeprefix("http://").split(":")
     data = json.dumps(body).encode()
     connection = socket.create_connection((host, int(port)))
     head = f"POST /v1/chat/completions HTTP/1.1\r\nHost: {host}\r\nContent-Length: {len(data)}\r\n\r\n"
-    connection.sendall(head.encode() + data)
+    connection.sendall(head.encode() + data[: len(data) - unsent])
     return connection
+
+
+def test_a_body_is_read_once_there_is_a_place_for_it(serve: Callable[..., Any]) -> None:
+    """One that is on its way in holds its place; without one, no body is waited for; and who leaves while sending gives it back."""
+    body = {"messages": _messages(None), "max_tokens": 2}
+    with serve(max_queue=2, timeout=5) as running:
+        url = f"{running.url}/v1/chat/completions"
+        sending = [_post_and_wait(running, body, unsent=3) for _ in range(2)]
+        _until(lambda: running.queue._reserved == 2)
+        assert httpx.post(url, json=body).status_code == 429
+        with _post_and_wait(running, body, unsent=3) as late:  # of whose body the end never comes
+            late.settimeout(3)
+            assert late.recv(100).startswith(b"HTTP/1.1 429")
+        sending[0].close()
+        _until(lambda: running.queue._reserved == 1)
+        assert httpx.post(url, json=body, timeout=30).status_code == 200
+        sending[1].settimeout(10)
+        assert sending[1].recv(100).startswith(b"HTTP/1.1 504")  # a body has no more time than its request
+        sending[1].close()
+        assert running.queue._reserved == 0
+
+
+def test_images_are_counted_before_any_is_fetched_and_fetched_within_the_requests_time(serve: Callable[..., Any]) -> None:
+    def asked(n: int, where: str = "one.example") -> dict[str, Any]:
+        parts = [{"type": "image_url", "image_url": {"url": f"http://{where}/{i}.jpg"}} for i in range(n)]
+        return {"messages": [{"role": "user", "content": parts}, *_messages(None)], "max_tokens": 2}
+
+    fetched: list[tuple[str, ...]] = []
+    hung = threading.Event()
+
+    def fetch_all(urls: tuple[str, ...], settings: Settings, seconds: float) -> dict[str, bytes]:
+        assert seconds <= settings.timeout
+        fetched.append(urls)
+        if "slow" in urls[0]:
+            hung.wait(10)
+        return dict.fromkeys(urls, b"no image")
+
+    with pytest.MonkeyPatch.context() as patch, serve(image_hosts=("one.example",), timeout=1.0) as running:
+        patch.setattr("fastvl_lab.serve.app.fetch_all", fetch_all)
+        url = f"{running.url}/v1/chat/completions"
+        for n in (65, 3000):
+            assert f"the request has {n} images; the limit is 64" in httpx.post(url, json=asked(n)).json()["error"]["message"]
+        assert fetched == []
+        assert "not an image" in httpx.post(url, json=asked(2)).json()["error"]["message"]
+        assert fetched == [("http://one.example/0.jpg", "http://one.example/1.jpg")]
+        hopeless = [threading.Thread(target=lambda: httpx.post(url, json=asked(1, "slow.example"), timeout=30)) for _ in range(20)]
+        for thread in hopeless:  # more than there are threads to wait on
+            thread.start()
+        _until(lambda: len(fetched) > 10)
+        started = time.monotonic()
+        assert httpx.post(url, json={"messages": _messages(None), "max_tokens": 2}, timeout=30).status_code == 200
+        assert time.monotonic() - started < 0.9
+        answer = httpx.post(url, json=asked(1, "slow.example"), timeout=30)
+        assert (answer.status_code, time.monotonic() - started < 5) == (504, True)
+        hung.set()
+        for thread in hopeless:
+            thread.join()
+        _until(lambda: running.queue._reserved == 0)
 
 
 def _until(condition: Callable[[], object], seconds: float = 10) -> None:
@@ -319,11 +526,73 @@ def test_what_the_engine_fails_on_is_told_without_its_insides(serve: Callable[..
         assert httpx.post(f"{running.url}/v1/chat/completions", json=body, timeout=30).status_code == 200
 
 
+@pytest.mark.parametrize(
+    ("error", "lasting"),
+    [
+        (torch.AcceleratorError("an illegal memory access was encountered"), True),
+        (RuntimeError("CUDA error: unspecified launch failure\nCUDA kernel errors might be reported later"), True),
+        (RuntimeError("CUDA error: CUBLAS_STATUS_EXECUTION_FAILED when calling cublasGemmEx"), True),
+        (RuntimeError("Triton Error [CUDA]: misaligned address"), True),
+        (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB"), False),
+        (torch.AcceleratorError("CUDA error: out of memory"), False),
+        (RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling cublasCreate"), False),
+        (DeviceError("CUDA error, of which somebody has made a sentence"), False),
+        (RuntimeError("shapes do not match"), False),
+    ],
+)
+def test_health_tells_of_what_no_later_request_recovers_from(labs: dict[str, Lab], error: Exception, lasting: bool) -> None:
+    """An orchestrator that asks /health starts the server anew."""
+    queue = RequestQueue(labs[MODEL], Recipe.parse("fastest"), Metrics(), max_queue=1, warm_up=())
+
+    async def served() -> None:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(labs[MODEL], "run", _raiser(error))
+            assert queue._serve(QueuedRequest(Request(prompt="?"))) is error
+
+    asyncio.run(served())
+    assert (queue.failure is error) == lasting
+    front = _Front(labs[MODEL].checkpoint, queue, Metrics(), Settings())
+    queue.ready.set()
+    assert asyncio.run(front.health(None)).status_code == (500 if lasting else 200)
+
+
+def test_a_fault_of_the_servers_own_is_not_taken_for_a_client_that_left(serve: Callable[..., Any]) -> None:
+    body = {"messages": _messages(None), "max_tokens": 2}
+    with serve() as running, pytest.MonkeyPatch.context() as patch:
+        for name, error in (("whole", RuntimeError("a fault")), ("end", KeyError("a fault")), ("piece", RuntimeError("a fault"))):
+            patch.setattr(Reply, name, _raiser(error))
+            before = _metrics(running)
+            with contextlib.suppress(httpx.RemoteProtocolError):  # it ends in the middle of a stream
+                httpx.post(f"{running.url}/v1/chat/completions", json=body | {"stream": name != "whole"}, timeout=30)
+            after = _metrics(running)
+            assert after.get('fastvl_lab_requests_total{status="499"}', 0) == 0
+            failed = 'fastvl_lab_requests_total{status="500"}'
+            assert after[failed] == before.get(failed, 0) + 1
+
+
 def _raiser(error: Exception) -> Callable[..., Any]:
     def run(*_: object, **__: object) -> None:
         raise error
 
     return run
+
+
+def test_a_size_to_warm_up_that_cannot_be_is_refused_at_the_start(labs: dict[str, Lab], capsys: pytest.CaptureFixture[str]) -> None:
+    for size, says in (
+        ((0, 40), "give a Request, or the"),
+        ((9, 9 * 201), "has an aspect ratio of 201; the limit is 200"),
+        ((40_000, 40_000), "an image may have"),
+    ):
+        with pytest.raises(RequestError, match=says):
+            create_app(labs[MODEL], "fastest", Settings(warm_up=(size,)))
+    lab = labs[MODEL].apart()
+    lab.checkpoint = dataclasses.replace(lab.checkpoint, session_len=90)
+    with pytest.raises(RequestError, match="over session_len"):
+        create_app(lab, "fastest", Settings(warm_up=((168, 140),)))
+    for size in ("448", "448x", "axb", "448x-1", "4.5x4"):
+        with pytest.raises(SystemExit, match="2"):
+            main(["--checkpoint", MODEL, "--warm-up", size])
+        assert f"{size!r} is no size; it reads WIDTHxHEIGHT, such as 448x448" in capsys.readouterr().err
 
 
 def test_a_server_runs_a_recipe_that_can_run_here(labs: dict[str, Lab]) -> None:
@@ -356,7 +625,9 @@ def test_a_storm_leaves_nothing_behind(server: Any, picture: bytes) -> None:
 
 
 def _threads() -> Counter[str]:
-    return Counter(re.sub(r"\d+", "", thread.name) for thread in threading.enumerate() if thread.name.startswith("fastvl"))
+    """All but those of pools, which start as they are needed, up to their bound."""
+    names = (re.sub(r"\d+", "", thread.name) for thread in threading.enumerate() if thread.name.startswith("fastvl"))
+    return Counter(name for name in names if not name.startswith(("fastvl-reader", "fastvl-fetcher")))
 
 
 def _memory() -> int:

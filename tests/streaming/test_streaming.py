@@ -6,7 +6,7 @@ import dataclasses
 import signal
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from itertools import product
 
 import pytest
@@ -179,6 +179,15 @@ def test_what_a_step_raises_reaches_the_caller(
     assert len(calls) == 5  # no later step was taken on what the failed one left
 
 
+@pytest.fixture
+def keyboard() -> Iterator[None]:
+    """Python's own answer to an interruption, which a process that began in the background ignores."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("keyboard")
 @pytest.mark.parametrize("settings", SETTINGS, ids=_label)
 def test_an_interruption_by_the_keyboard_leaves_nothing_running(
     labs: dict[str, Lab], answer_of: Callable[..., Request], settings: dict

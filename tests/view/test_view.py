@@ -184,6 +184,11 @@ def test_tables_stand_beside_the_charts(labs: dict[str, Lab], runs: list[Run], p
     assert red["parity"][0] == "NO"
     assert red["speed-up (95% CI)"][0] == "–"
 
+    unsaid = view.summary_frame([{**rows[1], "warm_runs": 0, "unknown_runs": 6}, rows[0]])
+    assert list(unsaid["warm runs"]) == ["6 (reuse unknown)", 6]
+    marked = view.ttft_against_visual_tokens([rows[0], {**rows[1], "unknown_runs": 6}])
+    assert [line.name for line in marked.data] == ["transformers", "fastest (reuse unknown)"]
+
     chart = view.ttft_against_visual_tokens(rows)
     assert [(list(line.x), list(line.y)) for line in chart.data] == [([r["visual_tokens"]], [r["ttft_ms"]]) for r in rows]
     assert len({line.marker.symbol for line in chart.data}) == 2  # told apart by more than colour

@@ -17,7 +17,7 @@ from fastvl_lab.checkpoint import tiny
 from fastvl_lab.errors import FastvlError, RecipeError, require, sentence
 from fastvl_lab.measure.photo import PHOTOGRAPHS
 from fastvl_lab.recipe import OptionValue, Recipe
-from fastvl_lab.run import Run
+from fastvl_lab.run import Run, in_words
 from fastvl_lab.view.report import figure_html, page, table_html
 from fastvl_lab.view.style import CONFIG
 from fastvl_lab.view.workbench.controls import by_slot, choices, show_recipe
@@ -462,7 +462,7 @@ class Workbench:
         big = f"<span class='fl-big'>TTFT {shown.ttft * 1e3:.1f} ms</span>"
         if shown.tpot is not None:
             big += f"<span class='fl-big'>TPOT {shown.tpot * 1e3:.2f} ms</span>"
-        badges = [("", shown.kind.replace("_", " "))]
+        badges = [("", in_words(shown.kind))]
         if result.parity is None:
             badges.append(("", "one run"))
         elif result.parity:

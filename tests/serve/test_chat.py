@@ -1,0 +1,142 @@
+"""What clients ask, read: what says nothing or changes nothing passes, what would change the answer is refused by its name."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import pytest
+
+from fastvl_lab import RequestError
+from fastvl_lab.request import Request
+from fastvl_lab.serve import chat
+from fastvl_lab.serve.chat import Served
+from fastvl_lab.serve.settings import Settings
+
+SERVED = Served(model="m", ends=(7, 9))
+HI = [{"role": "user", "content": "hi"}]
+
+
+def _read(**change: Any) -> Request:
+    """The request of a body, whose addresses are not fetched."""
+    body = {"model": "m", "messages": HI, "max_tokens": 2} | change
+    return chat.read(json.dumps(body).encode(), SERVED, Settings()).chat({}).request
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        ({"top_p": 0.9}, "top_p is 0.9"),
+        ({"temperature": 0.7, "top_k": 20}, "temperature is 0.7"),
+        ({"stop": ["\n"]}, "stop is"),
+        ({"stop_token_ids": [7, 8]}, "stop_token_ids is [7, 8]"),
+        ({"min_tokens": 1}, "min_tokens is 1"),
+        ({"min_tokens": 3, "ignore_eos": True}, "min_tokens is 3"),
+        ({"repetition_penalty": 1.05}, "repetition_penalty is 1.05"),
+        ({"logit_bias": {"5": 1}}, "logit_bias is"),
+        ({"response_format": {"type": "json_object"}}, "response_format is"),
+        ({"skip_special_tokens": False}, "skip_special_tokens is false"),
+        ({"add_generation_prompt": False}, "add_generation_prompt is false"),
+        ({"chat_template_kwargs": {"enable_thinking": False}}, "chat_template_kwargs is"),
+        ({"mm_processor_kwargs": {"fps": 2}}, "mm_processor_kwargs has 'fps'; the choices are min_pixels, max_pixels"),
+        ({"mm_processor_kwargs": {"max_pixels": 3136}, "max_pixels": 6272}, "max_pixels is 6272 and in mm_processor_kwargs"),
+        ({"guided_json": {}}, "the field 'guided_json' is unknown"),
+        ({"tool_choice": "required"}, "tool_choice is"),
+        ({"messages": [{"role": "user", "content": None}]}, "content"),
+        ({"messages": [{"role": "user", "content": ""}] * 10_001}, "over 10000 messages and parts of messages"),
+        ({"temperature": float("nan")}, "temperature is NaN"),
+        ({"temperature": -1}, "temperature is -1"),
+        ({"stop_token_ids": [7], "ignore_eos": True}, "stop_token_ids is [7]"),  # which would end it all the same
+        ({"mm_processor_kwargs": [1]}, "mm_processor_kwargs must be an object"),
+        ({"stream_options": True}, "stream_options must be an object"),
+    ],
+)
+def test_what_would_change_the_answer_is_refused_by_name(change: dict[str, Any], says: str) -> None:
+    with pytest.raises(RequestError) as raised:
+        _read(**change)
+    assert says in str(raised.value)
+
+
+def _said(role: str, content: Any = None, **more: Any) -> dict[str, Any]:
+    return {"role": role, "content": content, **more}
+
+
+ANSWERED = {"refusal": None, "annotations": [], "audio": None, "function_call": None, "tool_calls": None, "name": None}
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {
+            "user": "me",
+            "seed": 3,
+            "temperature": 0,
+            "n": 1,
+            "stop": None,
+            "store": False,
+            "service_tier": "auto",
+            "metadata": {"a": "b"},
+        },
+        dict.fromkeys(
+            ["max_tokens", "stream", "stream_options", "tools", "logprobs", "structured_outputs", "chat_template", "audio"]
+        ),
+        dict.fromkeys(["ignore_eos", "min_pixels", "mm_processor_kwargs", "return_trace", "a_field_to_come", "messages_"]),
+        {"temperature": 0.0, "top_p": 0.8, "top_k": 20, "min_p": 0.05},
+        {"temperature": 0.7, "top_k": 1},
+        {"temperature": 1e-6, "top_p": 0.1},
+        {"temperature": 0.7, "top_p": 0.9, "do_sample": False},
+        {"stop_token_ids": [7, 9]},
+        {"model": None, "prediction": {"type": "content", "content": "x"}},
+        {"top_k": 0, "typical_p": 1.0, "length_penalty": 1.2, "best_of": 1, "use_beam_search": False, "do_sample": False},
+        {"frequency_penalty": 0.0, "presence_penalty": 0, "repetition_penalty": 1, "logit_bias": {"5": 0}, "bad_words": []},
+        {"stop": [""], "stop_token_ids": [], "include_stop_str_in_output": False, "min_tokens": 0},
+        {"min_tokens": 1, "ignore_eos": True, "max_tokens": 1},
+        {
+            "response_format": {"type": "text", "strict": None},
+            "modalities": ["text"],
+            "verbosity": "medium",
+            "parallel_tool_calls": True,
+        },
+        {"tools": [], "tool_choice": "auto", "functions": [], "function_call": "none", "documents": []},
+        {
+            "logprobs": False,
+            "top_logprobs": 0,
+            "echo": False,
+            "spaces_between_special_tokens": True,
+            "priority": 0,
+            "request_id": "r",
+        },
+        {"chat_template_kwargs": {}, "media_io_kwargs": {}, "mm_processor_kwargs": {}, "continue_final_message": False},
+        {"stream_options": {"include_usage": True, "continuous_usage_stats": True, "include_obfuscation": False}},
+        {"messages": [_said("user", "hi"), _said("assistant", "ho", **ANSWERED), _said("user", "hi")]},
+        {"messages": [_said("user", "hi"), _said("assistant", [{"type": "refusal", "refusal": "no"}]), _said("user", "hi")]},
+        {"messages": [_said("user", "hi"), _said("assistant", [], tool_calls=[]), _said("user", "hi")]},
+    ],
+)
+def test_a_field_that_changes_nothing_passes(change: dict[str, Any]) -> None:
+    """Nulls of all fields, the neutral values that clients send unasked, and what has no meaning where decoding is greedy."""
+    assert _read(**change).max_new_tokens == (change.get("max_tokens", 2) or 512)
+
+
+def test_a_length_is_the_clients_wish_or_what_fits() -> None:
+    assert [(r.max_new_tokens, r.fit) for r in (_read(), _read(max_tokens=None, max_completion_tokens=3))] == [
+        (2, False),
+        (3, False),
+    ]
+    default = _read(max_tokens=None)
+    assert (default.max_new_tokens, default.fit) == (512, True)
+
+
+def test_what_parts_and_messages_carry_reaches_the_request() -> None:
+    """All but what names an image elsewhere: the server's own disk is not read."""
+    image = {"type": "image_url", "image_url": {"url": "data:,x", "detail": "low"}, "max_pixels": 3136, "path": "/etc/hostname"}
+    call = {"role": "assistant", "content": None, "tool_calls": [{"id": "1"}], "reasoning_content": "why", "refusal": None}
+    seen: dict[str, Any] = {}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(chat, "Request", lambda **given: seen.update(given) or Request(prompt="?"))
+        _read(messages=[{"role": "user", "content": [image], "name": "me"}, call])
+    part = {"type": "image", "image": "data:,x", "detail": "low", "max_pixels": 3136}
+    assert seen["messages"] == [
+        {"role": "user", "content": [part], "name": "me"},
+        {"role": "assistant", "content": None, "tool_calls": [{"id": "1"}], "reasoning_content": "why"},
+    ]
