@@ -42,11 +42,11 @@ BUDGET = 2.0
 class Parity:
     """How an engine came through.
 
-    oracle: who answers for it, Transformers on the engine's own pixels, and expected: the tokens that it made, of expected_text. why: the sentence
-    where parity does not hold; "" where it does. by: what was held against the oracle. error, budget: of logits, as shares of the
-    oracle's. other_from: the number of the first of its tokens that is not the oracle's, None where all are. moved: by how much its
-    pixels alone move one of Transformers' logits at most, None where they are the reference's. in_bounds: whether its pixels are as
-    near to the stock ones as its recipe promises.
+    oracle: who answers for it, Transformers on the engine's own pixels. expected, expected_text: the tokens that it made, and their
+    text. why: the sentence where parity does not hold; "" where it does. by: what was held against the oracle. error, budget: of
+    logits, as shares of the oracle's. other_from: the number of the first of its tokens that is not the oracle's, None where all are.
+    moved: by how much its pixels alone move one of Transformers' logits at most, None where they are the reference's. in_bounds:
+    whether its pixels are as near to the stock ones as its recipe promises.
     """
 
     oracle: str
