@@ -44,7 +44,7 @@ class Parity:
 
     oracle: who answers for it, Transformers on the engine's own pixels. expected, expected_text: the tokens that it made, and their
     text. why: the sentence where parity does not hold; "" where it does. by: what was held against the oracle. error, budget: of
-    logits, as shares of the oracle's. other_from: the number of the first of its tokens that is not the oracle's, None where all are.
+    logits, as shares of the oracle's. other_from: the number of the first token that is not the oracle's, None where all are.
     moved: by how much its pixels alone move one of Transformers' logits at most, None where they are the reference's. in_bounds:
     whether its pixels are as near to the stock ones as its recipe promises.
     """
