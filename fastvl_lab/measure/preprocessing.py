@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import numpy as np
@@ -41,14 +42,19 @@ def _bound(lab: Lab, request: Request, recipe: Recipe) -> BoundPreprocessor:
 def _task(bound: BoundPreprocessor, request: Request, device: torch.device) -> Task:
     @torch.inference_mode()
     def run() -> dict[str, float]:
+        seconds = dict.fromkeys(STEPS, 0.0)
+
+        @contextmanager
+        def span(step: str) -> Iterator[None]:
+            started = now(device)
+            yield
+            seconds[step] += now(device) - started
+
         with current_device(device):
-            start = now(device)
-            decoded = bound.decode(request)
-            decoded_at = now(device)
-            pixels = bound.preprocess(decoded, request)
-            preprocessed_at = now(device)
-            bound.upload(pixels.patches)
-            return dict(zip(STEPS, np.diff([start, decoded_at, preprocessed_at, now(device)]).tolist(), strict=True))
+            with span("decode_image"):
+                opened = bound.open(request)
+            bound.make(opened, span)
+        return seconds
 
     return run
 
@@ -68,7 +74,7 @@ def model_pictures(lab: Lab, request: Request, recipe: Recipe) -> tuple[np.ndarr
         recipe = recipe.replace("preprocessor.patchify", "torch")
     bound, layout = _bound(lab, request, recipe), PatchLayout.of(lab.checkpoint)
     with current_device(lab.device):
-        pixels = bound.preprocess(bound.decode(request), request)
+        pixels = bound.patches(request)
     parts = pixels.patches.cpu().split([grid.n_patches for grid in pixels.grids])
     return tuple(to_picture(part, grid, layout).numpy() for part, grid in zip(parts, pixels.grids, strict=True))
 

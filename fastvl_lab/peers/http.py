@@ -18,11 +18,10 @@ from typing import Any
 from urllib.parse import urlsplit
 
 import torch
-from PIL import Image
 
 from fastvl_lab.errors import EndpointError
 from fastvl_lab.pipeline import Outcome
-from fastvl_lab.preprocessor.decode_image import as_image
+from fastvl_lab.preprocessor.decode_image import rgb_of
 from fastvl_lab.request import ImageInput, Request
 from fastvl_lab.streaming.text import Deliver
 from fastvl_lab.trace import Tracer
@@ -122,7 +121,10 @@ class HttpPeer:
     def _body(self, request: Request) -> dict[str, Any]:
         images = iter(request.image_inputs)
         messages = [
-            message | {"content": [part if part["type"] == "text" else _image_part(next(images)) for part in message["content"]]}
+            message
+            if not isinstance(message.get("content"), tuple)
+            else message
+            | {"content": [part if part["type"] == "text" else _image_part(next(images)) for part in message["content"]]}
             for message in request.conversation
         ]
         body: dict[str, Any] = {"model": self._model, "messages": messages, "temperature": 0, "stream": True}
@@ -144,8 +146,7 @@ def _image_part(image: ImageInput) -> dict[str, Any]:
     data = image.data
     if not isinstance(data, bytes):
         buffer = io.BytesIO()
-        picture = data if isinstance(data, Image.Image) else Image.fromarray(data)
-        as_image(picture).save(buffer, "PNG")
+        rgb_of(image).save(buffer, "PNG")
         data = buffer.getvalue()
     kind = next((kind for magic, kind in _MAGIC if data.startswith(magic)), "webp")
     return {"type": "image_url", "image_url": {"url": f"data:image/{kind};base64,{base64.b64encode(data).decode()}"}}

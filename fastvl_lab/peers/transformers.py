@@ -22,7 +22,7 @@ from fastvl_lab.preprocessor import bind
 from fastvl_lab.recipe import Preprocessor
 from fastvl_lab.request import Grid, Request
 from fastvl_lab.streaming.text import Deliver, Emitter, TokenBytes
-from fastvl_lab.tokenizer import chat_text, check_length
+from fastvl_lab.tokenizer import chat_text, check_length, check_tokens
 from fastvl_lab.trace import Tracer
 
 
@@ -40,25 +40,24 @@ class TransformersPeer:
     @torch.inference_mode()
     def run(self, request: Request, tracer: Tracer, deliver: Deliver) -> Outcome:
         """Serve one request with `generate`; raises `RequestError` for one that cannot be served."""
-        checkpoint, pixels = self.checkpoint, None
+        checkpoint, opened, pixels = self.checkpoint, None, None
         if request.image_inputs:
             with tracer.span("decode_image"):
-                decoded = self.images.decode(request)
-            with tracer.span("preprocess"):
-                pixels = self.images.preprocess(decoded, request)
+                opened = self.images.open(request)
         with tracer.span("tokenize"):
-            inputs = self._tokenize(request, pixels.grids if pixels else ())
+            inputs = self._tokenize(request, opened.grids if opened else ())
+        if opened is not None:
+            pixels = self.images.make(opened, tracer.span)
         with tracer.span("upload"):
             if pixels is not None:
-                inputs["pixel_values"] = self.images.upload(pixels.patches)
-                inputs["image_grid_thw"] = torch.tensor(pixels.grids)
+                inputs |= {"pixel_values": pixels.patches, "image_grid_thw": torch.tensor(pixels.grids)}
             inputs = {name: tensor.to(checkpoint.device) for name, tensor in inputs.items()}
 
         n_prompt = inputs["input_ids"].shape[1]
         settings = GenerationConfig(
             max_new_tokens=request.max_new_tokens,
             do_sample=False,
-            eos_token_id=None if request.ignore_eos else list(checkpoint.eos_token_ids),
+            eos_token_id=None if request.ignore_eos else list(checkpoint.eos_token_ids) or None,
             pad_token_id=checkpoint.tokenizer.pad_token_id,
         )
         streamer = _Streamer(Emitter(self.token_bytes, deliver), tracer, settings)
@@ -82,6 +81,7 @@ class TransformersPeer:
         pieces = text.split(placeholder)
         text = pieces[0] + "".join(placeholder * n + piece for n, piece in zip(visual_tokens, pieces[1:], strict=True))
         inputs = dict(checkpoint.tokenizer(text, add_special_tokens=False, return_tensors="pt"))
+        check_tokens(int(inputs["input_ids"].max()), checkpoint)
         check_length(inputs["input_ids"].shape[1], request, checkpoint, visual_tokens=sum(visual_tokens))
         if grids:
             inputs["mm_token_type_ids"] = (inputs["input_ids"] == checkpoint.image_token_id).int()
