@@ -45,7 +45,7 @@ def chat_text(request: Request, checkpoint: Checkpoint) -> str:
         )
     if not text:
         raise RequestError(f"the chat template of {quoted(checkpoint.name)} makes an empty prompt of this conversation")
-    for role, field in _fields(messages):
+    for role, field in _fields(messages, text):
         if not _is_written(field, role, messages, text, checkpoint):
             number = next(n for n, m in enumerate(messages) if m["role"] == role and says_something(m.get(field)))
             raise RequestError(
@@ -73,12 +73,14 @@ def _written(messages: Sequence[Message], checkpoint: Checkpoint) -> str:
     return text
 
 
-def _fields(messages: Sequence[Message]) -> Iterator[tuple[str, str]]:
-    """Every (role, field) that says something beside the content, once."""
+def _fields(messages: Sequence[Message], text: str) -> Iterator[tuple[str, str]]:
+    """Every (role, field) that says something and is not seen in the prompt at a glance, once."""
     seen = set()
     for message in messages:
         for field, value in message.items():
-            known = field in ("role", "content") or (message["role"] == "tool" and field in _LINKS)
+            known = field == "role" or (message["role"] == "tool" and field in _LINKS)
+            if field == "content":  # parts are written, or a template takes them for a text and fails; a text may be passed over
+                known = not isinstance(value, str) or value.strip() in text
             if not known and says_something(value) and (message["role"], field) not in seen:
                 seen.add((message["role"], field))
                 yield message["role"], field
@@ -95,12 +97,15 @@ def _is_written(field: str, role: str, messages: Sequence[Message], text: str, c
     def without(message: Message) -> Message:
         return {name: value for name, value in message.items() if name != field}
 
-    def differs(conversation: Sequence[Message]) -> bool:
+    def written(conversation: Sequence[Message]) -> str | None:
         try:
-            written = text if conversation is messages else _written(conversation, checkpoint)
-            return written != _written([without(m) if m["role"] == role else m for m in conversation], checkpoint)
+            return _written(conversation, checkpoint)
         except RequestError:
-            return False
+            return None
+
+    def differs(conversation: Sequence[Message]) -> bool:
+        whole = text if conversation is messages else written(conversation)
+        return whole is not None and whole != written([without(m) if m["role"] == role else m for m in conversation])
 
     value = next(m[field] for m in messages if m["role"] == role and says_something(m.get(field)))
     alone = {"role": role, "content": "x", field: "x" if isinstance(value, str) else value}

@@ -37,6 +37,8 @@ class File:
         """Turn whatever Transformers raises for values that it does not understand into an error that names the file."""
         try:
             yield
+        except OSError:  # it is not there, or cannot be reached
+            raise
         except Exception as error:
             raise self.fails(f"that Transformers cannot read: {shortened(f'{type(error).__name__}: {error}', 300)}") from None
 
