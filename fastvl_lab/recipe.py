@@ -125,7 +125,10 @@ class Preprocessor:
         Option(value="one", does="images are decoded, and by Pillow resized, one after another; Transformers"),
         Option(
             value="all",
-            does="a thread a core: images are decoded at once, and Pillow's passes cut into strips, bit-equal; the lab's own",
+            does=(
+                "a thread a core: images of up to 32 megapixels together are decoded at once, Pillow's passes cut into strips; the "
+                "lab's own"
+            ),
         ),
     )
     resize: str = _toggle(
