@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import importlib
+import operator
+import reprlib
 from typing import Any
 
 
@@ -44,6 +46,35 @@ class RequestCancelledError(FastvlError):
 
 class MissingExtraError(FastvlError, ImportError):
     """A feature whose optional packages are not installed; names the extra that brings them."""
+
+
+def shortened(text: str, most: int = 200) -> str:
+    """A text on one line, cut where it is longer than `most` characters."""
+    cut = text[: 4 * most]
+    line = " ".join(cut.split())
+    return line if len(text) == len(cut) and len(line) <= most else f"{line[:most]}…"
+
+
+def quoted(value: object, most: int = 80) -> str:
+    """A value as an error quotes it: its `repr`, on one line and cut where it is long; of a long text, with its length."""
+    if isinstance(value, str):
+        return repr(value) if len(value) <= most else f"{value[:most]!r}… ({len(value)} characters)"
+    short = reprlib.Repr()
+    short.maxstring = short.maxlong = short.maxother = most
+    try:
+        return shortened(short.repr(value), most)
+    except ValueError:  # Python writes no integer of more than some thousand digits
+        return f"a {type(value).__name__} that is too long to write"
+
+
+def check_whole_number(name: str, value: Any, *, least: int = 1) -> None:
+    """Raise `RequestError` for all but an integer from `least` up, of any type, that has 64 bits; a bool is none."""
+    try:
+        good = not isinstance(value, bool) and least <= operator.index(value) < 2**63
+    except TypeError:
+        good = False
+    if not good:
+        raise RequestError(f"{name} is {quoted(value)}; it must be a whole number of at least {least}")
 
 
 def sentence(error: BaseException) -> str:

@@ -19,7 +19,7 @@ from fastvl_lab.language.merge import merge
 from fastvl_lab.language.sample import greedy
 from fastvl_lab.language.weights import decoder_weights
 from fastvl_lab.preprocessor import OpenedImages
-from fastvl_lab.preprocessor.upload import upload_pixels, upload_prompt
+from fastvl_lab.preprocessor.upload import upload_prompt
 from fastvl_lab.recipe import Recipe
 from fastvl_lab.request import ImageShape, Kind, Prompt, Request
 from fastvl_lab.streaming.answer import Answer, Forced
@@ -125,14 +125,9 @@ class Pipeline:
         n_prompt, rest = prompt.n_tokens, prompt.after(place.reused)
         pixels = made = None
         if opened is not None and place.to_make:
-            with span("decode_image"):
-                decoded = self.images.read(opened.only(place.to_make))
-            with span("preprocess"):
-                pixels = self.images.preprocess(decoded, request)
+            pixels = self.images.make(opened.only(place.to_make), span)
         with span("upload"):
             rest = upload_prompt(rest, self.images.copy)
-            if pixels is not None:
-                pixels = upload_pixels(pixels, self.images.upload)
         if stages.first_token_alone:
             with span("first_token"):
                 place.extend(rest.n_tokens)

@@ -136,8 +136,8 @@ class Preprocessor:
         Option(
             value="all",
             does=(
-                "a thread a core: images are decoded at once, and Pillow's passes cut into strips, bit-equal; vLLM 22710 and "
-                "TensorRT-LLM 15598 decode so, the strips are the lab's own"
+                "a thread a core: images of up to 32 megapixels together are decoded at once, Pillow's passes cut into strips; "
+                "vLLM 22710 and TensorRT-LLM 15598 decode so, the strips are the lab's own"
             ),
         ),
     )

@@ -7,50 +7,115 @@ the expanded text, because a special token never merges with its neighbours, and
 from __future__ import annotations
 
 import unicodedata
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 import torch
 from jinja2 import TemplateError
 
 from fastvl_lab.checkpoint import Checkpoint
-from fastvl_lab.errors import RequestError
+from fastvl_lab.errors import RequestError, quoted, shortened
+from fastvl_lab.messages import Message, says_something, words_of
 from fastvl_lab.request import Grid, Prompt, Request
 
 # Bytes of text that a token seldom has more of.
 _LIKELY_TOKEN = 4
 
+# What tells a tool's answer from others; where a template does not write it, it keeps the answers in their order.
+_LINKS = ("tool_call_id", "name")
+
 
 def chat_text(request: Request, checkpoint: Checkpoint) -> str:
     """The conversation as the checkpoint's template writes it, one placeholder an image.
 
-    Raises `RequestError` if the user's own words contain a placeholder, which would be taken for an image, if the template cannot
-    write the conversation, and if its bytes alone make more tokens than a session has: before anything is tokenized.
+    It is what `apply_chat_template` makes of the same messages. Raises `RequestError` if the user's own words contain a
+    placeholder, which would be taken for an image, if a message has a field that the template does not write, if the template
+    cannot write the conversation, and if its bytes alone make more tokens than a session has: before anything is tokenized.
     """
-    messages = [{"role": m["role"], "content": list(m["content"])} for m in request.conversation]
-    try:
-        text: str = checkpoint.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
-    except (TemplateError, TypeError) as error:  # TypeError: a text-only template that takes content for a string
-        raise RequestError(f"the chat template of {checkpoint.name!r} cannot write this conversation: {error}") from None
+    messages = [_for_templates(message) for message in request.conversation]
+    image, video = checkpoint.tokenizer.convert_ids_to_tokens([checkpoint.image_token_id, checkpoint.config.video_token_id])
+    text, words = _written(messages, checkpoint), [word for message in messages for word in words_of(message)]
     check_bytes(text, checkpoint)
-    image, video = (checkpoint.tokenizer.convert_ids_to_tokens(token) for token in _placeholder_ids(checkpoint))
+    for placeholder in (image, video):
+        parts = "".join(words) if text.count(image) != len(request.image_inputs) or video in text else ""
+        if placeholder in parts or any(placeholder in word for word in words):
+            raise RequestError(
+                f"the prompt contains the placeholder {placeholder!r}, which stands for an image or video; "
+                f"remove it from the text and give images in images or as message parts"
+            )
     if text.count(image) != len(request.image_inputs) or video in text:
-        words = "".join(m["role"] + "".join(part.get("text", "") for part in m["content"]) for m in request.conversation)
-        for placeholder in (image, video):
-            if placeholder in words:
-                raise RequestError(
-                    f"the prompt contains the placeholder {placeholder!r}, which stands for an image or video; "
-                    f"remove it from the text and give images in images or as message parts"
-                )
         raise RequestError(
-            f"the chat template of {checkpoint.name!r} wrote {text.count(image)} image placeholders for "
+            f"the chat template of {quoted(checkpoint.name)} wrote {text.count(image)} image placeholders for "
             f"{len(request.image_inputs)} images; it is no template for images"
         )
+    if not text:
+        raise RequestError(f"the chat template of {quoted(checkpoint.name)} makes an empty prompt of this conversation")
+    for role, field in _fields(messages, text):
+        if not _is_written(field, role, messages, text, checkpoint):
+            number = next(n for n, m in enumerate(messages) if m["role"] == role and says_something(m.get(field)))
+            raise RequestError(
+                f"message {number} has the field {quoted(field)}, which the chat template of {quoted(checkpoint.name)} does not "
+                f"write for the role {quoted(role)}; leave it out, or put it into the content"
+            )
     return text
 
 
-def _placeholder_ids(checkpoint: Checkpoint) -> tuple[int, int]:
-    return checkpoint.image_token_id, int(checkpoint.config.video_token_id)
+def _for_templates(message: Message) -> Message:
+    """With a list for the parts, which templates can join and slice."""
+    content = message.get("content")
+    return message | {"content": list(content)} if isinstance(content, tuple) else message
+
+
+def _written(messages: Sequence[Message], checkpoint: Checkpoint) -> str:
+    """What the template makes of messages; raises `RequestError`."""
+    try:
+        text: str = checkpoint.tokenizer.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=True)
+    except MemoryError:
+        raise
+    except Exception as error:  # a template is foreign code, and may fail in any way on messages that it was not written for
+        why = shortened(str(error) if isinstance(error, TemplateError) else f"{type(error).__name__}: {error}")
+        raise RequestError(f"the chat template of {quoted(checkpoint.name)} cannot write this conversation: {why}") from None
+    return text
+
+
+def _fields(messages: Sequence[Message], text: str) -> Iterator[tuple[str, str]]:
+    """Every (role, field) that says something and is not seen in the prompt at a glance, once."""
+    seen = set()
+    for message in messages:
+        for field, value in message.items():
+            known = field == "role" or (message["role"] == "tool" and field in _LINKS)
+            if field == "content":  # parts are written, or a template takes them for a text and fails; a text may be passed over
+                known = not isinstance(value, str) or value.strip() in text
+            if not known and says_something(value) and (message["role"], field) not in seen:
+                seen.add((message["role"], field))
+                yield message["role"], field
+
+
+def _is_written(field: str, role: str, messages: Sequence[Message], text: str, checkpoint: Checkpoint) -> bool:
+    """Whether the template can write a field of a role's messages.
+
+    It can if some conversation reads otherwise without the field: the one at hand, or the message alone behind a question. The
+    second is for templates that leave a field out of some turns and mean it, such as the reasoning of earlier ones. That the
+    template's source has the field's name would prove less: a function in a tool call has a name, too.
+    """
+
+    def without(message: Message) -> Message:
+        return {name: value for name, value in message.items() if name != field}
+
+    def written(conversation: Sequence[Message]) -> str | None:
+        try:
+            return _written(conversation, checkpoint)
+        except RequestError:
+            return None
+
+    def differs(conversation: Sequence[Message]) -> bool:
+        whole = text if conversation is messages else written(conversation)
+        return whole is not None and whole != written([without(m) if m["role"] == role else m for m in conversation])
+
+    value = next(m[field] for m in messages if m["role"] == role and says_something(m.get(field)))
+    alone = {"role": role, "content": "x", field: "x" if isinstance(value, str) else value}
+    question = {"role": "user", "content": "x"}
+    return differs(messages) or any(differs(trial) for trial in ([alone], [question, alone]))
 
 
 def tokenize(request: Request, grids: Sequence[Grid], checkpoint: Checkpoint) -> Prompt:
@@ -58,7 +123,8 @@ def tokenize(request: Request, grids: Sequence[Grid], checkpoint: Checkpoint) ->
 
     Raises `RequestError` if the prompt and the tokens to make exceed a session's length.
     """
-    ids = np.asarray(checkpoint.tokenizer(chat_text(request, checkpoint), add_special_tokens=False).input_ids)
+    ids = np.asarray(checkpoint.tokenizer(chat_text(request, checkpoint), add_special_tokens=False).input_ids, dtype=np.int64)
+    check_tokens(int(ids.max()), checkpoint)
     is_image = ids == checkpoint.image_token_id
     assert is_image.sum() == len(grids), "one placeholder an image"
 
@@ -78,12 +144,19 @@ def tokenize(request: Request, grids: Sequence[Grid], checkpoint: Checkpoint) ->
     )
 
 
+def check_tokens(highest: int, checkpoint: Checkpoint) -> None:
+    """Raise `RequestError` for a token that the tokenizer has and the model has not; highest: of a prompt's ids."""
+    if highest >= (known := checkpoint.config.get_text_config().vocab_size):
+        token = checkpoint.tokenizer.convert_ids_to_tokens(highest)
+        raise RequestError(f"the prompt has the token {quoted(token)}, number {highest}, and the model has {known}; leave it out")
+
+
 def check_text(request: Request, checkpoint: Checkpoint) -> None:
     """Raise `RequestError` where the text alone is longer than a session, for which a long one is tokenized.
 
     For callers on a thread that has time, before the request joins those that wait for a device.
     """
-    length = sum(len(part.get("text", "")) for message in request.conversation for part in message["content"] or ())
+    length = sum(len(word) for message in request.conversation for word in words_of(message))
     if length > _LIKELY_TOKEN * checkpoint.session_len:
         text = chat_text(request, checkpoint)
         (encoded,) = checkpoint.tokenizer.backend_tokenizer.encode_batch_fast([text], add_special_tokens=False)  # without the GIL

@@ -27,7 +27,7 @@ from fastvl_lab.checkpoint import Checkpoint, tiny
 from fastvl_lab.checkpoint.fused import fuse_projections
 from fastvl_lab.checkpoint.random_weights import randomise
 from fastvl_lab.measure.statistics import Interval
-from fastvl_lab.preprocessor.decode_image import as_image, open_image, read_orientation, with_pillow
+from fastvl_lab.preprocessor.decode_image import rgb_of
 from fastvl_lab.request import ImageInput, ImageSource
 
 TINY = ("tiny-qwen2.5-vl", "tiny-qwen3-vl")
@@ -62,7 +62,7 @@ def picture() -> bytes:
 @pytest.fixture(scope="session")
 def decode() -> Callable[[Sequence[ImageSource | ImageInput]], list[Image.Image]]:
     """Upright RGB images from encoded bytes, pictures and arrays, by Pillow."""
-    return lambda images: [as_image(with_pillow(read_orientation(open_image(ImageInput.of(image))))) for image in images]
+    return lambda images: [rgb_of(ImageInput.of(image)) for image in images]
 
 
 @pytest.fixture(scope="session")

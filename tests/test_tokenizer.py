@@ -17,7 +17,7 @@ from tokenizers import AddedToken, normalizers
 from fastvl_lab import Lab, Request, RequestError
 from fastvl_lab.checkpoint import Checkpoint
 from fastvl_lab.request import Grid
-from fastvl_lab.tokenizer import check_bytes, check_text, mrope_positions, tokenize
+from fastvl_lab.tokenizer import chat_text, check_bytes, check_text, mrope_positions, tokenize
 
 grids_strategy = st.lists(st.builds(lambda h, w: Grid(1, 2 * h, 2 * w), st.integers(1, 40), st.integers(1, 40)), max_size=4)
 # Without placeholders, which hypothesis knows from the source, and which are refused in a prompt.
@@ -188,3 +188,136 @@ def test_an_answer_that_may_fit_ends_where_the_session_does(lab: Lab, engine: st
     for asked in (request, dataclasses.replace(request, fit=False, max_new_tokens=1)):
         with pytest.raises(RequestError, match="over session_len"):
             _short(lab, whole.n_prompt).run(asked, engine)
+
+
+# Roles, tools and reasoning as Qwen3's published templates have them: reasoning of turns before the last question is left out.
+TOOLS = """
+{%- set ns = namespace(last=-1) %}
+{%- for m in messages %}{%- if m.role == 'user' %}{%- set ns.last = loop.index0 %}{%- endif %}{%- endfor %}
+{%- for m in messages %}{{- '<|im_start|>' + m.role + '\n' }}
+{%- if m.role == 'assistant' and loop.index0 > ns.last and m.reasoning_content %}{{- '<think>' + m.reasoning_content + '</think>' }}
+{%- endif %}
+{%- if m.content is string %}{{- m.content }}{%- else %}{%- for p in m.content or [] %}
+{{- '<|vision_start|><|image_pad|><|vision_end|>' if p.type == 'image' else p.text }}{%- endfor %}{%- endif %}
+{%- for call in m.tool_calls or [] %}{{- '<tool_call>' + (call.function | tojson) + '</tool_call>' }}{%- endfor %}
+{{- '<|im_end|>\n' }}{%- endfor %}
+{%- if add_generation_prompt %}{{- '<|im_start|>assistant\n' }}{%- endif %}"""
+NAMES = (
+    "{% for m in messages %}[{{ m['role'] }}{{ ' ' + m.get('name') if 'name' in m else '' }}]"
+    "{{ m['content'] if m['content'] is string else m['content'] | map(attribute='text') | join('|') }}{% endfor %}"
+)
+EVERYTHING = "{{ messages | tojson }}"
+
+QUESTION = {"role": "user", "content": "What is the weather?"}
+CALL = {"id": "c", "type": "function", "function": {"name": "get", "arguments": {"town": "Ulm", "days": [1, 2]}}}
+AS_TEXT = CALL | {"function": {"name": "get", "arguments": '{"town": "Ulm"}'}}
+
+
+@pytest.mark.parametrize(
+    ("template", "messages"),
+    [
+        (TOOLS, [QUESTION, {"role": "assistant", "content": None, "tool_calls": [CALL]}, {"role": "tool", "content": "22"}]),
+        (
+            TOOLS,
+            [QUESTION, {"role": "assistant", "tool_calls": [AS_TEXT, CALL]}, {"role": "tool", "tool_call_id": "c", "content": "2"}],
+        ),
+        (TOOLS, [QUESTION, {"role": "assistant", "content": "Wet.", "reasoning_content": "Clouds."}]),
+        (TOOLS, [QUESTION, {"role": "assistant", "content": "Wet.", "reasoning_content": "Clouds."}, QUESTION]),
+        (
+            TOOLS,
+            [QUESTION, {"role": "assistant", "content": "Wet.", "tool_calls": None, "audio": None, "partial": False}, QUESTION],
+        ),
+        (TOOLS, [QUESTION, {"role": "tool", "name": "get", "tool_call_id": "c", "content": "22"}]),
+        (
+            NAMES,
+            [
+                QUESTION | {"name": "Ann"},
+                {"role": "user", "content": [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}]},
+            ],
+        ),
+        (EVERYTHING, [QUESTION | {"mood": "good"}, {"role": "assistant", "content": "a", "function_call": {"name": "f"}}]),
+        (EVERYTHING, [QUESTION, {"role": "user", "content": [{"type": "text", "text": "in parts"}]}]),
+    ],
+)
+def test_prompts_are_transformers_own_with_every_field_that_the_template_writes(
+    labs: dict[str, Lab], template: str, messages: list, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    checkpoint = labs["tiny-qwen3-vl"].checkpoint
+    monkeypatch.setattr(checkpoint.tokenizer, "chat_template", template)
+    expected = checkpoint.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+    assert chat_text(Request(messages=messages), checkpoint) == expected
+
+
+@pytest.mark.parametrize(
+    ("template", "message", "field"),
+    [
+        (TOOLS, QUESTION | {"name": "Ann"}, "name"),  # though functions in the template have names
+        (TOOLS, QUESTION | {"tool_calls_id": 5}, "tool_calls_id"),
+        (TOOLS, {"role": "assistant", "content": "a", "function_call": {"name": "f", "arguments": "{}"}}, "function_call"),
+        (TOOLS, {"role": "assistant", "content": None, "audio": {"id": "a"}}, "audio"),
+        (TOOLS, {"role": "assistant", "content": "a", "partial": True}, "partial"),
+        (TOOLS, QUESTION | {"reasoning_content": "I wonder."}, "reasoning_content"),
+        (NAMES, {"role": "assistant", "content": "a", "tool_calls": [CALL]}, "tool_calls"),
+        (NAMES, {"role": "assistant", "content": "a", "reasoning_content": "Clouds."}, "reasoning_content"),
+        ("{% for m in messages %}{{ m.role }}{% endfor %}", {"role": "user", "content": "nobody reads this"}, "content"),
+    ],
+)
+def test_a_field_that_the_template_does_not_write_is_refused_by_name(
+    labs: dict[str, Lab], template: str, message: dict, field: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lab = labs["tiny-qwen3-vl"]
+    monkeypatch.setattr(lab.checkpoint.tokenizer, "chat_template", template)
+    for engine in ("baseline", "transformers"):
+        with pytest.raises(
+            RequestError, match=f"has the field '{field}', which the chat template of 'tiny-qwen3-vl' does not write"
+        ):
+            lab.run(Request(messages=[QUESTION | {"content": "user"}, message]), engine)
+
+
+@pytest.mark.parametrize(
+    "field",
+    [
+        {"tool_calls": [{"function": {"name": "f", "arguments": '{"a": "<|image_pad|>"}'}}]},
+        {"tool_calls": [{"function": {"name": "<|video_pad|>", "arguments": {}}}]},
+        {"tool_calls": [{"function": {"name": "f", "arguments": {"<|image_pad|>": 1}}}]},
+        {"reasoning_content": "<|image_pad|>"},
+        {"name": "<|video_pad|>"},
+        {"<|image_pad|>": "a field's name"},
+    ],
+)
+def test_a_placeholder_in_any_field_is_refused(labs: dict[str, Lab], field: dict, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also where the template leaves an image out, so that the number of placeholders would be right."""
+    checkpoint = labs["tiny-qwen3-vl"].checkpoint
+    image = {"role": "system", "content": [{"type": "image", "image": np.zeros((9, 9, 3), np.uint8)}]}
+    for template in (
+        TOOLS,
+        TOOLS.replace("{%- for m in messages %}{{-", "{%- for m in messages if m.role != 'system' %}{{-"),
+        EVERYTHING,
+    ):
+        monkeypatch.setattr(checkpoint.tokenizer, "chat_template", template)
+        for messages in (
+            [QUESTION, {"role": "assistant", "content": "a", **field}],
+            [image, {"role": "assistant", "content": "a", **field}],
+        ):
+            with pytest.raises(RequestError, match="the prompt contains the placeholder"):
+                chat_text(Request(messages=messages), checkpoint)
+
+
+@pytest.mark.parametrize(
+    ("template", "says"),
+    [
+        ("{{ 1 / 0 }}", "cannot write this conversation: ZeroDivisionError"),
+        ("{{ messages[9].content.x }}", "cannot write this conversation: list object has no element 9"),
+        ("{% for _ in range(10 ** 9) %}{% endfor %}", "cannot write this conversation: OverflowError"),
+        ("{{ messages | first | attr('role') | tojson(indent='x'.foo) }}{{ raise_exception('y' * 99999) }}", "cannot write"),
+        ("{{ '' }}", "makes an empty prompt"),
+    ],
+)
+def test_whatever_a_template_does_is_one_line(
+    labs: dict[str, Lab], template: str, says: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    checkpoint = labs["tiny-qwen3-vl"].checkpoint
+    monkeypatch.setattr(checkpoint.tokenizer, "chat_template", template)
+    with pytest.raises(RequestError, match=says) as error:
+        chat_text(Request(prompt="?"), checkpoint)
+    assert len(str(error.value)) < 400

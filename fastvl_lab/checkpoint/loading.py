@@ -6,7 +6,7 @@ import json
 import os
 import re
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
@@ -17,13 +17,24 @@ import torch
 import transformers
 from transformers import AutoConfig, AutoImageProcessor, AutoModelForImageTextToText, AutoTokenizer, GenerationConfig
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
-from transformers.utils import cached_file, is_torchvision_available
+from transformers.utils import is_torchvision_available
 from transformers.utils import logging as transformers_logging
 
 from fastvl_lab.checkpoint import tiny
+from fastvl_lab.checkpoint.configs import (
+    check_config,
+    check_files,
+    check_model,
+    check_tokenizer,
+    default_dtype,
+    read_chat_template,
+    read_eos_token_ids,
+)
 from fastvl_lab.checkpoint.fused import fuse_projections
+from fastvl_lab.checkpoint.image_settings import ImageSettings, read_image_settings, try_image_processor
 from fastvl_lab.checkpoint.memory import available_bytes, gigabytes
 from fastvl_lab.checkpoint.random_weights import RANDOM_PREFIX, published, random_model, write_published_folder
+from fastvl_lab.checkpoint.reading import DTYPES, File, read_json
 from fastvl_lab.errors import CheckpointError, DeviceError, FastvlError
 
 Family = Literal["qwen2_5_vl", "qwen3_vl"]
@@ -31,8 +42,6 @@ FAMILIES: tuple[Family, ...] = ("qwen2_5_vl", "qwen3_vl")
 
 # Transformers changes torch for the whole process while it loads: a load beside another finds weights missing.
 _ONE_LOAD_AT_A_TIME = threading.Lock()
-
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -55,6 +64,7 @@ class Checkpoint:
     session_len: int
     device: torch.device
     dtype: torch.dtype
+    image_processor_file: str = "preprocessor_config.json"
 
     @property
     def config(self) -> Any:
@@ -85,18 +95,14 @@ class Checkpoint:
         """Which of Transformers' image backends the checkpoint's image processor is here."""
         return "pillow" if isinstance(self.image_processor, Qwen2VLImageProcessorPil) else "torchvision"
 
+    @cached_property
+    def image_settings(self) -> ImageSettings:
+        """What the image processor does to an image; raises `CheckpointError` for settings that cannot be used."""
+        return read_image_settings(self.image_processor, File(checkpoint=self.name, name=self.image_processor_file))
+
     def scale_shift(self) -> tuple[torch.Tensor, torch.Tensor]:
         """Rescale and normalise in one: a byte x of a channel becomes x * scale - shift; float64 [channels] each, on the host."""
-        mean, std = (
-            torch.tensor(x, dtype=torch.float64) for x in (self.image_processor.image_mean, self.image_processor.image_std)
-        )
-        return self.image_processor.rescale_factor / std, mean / std
-
-    def pixel_limits(self, min_pixels: int | None, max_pixels: int | None) -> tuple[int, int]:
-        """The least and greatest area of a resized image: the request's where given, else the checkpoint's own."""
-        size = self.image_processor.size
-        least = size["shortest_edge"] if min_pixels is None else min_pixels
-        return least, size["longest_edge"] if max_pixels is None else max_pixels
+        return self.image_settings.scale_shift()
 
 
 def load(name: str | Path, *, device: str | torch.device | None = None, dtype: str | torch.dtype | None = None) -> Checkpoint:
@@ -142,25 +148,43 @@ def _settle_vector_math() -> None:
 
 def _from_pretrained(name: str, source: str, device: torch.device, dtype: torch.dtype | None) -> Checkpoint:
     with _as_checkpoint_error(name):
-        config = AutoConfig.from_pretrained(source)
+        file = File(checkpoint=name, name="config.json")
+        check_files(name, source)
+        with file.unread():
+            config = AutoConfig.from_pretrained(source)
         family = _family(name, config)
-        dtype = dtype or (torch.float32 if device.type == "cpu" else getattr(config, "dtype", None) or torch.bfloat16)
+        check_config(config, file)
+        dtype = dtype or default_dtype(config, device, file)
         _check_memory(name, config, {torch.device("cpu"), device}, dtype)  # weights reach a GPU through the host
-        model, report = AutoModelForImageTextToText.from_pretrained(
+        model, report = AutoModelForImageTextToText.from_pretrained(  # safetensors, or tensors of a .bin and nothing else of it
             source,
             dtype=dtype,
             attn_implementation="sdpa",  # Transformers' own default; named, so that a changed default can't change the bar
-            use_safetensors=True,
+            ignore_mismatched_sizes=True,  # they are reported, and refused in words
             output_loading_info=True,
         )
-        for fault in ("missing_keys", "mismatched_keys", "unexpected_keys"):
-            if report[fault]:  # Transformers would go on with weights it made up
-                keys = sorted(map(str, report[fault]))
-                raise CheckpointError(
-                    f"checkpoint {name!r} has {len(keys)} {fault.replace('_', ' ')}, the first {keys[0]}; its weights and its "
-                    f"config.json do not belong together"
-                )
+        _check_report(name, model, report)
         return _checkpoint(name, family, model.to(device), source)
+
+
+# What older versions of the models saved though they compute it anew, by the last part of its name: tables of rotary positions.
+_COMPUTED = ("inv_freq", "original_inv_freq", "cos_cached", "sin_cached", "position_ids")
+
+
+def _check_report(name: str, model: Any, report: Mapping[str, Any]) -> None:
+    """Raise `CheckpointError` for weights that are not the model's, where Transformers would go on with some that it made up."""
+    computed = {*_COMPUTED, *(buffer.rpartition(".")[2] for buffer, _ in model.named_buffers())}
+    faults = {
+        "missing_keys": "its files do not hold all the parameters of the model that its config.json describes",
+        "mismatched_keys": "they are of other shapes than those of the model that its config.json describes",
+        "unexpected_keys": "the model that its config.json describes has no such parameters",
+    }
+    for fault, meaning in faults.items():
+        keys = sorted(key if isinstance(key, str) else f"{key[0]}, {list(key[1])} for {list(key[2])}" for key in report[fault])
+        if fault == "unexpected_keys":
+            keys = [key for key in keys if key.rpartition(".")[2] not in computed]
+        if keys:
+            raise CheckpointError(f"checkpoint {name!r} has {len(keys)} {fault.replace('_', ' ')}, the first {keys[0]}: {meaning}")
 
 
 def _random(name: str, device: torch.device, dtype: torch.dtype | None) -> Checkpoint:
@@ -172,6 +196,7 @@ def _random(name: str, device: torch.device, dtype: torch.dtype | None) -> Check
     with _quiet(), _as_checkpoint_error(name):
         source = str(write_published_folder(hub_id))
         config = AutoConfig.from_pretrained(source)
+        check_config(config, File(checkpoint=name, name="config.json"))
         _check_memory(name, config, {device}, dtype)
         model = random_model(config, device=device, dtype=dtype, seed=0)
         return _checkpoint(name, _family(name, config), model, source)
@@ -179,19 +204,18 @@ def _random(name: str, device: torch.device, dtype: torch.dtype | None) -> Check
 
 def _checkpoint(name: str, family: Family, model: Any, source: str) -> Checkpoint:
     """Gather what stands beside the weights; `source` holds tokenizer, image processor and generation config."""
-    tokenizer, image_processor = AutoTokenizer.from_pretrained(source), _image_processor(source)
-    tokenizer.chat_template = _chat_template(source) or tokenizer.chat_template
-    if tokenizer.chat_template is None:
-        raise CheckpointError(f"checkpoint {name!r} has no chat template; the lab writes prompts with the checkpoint's own")
-    _check_image_processor(name, image_processor, model.config.vision_config)
-    for token_id in (model.config.image_token_id, model.config.video_token_id):
-        if not tokenizer.convert_ids_to_tokens(token_id):
-            raise CheckpointError(f"checkpoint {name!r} has a tokenizer without token {token_id}, which its config.json names")
-    eos_token_ids = _eos_token_ids(source, model.config, tokenizer)
+    check_model(model, File(checkpoint=name, name="config.json"))
+    with File(checkpoint=name, name="tokenizer").unread():
+        tokenizer = AutoTokenizer.from_pretrained(source)
+    tokenizer.chat_template = read_chat_template(name, source, tokenizer)
+    check_tokenizer(name, tokenizer, model)
+    image_processor, file = _image_processor(name, source)
+    _check_image_processor(image_processor, file, model.config.vision_config)
+    eos_token_ids = read_eos_token_ids(name, source, model.config, tokenizer)
     # Greedy and nothing else: the published generation configs carry sampling settings and a repetition penalty.
     model.generation_config = GenerationConfig(do_sample=False, pad_token_id=tokenizer.pad_token_id)
     fuse_projections(model)
-    max_length = int(model.config.get_text_config().max_position_embeddings)
+    max_length = model.config.get_text_config().max_position_embeddings
     return Checkpoint(
         name=name,
         family=family,
@@ -203,55 +227,38 @@ def _checkpoint(name: str, family: Family, model: Any, source: str) -> Checkpoin
         session_len=max_length,
         device=next(model.parameters()).device,
         dtype=model.dtype,
+        image_processor_file=file.name,
     )
 
 
-def _chat_template(source: str) -> str | None:
-    """The processor's template, which comes before the tokenizer's: chat_template.jinja, or an older chat_template.json."""
-    for file in ("chat_template.jinja", "chat_template.json"):
-        path = cached_file(source, file, _raise_exceptions_for_missing_entries=False)
-        if path is not None:
-            text = Path(path).read_text(encoding="utf-8")
-            return text if file.endswith("jinja") else str(json.loads(text)["chat_template"])
-    return None
-
-
-def _check_image_processor(name: str, processor: Any, vision: Any) -> None:
-    """Raise `CheckpointError` for patches that the model cannot take."""
-    expected = {
-        "do_resize": True,
+def _check_image_processor(processor: Any, file: File, vision: Any) -> None:
+    """Raise `CheckpointError` for settings that cannot be used, and for patches that the model cannot take."""
+    settings = read_image_settings(processor, file)
+    needed = {
         "patch_size": vision.patch_size,
         "merge_size": vision.spatial_merge_size,
         "temporal_patch_size": vision.temporal_patch_size,
     }
-    for field, value in expected.items():
-        if getattr(processor, field) != value:
-            raise CheckpointError(
-                f"checkpoint {name!r} has {field}={getattr(processor, field)!r} in preprocessor_config.json, and its model needs "
-                f"{value!r}"
-            )
+    for key, value in needed.items():
+        if getattr(settings, key) != value:
+            raise file.refused(key, getattr(settings, key), f"{value}, as its config.json has it")
+    try_image_processor(processor, settings, file)
 
 
-def _image_processor(source: str) -> Any:
-    """Transformers' default image processor for this machine: torchvision's backend where that is installed, else Pillow's.
+def _image_processor(name: str, source: str) -> tuple[Any, File]:
+    """Transformers' default image processor for this machine, and the file that its settings stand in; raises `CheckpointError`.
 
-    The choice is `AutoImageProcessor`'s; named here because some supported versions cannot import that class without torchvision.
+    That is torchvision's backend where it is installed, else Pillow's. The choice is `AutoImageProcessor`'s; named here because
+    some supported versions cannot import that class without torchvision.
     """
     chosen = AutoImageProcessor if is_torchvision_available() else Qwen2VLImageProcessorPil
-    return chosen.from_pretrained(source)
-
-
-def _eos_token_ids(source: str, config: Any, tokenizer: Any) -> tuple[int, ...]:
-    """The tokens that end an answer: generation_config.json's, else config.json's, else the tokenizer's."""
-    try:
-        eos = GenerationConfig.from_pretrained(source).eos_token_id
-    except OSError:  # the file is optional
-        eos = None
-    if eos is None:
-        eos = config.get_text_config().eos_token_id
-    if eos is None:
-        eos = tokenizer.eos_token_id
-    return tuple(eos) if isinstance(eos, list | tuple) else (int(eos),)
+    file = File(checkpoint=name, name="preprocessor_config.json")
+    if isinstance(read_json(source, "processor_config.json", name).get("image_processor"), dict):  # which goes before
+        file = File(checkpoint=name, name="processor_config.json")
+    elif not read_json(source, file.name, name):
+        raise file.fails("that is missing or empty")
+    with file.unread():
+        return chosen.from_pretrained(source), file
 
 
 def _check_folder(name: str, path: Path) -> None:
@@ -304,8 +311,8 @@ def resolve_dtype(dtype: str | torch.dtype | None) -> torch.dtype | None:
 
 def _check_memory(name: str, config: Any, devices: set[torch.device], dtype: torch.dtype) -> None:
     """Raise `DeviceError` if the weights alone cannot fit on one of the devices; activations and cache come on top."""
-    with torch.device("meta"):
-        empty = AutoModelForImageTextToText.from_config(config, dtype=dtype)
+    with torch.device("meta"), File(checkpoint=name, name="config.json").unread():
+        empty = AutoModelForImageTextToText.from_config(config, dtype=dtype, attn_implementation="sdpa")
     needed = sum(p.numel() * p.element_size() for p in empty.parameters())
     for device in devices:
         available = available_bytes(device)

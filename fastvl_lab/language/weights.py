@@ -81,7 +81,7 @@ def decoder_weights(checkpoint: Checkpoint) -> DecoderWeights:
         rope=MRope(
             inv_freq=text.rotary_emb.inv_freq.float(),
             scaling=text.rotary_emb.attention_scaling,
-            sections=tuple(config.rope_parameters["mrope_section"]),
+            sections=tuple(text.rotary_emb.mrope_section),
             interleaved=checkpoint.family == "qwen3_vl",
         ),
     )

@@ -19,8 +19,8 @@ from fastvl_lab.measure.hardware import find_hardware
 from fastvl_lab.measure.published import without_weights
 from fastvl_lab.measure.statistics import FOR_AN_INTERVAL
 from fastvl_lab.measure.verdicts import FEW, SEVERITIES, Cleared, Device, Finding, Outcome, Seen, Unchecked, seconds
-from fastvl_lab.preprocessor.layout import shapes_of
-from fastvl_lab.request import Grid, Request
+from fastvl_lab.preprocessor.layout import AreaLimits, shapes_of
+from fastvl_lab.request import Grid
 from fastvl_lab.run import Run
 
 FOR_A_P95 = 20  # samples: of fewer, the highest 5% are less than one
@@ -175,7 +175,8 @@ def _with_image(seen: Seen, image: tuple[int, int] | None) -> Seen:
     whole = isinstance(image, list | tuple) and all(isinstance(side, int) and side > 0 for side in image)
     if not whole or len(image) != 2:
         raise FastvlError(f"image is {image!r}; give its (width, height) in whole pixels")
-    (shape,) = shapes_of([image], Request(prompt=""), seen.model)
+    settings = seen.model.image_settings
+    (shape,) = shapes_of([image], [AreaLimits(settings.min_pixels, settings.max_pixels)], seen.model)
     return replace(seen, n_visual=shape.visual_tokens, work=_work(seen.model, [shape.grid], shape.visual_tokens))
 
 

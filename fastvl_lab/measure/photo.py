@@ -9,7 +9,7 @@ from pathlib import Path
 from PIL import Image
 
 from fastvl_lab.errors import ImageError, MissingExtraError
-from fastvl_lab.preprocessor.decode_image import as_image, open_image, read_orientation, with_pillow
+from fastvl_lab.preprocessor.decode_image import rgb_of
 from fastvl_lab.request import ImageInput
 
 # scikit-image ships these photographs inside its wheel (skimage/data/README.txt has their licences).
@@ -29,8 +29,7 @@ def photo(image: str | Path | bytes, size: tuple[int, int] | None = None) -> byt
     width, height = size
     if width < 1 or height < 1:
         raise ImageError(f"size is {width}x{height}; both sides must be at least 1 pixel")
-    picture = as_image(with_pillow(read_orientation(open_image(ImageInput(data=data, label=str(image)[:80])))))
-    encoded = io.BytesIO()
+    picture, encoded = rgb_of(ImageInput(data=data, label=str(image)[:80])), io.BytesIO()
     picture.resize((width, height), Image.Resampling.LANCZOS).save(encoded, "JPEG", quality=92)
     return encoded.getvalue()
 

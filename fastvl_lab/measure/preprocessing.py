@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 
@@ -44,13 +45,18 @@ def _task(lab: Lab, request: Request, bound: BoundPreprocessor) -> Task:
 
     @torch.inference_mode()
     def run() -> dict[str, float]:
-        start = now(device)
-        decoded = bound.decode(request)
-        decoded_at = now(device)
-        pixels = bound.preprocess(decoded, request)
-        preprocessed_at = now(device)
-        bound.upload(pixels.patches)
-        return dict(zip(STEPS, np.diff([start, decoded_at, preprocessed_at, now(device)]).tolist(), strict=True))
+        seconds = dict.fromkeys(STEPS, 0.0)
+
+        @contextmanager
+        def span(step: str) -> Iterator[None]:
+            started = now(device)
+            yield
+            seconds[step] += now(device) - started
+
+        with span("decode_image"):
+            opened = bound.open(request)
+        bound.make(opened, span)
+        return seconds
 
     return partial(lab.compute, run)
 
@@ -69,7 +75,7 @@ def model_pictures(lab: Lab, request: Request, recipe: Recipe) -> tuple[np.ndarr
     if recipe.preprocessor.patchify == "triton":  # which changes no pixel, but writes them in the model's dtype
         recipe = recipe.replace("preprocessor.patchify", "torch")
     bound, layout = _bound(lab, request, recipe), PatchLayout.of(lab.checkpoint)
-    pixels = lab.compute(lambda: bound.preprocess(bound.decode(request), request))
+    pixels = lab.compute(lambda: bound.patches(request))
     parts = pixels.patches.cpu().split([grid.n_patches for grid in pixels.grids])
     return tuple(to_picture(part, grid, layout).numpy() for part, grid in zip(parts, pixels.grids, strict=True))
 

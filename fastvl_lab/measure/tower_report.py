@@ -81,7 +81,7 @@ def _errors(lab: Lab, request: Request, recipes: Mapping[str, Recipe]) -> dict[s
         stock_form = dataclasses.replace(recipe.preprocessor, payload="float32", temporal="duplicated")
         whole = preprocessor.bind(stock_form, lab.checkpoint)
         try:
-            pixels, stock_pixels = sent.pixels(request), whole.preprocess(whole.decode(request), request)
+            pixels, stock_pixels = sent.pixels(request), whole.patches(request)
             grid = torch.tensor(stock_pixels.grids, device=lab.device)
             truth = visual(stock_pixels.patches.to(lab.device, wide), grid_thw=grid)
             made = vit.bind(recipe.vit, lab.checkpoint, sent.patch_format)(pixels, Tracer(lab.device, "off"))

@@ -26,7 +26,7 @@ from fastvl_lab.errors import EndpointError
 from fastvl_lab.peers.answers import MAX_EVENT, Event, Model, Usage, read_events, read_models, said
 from fastvl_lab.peers.counts import Piece, tokens_of
 from fastvl_lab.pipeline import Outcome
-from fastvl_lab.preprocessor.decode_image import as_image, open_image, read_orientation, with_pillow
+from fastvl_lab.preprocessor.decode_image import rgb_of
 from fastvl_lab.request import ImageInput, Kind, Request
 from fastvl_lab.streaming.text import Deliver
 from fastvl_lab.trace import Tracer
@@ -140,22 +140,18 @@ class HttpPeer:
     def _message(self, message: Mapping[str, Any], images: Iterator[ImageInput]) -> dict[str, Any]:
         """A message of the conversation with its images in it."""
         content = message.get("content")
-        if not isinstance(content, list | tuple):
+        if not isinstance(content, tuple):
             return dict(message)
-        return {**message, "content": [self._image_part(part, images) if part["type"] == "image" else part for part in content]}
+        return {**message, "content": [self._image_part(next(images)) if part["type"] == "image" else part for part in content]}
 
-    def _image_part(self, part: Mapping[str, Any], images: Iterator[ImageInput]) -> dict[str, Any]:
-        """An image, with what its part says beside it; `detail` alone is every endpoint's."""
-        beside = {name: value for name, value in part.items() if name not in ("type", "image", "image_url", "path")}
-        address = {"url": _data_uri(next(images))}
-        if "detail" in beside:
-            address["detail"] = beside.pop("detail")
-        if beside and self._owner != "fastvl_lab":
-            names = ", ".join(beside)
+    def _image_part(self, image: ImageInput) -> dict[str, Any]:
+        """An image with its own limits, which this project's server alone knows."""
+        limits = {name: getattr(image, name) for name in ("min_pixels", "max_pixels") if getattr(image, name) is not None}
+        if limits and self._owner != "fastvl_lab":
             raise EndpointError(
-                f"endpoint {self._address.geturl()!r} knows no {names} of a single image; set limits of the request"
+                f"endpoint {self._address.geturl()!r} knows no {', '.join(limits)} of a single image; set limits of the request"
             )
-        return {"type": "image_url", "image_url": address, **beside}
+        return {"type": "image_url", "image_url": {"url": _data_uri(image)}, **limits}
 
 
 class _Answer:
@@ -243,7 +239,7 @@ def _data_uri(image: ImageInput) -> str:
     data = image.data
     if not isinstance(data, bytes):
         buffer = io.BytesIO()
-        as_image(with_pillow(read_orientation(open_image(image)))).save(buffer, "PNG", compress_level=1)  # its time is in TTFT
+        rgb_of(image).save(buffer, "PNG", compress_level=1)  # its time is in TTFT
         data = buffer.getvalue()
     kind = next((kind for magic, kind in _MAGIC if data.startswith(magic)), "webp")
     return f"data:image/{kind};base64,{base64.b64encode(data).decode()}"

@@ -23,7 +23,7 @@ from fastvl_lab.preprocessor import bind
 from fastvl_lab.recipe import Preprocessor
 from fastvl_lab.request import Grid, Pixels, Request
 from fastvl_lab.streaming.text import Deliver, Emitter, TokenBytes
-from fastvl_lab.tokenizer import chat_text, check_length, tokens_to_make
+from fastvl_lab.tokenizer import chat_text, check_length, check_tokens, tokens_to_make
 from fastvl_lab.trace import Tracer
 
 
@@ -47,7 +47,7 @@ class TransformersPeer:
         settings = GenerationConfig(
             max_new_tokens=tokens_to_make(n_prompt, request, checkpoint),
             do_sample=False,
-            eos_token_id=None if request.ignore_eos else list(checkpoint.eos_token_ids),
+            eos_token_id=None if request.ignore_eos else list(checkpoint.eos_token_ids) or None,
             pad_token_id=checkpoint.tokenizer.pad_token_id,
         )
         streamer = _Streamer(Emitter(self.token_bytes, deliver), tracer, settings)
@@ -77,18 +77,17 @@ class TransformersPeer:
 
     def _inputs(self, request: Request, tracer: Tracer) -> tuple[dict[str, torch.Tensor], Pixels | None]:
         """What the model's forward takes, on the device, and the pixels among it."""
-        pixels = None
+        opened = pixels = None
         if request.image_inputs:
             with tracer.span("decode_image"):
-                decoded = self.images.decode(request)
-            with tracer.span("preprocess"):
-                pixels = self.images.preprocess(decoded, request)
+                opened = self.images.open(request)
         with tracer.span("tokenize"):
-            inputs = self._tokenize(request, pixels.grids if pixels else ())
+            inputs = self._tokenize(request, opened.grids if opened else ())
+        if opened is not None:
+            pixels = self.images.make(opened, tracer.span)
         with tracer.span("upload"):
             if pixels is not None:
-                inputs["pixel_values"] = self.images.upload(pixels.patches)
-                inputs["image_grid_thw"] = torch.tensor(pixels.grids)
+                inputs |= {"pixel_values": pixels.patches, "image_grid_thw": torch.tensor(pixels.grids)}
             return {name: tensor.to(self.checkpoint.device) for name, tensor in inputs.items()}, pixels
 
     def _tokenize(self, request: Request, grids: tuple[Grid, ...]) -> dict[str, torch.Tensor]:
@@ -102,6 +101,7 @@ class TransformersPeer:
         pieces = text.split(placeholder)
         text = pieces[0] + "".join(placeholder * n + piece for n, piece in zip(visual_tokens, pieces[1:], strict=True))
         inputs = dict(checkpoint.tokenizer(text, add_special_tokens=False, return_tensors="pt"))
+        check_tokens(int(inputs["input_ids"].max()), checkpoint)
         check_length(inputs["input_ids"].shape[1], request, checkpoint, visual_tokens=sum(visual_tokens))
         if grids:
             inputs["mm_token_type_ids"] = (inputs["input_ids"] == checkpoint.image_token_id).int()

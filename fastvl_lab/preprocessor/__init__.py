@@ -1,4 +1,4 @@
-"""Slot 1: image bytes to patches."""
+"""Slot 1: image bytes to patches, one image at a time."""
 
 from __future__ import annotations
 
@@ -11,24 +11,41 @@ from functools import partial
 import torch
 
 from fastvl_lab.checkpoint import Checkpoint
+from fastvl_lab.errors import RequestError
 from fastvl_lab.preprocessor import decode_image, patchify, resize, stock, upload
 from fastvl_lab.preprocessor.decode_image import Decoder, Opened, as_image, as_tensor, content_of, open_image, read_orientation
-from fastvl_lab.preprocessor.layout import PatchLayout, shapes_of
+from fastvl_lab.preprocessor.layout import AreaLimits, PatchLayout, area_limits, shapes_of
 from fastvl_lab.preprocessor.resize import Each, Resize
 from fastvl_lab.preprocessor.upload import Copy, PatchUpload
 from fastvl_lab.recipe import Preprocessor
-from fastvl_lab.request import Decoded, Grid, ImageShape, PatchFormat, Picture, Pixels, Request
+from fastvl_lab.request import MAX_REQUEST_PIXELS, Grid, ImageShape, PatchFormat, Picture, Pixels, Request
+from fastvl_lab.trace import Inner, no_inner
 
-# Resized images, uint8 [height, width, 3], to patches.
-ToPatches = Callable[[Sequence[torch.Tensor]], torch.Tensor]
+# A resized image, uint8 [height, width, 3], to patches.
+ToPatches = Callable[[torch.Tensor], torch.Tensor]
+
+# Pictures that threads decode at once have no more pixels than this together, unless it is one picture: 100 MB as RGB.
+PIXELS_AT_ONCE = 32_000_000
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class OpenedImage:
+    """An image whose header has been read, the limits on its area, and what will become of its size."""
+
+    image: Opened
+    limits: AreaLimits
+    shape: ImageShape
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class OpenedImages:
-    """Images whose headers have been read, and what will become of their sizes."""
+    """The images of a request, in order."""
 
-    images: tuple[Opened, ...]
-    shapes: tuple[ImageShape, ...]
+    images: tuple[OpenedImage, ...]
+
+    @property
+    def shapes(self) -> tuple[ImageShape, ...]:
+        return tuple(one.shape for one in self.images)
 
     @property
     def grids(self) -> tuple[Grid, ...]:
@@ -36,67 +53,109 @@ class OpenedImages:
 
     def contents(self) -> Iterator[tuple[str, bytes]]:
         """Of each image, what it is resized to and the bytes that stand for it; raises `ImageError`."""
-        for image, shape in zip(self.images, self.shapes, strict=True):
-            yield f"{shape.resized_width}x{shape.resized_height}", content_of(image)
+        for one in self.images:
+            yield f"{one.shape.resized_width}x{one.shape.resized_height}", content_of(one.image)
 
     def only(self, numbers: Sequence[int]) -> OpenedImages:
         """Some of them, in order."""
-        return OpenedImages(images=tuple(self.images[i] for i in numbers), shapes=tuple(self.shapes[i] for i in numbers))
+        return OpenedImages(images=tuple(self.images[i] for i in numbers))
 
 
 @dataclass(frozen=True, kw_only=True)
 class BoundPreprocessor:
-    """The stages of the slot: encoded images to RGB, RGB to patches, patches to the device, where they have `patch_format`.
+    """The stages of the slot: an encoded image to RGB, RGB to patches, patches to the device, where they have `patch_format`.
 
-    `open` reads the headers, and raises for all that headers can be refused for. `copy` is how any host tensor reaches the device.
+    `open` reads the headers of a request, and raises for all that headers can be refused for. decode: of some images, which are
+    decoded at once. preprocess: of one. `copy` is how any host tensor reaches the device. at_once: how many images are decoded at
+    once at most.
     """
 
     open: Callable[[Request], OpenedImages]
-    read: Callable[[OpenedImages], Decoded]
-    preprocess: Callable[[Decoded, Request], Pixels]
+    decode: Callable[[Sequence[OpenedImage]], list[Picture]]
+    preprocess: Callable[[Picture, OpenedImage], torch.Tensor]
     upload: PatchUpload
     copy: Copy
     patch_format: PatchFormat
+    at_once: int
 
-    def decode(self, request: Request) -> Decoded:
-        """Headers, then pixels."""
-        return self.read(self.open(request))
+    def make(self, opened: OpenedImages, span: Inner) -> Pixels:
+        """Images as what the vision tower is given, on the device, a span a stage and image.
+
+        An image is decoded once those before it are patches, but for the few that threads decode at once; so the pictures of a
+        request are never in memory together. Raises `ImageError`, and what a span raises, such as that nobody waits any more.
+        """
+        return _one_by_one(self, opened, span, self.upload)
 
     def pixels(self, request: Request) -> Pixels:
-        """All three stages: the request's images as what the vision tower is given, on the device."""
-        return upload.upload_pixels(self.preprocess(self.decode(request), request), self.upload)
+        """All stages of a request's images, from their headers on; raises `ImageError` and `RequestError`."""
+        return self.make(self.open(request), no_inner)
+
+    def patches(self, request: Request) -> Pixels:
+        """The same before the upload: images as they are sent."""
+        return _one_by_one(self, self.open(request), no_inner, lambda patches: patches)
+
+
+def _one_by_one(bound: BoundPreprocessor, opened: OpenedImages, span: Inner, upload: PatchUpload) -> Pixels:
+    rows, at, whole = sum(grid.n_patches for grid in opened.grids), 0, torch.empty(0)
+    for group in _groups(opened.images, bound.at_once):
+        with span("decode_image"):
+            pictures = bound.decode(group)[::-1]
+        for one in group:
+            with span("preprocess"):
+                patches = bound.preprocess(pictures.pop(), one)
+            with span("upload"):
+                patches = upload(patches)
+                if len(patches) == rows:  # there is one image
+                    return Pixels(patches=patches, shapes=opened.shapes)
+                if at == 0:
+                    whole = patches.new_empty((rows, *patches.shape[1:]))
+                whole[at : at + len(patches)] = patches
+            at += len(patches)
+    assert at == rows
+    return Pixels(patches=whole, shapes=opened.shapes)
+
+
+def _groups(images: Sequence[OpenedImage], at_once: int) -> Iterator[list[OpenedImage]]:
+    """Neighbours that are decoded at once: at most that many, and of no more than `PIXELS_AT_ONCE` together."""
+    group: list[OpenedImage] = []
+    for one in images:
+        if group and (len(group) == at_once or sum(map(_n_pixels, [*group, one])) > PIXELS_AT_ONCE):
+            yield group
+            group = []
+        group.append(one)
+    yield group
+
+
+def _n_pixels(one: OpenedImage) -> int:
+    return one.image.width * one.image.height
 
 
 def bind(slot: Preprocessor, checkpoint: Checkpoint) -> BoundPreprocessor:
     """The functions that the slot's toggles name; raises `CheckpointError` where the checkpoint asks for what they have not."""
     n_threads = {"one": 1, "all": _n_cores()}[slot.threads]
     each: Each = map if n_threads == 1 else ThreadPoolExecutor(n_threads, thread_name_prefix="fastvl-preprocessor").map
-    device, dtype, stock_frames = checkpoint.device, checkpoint.dtype, checkpoint.image_processor.temporal_patch_size
+    device, dtype, stock_frames = checkpoint.device, checkpoint.dtype, checkpoint.image_settings.temporal_patch_size
     copy = {"pageable": upload.pageable, "pinned": upload.pinned}[slot.upload](device)
-    open_all = partial(open_images, checkpoint=checkpoint, each=each)
-    read = _read(slot, checkpoint, copy, each)
+    open_all = partial(open_images, checkpoint=checkpoint)
+    decode = _decode(slot, checkpoint, copy, each)
     if slot.resize == "transformers":
         return BoundPreprocessor(
             open=open_all,
-            read=read,
-            preprocess=lambda decoded, request: stock.preprocess(decoded, request, checkpoint),
+            decode=decode,
+            preprocess=lambda picture, one: stock.preprocess(picture, one.shape, one.limits, checkpoint),
             upload=upload.normalised(copy, dtype),
             copy=copy,
             patch_format=PatchFormat(frames=stock_frames, normalised=True),
+            at_once=n_threads,
         )
     layout = PatchLayout.of(checkpoint)
     frames = {"duplicated": stock_frames, "folded": 1}[slot.temporal]
     resize_to = _resize(slot, checkpoint, copy, each, n_threads)
     to_patches = _to_patches(slot, checkpoint, copy, layout, frames)
-
-    def preprocess(decoded: Decoded, request: Request) -> Pixels:
-        resized = [resize_to(picture, shape) for picture, shape in zip(decoded.pictures, decoded.shapes, strict=True)]
-        return Pixels(patches=to_patches(resized), shapes=decoded.shapes)
-
     return BoundPreprocessor(
         open=open_all,
-        read=read,
-        preprocess=preprocess,
+        decode=decode,
+        preprocess=lambda picture, one: to_patches(resize_to(picture, one.shape)),
         upload={
             "float32": upload.normalised(copy, dtype),
             "uint8": upload.normalising(copy, device, dtype, layout, frames),
@@ -104,11 +163,12 @@ def bind(slot: Preprocessor, checkpoint: Checkpoint) -> BoundPreprocessor:
         }[slot.payload],
         copy=copy,
         patch_format=PatchFormat(frames=frames, normalised=slot.payload != "uint8_folded"),
+        at_once=n_threads,
     )
 
 
-def _read(slot: Preprocessor, checkpoint: Checkpoint, copy: Copy, each: Each) -> Callable[[OpenedImages], Decoded]:
-    """The pixels, in the form that the resize takes."""
+def _decode(slot: Preprocessor, checkpoint: Checkpoint, copy: Copy, each: Each) -> Callable[[Sequence[OpenedImage]], list[Picture]]:
+    """The pixels of some images, in the form that the resize takes."""
     decoders: dict[str, Decoder] = {
         "pillow": decode_image.with_pillow,
         "turbojpeg": decode_image.with_turbojpeg,
@@ -117,23 +177,28 @@ def _read(slot: Preprocessor, checkpoint: Checkpoint, copy: Copy, each: Each) ->
     }
     decoder = decoders[slot.decode]
     form: Callable[[Picture], Picture] = as_image if slot.resize in ("transformers", "pillow") else as_tensor
-
-    def read(opened: OpenedImages) -> Decoded:
-        pictures = tuple(each(lambda one, shape: form(decoder(one, shape)), opened.images, opened.shapes))
-        return Decoded(pictures=pictures, shapes=opened.shapes)
-
-    return read
+    return lambda images: list(each(lambda one: form(decoder(one.image, one.shape)), images))
 
 
-def open_images(request: Request, checkpoint: Checkpoint, each: Each = map) -> OpenedImages:
+def open_images(request: Request, checkpoint: Checkpoint) -> OpenedImages:
     """The headers of a request's images and what will become of their sizes; raises for all that headers can be refused for."""
-    images = request.image_inputs
+    images, settings = request.image_inputs, checkpoint.image_settings
     if len(images) > 1:  # so that an error says which
         images = tuple(replace(image, label=f"{image.label}, {n} of {len(images)}") for n, image in enumerate(images, start=1))
-    opened = [open_image(image) for image in images]
-    shapes_of([one.size for one in opened], request, checkpoint)  # which way up does not matter to the limits
-    opened = list(each(read_orientation, opened))
-    return OpenedImages(images=tuple(opened), shapes=shapes_of([one.size for one in opened], request, checkpoint))
+    opened = [open_image(image, converts=settings.converts) for image in images]
+    n_pixels = sum(one.width * one.height for one in opened)
+    if n_pixels > MAX_REQUEST_PIXELS:
+        raise RequestError(
+            f"the {len(opened)} images of the request have {n_pixels} pixels together, as their headers say; the limit is "
+            f"{MAX_REQUEST_PIXELS}; send fewer, or smaller ones"
+        )
+    limits = [area_limits(image, request, settings) for image in images]
+    shapes_of([one.size for one in opened], limits, checkpoint)  # which way up does not matter to the limits
+    opened = [read_orientation(one) for one in opened]
+    shapes = shapes_of([one.size for one in opened], limits, checkpoint)
+    return OpenedImages(
+        images=tuple(OpenedImage(image=i, limits=li, shape=s) for i, li, s in zip(opened, limits, shapes, strict=True))
+    )
 
 
 def _resize(slot: Preprocessor, checkpoint: Checkpoint, copy: Copy, each: Each, n_threads: int) -> Resize:
@@ -157,7 +222,7 @@ def _to_patches(slot: Preprocessor, checkpoint: Checkpoint, copy: Copy, layout: 
         "torch": partial(patchify.with_torch, pinned=slot.upload == "pinned" and slot.resize != "device"),
     }
     to_patches = options[slot.patchify]
-    return lambda resized: to_patches([image[None] for image in resized], layout, frames=frames, normalised=normalised)
+    return lambda resized: to_patches([resized[None]], layout, frames=frames, normalised=normalised)
 
 
 def _n_cores() -> int:

@@ -1,7 +1,9 @@
-"""Encoded bytes to RGB pixels, in two steps: the header, which sizes and limits are read from, then the pixels.
+"""What an image is given as, to upright RGB: first the header, which sizes and limits are read from, then the pixels.
 
-Decoders map an `Opened` image and what is to become of its size to upright RGB: a `PIL.Image`, or a uint8 tensor
-[height, width, 3]. What is no image is refused in words.
+There is one way to RGB, Transformers': `load_image`, which turns by the EXIF orientation and converts the mode, then the image
+processor's own conversion, which puts a transparent colour on white. Decoders map an `Opened` image and what is to become of its
+size to a `PIL.Image` or a uint8 tensor [height, width, 3], and take from Pillow only what they make equal pixels of. What is no
+image is refused in words.
 """
 
 from __future__ import annotations
@@ -10,15 +12,17 @@ import dataclasses
 import importlib
 import io
 import warnings
+import zlib
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 
 import numpy as np
 import torch
-from PIL import ExifTags, Image, ImageOps, JpegImagePlugin, TiffImagePlugin, UnidentifiedImageError
+from PIL import ExifTags, Image, ImageOps, JpegImagePlugin, PngImagePlugin, TiffImagePlugin, UnidentifiedImageError
+from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
-from fastvl_lab.errors import DeviceError, ImageError, require
+from fastvl_lab.errors import DeviceError, ImageError, require, shortened
 from fastvl_lab.preprocessor.upload import Copy
 from fastvl_lab.request import ImageInput, ImageShape, Picture
 
@@ -30,98 +34,168 @@ _ROWS = 64
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Opened:
-    """An image whose header has been read.
+    """An image whose header has been read; nothing of it is decoded, and nothing is held that decoding would fill.
 
-    picture: Pillow's image, its pixels not decoded yet where it came as bytes, or the caller's uint8 array [height, width] or
-    [height, width, 3]. data: the encoded bytes, or None. orientation: EXIF's, 1 (upright) to 8, once `read_orientation` has it.
+    source: the encoded bytes, or what the caller gave in their place: a picture, or a uint8 array [height, width] or
+    [height, width, 3]. width, height: as stored. orientation: EXIF's, 1 (upright) to 8. is_rgb_jpeg: whether the bytes are a JPEG
+    of three colours, which is what decoders other than Pillow's are given. converts: whether the checkpoint's image processor
+    converts pictures itself (`do_convert_rgb`).
     """
 
     label: str
-    picture: Image.Image | np.ndarray
-    data: bytes | None
+    source: bytes | Image.Image | np.ndarray
+    width: int
+    height: int
     orientation: int = 1
+    is_rgb_jpeg: bool = False
+    converts: bool = True
 
     @property
     def size(self) -> tuple[int, int]:
         """Width and height, upright where the orientation is known."""
-        if isinstance(self.picture, np.ndarray):
-            height, width = self.picture.shape[:2]
-        else:
-            width, height = self.picture.size
-        return (height, width) if self.orientation >= 5 else (width, height)
-
-    @property
-    def is_rgb_jpeg(self) -> bool:
-        """Whether the bytes are a JPEG of three colours, which is what decoders other than Pillow's are given."""
-        if self.data is None or not isinstance(self.picture, JpegImagePlugin.JpegImageFile):  # MPO, of phones, is one too
-            return False
-        return self.picture.mode == "RGB"
+        return (self.height, self.width) if self.orientation >= 5 else (self.width, self.height)
 
 
 Decoder = Callable[[Opened, ImageShape], Picture]
 
 
-def open_image(image: ImageInput) -> Opened:
-    """Read the header; raises `ImageError` for what is no image, or one of too many pixels."""
-    if isinstance(image.data, np.ndarray):
-        return Opened(label=image.label, picture=_checked(image.data, image.label), data=None)
-    if isinstance(image.data, bytes):
-        picture, encoded = _open(image.data, image.label), image.data
+def open_image(image: ImageInput, *, converts: bool = True) -> Opened:
+    """Read the header; raises `ImageError` for what is no image, or one of too many pixels.
+
+    Of a picture of the caller's own the orientation is left to `read_orientation`.
+    """
+    data, label = image.data, image.label
+    if isinstance(data, np.ndarray):
+        height, width = _checked(data, label).shape[:2]
+        return Opened(label=label, source=data, width=width, height=height, converts=converts)
+    if isinstance(data, Image.Image):
+        opened = Opened(label=label, source=data, width=data.width, height=data.height, converts=converts)
     else:
-        picture, encoded = image.data, None
-        with _broken(image.label):
-            picture.load()  # here, on one thread: the same picture may be in the request twice
-    if picture.width == 0 or picture.height == 0:
-        raise ImageError(f"image {image.label!r} is {picture.width}x{picture.height}; both sides must be at least 1 pixel")
-    return Opened(label=image.label, picture=picture, data=encoded)
+        picture = _open(data, label)
+        with _broken(label):
+            orientation = _orientation_of_bytes(picture, data)
+        opened = Opened(
+            label=label,
+            source=data,
+            width=picture.width,
+            height=picture.height,
+            orientation=orientation,
+            is_rgb_jpeg=isinstance(picture, JpegImagePlugin.JpegImageFile) and picture.mode == "RGB",  # MPO, of phones, is one too
+            converts=converts,
+        )
+        if isinstance(picture, TiffImagePlugin.TiffImageFile):
+            width, height = _stored_size(picture)
+            opened = dataclasses.replace(opened, width=width, height=height)
+    if opened.width == 0 or opened.height == 0:
+        raise ImageError(f"image {label!r} is {opened.width}x{opened.height}; both sides must be at least 1 pixel")
+    return opened
 
 
 def read_orientation(opened: Opened) -> Opened:
-    """With the EXIF orientation read, for which a PNG may have to be decoded: it can stand behind the pixels.
+    """With the orientation of a picture of the caller's own, which Pillow may have to decode for it; raises `ImageError`.
 
-    Limits on pixels are the same for an image and its transpose, so they can be checked before. Raises `ImageError`.
+    Limits on pixels are the same for an image and its transpose, so they can be checked before.
     """
-    if isinstance(opened.picture, np.ndarray | TiffImagePlugin.TiffImageFile):  # Pillow turns TIFF upright itself
+    picture = opened.source
+    if not isinstance(picture, Image.Image):
         return opened
     with _broken(opened.label):
-        orientation = opened.picture.getexif().get(ExifTags.Base.Orientation, 1)
-    known = isinstance(orientation, int) and 1 <= orientation <= 8
-    return dataclasses.replace(opened, orientation=orientation if known else 1)
+        picture.load()  # which turns a TIFF upright
+        return dataclasses.replace(opened, width=picture.width, height=picture.height, orientation=_orientation(picture.getexif()))
+
+
+def _orientation(exif: Image.Exif) -> int:
+    """The orientation as `ImageOps.exif_transpose` understands it: by value, whatever its type, and upright if it is none."""
+    return {number: number for number in range(1, 9)}.get(exif.get(ExifTags.Base.Orientation, 1), 1)
+
+
+def _orientation_of_bytes(picture: Image.Image, data: bytes) -> int:
+    """The orientation that the picture will have been given once it is decoded, without decoding it."""
+    if isinstance(picture, PngImagePlugin.PngImageFile):
+        # A PNG's may stand behind the pixels, and Pillow decodes them to reach it; but for that, the header's is the general one.
+        late = _chunks_behind_pixels(data, animated=picture.is_animated)
+        with Image.open(io.BytesIO(late)) if late is not None else nullcontext(picture) as header:
+            return _orientation(Image.Image.getexif(header))
+    return _orientation(picture.getexif())
+
+
+def _chunks_behind_pixels(data: bytes, *, animated: bool) -> bytes | None:
+    """A PNG without its pixels, and what it says of itself behind them moved to their place; None where that is nothing."""
+    at, pixels_at, late = 8, None, []
+    while at + 12 <= len(data):
+        length, kind = int.from_bytes(data[at : at + 4], "big"), data[at + 4 : at + 8]
+        if kind == b"IEND" or (kind == b"fcTL" and animated and pixels_at is not None):
+            break
+        if kind == b"IDAT" and pixels_at is None:
+            pixels_at = at
+        if pixels_at is not None and kind in (b"eXIf", b"tEXt", b"zTXt", b"iTXt"):
+            late.append(_chunk(kind, data[at + 8 : at + 8 + length]))
+        at += 12 + length
+    return b"".join([data[:pixels_at], *late, _chunk(b"IEND", b"")]) if late else None
+
+
+def _chunk(kind: bytes, content: bytes) -> bytes:
+    return len(content).to_bytes(4, "big") + kind + content + zlib.crc32(kind + content).to_bytes(4, "big")
+
+
+def _stored_size(picture: TiffImagePlugin.TiffImageFile) -> tuple[int, int]:
+    """A TIFF's width and height as stored: Pillow's are turned already where its own tag asks for it, and by nothing else."""
+    turned = picture.tag_v2.get(ExifTags.Base.Orientation) in (5, 6, 7, 8)
+    return (picture.height, picture.width) if turned else picture.size
 
 
 def content_of(opened: Opened) -> bytes:
     """Bytes that are equal for equal images: the encoded ones, or the pixels of an image that came without; raises `ImageError`."""
-    if opened.data is not None:
-        return opened.data
+    if isinstance(opened.source, bytes):
+        return opened.source
     pixels = as_tensor(with_pillow(opened)).numpy()
     return repr(pixels.shape).encode() + pixels.tobytes()
 
 
-def with_pillow(opened: Opened, shape: ImageShape | None = None) -> Picture:
-    """All pixels by Pillow, upright by their EXIF orientation, as Transformers' `load_image` gives them; raises `ImageError`.
+def rgb_of(image: ImageInput) -> Image.Image:
+    """An image in any form as upright RGB, with what is transparent as Transformers shows it to a model; raises `ImageError`."""
+    return as_image(with_pillow(read_orientation(open_image(image))))
 
-    The caller's own arrays need no decoder, and stay as they are.
-    """
-    if isinstance(opened.picture, np.ndarray):
-        return _of_array(opened.picture)
-    picture = opened.picture
+
+def with_pillow(opened: Opened, shape: ImageShape | None = None) -> Picture:
+    """All pixels by Pillow; raises `ImageError`. The caller's own arrays need no decoder, and stay as they are."""
+    source = opened.source
+    if isinstance(source, np.ndarray):
+        return _of_array(source)
+    picture = _rgb(_open(source, opened.label) if isinstance(source, bytes) else source, opened)
+    if picture.size != opened.size:  # the prompt was written for another grid
+        raise ImageError(
+            f"image {opened.label!r} says that it is {opened.size[0]}x{opened.size[1]}, and is {picture.width}x{picture.height}"
+        )
+    return picture
+
+
+def _rgb(picture: Image.Image, opened: Opened) -> Image.Image:
+    """What `load_image` and then the image processor make of a picture; no copy where it is upright RGB already."""
     with _broken(opened.label):
         picture.load()
         if opened.orientation != 1:
             picture = ImageOps.exif_transpose(picture)
-        return picture if picture.mode == "RGB" else picture.convert("RGB")
+    with _broken(opened.label, "cannot be turned into RGB"):
+        if picture.mode != "RGB":
+            picture = picture.convert("RGB")
+        if opened.converts and picture.info.get("transparency") is not None:  # from a palette, or a colour that stands for it
+            channels_first = Qwen2VLImageProcessorPil().process_image(picture, do_convert_rgb=True)
+            picture = Image.fromarray(np.ascontiguousarray(channels_first.transpose(1, 2, 0)))
+        return picture
 
 
 def with_draft(opened: Opened, shape: ImageShape) -> Picture:
     """A JPEG at the smallest of 1/1, 1/2, 1/4, 1/8 that is no smaller than the resized image, scaled in the frequency domain.
 
-    Other formats, and images of the caller's own, are decoded in full.
+    Other formats are decoded in full, and so are images of the caller's own.
     """
-    if opened.is_rgb_jpeg:
-        assert isinstance(opened.picture, Image.Image)
-        wanted = (shape.resized_width, shape.resized_height)
-        opened.picture.draft("RGB", wanted[::-1] if opened.orientation >= 5 else wanted)
-    return with_pillow(opened, shape)
+    if not opened.is_rgb_jpeg:
+        return with_pillow(opened, shape)
+    assert isinstance(opened.source, bytes)
+    picture, wanted = _open(opened.source, opened.label), (shape.resized_width, shape.resized_height)
+    picture.draft("RGB", wanted[::-1] if opened.orientation >= 5 else wanted)
+    return _rgb(picture, opened)
 
 
 def with_turbojpeg(opened: Opened, shape: ImageShape) -> Picture:
@@ -135,7 +209,7 @@ def with_turbojpeg(opened: Opened, shape: ImageShape) -> Picture:
         return with_pillow(opened, shape)
     simplejpeg = require("simplejpeg", "fast")
     try:
-        pixels = simplejpeg.decode_jpeg(opened.data, colorspace="RGB")
+        pixels = simplejpeg.decode_jpeg(opened.source, colorspace="RGB")
     except ValueError:
         return with_pillow(opened, shape)
     return _upright(torch.from_numpy(pixels), opened.orientation)
@@ -149,14 +223,14 @@ def with_torchvision(opened: Opened, shape: ImageShape, copy: Copy, device: torc
     if not opened.is_rgb_jpeg:
         return copy(as_tensor(with_pillow(opened, shape)))
     torchvision = importlib.import_module("torchvision.io")
-    assert opened.data is not None
-    encoded = torch.frombuffer(bytearray(opened.data), dtype=torch.uint8)
+    assert isinstance(opened.source, bytes)
+    encoded = torch.frombuffer(bytearray(opened.source), dtype=torch.uint8)
     try:
         pixels = torchvision.decode_jpeg(encoded, mode=torchvision.ImageReadMode.RGB, device=device)  # [3, height, width]
     except RuntimeError as error:
         with_pillow(opened, shape)
         raise DeviceError(
-            f"nvJPEG cannot decode image {opened.label!r}, which Pillow can ({error}); choose another decode"
+            f"nvJPEG cannot decode image {opened.label!r}, which Pillow can ({shortened(str(error))}); choose another decode"
         ) from None
     return _upright(pixels.permute(1, 2, 0), opened.orientation)
 
@@ -191,14 +265,14 @@ def _upright(pixels: torch.Tensor, orientation: int) -> torch.Tensor:
 
 
 @contextmanager
-def _broken(label: str) -> Iterator[None]:
+def _broken(label: str, what: str = "is broken") -> Iterator[None]:
     """Turn what decoders raise for broken data into our error."""
     try:
         yield
     except (MemoryError, torch.OutOfMemoryError, ImageError):
         raise
     except Exception as error:  # Pillow and its plugins report broken data by many types, struct.error among them
-        raise ImageError(f"image {label!r} is broken: {error}") from None
+        raise ImageError(f"image {label!r} {what}: {shortened(str(error))}") from None
 
 
 def _open(data: bytes, label: str) -> Image.Image:
@@ -213,7 +287,7 @@ def _open(data: bytes, label: str) -> Image.Image:
             raise ImageError(f"{label!r} is not an image of a supported type; the choices are {choices}") from None
         except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
             limit = Image.MAX_IMAGE_PIXELS
-            raise ImageError(f"image {label!r} is too large: {error}; the limit is {limit} pixels") from None
+            raise ImageError(f"image {label!r} is too large: {shortened(str(error))}; the limit is {limit} pixels") from None
 
 
 def _checked(array: np.ndarray, label: str) -> np.ndarray:

@@ -5,16 +5,23 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import NamedTuple
 
 import torch
-from PIL import Image
 
 from fastvl_lab.checkpoint import Checkpoint
+from fastvl_lab.checkpoint.image_settings import ImageSettings
 from fastvl_lab.errors import CheckpointError, ImageError, RequestError
-from fastvl_lab.request import Grid, ImageShape, Request
+from fastvl_lab.request import Grid, ImageInput, ImageShape, Request
 
 MAX_ASPECT_RATIO = 200
+
+
+class AreaLimits(NamedTuple):
+    """The least and greatest area of a resized image, in pixels."""
+
+    least: int
+    most: int
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,23 +38,21 @@ class PatchLayout:
 
     @classmethod
     def of(cls, checkpoint: Checkpoint) -> PatchLayout:
-        """Read a checkpoint's image processor; raises `CheckpointError` for settings that the lab's own preprocessing has not."""
-        image_processor = checkpoint.image_processor
-        expected = {"do_rescale": True, "do_normalize": True, "resample": Image.Resampling.BICUBIC}
-        for name, value in expected.items():
-            if getattr(image_processor, name) != value:
-                raise CheckpointError(
-                    f"preprocessor_config.json has {name}={getattr(image_processor, name)!r}; the lab's own preprocessing has "
-                    f"{value!r} only: choose preprocessor.resize=transformers"
-                )
+        """Read a checkpoint's settings; raises `CheckpointError` for those that the lab's own preprocessing has not."""
+        settings = checkpoint.image_settings
+        if settings.unlike:
+            raise CheckpointError(
+                f"{checkpoint.image_processor_file} has {settings.unlike[0]}; the lab's own preprocessing rescales, normalises and "
+                f"has resample=3 (bicubic): choose preprocessor.resize=transformers"
+            )
         return cls(
-            patch_size=image_processor.patch_size,
-            merge_size=image_processor.merge_size,
-            temporal_patch_size=image_processor.temporal_patch_size,
-            rescale=image_processor.rescale_factor,
-            mean=tuple(image_processor.image_mean),
-            std=tuple(image_processor.image_std),
-            scale_shift=checkpoint.scale_shift(),
+            patch_size=settings.patch_size,
+            merge_size=settings.merge_size,
+            temporal_patch_size=settings.temporal_patch_size,
+            rescale=settings.rescale,
+            mean=settings.mean,
+            std=settings.std,
+            scale_shift=settings.scale_shift(),
         )
 
     @property
@@ -81,18 +86,31 @@ def smart_resize(height: int, width: int, *, factor: int, min_pixels: int, max_p
     return rows * factor, columns * factor
 
 
-def shapes_of(sizes: Sequence[tuple[int, int]], request: Request, checkpoint: Checkpoint) -> tuple[ImageShape, ...]:
-    """What becomes of images of these widths and heights; raises `ImageError` and `RequestError`."""
-    least, most = checkpoint.pixel_limits(request.min_pixels, request.max_pixels)
+def area_limits(image: ImageInput, request: Request, settings: ImageSettings) -> AreaLimits:
+    """The limits of an image: its own where it has any, else the request's, else the checkpoint's; raises `RequestError`."""
+    owners = (("the image's", image), ("the request's", request), ("the checkpoint's", settings))
+
+    def limit(name: str) -> tuple[int, int]:
+        """How far down the owners the limit stands, and the limit."""
+        return next((at, getattr(owner, name)) for at, (_, owner) in enumerate(owners) if getattr(owner, name) is not None)
+
+    (least_at, least), (most_at, most) = limit("min_pixels"), limit("max_pixels")
     if least > most:
+        first, second = sorted((least_at, most_at))
+        where = ("beside the image", "in the request")[first]
         raise RequestError(
-            f"min_pixels {least} is over max_pixels {most}: one is the request's, the other the checkpoint's; "
-            f"set both in the request"
+            f"min_pixels {least} is over max_pixels {most}: one is {owners[first][0]}, the other {owners[second][0]}; "
+            f"set both {where}"
         )
+    return AreaLimits(least, most)
+
+
+def shapes_of(sizes: Sequence[tuple[int, int]], limits: Sequence[AreaLimits], checkpoint: Checkpoint) -> tuple[ImageShape, ...]:
+    """What becomes of images of these widths and heights under their limits; raises `ImageError` and `RequestError`."""
     shapes = []
-    for number, size in enumerate(sizes, start=1):
+    for number, (size, limit) in enumerate(zip(sizes, limits, strict=True), start=1):
         try:
-            shapes.append(_shape(*size, checkpoint.image_processor, least, most))
+            shapes.append(_shape(*size, limit, checkpoint.image_settings))
         except ImageError as error:
             raise ImageError(f"{error}{f' (image {number} of {len(sizes)})' if len(sizes) > 1 else ''}") from None
     visual_tokens = sum(shape.visual_tokens for shape in shapes)
@@ -104,15 +122,16 @@ def shapes_of(sizes: Sequence[tuple[int, int]], request: Request, checkpoint: Ch
     return tuple(shapes)
 
 
-def _shape(width: int, height: int, image_processor: Any, least: int, most: int) -> ImageShape:
-    patch, merge = image_processor.patch_size, image_processor.merge_size
-    resized_height, resized_width = smart_resize(height, width, factor=patch * merge, min_pixels=least, max_pixels=most)
-    grid = Grid(1, resized_height // patch, resized_width // patch)
+def _shape(width: int, height: int, limits: AreaLimits, settings: ImageSettings) -> ImageShape:
+    resized_height, resized_width = smart_resize(
+        height, width, factor=settings.factor, min_pixels=limits.least, max_pixels=limits.most
+    )
+    grid = Grid(1, resized_height // settings.patch_size, resized_width // settings.patch_size)
     return ImageShape(
         width=width,
         height=height,
         resized_width=resized_width,
         resized_height=resized_height,
         grid=grid,
-        visual_tokens=grid.visual_tokens(merge),
+        visual_tokens=grid.visual_tokens(settings.merge_size),
     )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 
 import torch
 
@@ -13,23 +13,12 @@ from fastvl_lab.preprocessor.upload import Copy
 
 def with_triton(
     layout: PatchLayout, frames: int, copy: Copy, device: torch.device, dtype: torch.dtype
-) -> Callable[[Sequence[torch.Tensor]], torch.Tensor]:
-    """Images uint8 [height, width, 3], on the host or the device, to normalised patches in the model's dtype on the device."""
+) -> Callable[[torch.Tensor], torch.Tensor]:
+    """An image, uint8 [height, width, 3] on the host or the device, to normalised patches in the model's dtype on the device."""
     scale, shift = (x.float().to(device) for x in layout.scale_shift)
 
-    def to_patches(resized: Sequence[torch.Tensor]) -> torch.Tensor:
-        parts = [
-            patchify(
-                copy(image)[None],
-                scale,
-                shift,
-                patch_size=layout.patch_size,
-                merge_size=layout.merge_size,
-                frames=frames,
-                dtype=dtype,
-            )
-            for image in resized
-        ]
-        return parts[0] if len(parts) == 1 else torch.cat(parts)
+    def to_patches(image: torch.Tensor) -> torch.Tensor:
+        patch, merge = layout.patch_size, layout.merge_size
+        return patchify(copy(image)[None], scale, shift, patch_size=patch, merge_size=merge, frames=frames, dtype=dtype)
 
     return to_patches

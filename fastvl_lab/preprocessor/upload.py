@@ -8,7 +8,7 @@ from collections.abc import Callable
 import torch
 
 from fastvl_lab.preprocessor.layout import PatchLayout
-from fastvl_lab.request import Pixels, Prompt
+from fastvl_lab.request import Prompt
 
 PatchUpload = Callable[[torch.Tensor], torch.Tensor]
 Copy = Callable[[torch.Tensor], torch.Tensor]
@@ -22,11 +22,6 @@ def upload_prompt(prompt: Prompt, copy: Copy) -> Prompt:
         positions=copy(prompt.positions),
         visual_index=copy(prompt.visual_index),
     )
-
-
-def upload_pixels(pixels: Pixels, upload: PatchUpload) -> Pixels:
-    """Copy the patches in one of the ways below."""
-    return dataclasses.replace(pixels, patches=upload(pixels.patches))
 
 
 def pageable(device: torch.device) -> Copy:

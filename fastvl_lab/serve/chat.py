@@ -252,9 +252,8 @@ def _part(number: int, part: Any, fetched: Mapping[str, bytes]) -> Any:
     if kind != "image_url":
         raise RequestError(f"message {number} has a part of type {str(kind)[:80]!r}; the choices are 'text' and 'image_url'")
     url, beside = _url(number, part), {name: value for name, value in part.items() if name not in _SOURCES and value is not None}
-    if isinstance(part["image_url"], dict) and part["image_url"].get("detail") is not None:
-        beside["detail"] = part["image_url"]["detail"]
-    return {"type": "image", "image": url if _is_data(url) else fetched[url], **beside}
+    said = part["image_url"] if isinstance(part["image_url"], dict) else {}
+    return {"type": "image", "image": {**said, "url": url if _is_data(url) else fetched[url]}, **beside}
 
 
 def _url(number: int, part: Mapping[str, Any]) -> str:

@@ -234,8 +234,31 @@ def test_weights_that_do_not_belong_to_the_config_are_refused(copied: Path) -> N
     with pytest.raises(CheckpointError, match=r"has \d+ missing keys, the first model.language_model.layers.2"):
         Lab(str(copied), device="cpu")
     save_file(weights | {"model.extra": torch.zeros(3)}, copied / "model.safetensors", metadata={"format": "pt"})
-    with pytest.raises(CheckpointError, match=r"has 1 unexpected keys, the first model.extra"):
+    with pytest.raises(CheckpointError, match=r"has 1 unexpected keys, the first model.extra: the model .* has no such parameters"):
         Lab(str(copied), device="cpu")
+    wide = {name: torch.zeros(7, 3) if name.endswith("embed_tokens.weight") else tensor for name, tensor in weights.items()}
+    save_file(wide, copied / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(CheckpointError, match=r"has 1 mismatched keys, the first .*embed_tokens.weight, \[7, 3\] for \[320, 256\]"):
+        Lab(str(copied), device="cpu")
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "model.visual.rotary_pos_emb.inv_freq",
+        "visual.rotary_pos_emb.inv_freq",
+        "model.language_model.rotary_emb.original_inv_freq",
+        "model.layers.0.self_attn.rotary_emb.inv_freq",
+        "model.language_model.layers.3.self_attn.rotary_emb.cos_cached",
+        "model.visual.embeddings.position_ids",
+    ],
+)
+def test_tables_that_older_libraries_saved_are_passed_over(copied: Path, name: str) -> None:
+    """They are computed anew, as Transformers does; the values in the file do not count."""
+    weights = load_file(copied / "model.safetensors")
+    save_file(weights | {name: torch.full((10,), 5.0)}, copied / "model.safetensors", metadata={"format": "pt"})
+    loaded, expected = load(copied, device="cpu").model, load("tiny-qwen3-vl", device="cpu").model
+    assert all(torch.equal(a, b) for a, b in zip(loaded.buffers(), expected.buffers(), strict=True))
 
 
 def _edit(path: Path, **changes: object) -> None:

@@ -229,17 +229,14 @@ def test_pictures_are_sent_as_the_lab_itself_sees_them(
 
 def test_what_a_message_carries_is_sent_and_what_nobody_takes_is_refused(fake: Any, lab: Lab, chunk: Make, picture: bytes) -> None:
     def with_part(**more: Any) -> Request:
-        request = Request(images=[picture], prompt="?", max_new_tokens=1)
-        (message,) = request.conversation
-        image, *rest = message["content"]
+        content = [{"type": "image", "image": picture, **more}, {"type": "text", "text": "?"}]
         call = {"role": "assistant", "content": None, "tool_calls": [{"id": "1"}]}
-        object.__setattr__(request, "conversation", ({**message, "content": ({**image, **more}, *rest)}, call))
-        return request
+        return Request(messages=[{"role": "user", "content": content}, call], max_new_tokens=1)
 
     fake.script = [chunk("a"), DONE]
-    lab.run(with_part(detail="low"), fake.url)
+    lab.run(with_part(detail="high"), fake.url)
     user, assistant = fake.asked[-1]["messages"]
-    assert user["content"][0]["image_url"]["detail"] == "low"
+    assert [part["type"] for part in user["content"]] == ["image_url", "text"]
     assert assistant == {"role": "assistant", "content": None, "tool_calls": [{"id": "1"}]}
     with pytest.raises(EndpointError, match="knows no max_pixels of a single image"):
         lab.run(with_part(max_pixels=3136), fake.url)

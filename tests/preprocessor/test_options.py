@@ -17,10 +17,10 @@ import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageOps
 
 from fastvl_lab import Lab, MissingExtraError, Recipe, RecipeError, Request, photo
-from fastvl_lab.preprocessor import bind, decode_image, patchify, resize
+from fastvl_lab.preprocessor import BoundPreprocessor, bind, decode_image, patchify, resize
 from fastvl_lab.preprocessor.layout import PatchLayout, smart_resize
 from fastvl_lab.preprocessor.patchify_triton import with_triton
-from fastvl_lab.request import Grid, ImageInput, ImageShape
+from fastvl_lab.request import Grid, ImageInput, ImageShape, Picture
 
 BICUBIC = Image.Resampling.BICUBIC
 
@@ -126,8 +126,11 @@ def test_pillow_in_strips_is_bit_equal_to_pillow(n_threads: int) -> None:
 
 def _decoded(lab: Lab, recipe: str, images: Sequence[bytes], **limits: int) -> list[np.ndarray]:
     request = Request(images=list(images), prompt="?", **limits)
-    pictures = bind(Recipe.parse(recipe).preprocessor, lab.checkpoint).decode(request).pictures
-    return [np.asarray(picture) for picture in pictures]
+    return [np.asarray(picture) for picture in _pictures(bind(Recipe.parse(recipe).preprocessor, lab.checkpoint), request)]
+
+
+def _pictures(bound: BoundPreprocessor, request: Request) -> list[Picture]:
+    return bound.decode(bound.open(request).images)
 
 
 def _jpegs() -> dict[str, bytes]:
@@ -182,9 +185,8 @@ def test_every_format_is_upright_and_of_the_grid_that_transformers_gives_it(lab:
     request = Request(images=[data, Image.open(io.BytesIO(data))], prompt="?")
     for recipe in ("baseline", "baseline, preprocessor.resize=pillow", "fastest"):
         bound = bind(Recipe.parse(recipe).preprocessor, lab.checkpoint)
-        decoded = bound.decode(request)
-        bound.preprocess(decoded, request)  # the stock processor's grid is asserted inside
-        for one, shape in zip(decoded.pictures, decoded.shapes, strict=True):
+        bound.patches(request)  # the stock processor's grid is asserted inside
+        for one, shape in zip(_pictures(bound, request), bound.open(request).shapes, strict=True):
             assert np.array_equal(np.asarray(one), np.asarray(expected))
             assert (shape.width, shape.height) == expected.size
 
@@ -193,7 +195,7 @@ def test_one_picture_twice_in_a_request_is_read_once(lab: Lab) -> None:
     """Two threads that read one file at a time would tear it."""
     opened = Image.open(io.BytesIO(_encoded(PICTURES["coffee"](640, 480))))
     bound = bind(Recipe.parse("fastest, preprocessor.threads=all").preprocessor, lab.checkpoint)
-    first, second = bound.decode(Request(images=[opened, opened], prompt="?")).pictures
+    first, second = _pictures(bound, Request(images=[opened, opened], prompt="?"))
     assert torch.equal(first, second)
 
 
@@ -227,7 +229,7 @@ def test_draft_keeps_the_grid_of_the_whole_image(labs: dict[str, Lab]) -> None:
         request = Request(images=[_encoded(_noise(width, height))], prompt="?", max_pixels=60_000)
         shapes = [
             bind(Recipe.parse(f"baseline, preprocessor.decode={decode}, preprocessor.resize=torch").preprocessor, lab.checkpoint)
-            .decode(request)
+            .open(request)
             .shapes
             for decode in ("pillow", "draft")
         ]
@@ -239,14 +241,14 @@ def test_a_picture_of_the_callers_own_is_left_as_it_was(labs: dict[str, Lab]) ->
     opened = Image.open(io.BytesIO(_encoded(PICTURES["coffee"](1200, 800))))
     recipe = Recipe.parse("baseline, preprocessor.decode=draft, preprocessor.resize=pillow")
     bound = bind(recipe.preprocessor, labs["tiny-qwen2.5-vl"].checkpoint)
-    decoded = bound.decode(Request(images=[opened], prompt="?", max_pixels=10_000))
-    assert opened.size == decoded.pictures[0].size == (1200, 800)
+    (picture,) = _pictures(bound, Request(images=[opened], prompt="?", max_pixels=10_000))
+    assert opened.size == picture.size == (1200, 800)
     array = np.asarray(_noise(60, 40))
     array.setflags(write=False)
     kept = array.copy()
     fast = bind(Recipe.fastest().preprocessor, labs["tiny-qwen2.5-vl"].checkpoint)
     request = Request(images=[array], prompt="?")
-    fast.upload(fast.preprocess(fast.decode(request), request).patches)
+    fast.pixels(request)
     assert np.array_equal(array, kept)
 
 
@@ -257,7 +259,7 @@ def test_threads_change_no_pixel(lab: Lab, recipe: str) -> None:
     patches = []
     for threads in ("one", "all"):
         bound = bind(Recipe.parse(f"{recipe}, preprocessor.threads={threads}").preprocessor, lab.checkpoint)
-        patches.append(bound.preprocess(bound.decode(request), request).patches)
+        patches.append(bound.pixels(request).patches)
     assert torch.equal(*patches)
 
 
@@ -265,7 +267,7 @@ def test_an_error_in_a_thread_is_the_callers(lab: Lab) -> None:
     bound = bind(Recipe.parse("fastest, preprocessor.threads=all").preprocessor, lab.checkpoint)
     broken = photo("coffee", (201, 133))[:-2000]
     with pytest.raises(ValueError, match="is broken: image file is truncated"):
-        bound.decode(Request(images=[photo("rocket", (97, 310)), broken], prompt="?"))
+        bound.pixels(Request(images=[photo("rocket", (97, 310)), broken], prompt="?"))
 
 
 def test_what_headers_say_is_refused_before_any_pixel_is_decoded(lab: Lab, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -306,11 +308,11 @@ def test_the_triton_option_makes_the_patches_that_the_others_upload(lab: Lab, te
     recipe = Recipe.parse(f"baseline, preprocessor.resize=pillow, vit.tower=lean, preprocessor.temporal={temporal}")
     request = Request(images=[_noise(90, 61), _noise(40, 80, seed=1)], prompt="?")
     bound, layout = bind(recipe.preprocessor, lab.checkpoint), PatchLayout.of(lab.checkpoint)
-    decoded = bound.decode(request)
-    expected = bound.upload(bound.preprocess(decoded, request).patches)
+    expected, opened = bound.pixels(request).patches, bound.open(request)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     to_patches = with_triton(layout, frames, lambda x: x.to(device), device, torch.float32)
-    made = to_patches([resize.with_pillow(*pair) for pair in zip(decoded.pictures, decoded.shapes, strict=True)])
+    resized = map(resize.with_pillow, bound.decode(opened.images), opened.shapes)
+    made = torch.cat([to_patches(image) for image in resized])
     assert made.dtype == torch.float32
     assert (made.cpu() - expected).abs().max() < 2e-6
 

@@ -26,7 +26,7 @@ Decode = Callable[[Sequence[object]], list[Image.Image]]
 
 def _preprocess(lab: Lab, recipe: Recipe, request: Request) -> tuple[Pixels, BoundPreprocessor]:
     bound = bind(recipe.preprocessor, lab.checkpoint)
-    return bound.preprocess(bound.decode(request), request), bound
+    return bound.patches(request), bound
 
 
 def _encoded(image: Image.Image, form: str = "PNG", **options: object) -> bytes:
@@ -107,7 +107,7 @@ def test_pixel_limits_of_the_request_are_obeyed_by_every_engine(lab: Lab) -> Non
             area = run.shapes[0].resized_width * run.shapes[0].resized_height
             assert area <= (most or area), engine
             assert area >= (least or area), engine
-        crossed = Request(images=[picture], prompt="?", max_pixels=lab.checkpoint.pixel_limits(None, None)[0] - 1)
+        crossed = Request(images=[picture], prompt="?", max_pixels=lab.checkpoint.image_settings.min_pixels - 1)
         with pytest.raises(RequestError, match="one is the request's, the other the checkpoint's"):
             lab.run(crossed, engine)
 

@@ -46,10 +46,11 @@ bound = bind(recipe.preprocessor, lab.checkpoint)
 
 def peak(size, max_pixels):
     request = fl.Request(images=[fl.photo("coffee", size)], prompt="?", max_pixels=max_pixels)
-    decoded = bound.decode(request)
+    (one,) = bound.open(request).images
+    (picture,) = bound.decode([one])
     open("/proc/self/clear_refs", "w").write("5")  # the high-water mark starts again
     before = status("VmRSS")
-    bound.upload(bound.preprocess(decoded, request).patches)
+    bound.upload(bound.preprocess(picture, one))
     return status("VmHWM") - before
 
 def status(field):

@@ -16,7 +16,7 @@ from fastvl_lab.measure.compare import Comparison, compare
 from fastvl_lab.measure.floors import Ceilings, floor
 from fastvl_lab.measure.photo import photo
 from fastvl_lab.measure.statistics import Interval
-from fastvl_lab.preprocessor.decode_image import as_image, open_image, read_orientation, with_pillow
+from fastvl_lab.preprocessor.decode_image import rgb_of
 from fastvl_lab.recipe import Recipe
 from fastvl_lab.request import Chunk, ImageInput, Request
 from fastvl_lab.run import Run
@@ -278,7 +278,7 @@ def _held(lab: Lab, recipe: Recipe) -> dict[str, int]:
 
 def _preview(image: ImageInput) -> bytes:
     """The picture as it is, small, as JPEG."""
-    picture, encoded = as_image(with_pillow(read_orientation(open_image(image)))), io.BytesIO()
+    picture, encoded = rgb_of(image), io.BytesIO()
     picture.thumbnail((_PREVIEW, _PREVIEW))
     picture.save(encoded, "JPEG")
     return encoded.getvalue()
