@@ -80,7 +80,7 @@ def check_whole_number(name: str, value: Any, *, least: int = 1) -> None:
 def sentence(error: BaseException) -> str:
     """One line about an error: ours say what, limit and choices; of others the type comes first, since it was not foreseen."""
     text = " ".join(str(error).split()) or "no detail"
-    return text if isinstance(error, FastvlError) else f"{type(error).__name__}: {text[:400]}"
+    return text if isinstance(error, FastvlError) else f"{type(error).__name__}: {shortened(text, 400)}"
 
 
 def require(module: str, extra: str) -> Any:

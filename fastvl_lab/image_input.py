@@ -143,9 +143,12 @@ def _decoded(text: str) -> bytes:
     What belongs to neither alphabet is passed over, as RFC 2045 (section 6.8) asks and `load_image` does.
     """
     digits = text.encode("utf-8", "ignore")
-    if not (b"+" in digits or b"/" in digits):
+    if (b"-" in digits or b"_" in digits) and not (b"+" in digits or b"/" in digits):
         digits = digits.translate(_FROM_URL_SAFE)
-    data = binascii.a2b_base64(digits + b"==")
+    try:
+        data = binascii.a2b_base64(digits)
+    except binascii.Error:
+        data = binascii.a2b_base64(digits + b"==")  # more padding than is missing does no harm
     if not data:
         raise ValueError("it holds no bytes")
     return data

@@ -14,7 +14,7 @@ import io
 import warnings
 import zlib
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import numpy as np
@@ -110,13 +110,20 @@ def _orientation(exif: Image.Exif) -> int:
 
 
 def _orientation_of_bytes(picture: Image.Image, data: bytes) -> int:
-    """The orientation that the picture will have been given once it is decoded, without decoding it."""
-    if isinstance(picture, PngImagePlugin.PngImageFile):
-        # A PNG's may stand behind the pixels, and Pillow decodes them to reach it; but for that, the header's is the general one.
-        late = _chunks_behind_pixels(data, animated=picture.is_animated)
-        with Image.open(io.BytesIO(late)) if late is not None else nullcontext(picture) as header:
-            return _orientation(Image.Image.getexif(header))
-    return _orientation(picture.getexif())
+    """The orientation that the picture will have been given once it is decoded, without decoding it.
+
+    A PNG's may stand behind the pixels, which Pillow decodes to reach it. But for that, its own way to it is that of all pictures.
+    """
+    if not isinstance(picture, PngImagePlugin.PngImageFile):
+        return _orientation(picture.getexif())
+    late = _chunks_behind_pixels(data, animated=picture.is_animated)
+    if late is None:
+        return _orientation(Image.Image.getexif(picture))
+    try:
+        header = Image.open(io.BytesIO(late))
+    except Exception:  # something that Pillow takes behind the pixels, and not before them
+        return _orientation(picture.getexif())
+    return _orientation(Image.Image.getexif(header))
 
 
 def _chunks_behind_pixels(data: bytes, *, animated: bool) -> bytes | None:
@@ -148,17 +155,21 @@ def content_of(opened: Opened) -> bytes:
     """Bytes that are equal for equal images: the encoded ones, or the pixels of an image that came without; raises `ImageError`."""
     if isinstance(opened.source, bytes):
         return opened.source
-    pixels = as_tensor(with_pillow(opened)).numpy()
+    pixels = as_tensor(_picture(opened)).numpy()
     return repr(pixels.shape).encode() + pixels.tobytes()
 
 
 def rgb_of(image: ImageInput) -> Image.Image:
     """An image in any form as upright RGB, with what is transparent as Transformers shows it to a model; raises `ImageError`."""
-    return as_image(with_pillow(read_orientation(open_image(image))))
+    return as_image(_picture(read_orientation(open_image(image))))
 
 
-def with_pillow(opened: Opened, shape: ImageShape | None = None) -> Picture:
+def with_pillow(opened: Opened, shape: ImageShape) -> Picture:
     """All pixels by Pillow; raises `ImageError`. The caller's own arrays need no decoder, and stay as they are."""
+    return _picture(opened)
+
+
+def _picture(opened: Opened) -> Picture:
     source = opened.source
     if isinstance(source, np.ndarray):
         return _of_array(source)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib.util
 import io
 from collections.abc import Iterator
 from copy import copy
@@ -15,10 +16,13 @@ from transformers.image_utils import load_image
 
 from fastvl_lab import ImageError, Lab, Recipe, Request
 from fastvl_lab.preprocessor import bind
-from fastvl_lab.preprocessor.decode_image import open_image, read_orientation, rgb_of
-from fastvl_lab.request import ImageInput
+from fastvl_lab.preprocessor.decode_image import as_tensor, open_image, read_orientation, rgb_of, with_turbojpeg
+from fastvl_lab.request import Grid, ImageInput, ImageShape
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # Pillow warns of palettes with several transparent colours, and of odd EXIF
+
+
+SHAPE = ImageShape(width=0, height=0, resized_width=28, resized_height=28, grid=Grid(1, 2, 2), visual_tokens=1)
 
 
 def _noise(mode: str, width: int = 44, height: int = 33) -> Image.Image:
@@ -183,7 +187,10 @@ def test_an_orientation_of_any_type_and_place_turns_as_in_transformers(labs: dic
     for image in (data, Image.open(io.BytesIO(data))):
         expected = _expected(labs["tiny-qwen3-vl"], data)
         assert np.array_equal(np.asarray(rgb_of(ImageInput.of(image))), expected)
-        assert read_orientation(open_image(ImageInput.of(image))).size == expected.shape[1::-1]
+        opened = read_orientation(open_image(ImageInput.of(image)))
+        assert opened.size == expected.shape[1::-1]
+        if opened.is_rgb_jpeg and importlib.util.find_spec("simplejpeg"):
+            assert np.array_equal(as_tensor(with_turbojpeg(opened, SHAPE)), expected)
 
 
 def test_no_pixel_of_a_file_is_decoded_for_its_header(monkeypatch: pytest.MonkeyPatch) -> None:
