@@ -354,7 +354,7 @@ def test_the_panel_as_a_page_of_its_own(
     assert 'fl.Recipe.parse("' in panel.box.locator("textarea").first.input_value()
     panel.box.get_by_text("history", exact=True).first.click()
     panel.button("export").click()
-    panel.state("written")
+    panel.state("written", seconds=180)  # a picture of every result
     assert list(tmp_path.glob("fastvl_lab-*/workbench.html"))
     assert errors == []
 
