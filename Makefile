@@ -3,6 +3,7 @@
 #   make sweep [CHECKPOINT=folder-or-id] [IMAGE=photo.jpg] [SIZES='[[448, 448]]'] [RUN=folder] [PARAMETERS='-p repeats 20']
 #              [RECIPES='["transformers", "fastest, vit.tower=transformers"]']
 #   make test  [TESTS=tests/test_recipe.py]
+#   make test-oldest  (what rests on torch, triton and Transformers, on the oldest versions allowed; Python 3.11 or 3.12, 6 GB)
 #   make benchmark    (the bars that speed-ups are held to; on an idle machine)
 #   make lab
 #   make lint
@@ -11,6 +12,7 @@
 PYTHON ?= python3
 VENV   ?= .venv
 BIN    := $(VENV)/bin
+LIMITS ?= constraints.txt
 STAMP  := $(VENV)/.installed
 TESTS  ?= tests
 
@@ -19,14 +21,14 @@ given  = $(if $(findstring command,$(origin $1)),$($1))
 quote  = '$(subst ','\'',$1)'
 FOLDER := $(or $(call given,RUN),runs/$(shell date +%Y%m%d-%H%M%S))
 
-.PHONY: sweep test benchmark lab lint figures
+.PHONY: sweep test test-oldest benchmark lab lint figures
 .DELETE_ON_ERROR:
 
-$(STAMP): pyproject.toml constraints.txt
+$(STAMP): pyproject.toml $(LIMITS)
 	@$(PYTHON) -c 'import sys; sys.exit(not (3, 11) <= sys.version_info < (3, 14))' || \
 		{ echo "$(PYTHON) is no Python 3.11 to 3.13; call make PYTHON=python3.12"; exit 1; }
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[notebooks,dev]'
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint $(LIMITS) --editable '.[notebooks,dev]'
 	@touch $@
 
 sweep: $(STAMP)
@@ -43,6 +45,10 @@ sweep: $(STAMP)
 test: $(STAMP)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(TESTS) -n auto -m "not alone and not benchmark" || [ $$? -eq 5 ]
 	$(BIN)/python -m pytest $(TESTS) -m "alone and not benchmark" || [ $$? -eq 5 ]
+
+OLDEST := kernels capture attention language vit cache test_parity.py
+test-oldest:
+	$(MAKE) test VENV=.venv-oldest LIMITS=constraints-oldest.txt TESTS='$(addprefix tests/,$(OLDEST))'
 
 benchmark: $(STAMP)
 	$(BIN)/python -m pytest $(TESTS) -m benchmark

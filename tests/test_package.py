@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import ast
+import re
 import subprocess
 import sys
+import tomllib
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from packaging.specifiers import SpecifierSet
 
 import fastvl_lab
 from fastvl_lab.trace import STAGES
@@ -167,3 +170,16 @@ def test_the_core_runs_without_any_extra_and_names_the_extra_for_the_rest() -> N
     lines = _python(BARE_BOX.format(blocked=(*OPTIONAL, "accelerate", "torchvision", "scipy"))).splitlines()
     assert len(lines) == 3
     assert all("pip install 'fastvl-lab[notebooks]'" in line for line in lines)
+
+
+def test_the_oldest_constraints_are_the_lower_bounds_and_the_newest_lie_within_all_bounds(repository: Path) -> None:
+    project = tomllib.loads((repository / "pyproject.toml").read_text())["project"]
+    named = [*project["dependencies"], *(name for extra in project["optional-dependencies"].values() for name in extra)]
+    wanted = {found[1]: found[2] for found in (re.match(r"([\w-]+)(>=[^;]*)", name) for name in named) if found}
+    pinned = {
+        file: dict(re.findall(r"^([\w-]+)==(.*)$", (repository / file).read_text(), re.MULTILINE))
+        for file in ("constraints-oldest.txt", "constraints.txt")
+    }
+    assert pinned["constraints-oldest.txt"] == {name: limits.split(",")[0].removeprefix(">=") for name, limits in wanted.items()}
+    for name, version in pinned["constraints.txt"].items():
+        assert version in SpecifierSet(wanted.get(name, "")), name

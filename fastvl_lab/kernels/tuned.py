@@ -51,6 +51,7 @@ class Tuned(Autotuner):
             prune_configs_by={"early_config_prune": _of_dtype},
             cache_results=True,
         )
+        self.configs = tuple(launches)  # torch 2.11 compiles no second launch of a kernel whose settings are a list
         self.chosen: dict[tuple[Any, ...], dict[str, Any]] = {}
 
     def run(self, q: torch.Tensor, *arguments: Any, **constants: Any) -> Any:

@@ -39,6 +39,7 @@ SMALL: dict[str, dict[str, Any]] = {
     "preprocessor": {"image_size": [640, 480], "sizes": [[168, 140], [640, 480]], "max_pixels": 100_000, "repeats": 2},
     "vit": {"image_size": [336, 280], "sizes": [[112, 112], [224, 224], [336, 336]], "repeats": 2},
     "workbench": {"image_size": [168, 140], "max_new_tokens": 6, "repeats": 2},
+    "workbench_from_cells": {"image_size": [168, 140], "max_new_tokens": 6, "repeats": 2},
 }
 
 
@@ -57,11 +58,11 @@ def _published(notebook: nbformat.NotebookNode) -> dict[str, Any]:
     return results[0]
 
 
-# The sweep has both families by itself, and streaming's own test below runs it in both.
+# The sweep has both families by itself, streaming's own test below runs it in both, and the panel alone publishes nothing.
 IN_BOTH_FAMILIES = [
     (path, checkpoint)
     for path in NOTEBOOKS
-    if path.stem != "streaming"
+    if path.stem not in ("streaming", "workbench")
     for checkpoint in (("",) if path.stem == "ttft_sweep" else ("tiny-qwen2.5-vl", "tiny-qwen3-vl"))
 ]
 
@@ -97,6 +98,13 @@ def _check(result: dict[str, Any]) -> None:
             assert (unaccounted["stage"], ttft["stage"]) == ("unaccounted", "TTFT")
             total = sum(row["host_ms"] for row in stages) + unaccounted["host_ms"]
             assert total == pytest.approx(ttft["host_ms"], rel=0.01)
+
+
+def test_the_panels_notebook_runs_headless(tmp_path: Path) -> None:
+    path = REPOSITORY / "notebooks" / "workbench.ipynb"
+    cells = _execute(path, tmp_path / path.name, SMALL["workbench"]).cells
+    assert "application/vnd.jupyter.widget-view+json" in cells[-1].outputs[-1]["data"]  # nothing stands below the panel
+    assert all(cell.metadata["jupyter"]["source_hidden"] for cell in cells if cell.cell_type == "code" and cell.id != cells[-2].id)
 
 
 @pytest.mark.alone

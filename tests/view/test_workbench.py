@@ -3,19 +3,23 @@
 from __future__ import annotations
 
 import dataclasses
+import html
 import itertools
 import json
 import re
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
+from huggingface_hub import scan_cache_dir
 
-from fastvl_lab import Recipe, RecipeError, Run, SweepSettings, recipe, sweep, view, workbench
+from fastvl_lab import Recipe, RecipeError, Run, SweepSettings, photo, recipe, sweep, view, workbench
 from fastvl_lab.recipe import Option, toggles
-from fastvl_lab.view.workbench import Workbench
+from fastvl_lab.view.workbench import Workbench, asking
 from fastvl_lab.view.workbench.figures import so_far
 from fastvl_lab.view.workbench.session import BEFORE, RECIPE, STOCK
 from fastvl_lab.view.workbench.views import views
@@ -45,8 +49,8 @@ def test_a_click_runs_the_recipe_against_transformers(bench: Workbench) -> None:
     assert second.comparison.parity(RECIPE)
     assert "parity ✓" in bench._summary.value
     assert [row["parity"] for row in bench.rows()] == [True, True]
-    assert len(bench._figure.data) >= 4  # host and unaccounted of two engines, and the run before
-    assert bench._figure.data[0].name == "the run before"
+    assert len(bench.figure.data) >= 4  # host and unaccounted of two engines, and the run before
+    assert bench.figure.data[0].name == "the run before"
     bench.undo()
     assert bench.wait(60)
     assert bench.recipe == Recipe.fastest("cpu")
@@ -73,6 +77,129 @@ def test_a_choice_brings_along_what_it_cannot_do_without(bench: Workbench) -> No
     assert bench.controls["cache.kv"].value == "paged"
     assert bench.controls["cache.kv"].buttons["paged"].icon == "arrow-right"
     assert bench.wait(60)
+
+
+def _asked(bench: Workbench) -> dict[str, object]:
+    """What the fields say."""
+    fields = bench._asking
+    return {
+        "checkpoint": fields._checkpoint.value,
+        "picture": fields._picture.value,
+        "size": fields._size.value,
+        "exact": fields._exact.value,
+        "max_pixels": fields._pixels.value,
+        "prompt": fields._prompt.value,
+        "tokens": fields._tokens.value,
+    }
+
+
+def test_a_picture_is_measured_as_it_is_unless_a_size_is_chosen(picture: bytes, tmp_path: Path) -> None:
+    (tmp_path / "wide.jpg").write_bytes(photo("cat", (300, 100)))
+    bench = workbench("tiny-qwen3-vl", "coffee", max_new_tokens=2, repeats=0, device="cpu")
+    fields = bench._asking
+    file = {"name": "mine.jpg", "type": "image/jpeg", "size": len(picture), "content": memoryview(picture)}
+    file |= {"last_modified": datetime.now(UTC)}
+    steps: list[tuple[Callable[[], object], str, tuple[int, int]]] = [
+        (lambda: None, "coffee as it is", (600, 400)),
+        (lambda: setattr(fields._pixels, "value", "70000"), "coffee as it is, max_pixels 70000", (600, 400)),
+        (lambda: setattr(fields._pixels, "value", ""), "coffee as it is", (600, 400)),
+        (lambda: setattr(fields._upload, "value", (file,)), "mine.jpg as it is", (168, 140)),
+        (lambda: setattr(fields._size, "value", "within 448×448"), "mine.jpg within 448×448", (448, 373)),
+        (lambda: setattr(fields._path, "value", str(tmp_path / "wide.jpg")), "wide.jpg within 448×448", (448, 149)),
+        (lambda: setattr(fields._exact, "value", "64x128"), "wide.jpg resized to 64×128", (64, 128)),
+        (lambda: setattr(fields._picture, "value", "mine.jpg"), "mine.jpg as it is", (168, 140)),  # the exact size was the other's
+        (lambda: bench.ask(size=(90, 90), within=True), "mine.jpg within 90×90", (90, 75)),
+    ]
+    for step, about, (width, height) in steps:
+        step()
+        assert bench.wait(60), about
+        run = bench.result().run
+        assert (run.shapes[0].width, run.shapes[0].height) == (width, height), about
+        assert f"{about} · image {width}×{height} → " in bench._summary.value.replace(str(tmp_path) + "/", "")
+        assert fields._upload.value == ()  # the same file can be given again
+        if "max_pixels" in about:
+            assert run.shapes[0].resized_width * run.shapes[0].resized_height <= 70_000
+    assert len(bench.history) == len(steps)  # fields that are set to what is asked ask for nothing
+    assert _asked(bench)["size"] == "within 90×90"
+    bench.close()
+
+
+@pytest.mark.parametrize(
+    ("field", "text", "says"),
+    [
+        ("_exact", "large", "size is 'large'; write width and height in pixels"),
+        ("_exact", "640", "size is '640'; write width and height in pixels"),
+        ("_pixels", "-5", "max_pixels is '-5'; write a whole number"),
+        ("_pixels", "1e6", "max_pixels is '1e6'; write a whole number"),
+        ("_size", "exactly W×H", "no size is given"),
+    ],
+)
+def test_a_field_that_cannot_be_read_says_so_and_asks_for_nothing(bench: Workbench, field: str, text: str, says: str) -> None:
+    bench.ask(size=None)
+    assert bench.wait(60)
+    getattr(bench._asking, field).value = text
+    assert says in html.unescape(bench._status.value)
+    assert len(bench.history) == 2
+
+
+def test_what_a_cell_asks_for_and_looks_at_is_what_the_panel_shows(bench: Workbench) -> None:
+    bench.ask(picture="rocket", prompt="Why?", max_new_tokens=2, size=(64, 48))
+    assert bench.wait(60)
+    expected = {"checkpoint": "tiny-qwen3-vl", "picture": "rocket", "size": "exactly W×H", "exact": "64×48"}
+    assert _asked(bench) == expected | {"max_pixels": "", "prompt": "Why?", "tokens": 2}
+    for name in ("memory", "tokens over time", "waterfall"):
+        bench.look(name, number=1, against=2)
+        assert bench.wait(60)
+        assert (bench._looks.value, bench._pick.value, bench._pick_against.value) == (name, 1, 2)
+    bench.ask(checkpoint="tiny-qwen2.5-vl")
+    assert bench.wait(60)
+    assert bench.history[-1].run.checkpoint == _asked(bench)["checkpoint"] == "tiny-qwen2.5-vl"
+    assert len(bench.history) == 3
+
+
+def test_checkpoints_are_chosen_from_what_there_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def cached(name: str, model_type: str, *files: str) -> None:
+        folder = tmp_path / f"models--{name.replace('/', '--')}"
+        snapshot = folder / "snapshots" / "1"
+        snapshot.mkdir(parents=True)
+        (folder / "refs").mkdir()
+        (folder / "refs" / "main").write_text("1")
+        for file in files:
+            (snapshot / file).write_text(json.dumps({"model_type": model_type}) if file == "config.json" else "x")
+
+    cached("Qwen/Qwen3-VL-4B-Instruct", "qwen3_vl", "config.json", "model.safetensors")
+    cached("me/tuned", "qwen2_5_vl", "config.json", "model-00001-of-00002.safetensors")
+    cached("meta/other", "llama", "config.json", "model.safetensors")
+    cached("Qwen/Qwen3-VL-8B-Instruct", "qwen3_vl", "config.json")  # no weights
+    monkeypatch.setattr(asking, "scan_cache_dir", partial(scan_cache_dir, tmp_path))
+    names = asking.known_checkpoints()
+    assert names[:2] == ["tiny-qwen2.5-vl", "tiny-qwen3-vl"]
+    assert "random:Qwen/Qwen3-VL-4B-Instruct" in names
+    assert [name for name in names if "/" in name and ":" not in name] == ["Qwen/Qwen3-VL-4B-Instruct", "me/tuned"]
+    monkeypatch.setattr(asking, "scan_cache_dir", partial(scan_cache_dir, tmp_path / "none"))
+    assert all(":" in name or "/" not in name for name in asking.known_checkpoints())
+
+
+def test_a_checkpoint_or_path_counts_once_it_is_whole(bench: Workbench) -> None:
+    for field in (bench._asking._other_checkpoint, bench._asking._path, bench._asking._prompt, bench._asking._exact):
+        assert field.continuous_update is False
+    bench._asking._other_checkpoint.value = "tiny-qwen2.5-vl"
+    assert bench.wait(60)
+    assert bench.history[-1].run.checkpoint == "tiny-qwen2.5-vl"
+    assert _asked(bench)["checkpoint"] == "tiny-qwen2.5-vl"
+    assert bench._asking._other_checkpoint.value == ""
+
+
+def test_every_figure_is_shown_whole(bench: Workbench) -> None:
+    """The page is given what the kernel made, and nothing is left of the figure before."""
+    for name in ("memory", "waterfall", "tokens over time", "ViT blocks", "waterfall"):
+        bench.look(name)
+        assert bench.wait(60)
+        shown = json.loads(bench._plot.figure)
+        drawn, _ = bench._views[name].draw(bench.result(), None)
+        assert [trace["type"] for trace in shown["data"]] == [trace.type for trace in drawn.data]
+        assert len(shown["layout"].get("annotations", [])) == len(drawn.layout.annotations)
+        assert set(shown["layout"]) == {*json.loads(drawn.to_json())["layout"], "uirevision"}
 
 
 def test_an_error_is_said_and_the_panel_lives_on(bench: Workbench) -> None:
@@ -132,12 +259,12 @@ def test_every_view_measures_what_it_lacks_and_shows_a_figure_and_a_table(bench:
     assert bench.wait(90)
     assert "idle" in bench._status.value
     assert not bench._views[view].lacks(bench.history[-1])
-    assert bench._figure.data
+    assert bench.figure.data
     assert "<td>" in bench._table.value
     if view == "toggle by toggle":
         found = bench.history[-1].attribution
         assert found is not None
-        assert set(bench._figure.data[0].y) == {"transformers", *found.steps, "in the end"}
+        assert set(bench.figure.data[0].y) == {"transformers", *found.steps, "in the end"}
     with pytest.raises(RecipeError, match="no view 'x'; the choices are waterfall, "):
         bench.look("x")
 
@@ -148,7 +275,7 @@ def test_any_two_of_the_history_are_held_against_each_other(bench: Workbench) ->
         assert bench.wait(60)
     first, second, third = bench.history
     bench.look(number=1, against=3)
-    ghost = bench._figure.data[0]
+    ghost = bench.figure.data[0]
     assert ghost.name == "the run before"
     assert list(ghost.x) == [span.duration_ns / 1e6 for span in third.shown.trace.within_ttft()]
     bench._pick.value, bench._pick_against.value = 2, 1

@@ -29,7 +29,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     )
     parser.add_argument("--checkpoint", default="tiny-qwen2.5-vl", help="a folder, a hub id, a built-in name or random:<hub id>")
     parser.add_argument("--image", default="astronaut", help="a path, or a photograph that ships with scikit-image")
-    parser.add_argument("--image-size", type=int, nargs=2, metavar=("W", "H"), help="what the image is resized to first")
+    parser.add_argument(
+        "--image-size", type=int, nargs=2, metavar=("W", "H"), help="what the image is resized to first; by default it is as it is"
+    )
     parser.add_argument("--prompt", default="Describe this picture.")
     parser.add_argument("--max-new-tokens", type=int, default=24)
     parser.add_argument("--recipe", default="fastest", help="the recipe to begin with")

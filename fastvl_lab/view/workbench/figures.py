@@ -1,4 +1,4 @@
-"""The panel's own way with figures: the run before as a ghost, a dark page, and one figure in place of another."""
+"""The panel's own way with figures: the run before as a ghost, a run under way, and a dark page."""
 
 from __future__ import annotations
 
@@ -74,12 +74,9 @@ def _placed(spans: Sequence[Span], told: str = "%{y}") -> dict[str, Any]:
 
 
 def themed(figure: go.Figure, *, dark: bool) -> go.Figure:
-    """The same figure for a dark page or a light one.
-
-    Of a light one too the paper is named: a widget that is on a page keeps what its next figure says nothing of.
-    """
+    """The same figure for a dark page or a light one."""
     if not dark:
-        return figure.update_layout(paper_bgcolor="white", plot_bgcolor="white")
+        return figure
     paper, ink, grid = DARK["paper"], DARK["ink"], DARK["grid"]
     figure.update_layout(template="plotly_dark", paper_bgcolor=paper, plot_bgcolor=paper, font={"color": ink})
     figure.update_xaxes(gridcolor=grid)
@@ -89,17 +86,3 @@ def themed(figure: go.Figure, *, dark: bool) -> go.Figure:
         if trace.type == "bar" and trace.marker.color == "white":  # unaccounted: an outline
             trace.update(marker={"color": paper, "line": {"color": ink}, "pattern": {"fgcolor": ink}})
     return figure
-
-
-def replace(shown: Any, figure: go.Figure, width: int) -> None:
-    """Put a new figure into a FigureWidget that is on the page; width: of its room in pixels, 0 where that is not known."""
-    shown.update_layout(annotations=[], shapes=[])  # they stand at rows and times, and for a moment there will be none
-    shown.data = ()
-    shown.add_traces(list(figure.data))
-    shown.layout = figure.layout.update(width=width or None)
-    keep(shown)
-
-
-def keep(shown: Any) -> None:
-    """Let a page that is loaded anew be given the figure as it is now, and not as it was when it was made."""
-    shown._repr_mimebundle_()

@@ -13,15 +13,13 @@ from typing import Any
 
 import torch
 
-from fastvl_lab.checkpoint import tiny
 from fastvl_lab.errors import FastvlError, RecipeError, require, sentence
-from fastvl_lab.measure.photo import PHOTOGRAPHS
 from fastvl_lab.recipe import OptionValue, Recipe
 from fastvl_lab.run import Run, in_words
 from fastvl_lab.view.report import figure_html, page, table_html
-from fastvl_lab.view.style import CONFIG
+from fastvl_lab.view.workbench.asking import Asking, number_field, select_among
 from fastvl_lab.view.workbench.controls import by_slot, choices, show_recipe
-from fastvl_lab.view.workbench.figures import keep, replace, so_far, themed
+from fastvl_lab.view.workbench.figures import so_far, themed
 from fastvl_lab.view.workbench.session import BEFORE, News, Question, Result, Session
 from fastvl_lab.view.workbench.views import views
 
@@ -43,7 +41,6 @@ _CSS = """<style>
 .fl-bench .fl-status { margin: 3px 0 0 10px; }
 .fl-bench .fl-text { max-height: 64px; overflow-y: auto; }
 .fl-bench .widget-toggle-buttons .widget-toggle-button { width: auto; }
-.fl-bench .js-plotly-plot, .fl-bench .plot-container { width: 100%; }
 .fl-bench .jupyter-button { font-size: 11px; line-height: 22px; }
 .fl-bench .jupyter-button:disabled { opacity: .45; text-decoration: line-through; }
 .fl-bench .jupyter-button:focus-visible { outline: 2px solid #E69F00; }
@@ -69,7 +66,7 @@ def workbench(
     checkpoint: str = "tiny-qwen2.5-vl",
     image: str | bytes = "astronaut",
     *,
-    image_size: tuple[int, int] | None = (640, 480),
+    image_size: tuple[int, int] | None = None,
     prompt: str = "Describe this picture.",
     max_new_tokens: int = 24,
     recipe: Recipe | str = "fastest",
@@ -79,9 +76,9 @@ def workbench(
 ) -> Workbench:
     """Open the workbench: a panel that runs a recipe at every change of a toggle and shows where its TTFT goes.
 
-    image: a photograph's name, a path, or bytes. repeats: measured rounds against Transformers after the first run; intervals need
-    6. The panel shows itself in a notebook. From a cell, `bench.controls["vit.tower"].value = "lean"` is a click, and
-    `bench.wait()` waits for what it started.
+    image: a photograph's name, a path, or bytes. image_size: (width, height) that it is resized to first; None takes it as it is.
+    repeats: measured rounds against Transformers after the first run; intervals need 6. The panel shows itself in a notebook. From
+    a cell, `bench.controls["vit.tower"].value = "lean"` is a click, and `bench.wait()` waits for what it started.
     """
     question = Question(
         checkpoint=checkpoint,
@@ -111,15 +108,13 @@ class Workbench:
         self._drawing = threading.RLock()  # a click draws on another thread than the session
         self._session = Session(self._hear, device=str(device), dtype=dtype)
         self.controls = choices(device, choose=self.choose, clicked=lambda *change: self._guarded(lambda: self.choose(*change)))
-        require("anywidget", "notebooks")  # plotly's widget is one, and so is the room
-        from fastvl_lab.view.workbench.room import Room
+        require("anywidget", "notebooks")
+        from fastvl_lab.view.workbench.plot import Plot
 
-        self._figure = require("plotly.graph_objects", "notebooks").FigureWidget()
-        self._figure._config = self._figure._config | CONFIG
-        self._room = Room()
-        self._room.observe(lambda change: self._fit(change["new"]), "width")
-        self._room.observe(lambda change: setattr(self._dark, "value", change["new"]), "dark")
+        self._plot = Plot()
+        self._plot.observe(lambda change: setattr(self._dark, "value", change["new"]), "dark")
         self.widget = self._layout()
+        _answer_while_cells_run(self.widget)
         show_recipe(self.controls, recipe)
         self.run()
 
@@ -127,6 +122,11 @@ class Workbench:
     def history(self) -> list[Result]:
         """Every result of this panel, in order."""
         return self._session.history
+
+    @property
+    def figure(self) -> Any:
+        """The figure that is shown, plotly's."""
+        return self._plot.shown
 
     def result(self, number: int = 0) -> Result:
         """A result by its number, 0 being the newest; raises `RecipeError` if there is none, with what went wrong."""
@@ -159,14 +159,18 @@ class Workbench:
             self.run()
 
     def ask(self, **changes: Any) -> None:
-        """Change the question (`checkpoint`, `picture`, `size`, `prompt`, `max_new_tokens`), and run."""
+        """Change some fields of the `Question`, such as `checkpoint`, `picture`, `size` or `max_pixels`, and run."""
+        if "picture" in changes:  # the name is that of bytes
+            changes = {"name": ""} | changes
         self._question = dataclasses.replace(self._question, **changes)
+        self._asking.show(self._question)
         self.run()
 
     def run(self) -> None:
         """Run the recipe; what still runs is stopped. It is measured beside that of the run before, if that was asked the same."""
         self._code.value = self.code()
-        self._pick.value = 0
+        if self._shown:
+            self.look(number=0)
         last = self.history[-1] if self.history else None
         comparable = last is not None and last.question == self._question and last.recipe != self.recipe
         before = last.recipe if last is not None and comparable else None
@@ -184,10 +188,14 @@ class Workbench:
         """
         if view is not None and view not in self._views:
             raise RecipeError(f"there is no view {view!r}; the choices are {', '.join(self._views)}")
+        for chosen in filter(None, (number, against)):
+            self.result(chosen)  # raises if there is none
         self._view = self._view if view is None else view
         self._shown = self._shown if number is None else number
         self._against = self._against if against is None else against
+        self._looks.value = self._view
         if self.history:
+            self._list_history()
             self._measure_for_view(self.result(self._shown))
             self._draw()
 
@@ -286,57 +294,36 @@ class Workbench:
         ]
         self._looks = widgets.ToggleButtons(options=list(self._views), tooltips=[view.about for view in self._views.values()])
         self._looks.style.button_width = "auto"
-        self._looks.observe(lambda change: self._guarded(lambda: self.look(change["new"])), "value")
+        self._looks.observe(lambda change: self._look_anew("_view", view=change["new"]), "value")
         tabs = widgets.Tab([self._history_box(), self._code])
         tabs.titles = ("history", "copy recipe")
         said = widgets.VBox([self._summary, self._text.add_class("fl-text")])
         said.layout = widgets.Layout(flex="1 1 0", min_width="0")
-        seen = widgets.VBox([self._looks, self._room, self._figure, self._table.add_class("fl-table")]).add_class("fl-seen")
+        seen = widgets.VBox([self._looks, self._plot, self._table.add_class("fl-table")]).add_class("fl-seen")
         shown = widgets.VBox([widgets.HBox([*buttons, self._status]), widgets.HBox([said, self._preview]), seen, tabs])
         shown.layout = widgets.Layout(flex="1 1 640px", min_width="0", padding="0 0 0 12px")
         both = widgets.HBox([by_slot(self.controls), shown])
         return widgets.VBox([widgets.HTML(_CSS), self._question_box(), both]).add_class("fl-bench")
 
     def _question_box(self) -> Any:
-        widgets, question = self._widgets, self._question
-        wide, near = widgets.Layout(width="auto"), {"description_width": "initial"}
-
-        def field(width: int) -> dict[str, Any]:
-            return {"layout": widgets.Layout(width=f"{width}px"), "style": near}
-
-        checkpoint = widgets.Combobox(
-            value=question.checkpoint, options=list(tiny.NAMES), ensure_option=False, description="checkpoint", **field(250)
-        )
-        picture = widgets.Combobox(
-            value=question.picture if isinstance(question.picture, str) else "",
-            options=list(PHOTOGRAPHS),
-            description="picture",
-            **field(200),
-        )
-        upload = widgets.FileUpload(accept="image/*", description="upload", layout=wide)
-        prompt = widgets.Text(value=question.prompt, description="prompt", continuous_update=False, **field(235))
-        tokens = widgets.BoundedIntText(value=question.max_new_tokens, min=1, max=4096, description="tokens", **field(105))
-        repeats = widgets.BoundedIntText(value=self._repeats, min=0, max=1000, description="repeats", **field(105))
-        repeats.tooltip = "measured rounds; intervals need 6"
-        checkpoint.observe(lambda change: self.ask(checkpoint=change["new"]), "value")
-        picture.observe(lambda change: self._take_picture(change["new"]), "value")
-        upload.observe(lambda change: self._take_picture(bytes(change["new"][0]["content"]) if change["new"] else b""), "value")
-        prompt.observe(lambda change: self.ask(prompt=change["new"]), "value")
-        tokens.observe(lambda change: self.ask(max_new_tokens=change["new"]), "value")
-        repeats.observe(lambda change: self._repeat(change["new"]), "value")
-        self._dark = widgets.ToggleButton(
-            description="dark", tooltip="a dark page, as JupyterLab's theme is or as you like", layout=wide
+        self._dark = self._widgets.ToggleButton(
+            description="dark",
+            tooltip="a dark page, as JupyterLab's theme is or as you like",
+            layout=self._widgets.Layout(width="auto"),
         )
         self._dark.observe(self._darken, "value")
-        every = [checkpoint, picture, upload, prompt, tokens, repeats, self._dark]
-        return widgets.HBox(every, layout=widgets.Layout(flex_flow="row wrap"))
+        rounds = number_field("repeats", 0, 1000)
+        rounds.value, rounds.tooltip = self._repeats, "measured rounds; intervals need 6"
+        rounds.observe(lambda change: self._repeat(change["new"]), "value")
+        self._asking = Asking(self._question, ask=self.ask, guarded=self._guarded, others=[rounds, self._dark])
+        return self._asking.widget
 
     def _history_box(self) -> Any:
         widgets = self._widgets
         self._pick = widgets.Dropdown(options=[("the newest", 0)], description="show")
         self._pick_against = widgets.Dropdown(options=[("the one before", 0)], description="against")
-        self._pick.observe(lambda change: self._guarded(lambda: self.look(number=change["new"])), "value")
-        self._pick_against.observe(lambda change: self._guarded(lambda: self.look(against=change["new"])), "value")
+        self._pick.observe(lambda change: self._look_anew("_shown", number=change["new"]), "value")
+        self._pick_against.observe(lambda change: self._look_anew("_against", against=change["new"]), "value")
         beside = self._button("measure side by side", self._measure_picked, "the two recipes and Transformers, in shuffled rounds")
         export = self._button("export", self._export_here, "page, records, Perfetto traces and PNG, into a new folder here")
         line = widgets.HBox([self._pick, self._pick_against, beside, export], layout=widgets.Layout(flex_flow="row wrap"))
@@ -347,16 +334,17 @@ class Workbench:
         button.on_click(lambda _: self._guarded(action))
         return button
 
+    def _look_anew(self, what: str, **choice: Any) -> None:
+        """A choice made on the page; one that `look` has set is looked at already."""
+        if getattr(self, what) not in choice.values():
+            self._guarded(lambda: self.look(**choice))
+
     def _guarded(self, action: Any) -> None:
         """What a click may fail with appears in the panel, because no cell would show it."""
         try:
             action()
         except (FastvlError, OSError) as error:
             self._hear(News(state="failed", error=sentence(error)))
-
-    def _take_picture(self, picture: str | bytes) -> None:
-        if picture:  # a field that is being cleared asks for nothing
-            self.ask(picture=picture)
 
     def _repeat(self, repeats: int) -> None:
         self._repeats = repeats
@@ -366,7 +354,7 @@ class Workbench:
         chosen = self.result(self._shown)
         other = self._before_of(chosen)
         if other is not None:
-            self._pick.value = self._pick_against.value = 0
+            self.look(number=0, against=0)
             self.measure(chosen.number, other.number)
 
     def _export_here(self) -> None:
@@ -381,11 +369,6 @@ class Workbench:
     def _darken(self, _: Any) -> None:
         (self.widget.add_class if self._dark.value else self.widget.remove_class)("fl-dark")
         self._draw()
-
-    def _fit(self, width: int) -> None:
-        with self._drawing:
-            self._figure.update_layout(width=width)
-            keep(self._figure)
 
     def _before_of(self, result: Result) -> Result | None:
         """What it is held against: the chosen one, else the one before it."""
@@ -427,7 +410,7 @@ class Workbench:
         lasted = news.stages[-1].end_ns / 1e9
         if self._view == "waterfall" and min(lasted, time.monotonic() - self._drawn) > _BETWEEN_STAGES:
             self._drawn = time.monotonic()
-            replace(self._figure, themed(so_far(news.stages), dark=bool(self._dark.value)), self._room.width)
+            self._show(so_far(news.stages), "under way")
 
     def _measure_for_view(self, result: Result) -> None:
         view = self._views[self._view]
@@ -443,8 +426,11 @@ class Workbench:
             self._summary.value = self._badges(result)
             if not view.lacks(result):
                 figure, frame = view.draw(result, self._run_before(result))
-                replace(self._figure, themed(figure, dark=bool(self._dark.value)), self._room.width)
+                self._show(figure, f"{view.name} of {result.number}")
                 self._table.value = frame.to_html(index=False, border=0)
+
+    def _show(self, figure: Any, about: str) -> None:
+        self._plot.show(themed(figure, dark=bool(self._dark.value)), about)
 
     def _history_frame(self) -> Any:
         return require("pandas", "notebooks").DataFrame(self.rows())
@@ -452,10 +438,9 @@ class Workbench:
     def _list_history(self) -> None:
         self._history.value = self._history_frame().to_html(index=False, border=0, float_format="%.2f", na_rep="")
         names = [(f"{row['number']}: {row['recipe']}", row["number"]) for row in self.rows()]
-        for picker, first in ((self._pick, "the newest"), (self._pick_against, "the one before")):
-            chosen = picker.value
-            with picker.hold_trait_notifications():
-                picker.options, picker.value = [(first, 0), *names], chosen
+        pickers = ((self._pick, "the newest", self._shown), (self._pick_against, "the one before", self._against))
+        for picker, first, chosen in pickers:
+            select_among(picker, [(first, 0), *names], chosen)
 
     def _badges(self, result: Result) -> str:
         shown = result.shown
@@ -475,6 +460,18 @@ class Workbench:
         found = result.audit
         gravest = found.findings[0].sentence if not found.ok else ""
         badges.append(("fl-good", "audit ✓") if found.ok else ("fl-bad", f"audit ✗ {gravest}"))
-        about = f"{shown.subtitle()} · {shown.device} {shown.dtype}"
+        about = f"{result.question.about_picture()} · {shown.subtitle()} · {shown.device} {shown.dtype}"
         said = "".join(f"<span class='fl-badge {kind}'>{html.escape(text)}</span>" for kind, text in badges)
         return f"<div>{big}</div><div>{said}</div><div>{html.escape(about)}</div>"
+
+
+def _answer_while_cells_run(widget: Any) -> None:
+    """Let clicks be answered while a cell of the notebook runs, where the page can send them past it.
+
+    JupyterLab sends what widgets say to a subshell, a thread of the kernel beside that of the cells; ipykernel 7.4 takes it to the
+    thread that updated the widget last, which is most often that of the cells.
+    """
+    if hasattr(widget.comm, "_reply_subshell_for"):
+        widget.comm._reply_subshell_for = lambda _, as_sent: as_sent
+    for part in getattr(widget, "children", ()):
+        _answer_while_cells_run(part)

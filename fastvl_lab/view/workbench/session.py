@@ -29,18 +29,37 @@ _PREVIEW = 130  # pixels of the longer side
 
 @dataclass(frozen=True, kw_only=True)
 class Question:
-    """What is asked of every recipe: a checkpoint, a picture (a name, a path, or bytes), a prompt, and how many tokens to make."""
+    """What is asked of every recipe: a checkpoint, a picture (a photograph's name, a path, or bytes), a prompt, how many tokens.
+
+    name: of a picture that is bytes. size: (width, height) that it is resized to first; None leaves it as it is. within: it keeps
+    its aspect ratio, and the size is that of a box around it. max_pixels: the request's; None is the checkpoint's own.
+    """
 
     checkpoint: str
     picture: str | bytes
-    size: tuple[int, int] | None
     prompt: str
     max_new_tokens: int
+    name: str = ""
+    size: tuple[int, int] | None = None
+    within: bool = False
+    max_pixels: int | None = None
 
     def request(self) -> Request:
         """Raises `ImageError` for a picture that is none."""
-        data = photo(self.picture, self.size)
-        return Request(images=[data], prompt=self.prompt, max_new_tokens=self.max_new_tokens, ignore_eos=True)
+        size = _fitted(self.picture, self.size) if self.size and self.within else self.size
+        return Request(
+            images=[photo(self.picture, size)],
+            prompt=self.prompt,
+            max_new_tokens=self.max_new_tokens,
+            max_pixels=self.max_pixels,
+            ignore_eos=True,
+        )
+
+    def about_picture(self) -> str:
+        """Which it is, and what is done to it before the request."""
+        name = self.name or (self.picture if isinstance(self.picture, str) else f"{len(self.picture)} bytes")
+        done = "as it is" if self.size is None else f"{'within' if self.within else 'resized to'} {self.size[0]}×{self.size[1]}"
+        return f"{name} {done}" + ("" if self.max_pixels is None else f", max_pixels {self.max_pixels}")
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -267,6 +286,13 @@ class Session:
         """Remember a result that knows more than it did."""
         self.history[result.number - 1] = result
         return result
+
+
+def _fitted(picture: str | bytes, box: tuple[int, int]) -> tuple[int, int]:
+    """The largest size of the picture's aspect ratio that fits into the box."""
+    width, height = read_orientation(open_image(ImageInput.of(photo(picture)))).size
+    scale = min(box[0] / width, box[1] / height)
+    return max(1, round(width * scale)), max(1, round(height * scale))
 
 
 def _held(lab: Lab, recipe: Recipe) -> dict[str, int]:
