@@ -71,6 +71,17 @@ class Parity:
             return f"yes{on_its_pixels}"
         return f"yes{on_its_pixels}, {BUDGET * self.error / self.budget:.1f}× the dtype's own error"
 
+    @property
+    def sentence(self) -> str:
+        """What was found, for a reader who has not asked yet."""
+        if not self.holds:
+            return f"{self.why}: its time is not compared"
+        whose = "Transformers" if self.moved is None else "Transformers on this recipe's pixels"
+        if self.by == "tokens" or self.error is None or self.budget is None:
+            return f"same tokens as {whose}"
+        apart = "" if self.other_from is None else f"; tokens differ from number {self.other_from + 1} on"
+        return f"within {BUDGET * self.error / self.budget:.1f}× of this dtype's own error, beside {whose}{apart}"
+
 
 def worst_error(pairs: Iterable[tuple[torch.Tensor, torch.Tensor]]) -> float:
     """The largest relative error of any row of ours against the truth's, [n, width] each; NaN where there is one.

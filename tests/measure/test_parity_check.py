@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 
 from fastvl_lab import EndpointError, Lab, Recipe, Request, audit, compare, photo, toggles
 from fastvl_lab.checkpoint import tiny
-from fastvl_lab.measure.parity import Oracles, Truth, check, forced_tokens, in_wider_dtype, truth_along, within_budget
+from fastvl_lab.measure.parity import Oracles, Parity, Truth, check, forced_tokens, in_wider_dtype, truth_along, within_budget
 
 TINY = ("tiny-qwen2.5-vl", "tiny-qwen3-vl")
 
@@ -75,6 +75,16 @@ def test_in_half_precision_a_block_scaled_by_a_twentieth_is_red(half: Lab, asked
         assert found.error is not None
         assert found.budget is not None
         assert found.error > 1.5 * found.budget
+
+
+def test_a_check_says_in_words_what_it_has_found() -> None:
+    good = Parity(oracle="transformers", holds=True, by="logits", error=0.013, budget=0.02, other_from=16)
+    assert good.says == "yes, 1.3× the dtype's own error"
+    assert good.sentence == "within 1.3× of this dtype's own error, beside Transformers; tokens differ from number 17 on"
+    pixels = Parity(oracle="transformers, preprocessor.resize=torch", holds=True, moved=0.01)
+    assert (pixels.says, pixels.sentence) == ("yes, on its pixels", "same tokens as Transformers on this recipe's pixels")
+    red = Parity(oracle="transformers", holds=False, why="its logits are not finite")
+    assert (red.says, red.sentence) == ("NO", "its logits are not finite: its time is not compared")
 
 
 def _of(lab: Lab, oracles: Oracles) -> Oracles:

@@ -448,13 +448,13 @@ class Workbench:
         if shown.tpot is not None:
             big += f"<span class='fl-big'>TPOT {shown.tpot * 1e3:.2f} ms</span>"
         badges = [("", in_words(shown.kind))]
-        if result.parity is None:
+        if result.checked is None:
             badges.append(("", "one run"))
-        elif result.parity:
-            badges.append(("fl-good", "parity ✓ same tokens"))
+        elif result.checked.holds:
+            badges.append(("fl-good", f"parity ✓ {result.checked.sentence}"))
             badges.append(("", f"{result.speedup.times()} as fast as Transformers" if result.speedup else "no warm rounds"))
         else:
-            badges.append(("fl-bad", "parity ✗ other tokens than Transformers: its time is not compared"))
+            badges.append(("fl-bad", f"parity ✗ {result.checked.sentence}"))
         if result.against_before is not None:
             badges.append(("", f"{result.against_before.times()} as fast as the run before"))
         found = result.audit

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import io
 import threading
 from collections.abc import Callable, Mapping
@@ -14,9 +15,10 @@ from fastvl_lab.measure.attribution import Attribution, attribute
 from fastvl_lab.measure.audit import Audit, audit
 from fastvl_lab.measure.compare import Comparison, compare
 from fastvl_lab.measure.floors import Ceilings, floor
+from fastvl_lab.measure.parity import Parity
 from fastvl_lab.measure.photo import photo
 from fastvl_lab.measure.statistics import Interval
-from fastvl_lab.preprocessor.decode_image import rgb_of
+from fastvl_lab.preprocessor.decode_image import open_image, read_orientation, rgb_of
 from fastvl_lab.recipe import Recipe
 from fastvl_lab.request import Chunk, ImageInput, Request
 from fastvl_lab.run import Run
@@ -95,10 +97,15 @@ class Result:
     def audit(self) -> Audit:
         return audit(self.shown)
 
-    @cached_property
+    @property
+    def checked(self) -> Parity | None:
+        """How it came through its parity check; None before it is measured."""
+        return None if self.comparison is None else self.comparison.checks[RECIPE]
+
+    @property
     def parity(self) -> bool | None:
-        """Whether its tokens are those it must make; None before it is measured."""
-        return None if self.comparison is None else self.comparison.parity(RECIPE)
+        """Whether it computes what it must; None before it is measured."""
+        return None if self.checked is None else self.checked.holds
 
     @cached_property
     def speedup(self) -> Interval | None:
@@ -226,6 +233,8 @@ class Session:
         question = wish.question
         if self.lab is None or self.lab.checkpoint.name != question.checkpoint:
             self._tell(News(state=f"loading {question.checkpoint}"))
+            self.lab = None  # first: there may be no room for two models, and the session's length follows from what is free
+            gc.collect()
             self.lab = Lab(question.checkpoint, device=self._device, dtype=self._dtype)
             self._ceilings = None
         request = question.request()
