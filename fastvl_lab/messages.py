@@ -48,8 +48,8 @@ def _parts(content: Any) -> Sequence[Any]:
 def read_messages(messages: Sequence[Any]) -> tuple[tuple[Message, ...], tuple[ImageInput, ...]]:
     """Messages in their one form, and their images in order; raises `RequestError` and `ImageError`.
 
-    A text stays a text and parts stay parts, since templates tell them apart. An image part becomes {"type": "image"}. A content
-    may be missing or None beside a field that says something, such as tool_calls. Fields besides role and content are kept: whether
+    A text stays a text and parts stay parts, since templates tell them apart. An image part becomes {"type": "image"}. An assistant
+    may be without content beside a field that says something, such as tool_calls. Fields besides role and content are kept: whether
     they reach the prompt is the template's to say (`tokenizer.chat_text`).
     """
     if len(messages) == 0:
@@ -59,12 +59,9 @@ def read_messages(messages: Sequence[Any]) -> tuple[tuple[Message, ...], tuple[I
 
 
 def _message(number: int, message: Any, images: list[ImageInput]) -> Message:
-    if not isinstance(message, Mapping) or "role" not in message:
+    if not isinstance(message, Mapping) or "role" not in message or ("content" not in message and _needs_content(message)):
         raise RequestError(f"message {number} must be a mapping with 'role' and 'content'")
-    others = [name for name, value in message.items() if name not in ("role", "content") and says_something(value)]
-    if message.get("content") is None and not others:
-        if "content" not in message:
-            raise RequestError(f"message {number} must be a mapping with 'role' and 'content'")
+    if message.get("content") is None and _needs_content(message):
         raise RequestError(f"message {number} has a content of type NoneType; give a text or a list of parts")
     read: Message = {}
     for name, value in message.items():
@@ -76,6 +73,12 @@ def _message(number: int, message: Any, images: list[ImageInput]) -> Message:
             where = f"message {number} has in {quoted(name)}"
             read[_text(name, f"message {number} has a field name")] = _plain(value, where)
     return read
+
+
+def _needs_content(message: Mapping[str, Any]) -> bool:
+    """An assistant may say all that it says in other fields."""
+    others = (value for name, value in message.items() if name not in ("role", "content"))
+    return message["role"] != "assistant" or not any(map(says_something, others))
 
 
 def says_something(value: Any) -> bool:

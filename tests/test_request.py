@@ -345,6 +345,8 @@ def test_content_stays_as_it_was_given() -> None:
     [
         ({"role": "assistant", "content": None, "tool_calls": []}, "a content of type NoneType"),
         ({"role": "assistant", "refusal": None}, "mapping with 'role' and 'content'"),
+        ({"role": "user", "content": None, "name": "Ann"}, "a content of type NoneType"),
+        ({"role": "tool", "tool_call_id": "1"}, "mapping with 'role' and 'content'"),
         ({"role": "assistant", "content": "a", "tool_calls": [{"f": b"x"}]}, "in 'tool_calls' b'x'; give what JSON can hold"),
         ({"role": "assistant", "content": "a", "tool_calls": [float("inf")]}, "in 'tool_calls' inf; give what JSON can hold"),
         ({"role": "assistant", "content": "a", "reasoning_content": "\ud800"}, "in 'reasoning_content' a text that is no Unicode"),
