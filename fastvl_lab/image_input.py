@@ -41,13 +41,16 @@ class ImageInput:
     """One image as the request carries it: encoded bytes, or pixels already decoded by the caller.
 
     `data` is bytes (an encoded file), a `PIL.Image`, or a uint8 array [height, width] or [height, width, 3]. `label` names it in
-    errors. min_pixels, max_pixels: its own limits on the area of the resized image, which go before the request's.
+    errors. min_pixels, max_pixels: its own limits on the area of the resized image, which go before the request's. asked: the width
+    and height that it is to be resized to, to the nearest multiples of a visual token's side (`resized_width` and
+    `resized_height` of Qwen's qwen-vl-utils).
     """
 
     data: bytes | Image.Image | np.ndarray
     label: str
     min_pixels: int | None = None
     max_pixels: int | None = None
+    asked: tuple[int, int] | None = None
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "label", shortened(self.label, 80))

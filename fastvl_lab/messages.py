@@ -21,6 +21,7 @@ Message = dict[str, Any]
 # Where the image of a part stands: OpenAI's image_url, and what Transformers' chat templates take.
 _SOURCES = ("image", "image_url", "url", "path", "base64")
 _LIMITS = ("min_pixels", "max_pixels")
+_SIDES = ("resized_width", "resized_height")
 # Keys of a part that mean something to services, and nothing to a prompt.
 _NEUTRAL = ("cache_control", "annotations")
 # OpenAI's wishes for an image that leave its size alone.
@@ -109,9 +110,9 @@ def _part(part: Any, number: int, images: list[ImageInput]) -> dict[str, str]:
 
 
 def _image(part: Mapping[str, Any], number: int) -> ImageInput:
-    """The image of a part with the limits that stand beside it or, as servers have them, beside its url."""
-    where, choices = f"message {number} has an image part", f"what is honoured beside an image is {', '.join(_LIMITS)}"
-    _check_keys(part, ("type", *_SOURCES, *_LIMITS, "detail"), where, choices)
+    """The image of a part with the limits and sides that stand beside it or, as servers have them, beside its url."""
+    where, choices = f"message {number} has an image part", f"what is honoured beside an image is {', '.join((*_LIMITS, *_SIDES))}"
+    _check_keys(part, ("type", *_SOURCES, *_LIMITS, *_SIDES, "detail"), where, choices)
     given = [name for name in _SOURCES if part.get(name) is not None]
     if not given:
         raise RequestError(f"{where} without an image; give 'image' or 'image_url'")
@@ -119,7 +120,7 @@ def _image(part: Mapping[str, Any], number: int) -> ImageInput:
         raise RequestError(f"{where} with {' and '.join(map(repr, given))}; give one of them")
     source, settings = part[given[0]], [part]
     if isinstance(source, Mapping):  # OpenAI: {"image_url": {"url": …}}
-        _check_keys(source, ("url", *_LIMITS, "detail"), where, choices)
+        _check_keys(source, ("url", *_LIMITS, *_SIDES, "detail"), where, choices)
         settings.append(source)
         source = source.get("url")
         if source is None:
@@ -128,6 +129,9 @@ def _image(part: Mapping[str, Any], number: int) -> ImageInput:
         source = f"data:image/*;base64,{source}"
     least, most = (_limit(name, settings, number) for name in _LIMITS)
     check_limits(least, most, f"{where} whose ")
+    width, height = (_limit(name, settings, number) for name in _SIDES)
+    if (width is None) != (height is None):
+        raise RequestError(f"{where} with one of {' and '.join(_SIDES)}; give both, or max_pixels")
     for mapping in settings:
         if mapping.get("detail") not in _NEUTRAL_DETAIL:
             raise RequestError(
@@ -139,6 +143,7 @@ def _image(part: Mapping[str, Any], number: int) -> ImageInput:
         image,
         min_pixels=image.min_pixels if least is None else least,
         max_pixels=image.max_pixels if most is None else most,
+        asked=image.asked if width is None or height is None else (width, height),
     )
 
 

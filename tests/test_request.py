@@ -16,6 +16,7 @@ from transformers.image_utils import load_image
 
 from fastvl_lab import ImageError, Lab, Request, RequestError
 from fastvl_lab.errors import quoted, shortened
+from fastvl_lab.preprocessor.layout import smart_resize
 from fastvl_lab.request import ImageInput
 
 
@@ -270,11 +271,9 @@ def test_limits_stand_beside_an_image_or_beside_its_url() -> None:
 @pytest.mark.parametrize(
     ("part", "says"),
     [
-        (
-            {"image": IMAGE, "resized_height": 56, "resized_width": 56},
-            "'resized_height'.*what is honoured .* min_pixels, max_pixels",
-        ),
-        ({"image": IMAGE, "crop": [0, 0, 5, 5]}, "'crop'"),
+        ({"image": IMAGE, "crop": [0, 0, 5, 5]}, "'crop'.*what is honoured .* min_pixels, max_pixels, resized_width"),
+        ({"image": IMAGE, "resized_height": 56}, "one of resized_width and resized_height; give both"),
+        ({"image_url": {"url": "a.png", "resized_width": 2.5}, "resized_height": 56}, "resized_width of an image .* is 2.5"),
         ({"image": IMAGE, "nframes": 8}, "'nframes'"),
         ({"image_url": {"url": "a.png", "quality": 3}}, "'quality'"),
         ({"image_url": {"url": "a.png", "detail": "low"}}, "detail 'low'; .* max_pixels"),
@@ -319,6 +318,32 @@ def test_limits_of_an_image_go_before_the_requests_and_they_before_the_checkpoin
     crossed = [{"type": "image", "image": large, "min_pixels": 100 * side**2}]
     with pytest.raises(RequestError, match="one is the image's, the other the request's; set both beside the image"):
         lab.run(Request(messages=[{"role": "user", "content": crossed}], max_pixels=50 * side**2), "fastest")
+
+
+@pytest.mark.parametrize(("width", "height"), [(60, 130), (300, 57), (5, 900), (448, 448)])
+def test_a_size_that_is_asked_for_is_reached_within_the_limits(lab: Lab, width: int, height: int) -> None:
+    """As qwen-vl-utils reaches it: by Pillow, from the picture as it is; wherever beside the image it is said."""
+    factor, area = lab.checkpoint.image_settings.factor, 40 * lab.checkpoint.image_settings.factor**2
+    picture = np.random.default_rng(1).integers(256, size=(150, 210, 3), dtype=np.uint8)
+    asked = {"resized_width": width, "resized_height": height, "min_pixels": 1, "max_pixels": area}
+    expected = smart_resize(height, width, factor=factor, min_pixels=1, max_pixels=area)
+    resized = np.asarray(Image.fromarray(picture).resize(expected[::-1], Image.Resampling.BICUBIC))
+    plain = Request(images=[resized], prompt="", min_pixels=1, max_pixels=10**9, max_new_tokens=4, ignore_eos=True)
+    stock = lab.run(plain, "transformers, preprocessor.resize=pillow")
+    for part in ({"type": "image", "image": picture, **asked}, {"type": "image_url", "image_url": {"url": _png(picture), **asked}}):
+        messages = [{"role": "user", "content": [part, {"type": "text", "text": ""}]}]
+        request = Request(messages=messages, max_new_tokens=4, ignore_eos=True)
+        for engine in ("transformers", "baseline, preprocessor.resize=pillow", "fastest, preprocessor.resize=pillow"):
+            run = lab.run(request, engine)
+            assert (run.shapes[0].resized_height, run.shapes[0].resized_width) == expected
+            assert run.tokens == stock.tokens
+        assert lab.run(request, "fastest").shapes == run.shapes
+
+
+def _png(picture: np.ndarray) -> str:
+    out = io.BytesIO()
+    Image.fromarray(picture).save(out, "PNG")
+    return f"data:image/png;base64,{base64.b64encode(out.getvalue()).decode()}"
 
 
 def test_content_stays_as_it_was_given() -> None:

@@ -145,8 +145,10 @@ class HttpPeer:
         return {**message, "content": [self._image_part(next(images)) if part["type"] == "image" else part for part in content]}
 
     def _image_part(self, image: ImageInput) -> dict[str, Any]:
-        """An image with its own limits, which this project's server alone knows."""
+        """An image with its own limits and size, which this project's server alone knows."""
         limits = {name: getattr(image, name) for name in ("min_pixels", "max_pixels") if getattr(image, name) is not None}
+        if image.asked is not None:
+            limits |= dict(zip(("resized_width", "resized_height"), image.asked, strict=True))
         if limits and self._owner != "fastvl_lab":
             raise EndpointError(
                 f"endpoint {self._address.geturl()!r} knows no {', '.join(limits)} of a single image; set limits of the request"

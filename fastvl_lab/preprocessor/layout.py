@@ -18,10 +18,11 @@ MAX_ASPECT_RATIO = 200
 
 
 class AreaLimits(NamedTuple):
-    """The least and greatest area of a resized image, in pixels."""
+    """The least and greatest area of a resized image, in pixels, and the width and height that it is to have, if that is said."""
 
     least: int
     most: int
+    asked: tuple[int, int] | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -102,7 +103,7 @@ def area_limits(image: ImageInput, request: Request, settings: ImageSettings) ->
             f"min_pixels {least} is over max_pixels {most}: one is {owners[first][0]}, the other {owners[second][0]}; "
             f"set both {where}"
         )
-    return AreaLimits(least, most)
+    return AreaLimits(least, most, image.asked)
 
 
 def shapes_of(sizes: Sequence[tuple[int, int]], limits: Sequence[AreaLimits], checkpoint: Checkpoint) -> tuple[ImageShape, ...]:
@@ -123,8 +124,9 @@ def shapes_of(sizes: Sequence[tuple[int, int]], limits: Sequence[AreaLimits], ch
 
 
 def _shape(width: int, height: int, limits: AreaLimits, settings: ImageSettings) -> ImageShape:
+    wide, high = limits.asked or (width, height)
     resized_height, resized_width = smart_resize(
-        height, width, factor=settings.factor, min_pixels=limits.least, max_pixels=limits.most
+        high, wide, factor=settings.factor, min_pixels=limits.least, max_pixels=limits.most
     )
     grid = Grid(1, resized_height // settings.patch_size, resized_width // settings.patch_size)
     return ImageShape(

@@ -135,7 +135,7 @@ def test_what_parts_and_messages_carry_reaches_the_request() -> None:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(chat, "Request", lambda **given: seen.update(given) or Request(prompt="?"))
         _read(messages=[{"role": "user", "content": [image], "name": "me"}, call])
-    part = {"type": "image", "image": "data:,x", "detail": "low", "max_pixels": 3136}
+    part = {"type": "image", "image": {"url": "data:,x", "detail": "low"}, "max_pixels": 3136}
     assert seen["messages"] == [
         {"role": "user", "content": [part], "name": "me"},
         {"role": "assistant", "content": None, "tool_calls": [{"id": "1"}], "reasoning_content": "why"},
