@@ -30,7 +30,7 @@ def bind(slot: Attention, weights: DecoderWeights) -> Decoder:
         "eager": lambda: eager.prefill,
         "sdpa": lambda: sdpa.prefill,
         "varlen": _varlen,
-        "triton": partial(_triton_prefill, dtype),
+        "triton": partial(_triton_prefill, weights),
     }
     decode: dict[str, Callable[[], Attend]] = {
         "eager": lambda: eager.decode,
@@ -51,10 +51,10 @@ def _varlen() -> Attend:
     return bind_prefill()
 
 
-def _triton_prefill(dtype: torch.dtype) -> Attend:
+def _triton_prefill(weights: DecoderWeights) -> Attend:
     from fastvl_lab.attention.slotted import bind_prefill  # triton is loaded where it is asked for
 
-    return bind_prefill(dtype)
+    return bind_prefill(weights.embed.dtype, weights.n_heads // weights.n_kv_heads)
 
 
 def _triton_decode() -> Attend:
