@@ -207,13 +207,24 @@ class Vit:
         Option(
             value="transformers",
             does="the stock module, called as it is; LMDeploy's TurboMind backend ran it so (InternLM/lmdeploy issue 4195)",
-            decides=("patch_embed", "attention", "positions", "norms", "rope", "activation", "interpolation"),
+            decides=("patch_embed", "padding", "attention", "positions", "norms", "rope", "activation", "interpolation"),
         ),
         Option(value="lean", does="our own forward over the same weights, with every step below a toggle"),
     )
     patch_embed: str = _toggle(
         Option(value="conv3d", does="Conv3d whose kernel is its stride; the published modelling code"),
         Option(value="linear", does="the same product as one matrix multiply; vLLM 27418, SGLang 19788, Transformers 45041"),
+    )
+    padding: str = _toggle(
+        Option(value="exact", does="widths of products are the checkpoint's own; Transformers, vLLM, SGLang"),
+        Option(
+            value="aligned",
+            does=(
+                "rows of MLPs and of patches are padded with zeros to whole 64 bytes, such as 3,420 to 3,424; MLPs' weights are "
+                "then held twice (0.84 GB more for Qwen2.5-VL, 0.54 for Qwen3-VL-8B), and patches copied once; FlashRT"
+            ),
+            requires=("vit.patch_embed=linear",),
+        ),
     )
     attention: str = _toggle(
         Option(value="per_window", does="one attention call a window or frame, in a Python loop; Transformers with SDPA"),

@@ -15,6 +15,7 @@ import torch
 from fastvl_lab import peers
 from fastvl_lab.checkpoint import Checkpoint
 from fastvl_lab.lab import EngineName, Lab, current_device
+from fastvl_lab.language.decode import Step
 from fastvl_lab.measure.decoding import text_prompt
 from fastvl_lab.measure.slot_report import wider, worst_error
 from fastvl_lab.pipeline import Pipeline
@@ -73,10 +74,10 @@ def forced_logits(lab: Lab, engine: EngineName, truth: Truth) -> torch.Tensor:
     def with_forced_tokens(answer: Answer) -> None:
         given = iter(truth.forced.split(1))
 
-        def decode(token: torch.Tensor, position: torch.Tensor) -> torch.Tensor:
-            logits = answer.decode(next(given, token), position)  # rounds may launch more steps than there are tokens to make
-            kept.append(logits[0].cpu())
-            return logits
+        def decode(token: torch.Tensor, position: torch.Tensor) -> Step:
+            step = answer.decode(next(given, token), position)  # rounds may launch more steps than there are tokens to make
+            kept.append(step.logits[0].cpu().clone())  # which the next step may overwrite
+            return step
 
         complete(dataclasses.replace(answer, decode=decode))
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 
 import torch
 
+from fastvl_lab.language.decode import Step
 from fastvl_lab.streaming.text import Emitter
 from fastvl_lab.trace import Tracer
 
@@ -21,15 +22,15 @@ Positions = Callable[["Answer", Callable[[], None]], Position]
 class Answer:
     """An answer in the making.
 
-    first: its first token, int64 [1] on the device. next_position: of that token. decode: a token and its position to the logits of
-    the next, float32 [1, vocab]; sample: logits to a token, int64 [1]; both launch work and wait for nothing. max_new_tokens, ends:
-    how many tokens there may be, and the ids that end the answer before. tokens: the ids that the host has learnt so far.
+    first: its first token, int64 [1] on the device. next_position: of that token. decode: a token and its position to what a step
+    gives; sample: what a step gave to the next token, int64 [1]; both launch work and wait for nothing. max_new_tokens, ends: how
+    many tokens there may be, and the ids that end the answer before. tokens: the ids that the host has learnt so far.
     """
 
     first: torch.Tensor
     next_position: int
-    decode: Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
-    sample: Callable[[torch.Tensor], torch.Tensor]
+    decode: Callable[[torch.Tensor, torch.Tensor], Step]
+    sample: Callable[[Step], torch.Tensor]
     max_new_tokens: int
     ends: Collection[int]
     emitter: Emitter

@@ -418,6 +418,7 @@ def test_attention_kernels_are_tuned_in_the_warm_up_and_never_after_it(monkeypat
     blocks = {row["tuned_for"]["block_q"] for row in tuned if row["kernel"] == "segment_attention_kernel"}
     assert {"64", "128"} <= blocks
     monkeypatch.setattr(tuned_module, "measured", lambda *_, **__: pytest.fail("tuned again"))
-    request = Request(images=[photo("coffee", (448, 336))], prompt="What is this?", max_new_tokens=8, ignore_eos=True)
+    # Of the same powers of four: 1,344 patches after 1,564; keys of its steps are of any number.
+    request = Request(images=[photo("coffee", (588, 448))], prompt="What is this?", max_new_tokens=800, ignore_eos=True)
     lab.run(request, recipe)
     assert tuned_launches() == tuned
