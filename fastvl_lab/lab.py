@@ -189,12 +189,19 @@ class Lab:
         """Serve a request of each shape: what is built, tuned, compiled and captured for it is there before the first that counts.
 
         shapes: (width, height) of an image, or a `Request` as it will come. Everything that a request does is done, from decoding
-        its image to its `max_new_tokens`, and caches keep of it what they keep of any request. The largest shape had best come
-        first: graphs captured later then find memory that they can share. progress: whether to show a bar. Returns what was
-        compiled and captured. Raises `RequestError`, and what `run` raises.
+        its image to its `max_new_tokens`, and caches keep of it what they keep of any request. Decode steps are made ready first,
+        for answers of any length that a session has room for. The largest shape had best come first: graphs captured later then
+        find memory that they can share. progress: whether to show a bar. Returns what was compiled and captured. Raises
+        `RequestError`, and what `run` raises.
         """
-        requests = requests_of(shapes, max_new_tokens)
-        made: list[Capture] = []
+        requests, key = requests_of(shapes, max_new_tokens), self.engine(recipe)
+        self._check_turn(key)
+
+        def steps() -> tuple[Capture, ...]:
+            bound = self._bind(key)
+            return bound.warm_up(Tracer(self.device, "off")) if isinstance(bound, Pipeline) else ()
+
+        made = [] if peers.is_remote(key) else [*self.compute(steps)]
         for request in tqdm(requests, desc="warm-up", unit="shape", disable=not progress):
             made += self.run(request, recipe, trace="off").captures
         return tuple(made)
@@ -260,9 +267,12 @@ class Lab:
         if not isinstance(request, Request):
             raise RequestError(f"the request is a {type(request).__name__}; give a fastvl_lab.Request")
         key = self.engine(engine)
+        self._check_turn(key)
+        return key
+
+    def _check_turn(self, key: EngineName) -> None:
         if getattr(self._telling, "now", False) and not peers.is_remote(key):
             raise RequestError("a request waits for its on_chunk and on_stage, in which the lab serves no other; ask after it")
-        return key
 
     def _told(self, key: EngineName, callback: Callable[[Any], object] | None) -> Callable[[Any], object] | None:
         """The callback; within it no request can have a turn, where the one that it is told of has it and waits for it."""

@@ -15,6 +15,7 @@ from fastvl_lab.capture import Stages
 from fastvl_lab.capture.execute import Capture
 from fastvl_lab.capture.graphs import GraphStore
 from fastvl_lab.checkpoint import Checkpoint
+from fastvl_lab.language.decode import Step
 from fastvl_lab.language.merge import merge
 from fastvl_lab.language.sample import greedy
 from fastvl_lab.language.weights import decoder_weights
@@ -82,6 +83,12 @@ class Pipeline:
         self.complete = streaming.bind(recipe.streaming, checkpoint.device)
         self.token_bytes = TokenBytes.of(checkpoint.tokenizer)
 
+    @torch.inference_mode()
+    def warm_up(self, tracer: Tracer) -> tuple[Capture, ...]:
+        """What decode steps need at any length is made, and told of; no request may be under way."""
+        self.stages.warm_up(self.checkpoint.session_len, tracer, measures=self.recipe.attention.decode == "triton")
+        return self.stages.take_fresh()
+
     def run(self, request: Request, tracer: Tracer, deliver: Deliver) -> Outcome:
         """Serve one request; raises `RequestError` for one that cannot be served, before any pixel of it is read."""
         return self._admit_and_serve(request, tracer, deliver, None)
@@ -145,7 +152,7 @@ class Pipeline:
             with span("sample"):
                 first = greedy(first_logits[0], decoder)
 
-        def decode(token: torch.Tensor, position: torch.Tensor) -> torch.Tensor:
+        def decode(token: torch.Tensor, position: torch.Tensor) -> Step:
             place.extend(1)
             return stages.decode(token, position, kv, tracer)
 
@@ -153,7 +160,7 @@ class Pipeline:
             first=first,
             next_position=prompt.next_position,
             decode=decode if forced is None else forced.steps(decode),
-            sample=lambda logits: greedy(logits[0], decoder),
+            sample=lambda step: greedy(step.logits[0], decoder) if step.token is None else step.token,
             max_new_tokens=n_new,
             ends=() if request.ignore_eos else self.checkpoint.eos_token_ids,
             emitter=Emitter(self.token_bytes, deliver),

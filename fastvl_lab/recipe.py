@@ -226,13 +226,24 @@ class Vit:
         Option(
             value="transformers",
             does="the stock module, called as it is; LMDeploy's TurboMind backend ran it so (InternLM/lmdeploy issue 4195)",
-            decides=("patch_embed", "attention", "positions", "norms", "rope", "activation", "interpolation"),
+            decides=("patch_embed", "padding", "attention", "positions", "norms", "rope", "activation", "interpolation"),
         ),
         Option(value="lean", does="our own forward over the same weights, every step below a toggle; vLLM, SGLang"),
     )
     patch_embed: str = _toggle(
         Option(value="conv3d", does="Conv3d whose kernel is its stride; the published modelling code"),
         Option(value="linear", does="the same product as one matrix multiply; vLLM 27418, SGLang 19788, Transformers 45041"),
+    )
+    padding: str = _toggle(
+        Option(value="exact", does="widths of products are the checkpoint's own; Transformers, vLLM, SGLang"),
+        Option(
+            value="aligned",
+            does=(
+                "rows of MLPs and of patches are padded with zeros to whole 64 bytes, such as 3,420 to 3,424, over the same "
+                "weights; patches are copied once more; FlashRT"
+            ),
+            requires=("vit.patch_embed=linear",),
+        ),
     )
     attention: str = _toggle(
         Option(
@@ -338,7 +349,10 @@ class Attention:
         ),
         Option(
             value="triton",
-            does="a Triton kernel that reads keys and values where the cache keeps them; vLLM 16828, SGLang",
+            does=(
+                "a Triton kernel that reads keys and values where the cache keeps them, so that paged blocks are not gathered: to "
+                "read and to change, no rival of FlashAttention 3 on Hopper; vLLM 16828, SGLang"
+            ),
             needs=("cuda", "triton"),
             requires=("cache.kv=static|paged",),
         ),

@@ -5,8 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable
 from functools import partial
 
-import torch
-
 from fastvl_lab.attention import eager, sdpa
 from fastvl_lab.attention.operations import bind_operations
 from fastvl_lab.errors import CheckpointError
@@ -17,7 +15,7 @@ from fastvl_lab.recipe import Attention
 
 def bind(slot: Attention, weights: DecoderWeights) -> Decoder:
     """The decoder as the slot's toggles say; raises `CheckpointError` where the checkpoint asks for what an option has not."""
-    dtype, head_dim = weights.embed.dtype, weights.head_dim
+    head_dim = weights.head_dim
     for toggle, option in (("prefill", slot.prefill), ("decode", slot.decode)):
         if option in ("varlen", "triton") and (head_dim % 8 != 0 or head_dim > 128):
             raise CheckpointError(
@@ -28,7 +26,7 @@ def bind(slot: Attention, weights: DecoderWeights) -> Decoder:
     prefill |= {
         "eager": lambda: eager.prefill,
         "varlen": _varlen,
-        "triton": partial(_triton_prefill, dtype),
+        "triton": partial(_triton_prefill, weights),
     }
     decode: dict[str, Callable[[], Attend]] = {option: lambda: sdpa.decode for option in sdpa.BACKENDS}
     decode |= {
@@ -51,10 +49,10 @@ def _varlen() -> Attend:
     return bind_prefill()
 
 
-def _triton_prefill(dtype: torch.dtype) -> Attend:
+def _triton_prefill(weights: DecoderWeights) -> Attend:
     from fastvl_lab.attention.slotted import bind_prefill  # triton is loaded where it is asked for
 
-    return bind_prefill(dtype)
+    return bind_prefill(weights.embed.dtype, weights.n_heads // weights.n_kv_heads)
 
 
 def _triton_decode() -> Attend:

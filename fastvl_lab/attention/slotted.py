@@ -10,9 +10,12 @@ from fastvl_lab.language.decoder import Attend, KvCache, once_a_forward
 from fastvl_lab.language.segments import Segments
 
 
-def bind_prefill(dtype: torch.dtype) -> Attend:
-    """Causal attention of all sequences in one launch, over exactly the blocks that hold queries; dtype: of the queries."""
-    block = block_size(dtype)
+def bind_prefill(dtype: torch.dtype, group: int) -> Attend:
+    """Causal attention of all sequences in one launch, over exactly the blocks that hold queries.
+
+    dtype: of the queries. group: how many heads share a key head.
+    """
+    block = block_size(dtype, group)
 
     def query_blocks(segments: Segments, device: torch.device) -> torch.Tensor:
         """int32 [n_blocks, 4], as `prefill_attention` takes them, written on the device."""
@@ -26,8 +29,8 @@ def bind_prefill(dtype: torch.dtype) -> Attend:
     blocks_of = once_a_forward(query_blocks)
 
     def prefill(q: torch.Tensor, cache: KvCache, layer: int) -> torch.Tensor:
-        slots = cache.slots(layer)
-        return prefill_attention(q, slots.keys, slots.values, slots.slot_of, blocks_of(cache, q.device))
+        slots, longest = cache.slots(layer), max(cache.segments.lengths)
+        return prefill_attention(q, slots.keys, slots.values, slots.slot_of, blocks_of(cache, q.device), longest=longest)
 
     return prefill
 

@@ -14,7 +14,7 @@ from fastvl_lab.cache.blocks import BlockPool, Table, Token
 from fastvl_lab.cache.concat import ConcatKv
 from fastvl_lab.cache.images import ImageStore, Kept, image_digest, join, split
 from fastvl_lab.cache.memory import BLOCK_SIZE, Memory
-from fastvl_lab.cache.slotted import SlottedKv, layers_of
+from fastvl_lab.cache.slotted import SlottedKv
 from fastvl_lab.recipe import Cache
 from fastvl_lab.request import Prompt, VisionTokens
 
@@ -140,11 +140,11 @@ class BoundCache:
         self._image_reuse, self._prefix_reuse = ({"off": False, "on": True}[x] for x in (slot.image_reuse, slot.prefix_reuse))
 
     @property
-    def layers(self) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    def layers(self) -> Sequence[tuple[torch.Tensor, torch.Tensor]]:
         """The store that every request's keys and values are in, a pair a layer; none where each request has tensors of its own."""
         if self._kv == "concat":
-            return []
-        return layers_of(self._memory.static if self._kv == "static" else self._memory.paged.store)
+            return ()
+        return (self._memory.static if self._kv == "static" else self._memory.paged.store).layers
 
     @property
     def in_place(self) -> bool:
@@ -164,7 +164,7 @@ class BoundCache:
             return Place(ConcatKv(memory.shape.n_layers), prompt, images=images, digests=digests)
         total = prompt.n_tokens + max_new_tokens
         if self._kv == "static":
-            kv = SlottedKv(memory.static, block_size=BLOCK_SIZE, longest=memory.session_len)
+            kv = SlottedKv(memory.static, block_size=BLOCK_SIZE, longest=memory.session_len, in_place=True)
             kv.add_blocks(0, range(-(-total // BLOCK_SIZE)))
             return Place(kv, prompt, images=images, digests=digests)
         assert self._kv == "paged"

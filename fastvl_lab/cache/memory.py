@@ -4,11 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
-import torch
-
 from fastvl_lab.cache.blocks import BlockPool
 from fastvl_lab.cache.images import ImageStore
-from fastvl_lab.cache.slotted import KvShape
+from fastvl_lab.cache.slotted import KvShape, KvStore
 from fastvl_lab.checkpoint import Checkpoint
 from fastvl_lab.checkpoint.memory import available_bytes, gigabytes
 from fastvl_lab.errors import DeviceError
@@ -26,7 +24,7 @@ _LEAST_SESSION_LEN = 1_024
 class Paged:
     """The blocks of the paged cache, and who owns them."""
 
-    store: torch.Tensor
+    store: KvStore
     pool: BlockPool
 
 
@@ -53,11 +51,11 @@ class Memory:
         spare = 2 * self.shape.bytes_per_token  # a slot that is no sequence's, in either store
         self._pool_blocks = (self.budget - self.budget // _IMAGE_SHARE - spare) // block_bytes - session_blocks
         self.images = ImageStore(self.budget // _IMAGE_SHARE)
-        self._static: torch.Tensor | None = None
+        self._static: KvStore | None = None
         self._paged: Paged | None = None
 
     @property
-    def static(self) -> torch.Tensor:
+    def static(self) -> KvStore:
         """Room for one session, in one piece."""
         if self._static is None:
             self._static = self.shape.allocate(self._session_blocks * BLOCK_SIZE)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -39,37 +40,71 @@ class KvShape:
     def bytes_per_token(self) -> int:
         return 2 * self.n_layers * self.n_kv_heads * self.head_dim * self.dtype.itemsize
 
-    def allocate(self, n_slots: int) -> torch.Tensor:
-        """[n_layers, 2, n_slots + 1, n_kv_heads, head_dim], keys before values, all zero.
+    def allocate(self, n_slots: int) -> KvStore:
+        """Room for that many tokens and one more, all zero.
 
         The last slot is no sequence's. What was never written must be finite: a padded stage reads it, with weight zero.
         """
-        shape = (self.n_layers, 2, n_slots + 1, self.n_kv_heads, self.head_dim)
-        return torch.zeros(shape, dtype=self.dtype, device=self.device)
+        shape = (n_slots + 1, self.n_kv_heads, self.head_dim)
+
+        def zeros() -> torch.Tensor:
+            return torch.zeros(shape, dtype=self.dtype, device=self.device)
+
+        return KvStore(layers=tuple((zeros(), zeros()) for _ in range(self.n_layers)))
 
 
-def layers_of(store: torch.Tensor) -> list[tuple[torch.Tensor, torch.Tensor]]:
-    """Keys and values of each layer of a store, [n_slots, n_kv_heads, D] each."""
-    return [(layer[0], layer[1]) for layer in store]
+@dataclass(frozen=True, kw_only=True, eq=False)
+class KvStore:
+    """Slots for keys and values: a pair of tensors a layer, [n_slots, n_kv_heads, D] each.
+
+    Each is a tensor of its own: torch.compile takes views of one tensor that are written to for one thing to write.
+    """
+
+    layers: tuple[tuple[torch.Tensor, torch.Tensor], ...]
+
+    @property
+    def n_slots(self) -> int:
+        return len(self.layers[0][0])
+
+    @property
+    def device(self) -> torch.device:
+        return self.layers[0][0].device
+
+    @property
+    def nbytes(self) -> int:
+        return sum(tensor.nbytes for pair in self.layers for tensor in pair)
+
+    @cached_property
+    def places(self) -> torch.Tensor:
+        """int64 [1, n_slots], the slots of a sequence whose token i is in slot i; never changed."""
+        return torch.arange(self.n_slots, device=self.device)[None]
+
+    def copy_slots(self, source: int, target: int, n: int) -> None:
+        """Copy n slots, from one on, to others, in every layer: one call, since each layer's is small."""
+        sides = [side for pair in self.layers for side in pair]
+        torch._foreach_copy_([side[target : target + n] for side in sides], [side[source : source + n] for side in sides])
 
 
 class SlottedKv:
     """The KV cache of some sequences whose blocks somebody else gives out.
 
     store: as `KvShape.allocate` makes it. longest: how many tokens a sequence may come to have. `add_blocks` says where a sequence
-    goes on; `reused` how many of its tokens are there already.
+    goes on; `reused` how many of its tokens are there already. in_place: whether there is one sequence, token i of it in slot i.
     """
 
-    def __init__(self, store: torch.Tensor, *, block_size: int, longest: int, reused: Sequence[int] = (0,)) -> None:
+    def __init__(
+        self, store: KvStore, *, block_size: int, longest: int, reused: Sequence[int] = (0,), in_place: bool = False
+    ) -> None:
         self._store, self._block_size, self._longest = store, block_size, longest
-        self.layers = layers_of(store)
+        self.layers = store.layers
         n_sequences = len(reused)
         self._blocks: list[list[int]] = [[] for _ in range(n_sequences)]
         self._in_one_piece = [True] * n_sequences
         self.segments = Segments(new=(0,) * n_sequences, before=tuple(reused))
         self.made: dict[Any, Any] = {}
         self.visible = None  # all keys that `read` gives are the sequence's
-        self._slots: torch.Tensor | None = None  # int64 [B, longest]; made when it is first asked for
+        # int64 [B, longest]; made when it is first asked for, where it is not the store's own.
+        self._slots, self._own_slots = store.places if in_place else None, not in_place
         self._lengths: torch.Tensor | None = None
         self._written: torch.Tensor | None = None
 
@@ -77,12 +112,12 @@ class SlottedKv:
     def n_bytes(self) -> int:
         """What the sequences' blocks take, filled or not; a block that several share is counted once."""
         n_blocks = len({block for blocks in self._blocks for block in blocks})
-        return n_blocks * self._block_size * (self.store_bytes // self._store.shape[2])
+        return n_blocks * self._block_size * (self.store_bytes // self._store.n_slots)
 
     @property
     def store_bytes(self) -> int:
         """What the whole store takes."""
-        return self._store.numel() * self._store.element_size()
+        return self._store.nbytes
 
     def add_blocks(self, sequence: int, blocks: Sequence[int]) -> None:
         """The sequence goes on in these blocks of the store."""
@@ -91,13 +126,12 @@ class SlottedKv:
         mine.extend(blocks)
         if any(block != previous + 1 for previous, block in zip(mine[max(before - 1, 0) :], mine[max(before, 1) :], strict=False)):
             self._in_one_piece[sequence] = False
-        if self._slots is not None:
+        if self._own_slots and self._slots is not None:
             self._write_slots(sequence, before)
 
     def copy_tokens(self, source: int, target: int, n: int) -> None:
         """Copy the first tokens of one block into another, in every layer."""
-        size = self._block_size
-        self._store[:, :, target * size : target * size + n] = self._store[:, :, source * size : source * size + n]
+        self._store.copy_slots(source * self._block_size, target * self._block_size, n)
 
     def _slot_of(self) -> torch.Tensor:
         if self._slots is None:

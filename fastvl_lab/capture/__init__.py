@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable
 from functools import partial
 from typing import cast
@@ -11,18 +12,19 @@ import torch
 from fastvl_lab.capture.compiled import Compiled
 from fastvl_lab.capture.execute import Capture, Eager, Execute, Program
 from fastvl_lab.capture.graphs import Graphs, GraphStore
-from fastvl_lab.capture.shapes import Size, keys_of_a_step, size_of
+from fastvl_lab.capture.shapes import Size, keys_of_a_step, power_of_two, size_of, sizes_up_to
 from fastvl_lab.capture.stages import (
     Encoder,
     Layers,
     Programs,
     SlotTable,
+    blank_step,
     prompt_inputs,
     step_inputs,
     vit_inputs,
     with_rows,
 )
-from fastvl_lab.language.decode import decode
+from fastvl_lab.language.decode import Step, decode
 from fastvl_lab.language.decoder import Decoder, KvCache
 from fastvl_lab.language.prefill import prefill
 from fastvl_lab.recipe import Capture as Slot
@@ -57,18 +59,20 @@ class Stages:
         # Exact graphs of decode steps would be one a length: their keys are padded in any case.
         self._keys: Size | None = keys_of_a_step if size is None and slot.decode == "graph" else size
         padded = size is not None
-        programs = Programs(encoder=encoder, decoder=decoder, layers=layers, in_place=in_place)
+        self._programs = programs = Programs(encoder=encoder, decoder=decoder, layers=layers, in_place=in_place)
 
-        def execute(stage: str, option: str, program: Program, *, plain: bool) -> Execute | None:
+        def execute(stage: str, option: str, program: Program, *, plain: bool, lent: int = 0) -> Execute | None:
             options: dict[str, Callable[[str, Program], Execute]] = {"eager": Eager, "compile": Compiled}
             if graphs is not None:
-                options["graph"] = partial(Graphs, store=graphs, constant=_is_of_a_plan)
+                implied = partial(operator.eq, "slot_of") if in_place else lambda name: False
+                options["graph"] = partial(Graphs, store=graphs, constant=_is_of_a_plan, implied=implied, lent=lent)
             return None if plain and option == "eager" else options[option](stage, program)
 
         first_token = {"per_stage": "eager", "single_graph": "graph"}[slot.first_token]
         self._vit = execute("vit", slot.vit, programs.vit(), plain=not padded)
         self._prefill = execute("prefill", slot.prefill, programs.prefill(padded=padded), plain=not padded)
-        self._decode = execute("decode", slot.decode, programs.decode(padded=self._keys is not None), plain=not padded)
+        padded_keys = self._keys is not None
+        self._decode = execute("decode", slot.decode, programs.decode(padded=padded_keys), plain=not padded, lent=1)
         self._first_token = execute("first_token", first_token, programs.first_token(padded=padded), plain=True)
         self._executed = [x for x in (self._vit, self._prefill, self._decode, self._first_token) if x is not None]
 
@@ -110,11 +114,33 @@ class Stages:
             inputs[f"deepstack.{level}"] = with_rows(added, n_visual)
         return self._prefill(inputs, None, tracer)[0]
 
-    def decode(self, token: torch.Tensor, position: torch.Tensor, kv: KvCache, tracer: Tracer) -> torch.Tensor:
-        """One more token, int64 [1] at position int64 [1], to the logits of the next, float32 [1, vocab]."""
+    def decode(self, token: torch.Tensor, position: torch.Tensor, kv: KvCache, tracer: Tracer) -> Step:
+        """One more token, int64 [1] at position int64 [1]; a program chooses the next as well, a plain function does not."""
         if self._decode is None:
-            return decode(token, position, self._decoder, kv, tracer.inner)
-        return self._decode(step_inputs(token, position, cast(SlotTable, kv), self._keys, tracer), None, tracer)[0]
+            return Step(decode(token, position, self._decoder, kv, tracer.inner))
+        return Step(*self._decode(step_inputs(token, position, cast(SlotTable, kv), self._keys, tracer), None, tracer))
+
+    def warm_up(self, session_len: int, tracer: Tracer, *, measures: bool) -> None:
+        """A decode step at each number of keys that a request can come to, the most first, where no request is under way.
+
+        So no answer stops in its middle to record a graph or, where `measures`, to measure a kernel's launch settings. Graphs of
+        keys by the 64 can be more than the store may keep: then it is those of the fewest keys, for half of its places. Compiled
+        code is for any number.
+        """
+        programs = self._programs
+        if not programs.layers:  # keys and values are nowhere but with their request
+            return
+
+        def steps(execute: Execute, widths: list[int]) -> None:
+            for width in reversed(widths):
+                execute(blank_step(width, programs.layers, in_place=programs.in_place), None, tracer)
+
+        n_slots = len(programs.layers[0][0])
+        if measures:
+            steps(Eager("decode", programs.decode(padded=True)), sizes_up_to(session_len, power_of_two, n_slots))
+        if self._keys is not None and isinstance(self._decode, Graphs | Compiled):
+            widths = sizes_up_to(session_len, self._keys, n_slots)
+            steps(self._decode, widths[: self._decode.most // 2] if isinstance(self._decode, Graphs) else [widths[0], widths[-1]])
 
     def first_token(self, pixels: Pixels | None, prompt: Prompt, kv: KvCache, tracer: Tracer) -> tuple[torch.Tensor, torch.Tensor]:
         """Patches and prompt to the logits of its last token, float32 [1, vocab], and the likeliest next one, int64 [1]."""

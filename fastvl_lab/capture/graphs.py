@@ -1,7 +1,7 @@
 """Stages recorded once and replayed: named static buffers, a graph for each size of them, and what all of it costs.
 
-Which graph is used, what is copied into its buffers, and which graph goes when the room is needed is decided here, in plain code.
-What records and replays is a `Recorder`: CUDA's is in `cuda_graphs.py`; tests have one that runs on a CPU.
+Which graph is used, what is copied into its buffers, and what there is no room for is decided here, in plain code. What records and
+replays is a `Recorder`: CUDA's is in `cuda_graphs.py`; tests have one that runs on a CPU.
 """
 
 from __future__ import annotations
@@ -16,7 +16,6 @@ from typing import Any, NamedTuple, Protocol
 import torch
 
 from fastvl_lab.capture.execute import Capture, Program, Tensors, shape_of
-from fastvl_lab.errors import CaptureError
 from fastvl_lab.trace import Tracer
 
 
@@ -34,7 +33,8 @@ class Recorder(Protocol):
     def n_bytes(self) -> int:
         """Device memory that the pool holds."""
 
-    def record(self, program: Callable[[], tuple[torch.Tensor, ...]]) -> Recording: ...
+    def record(self, program: Callable[[], tuple[torch.Tensor, ...]], room: int) -> Recording | None:
+        """The program recorded; or None, and the pool as it was, where that would make it hold more than `room` bytes."""
 
     def forget(self) -> None:
         """Give the pool's memory back; nothing that was recorded may be replayed any more."""
@@ -60,16 +60,16 @@ class Key(NamedTuple):
 
 
 class GraphStore:
-    """All graphs of a lab within a budget of memory and number; the one unused for longest goes first.
+    """All graphs of a lab within a budget of memory and number.
 
-    Memory that a graph leaves in the pool is used again by the next, but is not given back one by one: when the pool as a whole is
-    over `max_bytes`, all graphs go with it, and those that are needed are recorded anew. Raises `CaptureError` where a single graph
-    is over the budget.
+    What there is no memory for is not recorded, and throws no other out: memory that a graph leaves in the pool is used again by
+    the next, but is not given back one by one. Of more than `max_graphs` the one unused for longest goes.
     """
 
     def __init__(self, recorder: Recorder, *, max_bytes: int, max_graphs: int) -> None:
         self._recorder, self.max_bytes, self.max_graphs = recorder, max_bytes, max_graphs
         self._graphs: OrderedDict[Key, _Graph] = OrderedDict()
+        self._refused: OrderedDict[Key, None] = OrderedDict()  # and not asked for again until something goes
 
     def __len__(self) -> int:
         return len(self._graphs)
@@ -77,7 +77,11 @@ class GraphStore:
     @property
     def n_bytes(self) -> int:
         """What the pool takes, and the input buffers, which are outside of it."""
-        return self._recorder.n_bytes + sum(_n_bytes(graph.buffers) for graph in self._graphs.values())
+        return self._recorder.n_bytes + self._buffer_bytes
+
+    @property
+    def _buffer_bytes(self) -> int:
+        return sum(_n_bytes(graph.buffers) for graph in self._graphs.values())
 
     def captures(self, owner: object) -> tuple[Capture, ...]:
         """The graphs of one owner, the one unused for longest first."""
@@ -90,37 +94,42 @@ class GraphStore:
             self._graphs.move_to_end(key)
         return graph
 
-    def record(self, key: Key, stage: str, program: Program, tensors: Tensors, rest: Any) -> _Graph:
-        """Record the program on buffers of these tensors' sizes; what it writes elsewhere it writes while it is recorded, too."""
-        started, shape = time.perf_counter(), shape_of(tensors)
-        while len(self._graphs) >= self.max_graphs:
-            self._graphs.popitem(last=False)
-        before = self.n_bytes
-        buffers, recording = self._recorded(program, tensors, rest)
-        if self.n_bytes + _n_bytes(buffers) > self.max_bytes and self._graphs:
-            del buffers, recording  # which would keep memory of the pool that goes
-            self.forget()
-            before = self.n_bytes
-            buffers, recording = self._recorded(program, tensors, rest)
-        n_bytes = self.n_bytes + _n_bytes(buffers) - before
-        if self.n_bytes + _n_bytes(buffers) > self.max_bytes:
-            self.forget()
-            raise CaptureError(
-                f"one graph of {stage} ({shape}) takes {n_bytes} bytes, and graph_budget is {self.max_bytes}; set a larger "
-                f"graph_budget, or choose another way to execute {stage}"
-            )
-        seconds = time.perf_counter() - started
-        capture = Capture(stage=stage, how="graph", shape=shape, seconds=seconds, n_bytes=n_bytes)
+    def has_refused(self, key: Key) -> bool:
+        """Whether there was no room for a graph of that key, and nothing has gone since."""
+        return key in self._refused
+
+    def record(self, key: Key, stage: str, program: Program, tensors: Tensors, rest: Any) -> _Graph | None:
+        """Record the program on buffers of these tensors' sizes; None where the budget has no room for it.
+
+        What it writes elsewhere it writes while it is recorded, too.
+        """
+        started, before = time.perf_counter(), self.n_bytes
+        buffers = {name: tensor.clone() for name, tensor in tensors.items()}
+        room = self.max_bytes - self._buffer_bytes - _n_bytes(buffers)
+        recording = self._recorder.record(lambda: program(buffers, rest), room)
+        if recording is None:
+            self._refused[key] = None
+            if len(self._refused) > self.max_graphs:
+                self._refused.popitem(last=False)
+            return None
+        n_bytes, seconds = self.n_bytes + _n_bytes(buffers) - before, time.perf_counter() - started
+        capture = Capture(stage=stage, how="graph", shape=shape_of(tensors), seconds=seconds, n_bytes=n_bytes)
         graph = self._graphs[key] = _Graph(capture=capture, buffers=buffers, recording=recording)
+        while len(self._graphs) > self.max_graphs:
+            self._graphs.popitem(last=False)
+            self._refused.clear()
         return graph
 
-    def _recorded(self, program: Program, tensors: Tensors, rest: Any) -> tuple[dict[str, torch.Tensor], Recording]:
-        buffers = {name: tensor.clone() for name, tensor in tensors.items()}
-        return buffers, self._recorder.record(lambda: program(buffers, rest))
+    def drop(self, owner: object) -> None:
+        """Give up the graphs of an owner that is gone."""
+        for key in [key for key in self._graphs if key.owner is owner]:
+            del self._graphs[key]
+        self._refused.clear()
 
     def forget(self) -> None:
         """Give all graphs up."""
         self._graphs.clear()
+        self._refused.clear()
         self._recorder.forget()
 
 
@@ -131,33 +140,62 @@ def _n_bytes(buffers: Tensors) -> int:
 class Graphs:
     """One stage's program, recorded once for each size of its inputs, and replayed.
 
-    constant: the names of inputs whose tensors never change once they are made, so that the same tensor is not copied again. What
-    is returned is a copy: the graph's own outputs are overwritten by its next replay.
+    constant: whether an input of that name is never changed once it is made, so that the same tensor is not copied again. implied:
+    whether its size alone says what is in it, so that it is copied once and for all. What is returned is a copy, since the graph's
+    own outputs are overwritten by its next replay; but for the first `lent` outputs, which are those themselves.
     """
 
-    def __init__(self, stage: str, program: Program, store: GraphStore, constant: Callable[[str], bool]) -> None:
-        self._stage, self._program, self._store, self._constant = stage, program, store, constant
-        self._owner = object()  # in place of this one, which holds the store: graphs go at once with the last who can use them
+    def __init__(
+        self,
+        stage: str,
+        program: Program,
+        store: GraphStore,
+        *,
+        constant: Callable[[str], bool] = lambda name: False,
+        implied: Callable[[str], bool] = lambda name: False,
+        lent: int = 0,
+    ) -> None:
+        self._stage, self._program, self._store = stage, program, store
+        self._constant, self._implied, self._lent = constant, implied, lent
+        self._owner = owner = object()  # in place of this one, which holds the store: graphs go at once with who can use them
+        weakref.finalize(self, store.drop, owner).atexit = False
         self.fresh: list[Capture] = []
 
     @property
     def captures(self) -> tuple[Capture, ...]:
         return self._store.captures(self._owner)
 
+    @property
+    def most(self) -> int:
+        """How many graphs may be kept, of all stages together."""
+        return self._store.max_graphs
+
     def __call__(self, tensors: Tensors, rest: Hashable, tracer: Tracer) -> tuple[torch.Tensor, ...]:
         sizes = tuple((name, tensor.shape, tensor.dtype) for name, tensor in tensors.items())
         key = Key(owner=self._owner, rest=rest, sizes=sizes)
-        graph = self._store.find(key)
+        graph = self._store.find(key) or self._recorded(key, tensors, rest, tracer)
         if graph is None:
-            with tracer.span(f"{self._stage}.capture"):
-                graph = self._store.record(key, self._stage, self._program, tensors, rest)
-            self.fresh.append(graph.capture)
-            tracer.count(f"{self._stage}: graphs captured")
+            tracer.count(f"{self._stage}: over graph_budget, run eager")
+            return self._program(tensors, rest)
         for name, tensor in tensors.items():
-            if name not in graph.sources or graph.sources[name]() is not tensor:
-                graph.buffers[name].copy_(tensor)
-                if self._constant(name):
-                    graph.sources[name] = weakref.ref(tensor)
+            source = graph.sources.get(name)
+            if self._implied(name) or (source is not None and source() is tensor):
+                continue
+            graph.buffers[name].copy_(tensor)
+            if self._constant(name):
+                graph.sources[name] = weakref.ref(tensor)
         graph.recording.replay()
         graph.uses += 1
-        return tuple(output.clone() for output in graph.recording.outputs)
+        outputs = graph.recording.outputs
+        return (*outputs[: self._lent], *(output.clone() for output in outputs[self._lent :]))
+
+    def _recorded(self, key: Key, tensors: Tensors, rest: Hashable, tracer: Tracer) -> _Graph | None:
+        """A new graph, which the run is cold for; or None where there is no room for it."""
+        if self._store.has_refused(key):
+            return None
+        with tracer.span(f"{self._stage}.capture"):
+            graph = self._store.record(key, self._stage, self._program, tensors, rest)
+        if graph is not None:
+            self.fresh.append(graph.capture)
+            tracer.count(f"{self._stage}: graphs captured")
+        return graph

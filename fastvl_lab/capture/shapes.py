@@ -28,6 +28,15 @@ def keys_of_a_step(n: int) -> int:
     return max(_LEAST_KEYS, power_of_two(n))
 
 
+def sizes_up_to(longest: int, size: Size, most: int) -> list[int]:
+    """All numbers, the least first, that numbers up to `longest` become, none above `most`."""
+    sizes, n = [], 1
+    while n <= longest:
+        sizes.append(min(size(n), most))
+        n = size(n) + 1
+    return sizes
+
+
 def power_of_two(n: int) -> int:
     """The least that is not below n."""
     return 1 << (n - 1).bit_length()

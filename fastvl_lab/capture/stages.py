@@ -80,11 +80,12 @@ class Programs:
         return prompt
 
     def decode(self, *, padded: bool) -> Program:
-        """One token -> logits of the next."""
+        """One token -> logits of the next, and the next."""
         decoder = self.decoder
 
         def step(tensors: Tensors, rest: Any) -> tuple[torch.Tensor, ...]:
-            return (decode(tensors["token"], tensors["position"], decoder, self._kv(tensors, 1, padded), no_inner),)
+            logits = decode(tensors["token"], tensors["position"], decoder, self._kv(tensors, 1, padded), no_inner)
+            return logits, decoder.operations.argmax(logits[0])
 
         return step
 
@@ -160,6 +161,19 @@ def step_inputs(token: torch.Tensor, position: torch.Tensor, kv: SlotTable, size
         _count_padding(tracer, "decode: keys", width, width - n)
     slot_of, length = kv.table(width)
     return {"token": token, "position": position, "slot_of": slot_of, "length": length}
+
+
+def blank_step(width: int, layers: Layers, *, in_place: bool) -> Inputs:
+    """What `step_inputs` gives for so many keys, of no request: what it keeps, it keeps where no token of another is.
+
+    Where slots are not the tokens' own places, all are the last, which is no sequence's.
+    """
+    keys, _ = layers[0]
+    device, n_slots = keys.device, len(keys)
+    slots = torch.arange(n_slots, device=device) if in_place else torch.full((n_slots,), n_slots - 1, device=device)
+    token, position = torch.zeros(1, dtype=torch.int64, device=device), torch.full((1,), width - 1, device=device)
+    length = torch.full((1,), width, dtype=torch.int32, device=device)
+    return {"token": token, "position": position, "slot_of": slots[None, :width], "length": length}  # a view, as of a sequence
 
 
 def _count_padding(tracer: Tracer, what: str, computed: int, padding: int) -> None:

@@ -33,6 +33,7 @@ from fastvl_lab.checkpoint.configs import (
 from fastvl_lab.checkpoint.fused import fuse_projections
 from fastvl_lab.checkpoint.image_settings import ImageSettings, read_image_settings, try_image_processor
 from fastvl_lab.checkpoint.memory import available_bytes, gigabytes
+from fastvl_lab.checkpoint.padded import pad_widths
 from fastvl_lab.checkpoint.random_weights import RANDOM_PREFIX, published, random_model, write_published_folder
 from fastvl_lab.checkpoint.reading import DTYPES, File, read_json
 from fastvl_lab.errors import CheckpointError, DeviceError, FastvlError
@@ -215,6 +216,7 @@ def _checkpoint(name: str, family: Family, model: Any, source: str) -> Checkpoin
     # Greedy and nothing else: the published generation configs carry sampling settings and a repetition penalty.
     model.generation_config = GenerationConfig(do_sample=False, pad_token_id=tokenizer.pad_token_id)
     fuse_projections(model)
+    pad_widths(model.model.visual)
     max_length = model.config.get_text_config().max_position_embeddings
     return Checkpoint(
         name=name,

@@ -52,7 +52,9 @@ def decode_attention(
     maxima, sums = (torch.empty((n, n_heads, splits), dtype=torch.float32, device=q.device) for _ in range(2))
     out = torch.empty((n, n_heads, head_dim), dtype=q.dtype, device=q.device)
     block_d = max(triton.next_power_of_2(head_dim), 16)
-    decode_share_kernel[(n, n_kv_heads, splits)](
+    block_group = max(triton.next_power_of_2(n_heads // n_kv_heads), 16)  # the least that a product takes
+    decode_share_kernel.launch(
+        (n, n_kv_heads, splits),
         q,
         keys,
         values,
@@ -66,11 +68,13 @@ def decode_attention(
         slot_of.stride(0),
         head_dim**-0.5 * 1.4426950408889634,  # the softmax is taken in powers of two
         splits,
+        sizes=(head_dim, block_group),
+        lengths=(longest,),
         n_heads=n_heads,
         n_kv_heads=n_kv_heads,
         head_dim=head_dim,
         block_d=block_d,
-        block_group=max(triton.next_power_of_2(n_heads // n_kv_heads), 16),  # the least that a product takes
+        block_group=block_group,
         precision="ieee" if q.dtype == torch.float32 else "tf32",
     )
     _gather_kernel[(n, n_heads)](
@@ -80,7 +84,7 @@ def decode_attention(
 
 
 # A number of shares is no reason to compile again while tokens are made: none of its values is special.
-@tuned(key=["head_dim", "block_group"])
+@tuned(sizes=("head_dim", "block_group"), lengths=("keys",))
 @triton.jit(do_not_specialize=["splits"])
 def decode_share_kernel(
     q,

@@ -1,7 +1,8 @@
 """Causal attention of packed new tokens to their sequences in the KV cache, all sequences in one launch.
 
-An online softmax over blocks of keys (FlashAttention, arXiv 2205.14135), with grouped heads, on top of tokens that were there
-before.
+An online softmax over blocks of keys (FlashAttention, arXiv 2205.14135), on top of tokens that were there before. The heads that
+share a key head are rows of one product, so that a program reads keys and values for all of them. Blocks of queries start with the
+last, which see most keys: what is left for the end is short.
 """
 
 from __future__ import annotations
@@ -15,9 +16,14 @@ from fastvl_lab.kernels.tuned import tuned
 MAX_HEAD_DIM = 128
 
 
-def block_size(dtype: torch.dtype) -> int:
-    """Queries of one program: few in float32, for exact products."""
-    return 32 if dtype == torch.float32 else 64
+def block_size(dtype: torch.dtype, group: int) -> int:
+    """Queries of one program, where `group` heads share a key head."""
+    return _rows(dtype, group) // group
+
+
+def _rows(dtype: torch.dtype, group: int) -> int:
+    """Queries times heads of one program, a power of two: few in float32, for exact products."""
+    return max(32 if dtype == torch.float32 else 128, int(triton.next_power_of_2(group)))
 
 
 def prefill_attention_reference(
@@ -25,7 +31,7 @@ def prefill_attention_reference(
 ) -> torch.Tensor:
     """What `prefill_attention` computes, in plain PyTorch, row by row."""
     out, group = torch.empty_like(q), q.shape[1] // keys.shape[1]
-    size = block_size(q.dtype)
+    size = block_size(q.dtype, group)
     for first, end, sequence, offset in blocks.tolist():
         for row in range(first, min(first + size, end)):
             seen = slot_of[sequence, : row + offset + 1]
@@ -36,15 +42,17 @@ def prefill_attention_reference(
 
 
 def prefill_attention(
-    q: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, slot_of: torch.Tensor, blocks: torch.Tensor
+    q: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, slot_of: torch.Tensor, blocks: torch.Tensor, *, longest: int
 ) -> torch.Tensor:
     """Every query against the keys of its sequence up to its own; [n, H, D].
 
     q: [n, H, D], the last dimension contiguous, D a multiple of 8 up to 128. keys, values: [n_slots, K, D], contiguous. slot_of:
     int64 [B, longest], where each token of each sequence is kept. blocks: int32 [n_blocks, 4]: the first row of each block of up to
-    `block_size(dtype)`, the end of its sequence's rows, the sequence, and what to add to a row to have its place in the sequence.
+    `block_size(dtype, H // K)`, the end of its sequence's rows, the sequence, and what to add to a row to have its place in the
+    sequence. longest: the length of the longest sequence, as the host knows it.
     """
     n, n_heads, head_dim = q.shape
+    group = n_heads // keys.shape[1]
     assert head_dim <= MAX_HEAD_DIM
     assert head_dim % 8 == 0
     assert q.stride(2) == 1
@@ -53,7 +61,8 @@ def prefill_attention(
     assert values.is_contiguous()
     assert slot_of.stride(1) == 1
     out = torch.empty((n, n_heads, head_dim), dtype=q.dtype, device=q.device)
-    prefill_attention_kernel[(blocks.shape[0], n_heads)](
+    prefill_attention_kernel.launch(
+        (keys.shape[1], blocks.shape[0]),
         q,
         keys,
         values,
@@ -64,17 +73,20 @@ def prefill_attention(
         q.stride(1),
         slot_of.stride(0),
         head_dim**-0.5 * 1.4426950408889634,  # the softmax is taken in powers of two
+        sizes=(head_dim, group),
+        lengths=(n, longest),
         n_heads=n_heads,
         n_kv_heads=keys.shape[1],
         head_dim=head_dim,
         block_d=max(triton.next_power_of_2(head_dim), 16),
-        block_q=block_size(q.dtype),
+        block_q=block_size(q.dtype, group),
+        block_rows=_rows(q.dtype, group),
         precision="ieee" if q.dtype == torch.float32 else "tf32",
     )
     return out
 
 
-@tuned(key=["head_dim"])
+@tuned(sizes=("head_dim", "group"), lengths=("queries", "keys"))
 @triton.jit
 def prefill_attention_kernel(
     q,
@@ -92,12 +104,13 @@ def prefill_attention_kernel(
     head_dim: tl.constexpr,
     block_d: tl.constexpr,
     block_q: tl.constexpr,
+    block_rows: tl.constexpr,
     block_k: tl.constexpr,
     precision: tl.constexpr,
 ):
-    """One program a block of queries and head; whole blocks of keys first, then those that the diagonal crosses."""
-    number, head = tl.program_id(0), tl.program_id(1)
-    kv_head = head // (n_heads // n_kv_heads)
+    """One program a key head and block of queries; whole blocks of keys first, then those that the diagonal crosses."""
+    kv_head, number = tl.program_id(0), tl.num_programs(1) - 1 - tl.program_id(1)
+    group: tl.constexpr = n_heads // n_kv_heads
     first, end = tl.load(blocks + number * 4), tl.load(blocks + number * 4 + 1)
     sequence, offset = tl.load(blocks + number * 4 + 2).to(tl.int64), tl.load(blocks + number * 4 + 3)
     slot_of += sequence * slot_stride
@@ -106,14 +119,15 @@ def prefill_attention_kernel(
     column = tl.arange(0, block_d)[None]
     in_head = column < head_dim
 
-    row = first + tl.arange(0, block_q)
-    place = row + offset  # of each query in its sequence
-    at_q = tl.multiple_of(row.to(tl.int64) * q_stride_n, 8)[:, None] + tl.multiple_of(head * q_stride_h, 8) + column
-    inside = (row < end)[:, None] & in_head
+    row = tl.arange(0, block_rows)  # a query's heads are neighbours
+    query, head = first + row // group, kv_head * group + row % group
+    place = query + offset  # of each query in its sequence
+    inside = ((row < block_q * group) & (query < end))[:, None] & in_head
+    at_q = tl.multiple_of(query.to(tl.int64) * q_stride_n, 8)[:, None] + tl.multiple_of(head * q_stride_h, 8)[:, None] + column
     queries = tl.load(q + at_q, mask=inside, other=0)
-    maximum = tl.full((block_q,), float("-inf"), tl.float32)
-    total = tl.zeros((block_q,), tl.float32)
-    mixed = tl.zeros((block_q, block_d), tl.float32)
+    maximum = tl.full((block_rows,), float("-inf"), tl.float32)
+    total = tl.zeros((block_rows,), tl.float32)
+    mixed = tl.zeros((block_rows, block_d), tl.float32)
     seen_by_all = (first + offset + 1) // block_k * block_k
     seen_by_last = tl.minimum(first + block_q, end) + offset
     for phase in tl.static_range(2):
@@ -142,5 +156,5 @@ def prefill_attention_kernel(
             mixed = tl.dot(weights.to(v.dtype), v, acc=mixed * shrink[:, None], input_precision=precision)
             maximum = higher
     mixed = mixed / total[:, None]
-    at_out = (row.to(tl.int64)[:, None] * n_heads + head) * head_dim + column
+    at_out = (query.to(tl.int64) * n_heads + head)[:, None] * head_dim + column
     tl.store(out + at_out, mixed.to(out.dtype.element_ty), mask=inside)

@@ -41,7 +41,8 @@ def segment_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, blocks:
     assert head_dim % 8 == 0
     assert all(stride % 8 == 0 for x in (q, k, v) for stride in x.stride()[:2])
     block_d, block_rest = _parts(head_dim)
-    segment_attention_kernel[(blocks.shape[0], n_heads)](
+    segment_attention_kernel.launch(
+        (blocks.shape[0], n_heads),
         q,
         k,
         v,
@@ -52,6 +53,8 @@ def segment_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, blocks:
         *v.stride()[:2],
         n_heads,
         head_dim**-0.5 * 1.4426950408889634,  # the softmax is taken in powers of two
+        sizes=(head_dim, block),
+        lengths=(n,),
         head_dim=head_dim,
         block_d=block_d,
         block_rest=block_rest,
@@ -68,7 +71,8 @@ def _parts(head_dim: int) -> tuple[int, int]:
     return max(triton.next_power_of_2(head_dim), 16), 0
 
 
-@tuned(key=["head_dim", "block_q"])
+# Windows and whole frames have blocks of different sizes, and so settings of their own.
+@tuned(sizes=("head_dim", "block_q"), lengths=("queries",))
 @triton.jit
 def segment_attention_kernel(
     q,

@@ -2,12 +2,25 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 import torch.nn.functional as F
 
 from fastvl_lab.kernels.backends import on_kernel
 from fastvl_lab.language.decoder import Decoder, KvCache, logits_of, run_layers
 from fastvl_lab.trace import Inner
+
+
+class Step(NamedTuple):
+    """What a decode step gives.
+
+    logits: of the next token, float32 [1, vocab]; they may be overwritten by the next step, so that who keeps them copies them.
+    token: int64 [1], where the step itself has chosen it, or None.
+    """
+
+    logits: torch.Tensor
+    token: torch.Tensor | None = None
 
 
 def decode(tokens: torch.Tensor, positions: torch.Tensor, decoder: Decoder, cache: KvCache, inner: Inner) -> torch.Tensor:

@@ -148,7 +148,8 @@ def run_layers(
                     attended = decoder.attend_decode(q, cache, index)
             else:
                 attended = attend(q, cache, index)
-            hidden, x = operations.add_norm(hidden, F.linear(attended.flatten(1), *layer.o), layer.norm2)
+            # Of the two, the sum may take the place of what was made here: what the first layer is given is its caller's.
+            hidden, x = operations.add_norm(F.linear(attended.flatten(1), *layer.o), hidden, layer.norm2)
             added = operations.mlp(x, layer)
         if index < len(deepstack):
             assert visual_index is not None

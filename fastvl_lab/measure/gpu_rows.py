@@ -166,7 +166,7 @@ def tuned_launches() -> list[Row]:
 
     kernels = (segment_attention_kernel, prefill_attention_kernel, decode_share_kernel)
     return [
-        {"kernel": kernel.base_fn.__name__, "tuned_for": tuned_for, "launch": launch}
+        {"kernel": kernel.kernel.fn.__name__, "tuned_for": tuned_for, "launch": launch}
         for kernel in kernels
         for tuned_for, launch in kernel.launches()
     ]

@@ -7,11 +7,12 @@ from dataclasses import dataclass, field
 
 import torch
 
+from fastvl_lab.language.decode import Step
 from fastvl_lab.streaming.text import Emitter
 from fastvl_lab.trace import Tracer
 
-# A token int64 [1] and its position int64 [1] to the logits of the next, float32 [1, vocab].
-Step = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
+# A token int64 [1] and its position int64 [1] to what a step gives.
+Decode = Callable[[torch.Tensor, torch.Tensor], Step]
 
 # From the number of one of the answer's tokens to its position: int64 [1] on the device.
 Position = Callable[[int], torch.Tensor]
@@ -24,15 +25,15 @@ Positions = Callable[["Answer", Callable[[], None]], Position]
 class Answer:
     """An answer in the making.
 
-    first: its first token, int64 [1] on the device. next_position: of that token. decode: a token and its position to the logits of
-    the next, float32 [1, vocab]; sample: logits to a token, int64 [1]; both launch work and wait for nothing. max_new_tokens, ends:
-    how many tokens there may be, and the ids that end the answer before. tokens: the ids that the host has learnt so far.
+    first: its first token, int64 [1] on the device. next_position: of that token. decode: a token and its position to what a step
+    gives; sample: what a step gave to the next token, int64 [1]; both launch work and wait for nothing. max_new_tokens, ends: how
+    many tokens there may be, and the ids that end the answer before. tokens: the ids that the host has learnt so far.
     """
 
     first: torch.Tensor
     next_position: int
-    decode: Step
-    sample: Callable[[torch.Tensor], torch.Tensor]
+    decode: Decode
+    sample: Callable[[Step], torch.Tensor]
     max_new_tokens: int
     ends: Collection[int]
     emitter: Emitter
@@ -55,14 +56,14 @@ class Forced:
     tokens: torch.Tensor
     logits: list[torch.Tensor] = field(default_factory=list)
 
-    def steps(self, decode: Step) -> Step:
+    def steps(self, decode: Decode) -> Decode:
         """The decode step `decode`, given these tokens."""
 
-        def step(token: torch.Tensor, position: torch.Tensor) -> torch.Tensor:
+        def step(token: torch.Tensor, position: torch.Tensor) -> Step:
             number = len(self.logits)
-            logits = decode(self.tokens[number : number + 1] if number < len(self.tokens) else token, position)
-            self.logits.append(logits[0].cpu())
-            return logits
+            made = decode(self.tokens[number : number + 1] if number < len(self.tokens) else token, position)
+            self.logits.append(made.logits[0].to("cpu", copy=True))  # which the next step may overwrite
+            return made
 
         return step
 

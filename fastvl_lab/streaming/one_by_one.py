@@ -17,6 +17,6 @@ def one_by_one(answer: Answer, *, positions: Positions) -> None:
         if last:
             return
         with span("decode"):
-            logits = answer.decode(token, position(len(answer.tokens) - 1))
+            step = answer.decode(token, position(len(answer.tokens) - 1))
         with span("sample"):
-            token = answer.sample(logits)
+            token = answer.sample(step)

@@ -11,12 +11,14 @@ import torch
 import torch.nn.functional as F
 
 from fastvl_lab.checkpoint import Checkpoint
+from fastvl_lab.checkpoint.padded import aligned
 from fastvl_lab.errors import CheckpointError
 from fastvl_lab.recipe import Vit
 from fastvl_lab.request import PatchFormat, Pixels, VisionTokens
 from fastvl_lab.trace import Inner, Tracer
 from fastvl_lab.vit import attention, lean, stock
 from fastvl_lab.vit.operations import bind_operations
+from fastvl_lab.vit.padding import as_they_are, in_lines
 from fastvl_lab.vit.patch_embed import PatchEmbed, PatchProjection, bind_patch_embed, fold
 from fastvl_lab.vit.plan import Plan, PlanCache, Planner, recomputed
 
@@ -81,8 +83,9 @@ def bind(slot: Vit, checkpoint: Checkpoint, patch_format: PatchFormat, *, compil
             f"choose 'per_window' or 'grouped'"
         )
     operations = bind_operations(norms=slot.norms, rope=slot.rope, activation=slot.activation, interpolation=slot.interpolation)
-    tower = lean.tower_of(checkpoint.model.model.visual, checkpoint.family, operations)
-    patch_embed = _patch_embed(slot.patch_embed, checkpoint, patch_format)
+    between = {"exact": as_they_are, "aligned": in_lines}[slot.padding]
+    tower = lean.tower_of(checkpoint.model.model.visual, checkpoint.family, operations, between)
+    patch_embed = _patch_embed(slot, checkpoint, patch_format)
     attend = attention.bind(slot.attention, checkpoint.dtype, compiled=compiled)
     build = partial(lean.build_plan, tower, attend)
     planner = {"recomputed": recomputed, "cached": PlanCache}[slot.positions](build)
@@ -94,11 +97,12 @@ def stock_format(checkpoint: Checkpoint) -> PatchFormat:
     return PatchFormat(frames=checkpoint.config.vision_config.temporal_patch_size, normalised=True)
 
 
-def _patch_embed(option: str, checkpoint: Checkpoint, patch_format: PatchFormat) -> PatchEmbed:
+def _patch_embed(slot: Vit, checkpoint: Checkpoint, patch_format: PatchFormat) -> PatchEmbed:
     """The checkpoint's own weight where the format is the stock one; else what of the preprocessing is folded into it."""
     conv = checkpoint.model.model.visual.patch_embed.proj
     projection = PatchProjection(weight=conv.weight, bias=conv.bias)
     if patch_format != stock_format(checkpoint):
         scale_shift = None if patch_format.normalised else checkpoint.scale_shift()
         projection = fold(projection, frames=patch_format.frames, scale_shift=scale_shift)
-    return bind_patch_embed(option, projection)
+    width = aligned(projection.weight[0].numel(), checkpoint.dtype) if slot.padding == "aligned" else None
+    return bind_patch_embed(slot.patch_embed, projection, width)

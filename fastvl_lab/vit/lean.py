@@ -7,7 +7,7 @@ device or reads from it: what the host must know is in the grids.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,10 +21,9 @@ from fastvl_lab.trace import Inner
 from fastvl_lab.vit import positions
 from fastvl_lab.vit.attention import Prepared, SegmentAttention
 from fastvl_lab.vit.operations import AddNorm, Interpolate, Operations, Rotate
+from fastvl_lab.vit.padding import Between, Function, as_they_are
 from fastvl_lab.vit.patch_embed import PatchEmbed
 from fastvl_lab.vit.plan import Plan
-
-Function = Callable[[torch.Tensor], torch.Tensor]
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -60,8 +59,11 @@ class Tower:
     interpolate: Interpolate
 
 
-def tower_of(visual: Any, family: Family, operations: Operations) -> Tower:
-    """Read a stock vision module, of which no parameter is copied; raises `CheckpointError` for what the lean tower has not."""
+def tower_of(visual: Any, family: Family, operations: Operations, between: Between = as_they_are) -> Tower:
+    """Read a stock vision module, of which no parameter is copied but by `between`, which makes the products of MLPs.
+
+    Raises `CheckpointError` for what the lean tower has not.
+    """
     config = visual.config
     if family == "qwen2_5_vl" and config.hidden_act != "silu":
         raise CheckpointError(
@@ -78,57 +80,60 @@ def tower_of(visual: Any, family: Family, operations: Operations) -> Tower:
     if family == "qwen2_5_vl":
         full = set(config.fullatt_block_indexes)
         return Tower(
-            blocks=tuple(_block_qwen2_5(block, index not in full, operations) for index, block in enumerate(visual.blocks)),
-            merger=_merger_qwen2_5(visual.merger, operations),
+            blocks=tuple(
+                _block_qwen2_5(block, index not in full, operations, between) for index, block in enumerate(visual.blocks)
+            ),
+            merger=_merger_qwen2_5(visual.merger, operations, between),
             deepstack={},
             learned_positions=None,
             **shared,
         )
     levels = zip(config.deepstack_visual_indexes, visual.deepstack_merger_list, strict=True)
     return Tower(
-        blocks=tuple(_block_qwen3(block, operations) for block in visual.blocks),
-        merger=_merger_qwen3(visual.merger),
-        deepstack={index: _merger_qwen3(merger) for index, merger in levels},
+        blocks=tuple(_block_qwen3(block, operations, between) for block in visual.blocks),
+        merger=_merger_qwen3(visual.merger, between),
+        deepstack={index: _merger_qwen3(merger, between) for index, merger in levels},
         learned_positions=visual.pos_embed.weight,
         **shared,
     )
 
 
-def _block_qwen2_5(block: Any, windowed: bool, operations: Operations) -> Block:
-    mlp = block.mlp
+def _block_qwen2_5(block: Any, windowed: bool, operations: Operations, between: Between) -> Block:
+    (gate, up), down = between((block.mlp.gate_proj, block.mlp.up_proj), block.mlp.down_proj)
     return Block(
         norm1=operations.rms_norm(block.norm1.weight, block.norm1.variance_epsilon),
         qkv=block.attn.qkv,
         proj=block.attn.proj,
         norm2=operations.rms_norm(block.norm2.weight, block.norm2.variance_epsilon),
-        mlp=lambda x: mlp.down_proj(operations.silu_mul(mlp.gate_proj(x), mlp.up_proj(x))),
+        mlp=lambda x: down(operations.silu_mul(gate(x), up(x))),
         windowed=windowed,
     )
 
 
-def _block_qwen3(block: Any, operations: Operations) -> Block:
-    mlp = block.mlp
+def _block_qwen3(block: Any, operations: Operations, between: Between) -> Block:
+    (first,), second = between((block.mlp.linear_fc1,), block.mlp.linear_fc2)
     norm1, norm2 = (operations.layer_norm(norm.weight, norm.bias, norm.eps) for norm in (block.norm1, block.norm2))
     return Block(
         norm1=norm1,
         qkv=block.attn.qkv,
         proj=block.attn.proj,
         norm2=norm2,
-        mlp=lambda x: mlp.linear_fc2(mlp.act_fn(mlp.linear_fc1(x))),
+        mlp=lambda x: second(block.mlp.act_fn(first(x))),
         windowed=False,
     )
 
 
-def _merger_qwen2_5(merger: Any, operations: Operations) -> Function:
-    first, second = merger.mlp[0], merger.mlp[2]
-    norm = operations.rms_norm(merger.ln_q.weight, merger.ln_q.variance_epsilon)
-    return lambda x: second(F.gelu(first(norm(x, None)[1].view(-1, first.in_features))))
+def _merger_qwen2_5(merger: Any, operations: Operations, between: Between) -> Function:
+    (first,), second = between((merger.mlp[0],), merger.mlp[2])
+    norm, width = operations.rms_norm(merger.ln_q.weight, merger.ln_q.variance_epsilon), merger.mlp[0].in_features
+    return lambda x: second(F.gelu(first(norm(x, None)[1].view(-1, width))))
 
 
-def _merger_qwen3(merger: Any) -> Function:
+def _merger_qwen3(merger: Any, between: Between) -> Function:
     """The final merger normalises each patch; a DeepStack merger the patches of a visual token together."""
-    first, second, width = merger.linear_fc1, merger.linear_fc2, merger.norm.normalized_shape[0]
-    return lambda x: second(F.gelu(first(merger.norm(x.reshape(-1, width)).view(-1, first.in_features))))
+    (first,), second = between((merger.linear_fc1,), merger.linear_fc2)
+    of_norm, width = merger.norm.normalized_shape[0], merger.linear_fc1.in_features
+    return lambda x: second(F.gelu(first(merger.norm(x.reshape(-1, of_norm)).view(-1, width))))
 
 
 def build_plan(tower: Tower, attention: SegmentAttention, grids: Sequence[Grid], n_patches: int | None) -> Plan:

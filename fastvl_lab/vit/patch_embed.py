@@ -24,18 +24,29 @@ class PatchProjection:
     centre: torch.Tensor | None = None
 
 
-def bind_patch_embed(option: str, projection: PatchProjection) -> PatchEmbed:
-    """[n_patches, C * F * p * p] -> [n_patches, hidden], by a convolution or by the matrix product it amounts to."""
+def bind_patch_embed(option: str, projection: PatchProjection, width: int | None = None) -> PatchEmbed:
+    """[n_patches, C * F * p * p] -> [n_patches, hidden], by a convolution or by the matrix product it amounts to.
+
+    width: what the rows of that product are padded to with zeros. Patches are padded as they come, in one more pass over them.
+    """
     weight, bias, centre = projection.weight, projection.bias, projection.centre
+    more = 0 if width is None else width - weight[0].numel()
+    if centre is not None:
+        centre = F.pad(centre, (0, more))
 
     def values(patches: torch.Tensor) -> torch.Tensor:
+        if more:
+            patches = F.pad(patches, (0, more))
         return patches if centre is None else patches.to(weight.dtype).sub_(centre)
 
     if option == "conv3d":
+        assert more == 0
         block = weight.shape[1:]  # [C, F, p, p]
         return lambda patches: F.conv3d(values(patches).view(-1, *block), weight, bias, stride=block[1:]).flatten(1)
     assert option == "linear"
     flat = weight.flatten(1)  # a view: kernel and stride are equal, so each patch meets the kernel once
+    if more:
+        flat = F.pad(flat.detach(), (0, more))
     return lambda patches: F.linear(values(patches), flat, bias)
 
 

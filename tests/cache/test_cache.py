@@ -12,7 +12,7 @@ from fastvl_lab.cache import memory
 from fastvl_lab.cache.concat import ConcatKv
 from fastvl_lab.cache.images import ImageStore, image_digest
 from fastvl_lab.cache.memory import least_budget
-from fastvl_lab.cache.slotted import KvShape, SlottedKv
+from fastvl_lab.cache.slotted import KvShape, KvStore, SlottedKv
 from fastvl_lab.measure.statistics import Interval, median_interval
 from fastvl_lab.request import VisionTokens
 from fastvl_lab.trace import Tracer
@@ -175,12 +175,16 @@ def test_two_thousand_steps_leave_memory_as_it_was(fresh: Lab, kind: str) -> Non
     recipe = Recipe.parse(f"fastest, cache.kv={kind}")
     fresh.run(Request(prompt="Count.", max_new_tokens=3, ignore_eos=True), recipe)
     held, allocated = fresh.memory.n_bytes, []
-    address = (fresh.memory.static if kind == "static" else fresh.memory.paged.store).data_ptr()
+
+    def address() -> int:
+        return (fresh.memory.static if kind == "static" else fresh.memory.paged.store).layers[0][0].data_ptr()
+
+    allocated.append(address())
     run = fresh.run(Request(prompt="Count.", max_new_tokens=2001, ignore_eos=True), recipe)
-    allocated.append((fresh.memory.static if kind == "static" else fresh.memory.paged.store).data_ptr())
+    allocated.append(address())
     assert len(run.tokens) == 2001
     assert fresh.memory.n_bytes == held
-    assert allocated == [address]
+    assert allocated[0] == allocated[1]
     if kind == "paged":
         assert fresh.memory.paged.pool.n_used == 0
 
@@ -323,7 +327,9 @@ def test_concat_holds_what_was_written() -> None:
 
 @pytest.mark.parametrize("blocks", [[2, 3, 4], [5, 1, 3]], ids=["in one piece", "scattered"])
 def test_slots_hold_what_was_written_wherever_they_lie(blocks: list[int]) -> None:
-    store = torch.full((2, 2, 24, 1, 4), float("nan"))
+    store = _shape(n_layers=2, n_kv_heads=1, head_dim=4).allocate(23)
+    for side in _sides(store):
+        side.fill_(float("nan"))
     kv, pieces = SlottedKv(store, block_size=4, longest=12), [torch.randn(n, 1, 4) for n in (5, 1, 3)]
     for piece, new in zip(pieces, ([0, 1], [], [2]), strict=True):
         kv.add_blocks(0, [blocks[i] for i in new])
@@ -336,7 +342,35 @@ def test_slots_hold_what_was_written_wherever_they_lie(blocks: list[int]) -> Non
     assert torch.equal(keys, torch.cat(pieces))
     assert torch.equal(values, -torch.cat(pieces))
     assert slots.slot_of[0, :9].tolist() == [blocks[i // 4] * 4 + i % 4 for i in range(9)]
-    assert int((~store.isnan()).sum()) == 2 * 9 * 4  # nothing else was touched
+    assert sum(int((~side.isnan()).sum()) for side in _sides(store)) == 2 * 9 * 4  # nothing else was touched
+
+
+def _shape(*, n_layers: int, n_kv_heads: int, head_dim: int, dtype: torch.dtype = torch.float32) -> KvShape:
+    return KvShape(n_layers=n_layers, n_kv_heads=n_kv_heads, head_dim=head_dim, dtype=dtype, device=torch.device("cpu"))
+
+
+def _sides(store: KvStore) -> list[torch.Tensor]:
+    return [side for pair in store.layers for side in pair]
+
+
+@pytest.mark.parametrize("shape", [(1, 1, 8), (3, 2, 16), (5, 4, 24)], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_each_layer_has_tensors_of_its_own_and_all_are_copied_together(shape: tuple[int, int, int], dtype: torch.dtype) -> None:
+    """Views of one tensor would be, for torch.compile, one thing that every layer writes."""
+    n_layers, n_kv_heads, head_dim = shape
+    kv = _shape(n_layers=n_layers, n_kv_heads=n_kv_heads, head_dim=head_dim, dtype=dtype)
+    store = kv.allocate(20)
+    sides = _sides(store)
+    assert len({side.untyped_storage().data_ptr() for side in sides}) == len(sides) == 2 * n_layers
+    assert all(side.is_contiguous() and not side.any() for side in sides)
+    assert store.nbytes == 21 * kv.bytes_per_token
+    assert store.n_slots == 21
+    before = [side.normal_().clone() for side in sides]
+    store.copy_slots(4, 12, 3)
+    for side, old in zip(sides, before, strict=True):
+        assert torch.equal(side[12:15], old[4:7])
+        side[12:15] = old[12:15]
+        assert torch.equal(side, old)
 
 
 def test_tracing_counts_only_what_happened() -> None:

@@ -10,6 +10,7 @@ import sys
 import weakref
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -22,6 +23,7 @@ from fastvl_lab.capture.execute import Capture, Tensors
 from fastvl_lab.capture.graphs import Graphs, GraphStore, Recording
 from fastvl_lab.capture.shapes import keys_of_a_step, size_of
 from fastvl_lab.errors import CaptureError, RecipeError, RequestError
+from fastvl_lab.kernels.decode_attention import decode_share_kernel
 from fastvl_lab.language.merge import merge
 from fastvl_lab.measure.capturing import break_even
 from fastvl_lab.measure.decoding import text_prompt
@@ -42,9 +44,12 @@ class PlayedRecorder:
     def __init__(self) -> None:
         self.n_bytes, self.n_recorded = 0, 0
 
-    def record(self, program: Callable[[], tuple[torch.Tensor, ...]]) -> Recording:
+    def record(self, program: Callable[[], tuple[torch.Tensor, ...]], room: int) -> Recording | None:
         outputs = tuple(output.clone() for output in program())
-        self.n_bytes += sum(output.nbytes for output in outputs)
+        n_bytes = sum(output.nbytes for output in outputs)
+        if self.n_bytes + n_bytes > room:
+            return None
+        self.n_bytes += n_bytes
         self.n_recorded += 1
 
         def replay() -> None:
@@ -152,7 +157,7 @@ def test_padded_prompts_and_steps_are_the_same_at_every_edge(lab: Lab, padding: 
                 for step in range(4):
                     place.extend(1)
                     token, position = torch.full((1,), 7 * step), torch.full((1,), n + step)
-                    made.append(pipeline.stages.decode(token, position, place.kv, OFF))
+                    made.append(pipeline.stages.decode(token, position, place.kv, OFF).logits)
                 logits.append(torch.cat(made))
                 stores.append([side[:-1].clone() for store in pipeline.cache.layers for side in store])
                 place.close()
@@ -286,36 +291,99 @@ def test_a_request_of_another_image_does_not_see_what_was_replayed_before(played
 
 
 def test_many_shapes_stay_within_the_budget(played: Lab) -> None:
-    """60 requests of 20 shapes in a room for a few graphs, by number and by bytes."""
+    """60 requests of 20 shapes in a room for a few graphs, by number and by bytes; what has no room is counted."""
     recipe = Recipe.parse(f"fastest, {GRAPHS['single']}")
-    for max_bytes, max_graphs in ((2**30, 5), (3_000_000, 1000)):
+    truth = {number: played.run(_request((28 * (number + 1), 56), n=2), Recipe.fastest()).tokens for number in range(20)}
+    for max_bytes, max_graphs in ((2**30, 5), (1_000_000, 1000)):
         played.graphs = store = GraphStore(PlayedRecorder(), max_bytes=max_bytes, max_graphs=max_graphs)
         played._engines.clear()
+        refused = []
         for number in range(60):
-            played.run(_request((28 * (number % 20 + 1), 56), n=2), recipe)
+            run = played.run(_request((28 * (number % 20 + 1), 56), n=2), recipe)
+            assert run.tokens == truth[number % 20]
+            if "first_token: over graph_budget, run eager" in run.trace.counts:
+                refused.append(run)
             assert len(store) <= max_graphs
             assert store.n_bytes <= max_bytes
+        assert (len(refused) > 0) == (max_bytes < 2**30)
+        assert all("over graph_budget, run eager" in repr(run) for run in refused)
 
 
-def test_the_graph_unused_for_longest_goes_first() -> None:
+def _doubling(store: GraphStore, **options: Any) -> Graphs:
+    return Graphs("vit", lambda tensors, rest: (tensors["x"] * 2,), store, **options)
+
+
+def test_of_too_many_graphs_the_one_unused_for_longest_goes() -> None:
     recorder = PlayedRecorder()
-    store = GraphStore(recorder, max_bytes=10_000, max_graphs=2)
-    graphs = Graphs("vit", lambda tensors, rest: (tensors["x"] * 2,), store, lambda name: False)
+    graphs = _doubling(GraphStore(recorder, max_bytes=10_000, max_graphs=2))
     for length, recorded in ((3, 1), (4, 2), (3, 2), (5, 3), (3, 3), (4, 4)):
         x = torch.arange(float(length))
         (y,) = graphs({"x": x}, None, OFF)
         assert torch.equal(y, 2 * x)
         assert recorder.n_recorded == recorded
     assert [(capture.shape, capture.uses) for capture in graphs.captures] == [("x 3", 3), ("x 4", 1)]
-    with pytest.raises(CaptureError, match=r"takes \d+ bytes, and graph_budget is 10000"):
-        graphs({"x": torch.zeros(5000)}, None, OFF)
-    assert len(store) == store.n_bytes == 0
+
+
+@pytest.mark.parametrize("lengths", [(5000, 3, 2600), (700, 2000, 6, 2000), (1300, 1300, 900)])
+def test_what_does_not_fit_runs_as_it_is_and_is_counted_and_throws_no_other_out(lengths: tuple[int, ...]) -> None:
+    """Two graphs that just do not fit together would else be recorded in turn for ever."""
+    recorder, tracer = PlayedRecorder(), Tracer(CPU, "off")
+    store = GraphStore(recorder, max_bytes=10_000, max_graphs=10)
+    graphs, refused, kept = _doubling(store), 0, set()
+    tracer.start()
+    for _ in range(3):
+        for length in lengths:
+            (y,) = graphs({"x": torch.full((length,), 3.0)}, None, tracer)
+            assert torch.equal(y, torch.full((length,), 6.0))
+            now = {capture.shape for capture in graphs.captures}
+            assert now >= kept
+            refused += f"x {length}" not in now
+            kept = now
+            assert store.n_bytes <= 10_000
+    assert recorder.n_recorded == len(kept) > 0 or max(lengths) == 5000
+    assert refused > 0 or sum(lengths) * 8 <= 10_000
+    assert tracer.finish().counts.get("vit: over graph_budget, run eager", 0) == refused
+    assert len(graphs.fresh) == len(kept)
+
+
+def test_what_was_refused_is_asked_for_again_once_another_owner_is_gone() -> None:
+    recorder = PlayedRecorder()
+    store = GraphStore(recorder, max_bytes=10_000, max_graphs=10)
+    first, second = _doubling(store), _doubling(store)
+    x = torch.ones(700)
+    first({"x": x}, None, OFF)
+    for _ in range(2):
+        assert torch.equal(second({"x": x}, None, OFF)[0], 2 * x)
+    assert (len(store), second.captures) == (1, ())
+    del first
+    assert len(store) == 0
+    recorder.n_bytes = 0  # as CUDA's pool is once its graphs are gone
+    second({"x": x}, None, OFF)
+    assert len(second.captures) == 1
+
+
+def test_an_input_that_its_size_implies_is_copied_when_it_is_recorded_and_never_again() -> None:
+    store = GraphStore(PlayedRecorder(), max_bytes=10_000, max_graphs=5)
+    graphs = _doubling(store, implied=lambda name: name == "x")
+    for n in (3, 5):
+        assert torch.equal(graphs({"x": torch.arange(n)}, None, OFF)[0], 2 * torch.arange(n))
+        assert torch.equal(graphs({"x": torch.zeros(n, dtype=torch.int64)}, None, OFF)[0], 2 * torch.arange(n))
+
+
+def test_lent_outputs_are_the_graphs_own_and_the_others_copies() -> None:
+    store = GraphStore(PlayedRecorder(), max_bytes=10_000, max_graphs=5)
+    graphs = Graphs("decode", lambda tensors, rest: (tensors["x"] * 2, tensors["x"] + 1), store, lent=1)
+    lent, copied = graphs({"x": torch.ones(2)}, None, OFF)
+    again, _ = graphs({"x": torch.zeros(2)}, None, OFF)
+    assert again is lent
+    assert lent.tolist() == [0, 0]
+    assert copied.tolist() == [2, 2]
 
 
 def test_a_constant_input_is_copied_once_and_not_kept_alive() -> None:
     recorder = PlayedRecorder()
     store = GraphStore(recorder, max_bytes=10_000, max_graphs=2)
-    graphs = Graphs("vit", lambda tensors, rest: (tensors["x"] * 2,), store, lambda name: True)
+    graphs = _doubling(store, constant=lambda name: True)
     x = torch.ones(3)
     for _ in range(2):
         assert graphs({"x": x}, None, OFF)[0].tolist() == [2, 2, 2]
@@ -359,6 +427,120 @@ def test_warming_up_leaves_nothing_to_be_made_for_its_shapes(played: Lab, capsys
     for shape in ((300,), (0, 10), "300x200", (10**6, 10**6)):
         with pytest.raises(RequestError, match="a shape to warm up is"):
             played.warm_up(recipe, [shape])  # type: ignore[list-item]
+
+
+@pytest.fixture
+def short_session(played: Lab) -> Lab:
+    """Sessions of 1,200 tokens: widths from 64 to 1,024, and what is left."""
+    played.checkpoint = dataclasses.replace(played.checkpoint, session_len=1200)
+    played.memory = Memory(played.checkpoint)
+    return played
+
+
+@pytest.mark.parametrize(("shapes", "kv"), [("exact", "static"), ("multiples_of_64", "paged"), ("powers_of_two", "static")])
+def test_no_answer_records_in_its_middle_after_a_warm_up(short_session: Lab, shapes: str, kv: str) -> None:
+    """600 tokens, whose steps read up to 1,024 keys, after a warm-up by two tokens; the largest width is made first."""
+    lab = short_session
+    recipe = Recipe.parse(f"fastest, cache.kv={kv}, capture.decode=graph, capture.shapes={shapes}")
+    made = lab.warm_up(recipe, [_request(None, n=2)], progress=False)
+    widths = [int(capture.shape.rpartition("slot_of 1x")[2].partition(",")[0]) for capture in made]
+    assert widths == sorted(widths, reverse=True)
+    assert widths[0] >= 1200
+    assert widths[-1] == (256 if shapes in ("exact", "multiples_of_256") else 64)
+    recorder = lab.graphs._recorder  # type: ignore[union-attr]
+    n_recorded = recorder.n_recorded  # type: ignore[attr-defined]
+    assert n_recorded == len(made)
+    for request in (_request(None, n=600), _request((168, 140), n=20), _request(None, "long " * 200, n=30)):
+        run = lab.run(request, recipe)
+        assert run.captures == ()
+        assert run.tokens == lab.run(request, f"fastest, cache.kv={kv}").tokens
+    assert recorder.n_recorded == n_recorded  # type: ignore[attr-defined]
+    assert lab.warm_up(recipe, [_request(None, n=2)], progress=False) == ()
+
+
+def test_a_compiled_step_needs_the_least_and_the_most_keys_alone(short_session: Lab, monkeypatch: pytest.MonkeyPatch) -> None:
+    recipe, seen = Recipe.parse("fastest, capture.decode=compile, capture.shapes=multiples_of_64"), []
+    call = Compiled.__call__
+    monkeypatch.setattr(Compiled, "__call__", lambda self, *on: (seen.append(on[0]["slot_of"].shape[1]), call(self, *on))[1])
+    assert len(short_session.warm_up(recipe, [], progress=False)) <= 2
+    assert seen == [1201, 64]
+    assert short_session.run(_request(None, n=200), recipe).captures == ()
+
+
+def test_widths_that_are_too_many_for_the_store_leave_half_of_its_places_to_others(short_session: Lab) -> None:
+    recipe = Recipe.parse("fastest, capture.decode=graph, capture.shapes=multiples_of_64")
+    short_session.graphs = GraphStore(PlayedRecorder(), max_bytes=2**30, max_graphs=10)
+    made = short_session.warm_up(recipe, [], progress=False)
+    assert [capture.shape.rpartition("slot_of 1x")[2].partition(",")[0] for capture in made] == ["320", "256", "192", "128", "64"]
+
+
+@pytest.mark.parametrize("choices", ["cache.kv=paged", "capture.decode=graph"])
+def test_a_warm_up_leaves_no_launch_of_a_decode_step_to_be_tuned(
+    played: Lab, choices: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """At every number of keys: the interpreter has nothing to choose from, and notes what it would have chosen for."""
+    monkeypatch.setattr(decode_share_kernel, "_chosen", {})
+    played.checkpoint = dataclasses.replace(played.checkpoint, session_len=270)
+    played.memory = Memory(played.checkpoint)
+    recipe = Recipe.parse(f"fastest, attention.decode=triton, {choices}")
+    played.warm_up(recipe, [], progress=False)
+    tuned = decode_share_kernel.launches()
+    assert {case["keys"] for case, _ in tuned} >= {"256", "1024"}
+    run = played.run(_request(None, n=5), recipe)
+    assert run.tokens == played.run(_request(None, n=5), "fastest").tokens
+    assert decode_share_kernel.launches() == tuned
+
+
+@pytest.mark.parametrize("kv", ["static", "paged"])
+def test_a_warm_up_of_steps_touches_nothing_of_earlier_requests(short_session: Lab, kv: str) -> None:
+    """Prefixes that are kept in blocks are found as they were, and an answer goes on as it would have."""
+    more = ", cache.prefix_reuse=on" if kv == "paged" else ""
+    recipe = Recipe.parse(f"fastest, cache.kv={kv}, capture.decode=graph{more}")
+    request = _request((168, 140), "A question with a prefix. " * 3, n=12)
+    expected = short_session.run(request, "fastest").tokens
+    short_session.run(request, f"fastest, cache.kv={kv}{more}")
+    assert short_session.run(request, recipe).tokens == expected
+    short_session.warm_up(recipe, [], progress=False)
+    again = short_session.run(request, recipe)
+    assert again.tokens == expected
+    assert (again.kind == "cache_hit") == (kv == "paged")
+
+
+@pytest.mark.parametrize(("short", "long"), [(4, 150), (1, 90), (30, 120)])
+def test_a_graph_that_a_short_request_recorded_serves_a_longer_one(played: Lab, short: int, long: int) -> None:
+    """In place, a token's slot is its own place whoever recorded the graph."""
+    recipe = Recipe.parse(f"fastest, {GRAPHS['stages']}")
+    played.run(_request(None, n=short + 1), recipe)
+    request = _request(None, n=long)
+    run = played.run(request, recipe)
+    assert [capture.stage for capture in run.captures] == []
+    assert run.tokens == played.run(request, recipe.oracle(played.checkpoint.image_backend)).tokens
+
+
+@pytest.mark.parametrize("kv", ["static", "paged"])
+@pytest.mark.parametrize("choices", ["capture.decode=graph", "capture.decode=compile", "capture.shapes=multiples_of_64"])
+def test_a_steps_program_chooses_its_token_and_gives_the_logits_that_it_chose_from(played: Lab, choices: str, kv: str) -> None:
+    plain, made = (
+        Pipeline(played.checkpoint, Recipe.parse(f"fastest, cache.kv={kv}{more}"), Memory(played.checkpoint), played.graphs)
+        for more in ("", f", {choices}")
+    )
+    prompt, steps = text_prompt(played, 30, 8), {}
+    with torch.inference_mode():
+        for name, pipeline in (("plain", plain), ("made", made)):
+            place = pipeline.cache.admit(prompt, 8, tuple)
+            place.extend(30)
+            hidden = merge(prompt, None, pipeline.decoder.weights.embed)
+            pipeline.stages.prefill(hidden, prompt, None, place.kv, OFF)
+            steps[name] = []
+            for number in range(4):
+                place.extend(1)
+                step = pipeline.stages.decode(torch.full((1,), 7 * number), torch.full((1,), 30 + number), place.kv, OFF)
+                steps[name].append((step.logits.clone(), step.token))
+            place.close()
+    for (ours, token), (theirs, none) in zip(steps["made"], steps["plain"], strict=True):
+        assert _close(ours, theirs)
+        assert none is None
+        assert token.tolist() == [int(ours.argmax())]
 
 
 def test_a_capture_pays_after_as_many_requests_as_its_seconds_need() -> None:

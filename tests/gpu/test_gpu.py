@@ -7,11 +7,11 @@ import threading
 
 import pytest
 import torch
-from triton.runtime.autotuner import Autotuner
 
 from fastvl_lab import Lab, Recipe, Request, RequestCancelledError, photo, preprocessor, toggles, vit
 from fastvl_lab.capture.cuda_graphs import CudaRecorder
 from fastvl_lab.checkpoint import tiny
+from fastvl_lab.kernels import tuned as tuned_module
 from fastvl_lab.kernels.argmax import argmax, argmax_reference
 from fastvl_lab.kernels.decode_attention import decode_attention, decode_attention_reference
 from fastvl_lab.kernels.prefill_attention import block_size, prefill_attention, prefill_attention_reference
@@ -228,13 +228,16 @@ def test_prefill_attention_native(heads: int, kv_heads: int, dim: int, dtype: to
     before, new = [0, 300, 64], [257, 70, 1]
     lengths, blocks, start = [b + n for b, n in zip(before, new, strict=True)], [], 0
     for sequence, (b, n) in enumerate(zip(before, new, strict=True)):
-        blocks += [[first, start + n, sequence, b - start] for first in range(start, start + n, block_size(dtype))]
+        blocks += [
+            [first, start + n, sequence, b - start] for first in range(start, start + n, block_size(dtype, heads // kv_heads))
+        ]
         start += n
     table = torch.tensor(blocks, dtype=torch.int32, device="cuda")
     q = _randn(sum(new), heads + 2, dim, dtype=dtype)[:, :heads]
     kept, slot_of = _kept(sum(lengths) + 9, kv_heads, dim, dtype), _scattered(lengths, sum(lengths) + 9)
     truth = prefill_attention_reference(q.double(), *(x.double() for x in kept), slot_of, table)
-    ours, plain = (f(q, *kept, slot_of, table) for f in (prefill_attention, prefill_attention_reference))
+    ours = prefill_attention(q, *kept, slot_of, table, longest=max(lengths))
+    plain = prefill_attention_reference(q, *kept, slot_of, table)
     _assert_budget(ours, plain, truth)
 
 
@@ -414,7 +417,8 @@ def test_attention_kernels_are_tuned_in_the_warm_up_and_never_after_it(monkeypat
     assert {row["kernel"] for row in tuned} == {"segment_attention_kernel", "prefill_attention_kernel", "decode_share_kernel"}
     blocks = {row["tuned_for"]["block_q"] for row in tuned if row["kernel"] == "segment_attention_kernel"}
     assert {"64", "128"} <= blocks
-    monkeypatch.setattr(Autotuner, "_bench", lambda *_, **__: pytest.fail("tuned again"))
-    request = Request(images=[photo("coffee", (448, 336))], prompt="What is this?", max_new_tokens=8, ignore_eos=True)
+    monkeypatch.setattr(tuned_module, "measured", lambda *_, **__: pytest.fail("tuned again"))
+    # Of the same powers of four: 1,344 patches after 1,564; keys of its steps are of any number.
+    request = Request(images=[photo("coffee", (588, 448))], prompt="What is this?", max_new_tokens=800, ignore_eos=True)
     lab.run(request, recipe)
     assert tuned_launches() == tuned

@@ -38,9 +38,9 @@ def pretend() -> list[str]:
             known.add(id(kernel))
             fresh.append(function.__name__)
 
-    def measure(launch: Callable[[], Any], quantiles: Any) -> list[float]:
+    def measure(launch: Callable[[], Any]) -> float:
         launch()
-        return [1.0] * len(quantiles)
+        return 1.0
 
     compile_only(90, note, measure)
     _triton.has_triton = lambda: True

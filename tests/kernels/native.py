@@ -1,6 +1,6 @@
 """Compiles the package's Triton kernels for an NVIDIA GPU that need not be there, and prints as JSON what became of them.
 
-    python tests/kernels/native.py CAPABILITY CALL...
+    python tests/kernels/native.py CAPABILITY[,CARD] CALL...
 
 Each call of a kernel's function is made on tensors of the host; compiling is real, down to machine code, and nothing is launched.
 The launch settings that are tuned are compiled all, and the last of them is made out to be the fastest.
@@ -20,9 +20,9 @@ import torch
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
-from triton.runtime.autotuner import Autotuner
 from triton.runtime.jit import JITFunction
 
+from fastvl_lab.kernels import tuned
 from fastvl_lab.kernels.add_norm import add_layer_norm, add_rms_norm
 from fastvl_lab.kernels.argmax import argmax
 from fastvl_lab.kernels.decode_attention import decode_attention
@@ -54,11 +54,15 @@ class NoDevice:
 
 
 def compile_only(
-    capability: int, seen: Callable[[JITFunction, Any, dict[str, Any]], None], measure: Callable[..., list[float]]
+    capability: int,
+    seen: Callable[[JITFunction, Any, dict[str, Any]], None],
+    measure: Callable[[Callable[[], Any]], float],
+    card: str = "a card",
 ) -> None:
     """From now on this process compiles for a GPU of that capability and launches nothing.
 
-    seen(function, kernel, options) is told of every call; measure stands in for Triton's benchmarks of launch settings.
+    seen(function, kernel, options) is told of every call; measure stands in for Triton's benchmark of launch settings. card: which
+    GPU it is said to be.
     """
     compile_and_launch = JITFunction.run
 
@@ -69,7 +73,8 @@ def compile_only(
 
     driver.set_active(NoDevice(capability))
     JITFunction.run = run
-    Autotuner.do_bench = property(lambda _: measure)
+    tuned.do_bench = lambda launch, return_mode: measure(launch)
+    tuned.card_of = lambda device: card
 
 
 def _segments(head_dim: int, length: int, dtype: torch.dtype) -> None:
@@ -80,12 +85,12 @@ def _segments(head_dim: int, length: int, dtype: torch.dtype) -> None:
 
 def _prefill(dtype: torch.dtype) -> None:
     kept, slots = torch.zeros(200, 8, 128, dtype=dtype), torch.zeros(1, 200, dtype=torch.int64)
-    prefill_attention(torch.zeros(100, 32, 128, dtype=dtype), kept, kept, slots, torch.zeros(4, 4, dtype=torch.int32))
+    prefill_attention(torch.zeros(100, 32, 128, dtype=dtype), kept, kept, slots, torch.zeros(4, 4, dtype=torch.int32), longest=200)
 
 
-def _decode(dtype: torch.dtype) -> None:
+def _decode(dtype: torch.dtype, longest: int = 200) -> None:
     kept, slots = torch.zeros(200, 8, 128, dtype=dtype), torch.zeros(1, 200, dtype=torch.int64)
-    decode_attention(torch.zeros(1, 32, 128, dtype=dtype), kept, kept, slots, torch.ones(1, dtype=torch.int32), longest=200)
+    decode_attention(torch.zeros(1, 32, 128, dtype=dtype), kept, kept, slots, torch.ones(1, dtype=torch.int32), longest=longest)
 
 
 def _rotate_and_keep(dtype: torch.dtype) -> None:
@@ -124,6 +129,7 @@ CALLS: dict[str, Callable[[torch.dtype], None]] = {
     "frames_64": lambda dtype: _segments(64, 1024, dtype),
     "prefill": _prefill,
     "decode": _decode,
+    "decode_250": lambda dtype: _decode(dtype, 250),
     "rest": _rest,
 }
 
@@ -138,7 +144,7 @@ def _resources(kernel: Any) -> dict[str, int]:
     return {"registers": int(words["REG"]), "stack": int(words["STACK"]), "shared": kernel.metadata.shared}
 
 
-def main(capability: int, names: list[str]) -> dict[str, Any]:
+def main(capability: int, card: str, names: list[str]) -> dict[str, Any]:
     compiled: list[dict[str, Any]] = []
     measured: list[float] = []
     call = ""
@@ -148,12 +154,12 @@ def main(capability: int, names: list[str]) -> dict[str, Any]:
         launch = {"num_warps": kernel.metadata.num_warps, "block_k": options.get("block_k")}
         compiled.append({"call": call, "kernel": function.__name__, **launch, **_resources(kernel), "uses": instructions})
 
-    def measure(launch: Callable[[], Any], quantiles: Any) -> list[float]:
+    def measure(launch: Callable[[], Any]) -> float:
         launch()
         measured.append(-len(measured))
-        return measured[-1:] * len(quantiles)
+        return measured[-1]
 
-    compile_only(capability, note, measure)
+    compile_only(capability, note, measure, card)
     for name in names:
         for dtype in (torch.bfloat16, torch.float32) if name == "rest" else (torch.bfloat16,):
             call = f"{name} {dtype}"
@@ -162,4 +168,5 @@ def main(capability: int, names: list[str]) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    print(json.dumps(main(int(sys.argv[1]), sys.argv[2:] or list(CALLS))))
+    capability, _, card = sys.argv[1].partition(",")
+    print(json.dumps(main(int(capability), card or f"a card of {capability}", sys.argv[2:] or list(CALLS))))

@@ -115,6 +115,8 @@ def _attention_dtype(dtype: torch.dtype, block_k: int) -> None:
         ([64], [1], 2, 1, 80),
         ([40], [70], 4, 1, 128),
         ([0, 5, 64], [33, 1, 40], 2, 1, 32),
+        ([3], [41], 7, 1, 24),  # of a block's rows, some are no query's
+        ([0], [5], 40, 1, 16),  # more heads share a key head than a block has rows
     ],
 )
 def test_prefill_attention(
@@ -122,7 +124,7 @@ def test_prefill_attention(
 ) -> None:
     _attention_dtype(dtype, block_k)
     lengths = [b + n for b, n in zip(before, new, strict=True)]
-    n_slots, size = sum(lengths) + 5, block_size(dtype)
+    n_slots, size = sum(lengths) + 5, block_size(dtype, heads // kv_heads)
     q = _random(sum(new), heads + 2, dim, dtype=dtype)[:, :heads]
     keys, values = (_store(n_slots, kv_heads, dim, dtype, seed) for seed in (1, 2))
     slot_of, blocks, start = _slots(lengths, n_slots), [], 0
@@ -131,7 +133,7 @@ def test_prefill_attention(
         start += n
     table = torch.tensor(blocks, dtype=torch.int32, device=DEVICE)
     inputs = (q, keys, values)
-    ours = prefill_attention(*inputs, slot_of, table)
+    ours = prefill_attention(*inputs, slot_of, table, longest=max(lengths))
     plain = prefill_attention_reference(*inputs, slot_of, table)
     truth = torch.empty_like(q, dtype=torch.float64)
     for first, end, sequence, offset in blocks:  # by the definition, in float64
@@ -141,6 +143,21 @@ def test_prefill_attention(
                 k, v = (x[seen, head // (heads // kv_heads)].double() for x in (keys, values))
                 truth[row, head] = (k @ q[row, head].double() * dim**-0.5).softmax(0) @ v
     _budget(ours, plain, truth)
+
+
+@pytest.mark.skipif(DEVICE.type == "cuda", reason="on a device, programs run side by side")
+@pytest.mark.parametrize(("heads", "kv_heads"), [(2, 2), (4, 2), (6, 1)])
+def test_the_longest_blocks_of_queries_come_first_for_all_heads(heads: int, kv_heads: int) -> None:
+    """All blocks write the same rows, each from another number of keys: what is left there is the first block's, the shortest's."""
+    n = 100
+    q, keys, values = (_random(n, h, 16, dtype=torch.float32, seed=h) for h in (heads, kv_heads, kv_heads))
+    slot_of, blocks = torch.arange(n, device=DEVICE)[None], [[0, 3, 0, offset] for offset in (0, 17, n - 3)]
+
+    def made(table: list[list[int]]) -> torch.Tensor:
+        return prefill_attention(q, keys, values, slot_of, torch.tensor(table, dtype=torch.int32, device=DEVICE), longest=n)[:3]
+
+    assert torch.equal(made(blocks), made(blocks[:1]))
+    assert not torch.equal(made(blocks), made(blocks[1:]))
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

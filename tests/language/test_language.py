@@ -44,7 +44,9 @@ class _Kv:
             self.kv: ConcatKv | SlottedKv = ConcatKv(checkpoint.config.text_config.num_hidden_layers, n)
             return
         store = KvShape.of(checkpoint).allocate(n * longest * BLOCK)
-        store.fill_(float("nan"))  # nothing may be read that was not written
+        for pair in store.layers:
+            for side in pair:
+                side.fill_(float("nan"))  # nothing may be read that was not written
         self.kv = SlottedKv(store, block_size=BLOCK, longest=longest, reused=[0] * n)
         if kind == "static":
             for sequence in range(n):

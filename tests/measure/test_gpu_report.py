@@ -382,7 +382,7 @@ class _Replayed:
 
     n_bytes = 0
 
-    def record(self, program: Callable[[], tuple[torch.Tensor, ...]]) -> Recording:
+    def record(self, program: Callable[[], tuple[torch.Tensor, ...]], room: int) -> Recording:
         outputs = tuple(output.clone() for output in program())
         self.n_bytes += 1_000_000
 

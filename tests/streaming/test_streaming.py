@@ -15,6 +15,7 @@ import torch
 from fastvl_lab import Chunk, Lab, Recipe, Request, RequestCancelledError, Run
 from fastvl_lab.recipe import toggles
 from fastvl_lab.streaming.gate import CountingGate
+from fastvl_lab.streaming.launch import _Sent
 from fastvl_lab.trace import Tracer
 
 pytestmark = pytest.mark.alone
@@ -261,6 +262,32 @@ def test_a_gate_opens_when_all_that_raised_it_has_lowered_it() -> None:
     gate.stay_open()
     gate.raise_()
     gate.wait()
+
+
+class _Event:
+    """A CUDA event in play: it is asked so often before the device is there, or a thread sleeps until it is."""
+
+    def __init__(self, asked: float) -> None:
+        self.asks_left, self.slept = asked, 0
+
+    def query(self) -> bool:
+        self.asks_left -= 1
+        return self.asks_left < 0
+
+    def synchronize(self) -> None:
+        self.slept += 1
+
+
+@pytest.mark.parametrize(("asked", "slept"), [(0, 0), (1, 0), (3, 0), (float("inf"), 1)])
+def test_a_token_is_asked_for_a_moment_before_the_thread_sleeps(asked: float, slept: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Waking up takes tens of microseconds, which would be part of a token that is there by then."""
+    now = iter(range(10_000))
+    monkeypatch.setattr("fastvl_lab.streaming.launch.time.perf_counter", lambda: next(now) * 10e-6)  # 10 us pass with each look
+    event = _Event(asked)
+    assert _Sent(torch.tensor([7]), event).read() == 7
+    assert event.slept == slept
+    if slept:
+        assert next(now) <= 8, "it asked for longer than it takes to wake up"
 
 
 def test_spans_of_several_threads_nest_by_thread() -> None:

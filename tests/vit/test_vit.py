@@ -57,13 +57,14 @@ def _patch_dim(visual: torch.nn.Module) -> int:
 
 
 def _combinations() -> list[dict[str, OptionValue]]:
-    """Every combination of the lean tower's exact options that can run on a CPU."""
+    """Every combination of the lean tower's exact options that means something and can run on a CPU."""
     free = [
         [(t.path, o.value) for o in t.options if o.exact and o.unavailable(torch.device("cpu")) is None]
         for t in toggles()
         if t.slot == "vit" and t.name != "tower"
     ]
-    return [dict(choice) for choice in itertools.product(*free)]
+    every = [dict(choice) for choice in itertools.product(*free)]
+    return [choice for choice in every if choice["vit.padding"] == "exact" or choice["vit.patch_embed"] == "linear"]
 
 
 COMBINATIONS = _combinations()
@@ -106,7 +107,7 @@ def test_lean_equals_stock_over_random_grids_and_mixes(
 @pytest.mark.parametrize("name", tiny.NAMES)
 def test_every_combination_of_exact_options_equals_stock(labs: dict[str, Lab], name: str) -> None:
     """On two images with windows cut on the right, below and in the corner, and a clip."""
-    assert len(COMBINATIONS) == 2 * 2 * 2 * 2 * 2
+    assert len(COMBINATIONS) == 3 * 2 * 2 * 2 * 2
     _assert_lean_equals_stock(labs[name].checkpoint, [Grid(1, 10, 14), Grid(2, 6, 18)], COMBINATIONS)
 
 
