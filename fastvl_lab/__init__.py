@@ -21,11 +21,10 @@ if TYPE_CHECKING:
         RequestError,
     )
     from fastvl_lab.lab import Lab
-    from fastvl_lab.measure.attribution import Attribution, attribute
     from fastvl_lab.measure.audit import Audit, audit
-    from fastvl_lab.measure.compare import Comparison, compare
+    from fastvl_lab.measure.compare import Attribution, Comparison, attribute, compare
     from fastvl_lab.measure.floors import Floor, floor
-    from fastvl_lab.measure.photo import photo
+    from fastvl_lab.measure.publish import photo
     from fastvl_lab.measure.sweep import SweepSettings, sweep
     from fastvl_lab.recipe import Recipe, toggles
     from fastvl_lab.request import Chunk, Request
@@ -46,13 +45,13 @@ _PUBLIC = {
     "Comparison": "measure.compare",
     "sweep": "measure.sweep",
     "SweepSettings": "measure.sweep",
-    "attribute": "measure.attribution",
-    "Attribution": "measure.attribution",
+    "attribute": "measure.compare",
+    "Attribution": "measure.compare",
     "audit": "measure.audit",
     "Audit": "measure.audit",
     "floor": "measure.floors",
     "Floor": "measure.floors",
-    "photo": "measure.photo",
+    "photo": "measure.publish",
     "workbench": "view.workbench",
     "FastvlError": "errors",
     "RequestError": "errors",

@@ -26,7 +26,7 @@ from fastvl_lab import Lab, photo
 from fastvl_lab.checkpoint import Checkpoint, tiny
 from fastvl_lab.checkpoint.fused import fuse_projections
 from fastvl_lab.checkpoint.random_weights import randomise
-from fastvl_lab.measure.statistics import Interval
+from fastvl_lab.measure.samples import Interval
 from fastvl_lab.preprocessor.decode_image import rgb_of
 from fastvl_lab.request import ImageInput, ImageSource
 

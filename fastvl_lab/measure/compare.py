@@ -1,32 +1,26 @@
-"""Several engines on one request, side by side: interleaved rounds, paired ratios, and parity before any speed-up."""
+"""Several engines on one request, or turn by turn on a chat: interleaved rounds, paired ratios, parity before any speed-up."""
 
 from __future__ import annotations
 
 import dataclasses
-import random
+import math
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
 
-from fastvl_lab.errors import RequestCancelledError, RequestError, require, sentence
+from fastvl_lab.capture.execute import Capture
+from fastvl_lab.errors import RecipeError, RequestCancelledError, RequestError, require, sentence
 from fastvl_lab.lab import EngineName, Lab
 from fastvl_lab.measure.parity import Oracles, Parity, check
-from fastvl_lab.measure.statistics import Interval, median_interval
-from fastvl_lab.request import Request, check_whole_number
+from fastvl_lab.measure.recipes import STOCK, steps_between
+from fastvl_lab.measure.samples import Interval, RunSample, Samples, check_rounds, interleaved, json_value, median_interval
+from fastvl_lab.recipe import Recipe
+from fastvl_lab.request import ImageInput, ImageSource, Request, check_whole_number
 from fastvl_lab.run import Kind, Run
 from fastvl_lab.trace import Lane
-
-
-@dataclass(frozen=True, kw_only=True, eq=False)
-class Sample:
-    """One run of one engine; warm-up rounds have negative numbers."""
-
-    engine: str
-    round: int
-    run: Run
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -37,14 +31,14 @@ class Comparison:
     through its parity check. failures: label -> the sentence of the error that took an engine out.
     """
 
-    samples: tuple[Sample, ...]
+    samples: tuple[RunSample, ...]
     reference: str
     checks: Mapping[str, Parity]
     failures: Mapping[str, str]
 
     @property
     def engines(self) -> tuple[str, ...]:
-        return tuple(dict.fromkeys(sample.engine for sample in self.samples))
+        return Samples(samples=self.samples).engines
 
     def __repr__(self) -> str:
         failed = [f"{label} failed: {error}" for label, error in self.failures.items()]
@@ -52,7 +46,7 @@ class Comparison:
 
     def runs(self, engine: str, kind: Kind = "warm") -> list[Run]:
         """The timed runs of an engine that were of that kind; of "cold" ones those of warm-up rounds too."""
-        return [s.run for s in self.samples if s.engine == engine and s.run.kind == kind and (s.round >= 0 or kind == "cold")]
+        return [s.run for s in self.samples if s.engine == engine and s.kind == kind and (s.round >= 0 or kind == "cold")]
 
     def compared(self, engine: str) -> Kind:
         """The kind of the engine's runs that are compared: warm, or unknown where an endpoint does not say it of any."""
@@ -68,24 +62,29 @@ class Comparison:
         """Whether the engine computes what Transformers computes, on the pixels that it may make (`measure.parity`)."""
         return self.checks[engine].holds
 
-    def as_expected(self, sample: Sample) -> bool:
+    def as_expected(self, sample: RunSample) -> bool:
         """Whether a run made the tokens of who answers for its engine."""
         checked = self.checks[sample.engine]
         return sample.run.made(checked.expected, checked.expected_text)
 
-    def speedup(self, engine: str, over: str | None = None, *, of: Literal["ttft", "tpot"] = "ttft") -> Interval | None:
-        """TTFT (or TPOT) of the reference, or of the engine `over`, over the engine's, paired by round.
+    def speedup(self, engine: str, over: str | None = None, *, of: Literal["ttft", "tpot", "patches"] = "ttft") -> Interval | None:
+        """The time of the reference, or of the engine `over`, over the engine's, paired by round. of: `RunSample.seconds`.
 
         None where either fails parity or no round has a run of each that is `compared`.
         """
         over = self.reference if over is None else over
-        timed = [s for s in self.samples if s.round >= 0 and s.engine in (engine, over) and getattr(s.run, of) is not None]
-        timed = [s for s in timed if s.run.kind == self.compared(s.engine)]
-        warm: dict[tuple[str, int], float] = {(s.engine, s.round): getattr(s.run, of) for s in timed}
-        rounds = [number for name, number in warm if name == engine and (over, number) in warm]
-        if not rounds or not (self.parity(engine) and self.parity(over)):
-            return None
-        return median_interval([warm[over, number] / warm[engine, number] for number in rounds])
+        ratio = self._timed(engine, over).ratio(engine, over, of)
+        return ratio if ratio is not None and self.parity(engine) and self.parity(over) else None
+
+    def saving(self, engine: str, over: str) -> Interval | None:
+        """Milliseconds of TTFT that the engine takes less than `over`; None where there is no speed-up."""
+        saved = self._timed(engine, over).saving(engine, over, "ttft")
+        return Interval(*(x * 1e3 for x in saved)) if saved is not None and self.parity(engine) and self.parity(over) else None
+
+    def _timed(self, *engines: str) -> Samples[RunSample]:
+        """What is compared of these engines."""
+        kinds = {engine: self.compared(engine) for engine in engines}
+        return Samples(samples=self.samples).only(lambda sample: kinds.get(sample.engine) == sample.kind)
 
     def summary(self) -> list[dict[str, Any]]:
         """One row an engine: TTFT and TPOT medians over its `compared` runs (ms), cold and cache-hit TTFT, parity, the speed-up."""
@@ -191,13 +190,15 @@ def compare(
     seed: int = 0,
     on_run: Callable[[str], object] | None = None,
     keep_going: bool = False,
+    checks: Mapping[str, Parity] | None = None,
     stop: threading.Event | None = None,
 ) -> Comparison:
     """Run every engine on the request `warm_up + repeats` times, in rounds whose order is shuffled by `seed`; then check parity.
 
     engines: label -> recipe, recipe text, or peer. Transformers answers for all of them, and runs for that where it is none of
-    them. on_run is called after each run with its label. keep_going records any error of
-    an engine in `failures` and goes on without it; otherwise errors are raised. stop: as `Lab.run` has it.
+    them. on_run is called after each run with its label. keep_going records any error of an engine in `failures` and goes on
+    without it; otherwise errors are raised. checks: label -> a check of this request that was made before, and is not made again.
+    stop: as `Lab.run` has it.
     """
     if not isinstance(engines, Mapping) or not engines:
         raise RequestError(f"engines is {engines!r}; give at least one recipe or peer, as label -> engine")
@@ -206,40 +207,218 @@ def compare(
     if repeats + warm_up < 1:
         raise RequestError(f"repeats is {repeats} and warm_up {warm_up}; one of them must be at least 1")
     keys = {label: lab.engine(engine) for label, engine in engines.items()}
-    order, samples, failures = list(engines), [], {}
+    made: list[RunSample] = []
+    failures: dict[str, str] = {}
     logits: dict[str, torch.Tensor] = {}
-    shuffled = random.Random(seed)
+
+    def gave_up(label: str, error: Exception, what: str = "") -> str:
+        if not keep_going or isinstance(error, RequestCancelledError):
+            raise error
+        failures[label] = f"{what}{sentence(error)}"
+        return failures[label]
+
     with lab.hold(keys.values()):
-        for number in range(-warm_up, repeats):
-            shuffled.shuffle(order)
+        for number, _, order in interleaved(engines, repeats=repeats, warm_up=warm_up, seed=seed):
             for label in [name for name in order if name not in failures]:
                 try:
                     run = lab.run(request, keys[label], stop=stop)
+                except Exception as error:
+                    gave_up(label, error)
+                else:
                     if label not in logits or not run.finite:
                         logits[label] = run.logits
-                    # A run's logits may be half a megabyte, and a comparison holds many runs.
-                    run = dataclasses.replace(run, engine=label, logits=run.logits[:0])
-                    samples.append(Sample(engine=label, round=number, run=run))
-                except Exception as error:
-                    if not keep_going or isinstance(error, RequestCancelledError):
-                        raise
-                    failures[label] = sentence(error)
+                    made.append(RunSample(engine=label, round=number, run=_without_logits(run, label)))
                 if on_run is not None:
                     on_run(label)
-        alive = [label for label in engines if any(s.engine == label for s in samples)]
-        samples = [s for label in alive for s in samples if s.engine == label]
-        peers = [label for label in alive if isinstance(keys[label], str)]
-        reference = next(iter(peers + alive), "")
-        runs = {label: [s.run for s in samples if s.engine == label] for label in alive}
+        samples = tuple(sample for label in engines for sample in made if sample.engine == label)
+        runs = {label: [s.run for s in samples if s.engine == label] for label in engines if label in logits}
+        peers = [label for label in runs if isinstance(keys[label], str)]
+        reference = next(iter([*peers, *runs]), "")
         known = {str(keys[label]): dataclasses.replace(runs[label][0], logits=logits[label]) for label in peers}
-        oracles, checks = Oracles(lab, request, known=known, stop=stop), {}
-        for label in alive:
+        oracles, found = Oracles(lab, request, known=known, stop=stop), dict(checks or {})
+        for label in [label for label in runs if label not in found]:
             try:
                 base = oracles.of(keys[reference])
-                checks[label] = check(oracles, keys[label], runs[label], logits[label], base)
+                found[label] = check(oracles, keys[label], runs[label], logits[label], base)
             except Exception as error:
-                if not keep_going or isinstance(error, RequestCancelledError):
-                    raise
-                failures[label] = why = f"its parity check failed: {sentence(error)}"
-                checks[label] = Parity(oracle=oracles.of(keys[label]), holds=False, why=why)
-    return Comparison(samples=tuple(samples), reference=reference, checks=checks, failures=failures)
+                why = gave_up(label, error, "its parity check failed: ")
+                found[label] = Parity(oracle=oracles.of(keys[label]), holds=False, why=why)
+    return Comparison(samples=samples, reference=reference, checks={label: found[label] for label in runs}, failures=failures)
+
+
+def _without_logits(run: Run, label: str) -> Run:
+    """Under its label, and without its logits, which may be half a megabyte: a comparison holds many runs."""
+    return dataclasses.replace(run, engine=label, logits=run.logits[:0])
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Attribution:
+    """What `attribute` measured. steps: the labels of the recipes on the way, the first being that of the recipe it starts from."""
+
+    comparison: Comparison
+    steps: tuple[str, ...]
+
+    def saved(self, step: str) -> Interval | None:
+        """Milliseconds of TTFT that a step takes off the step before it, paired by round.
+
+        None for the first, and where either fails its parity check or nothing is warm in both. Raises `RecipeError` for no step.
+        """
+        if step not in self.steps:
+            raise RecipeError(f"step {step!r} is unknown; the steps are {', '.join(map(repr, self.steps))}")
+        number = self.steps.index(step)
+        return self.comparison.saving(step, self.steps[number - 1]) if number else None
+
+
+def attribute(
+    lab: Lab,
+    request: Request,
+    recipe: Recipe | str,
+    *,
+    start: Recipe | str | None = None,
+    repeats: int = 6,
+    stop: threading.Event | None = None,
+) -> Attribution:
+    """Measure Transformers, the recipe `start` (the baseline, if none is given), and every step from it to `recipe`.
+
+    A step's saving depends on the steps before it: in another order it would be another one. Runs (steps + 2) engines. Raises what
+    `compare` raises.
+    """
+    ways = steps_between(_recipe(lab, start), _recipe(lab, recipe))
+    comparison = compare(lab, request, {STOCK: STOCK, **ways}, repeats=repeats, stop=stop)
+    return Attribution(comparison=comparison, steps=tuple(step for step in ways if step in comparison.engines))
+
+
+def _recipe(lab: Lab, given: Recipe | str | None) -> Recipe:
+    key = lab.engine(given)
+    if not isinstance(key, Recipe):
+        raise RecipeError(f"{given!r} is a peer, which has no toggles to go through; give a recipe")
+    return key
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Conversation:
+    """What `converse` measured.
+
+    texts: what the user says, a text a turn. reference: the engine whose answers are in the history, and whose tokens are expected.
+    """
+
+    texts: tuple[str, ...]
+    reference: str
+    samples: tuple[RunSample, ...]
+
+    @property
+    def engines(self) -> tuple[str, ...]:
+        return Samples(samples=self.samples).engines
+
+    def kind(self, engine: str, turn: int) -> Kind:
+        """What the engine's last run of a turn was: with a warm-up, what all of its timed ones were."""
+        return [s for s in self.samples if s.round >= 0 and (s.engine, s.turn) == (engine, turn)][-1].kind
+
+    def runs(self, engine: str, turn: int) -> list[Run]:
+        """The timed runs of a turn that are of its kind: cold ones are not pooled with others."""
+        return [sample.run for sample in self._timed(turn, engine).samples]
+
+    def ttft(self, engine: str, turn: int) -> Interval:
+        """Seconds to the first token, with the interval of the median."""
+        return self._timed(turn, engine).median(engine, "ttft")
+
+    def found(self, engine: str, turn: int) -> tuple[int, int]:
+        """How many of a turn's prompt tokens were found in the KV cache, and how many images' visual tokens were known."""
+        counts = self.runs(engine, turn)[-1].trace.counts
+        return counts.get("cache: prefix tokens found", 0), counts.get("cache: images found", 0)
+
+    def tokens_equal(self, engine: str, turn: int | None = None) -> bool:
+        """Whether every run of the engine, at that turn or at all, made the tokens that the reference made at that turn."""
+        expected: dict[int, Run] = {}
+        for sample in self.samples:
+            if sample.engine == self.reference:
+                expected.setdefault(sample.turn, sample.run)
+        mine = (sample for sample in self.samples if sample.engine == engine and turn in (None, sample.turn))
+        return all(s.run.made(expected[s.turn].tokens, expected[s.turn].text) for s in mine)
+
+    def speedup(self, engine: str, turn: int, over: str) -> Interval | None:
+        """How many times as fast as another engine a turn's first token comes, paired by round.
+
+        None where either's tokens are not the reference's, or no round has timed both.
+        """
+        equal = self.tokens_equal(engine) and self.tokens_equal(over)
+        return self._timed(turn, engine, over).ratio(engine, over, "ttft") if equal else None
+
+    def _timed(self, turn: int, *engines: str) -> Samples[RunSample]:
+        """The timed runs of these engines at a turn that are of its kind."""
+        kinds = {engine: self.kind(engine, turn) for engine in engines}
+        of_turn = Samples(samples=self.samples).only(lambda sample: sample.round >= 0 and sample.turn == turn)
+        return of_turn.only(lambda sample: kinds.get(sample.engine) == sample.kind)
+
+    def summary(self, over: str) -> list[dict[str, Any]]:
+        """One row a turn and engine: TTFT median (ms), what it found, tokens, and the speed-up over the engine of that label."""
+        rows = []
+        for turn in range(len(self.texts)):
+            for engine in self.engines:
+                run, ttft, speedup = self.runs(engine, turn)[-1], self.ttft(engine, turn), self.speedup(engine, turn, over)
+                tokens, images = self.found(engine, turn)
+                row = {
+                    "turn": turn + 1,
+                    "engine": engine,
+                    "kind": run.kind,
+                    "prompt_tokens": run.n_prompt,
+                    "tokens_found": tokens,
+                    "images_found": images,
+                    "ttft_ms": ttft.median * 1e3,
+                    "tokens_equal": self.tokens_equal(engine, turn),
+                    "speedup": speedup.median if speedup else None,
+                    "speedup_low": json_value(speedup.low) if speedup else None,
+                    "speedup_high": json_value(speedup.high) if speedup else None,
+                }
+                rows.append(row)
+        return rows
+
+
+def converse(
+    lab: Lab,
+    image: ImageSource,
+    texts: Sequence[str],
+    engines: Mapping[str, EngineName],
+    *,
+    max_new_tokens: int = 32,
+    repeats: int = 6,
+    warm_up: int = 1,
+    seed: int = 0,
+) -> Conversation:
+    """Play a chat `warm_up + repeats` times on every engine: the image and the first text, an answer, the next text, and so on.
+
+    engines: label -> recipe, recipe text, or peer. Every turn sends the whole history, with the first engine's answers of the first
+    round, so all engines are asked the same in every round; at each turn all of them run, in an order shuffled by `seed`.
+
+    What a turn finds is what its own engine kept of the turns before it in the same round: every engine has caches of its own
+    (`Lab.apart`), and they forget everything before a round begins (`Memory.forget`). Raises `RequestError` for a turn that no
+    session has room for.
+    """
+    if not engines or not texts:
+        raise RequestError("engines or texts is empty; a conversation takes at least one of each")
+    check_rounds(repeats, warm_up)
+    keys = {label: lab.engine(engine) for label, engine in engines.items()}
+    labs, reference = {label: lab.apart() for label in keys}, next(iter(engines))
+    first: list[dict[str, Any]] = [{"type": "image", "image": ImageInput.of(image)}, {"type": "text", "text": texts[0]}]
+    messages: list[dict[str, Any]] = [{"role": "user", "content": first}]
+    requests, made = [Request(messages=messages, max_new_tokens=max_new_tokens)], []
+    for number, turn, order in interleaved(engines, repeats=repeats, warm_up=warm_up, seed=seed, turns=len(texts)):
+        for own in labs.values() if turn == 0 else ():
+            own.memory.forget()
+        for label in order:
+            run = labs[label].run(requests[turn], keys[label])
+            made.append(RunSample(engine=label, round=number, turn=turn, run=_without_logits(run, label)))
+            if label == reference and turn + 1 == len(requests) < len(texts):
+                messages += [{"role": "assistant", "content": run.text}, {"role": "user", "content": texts[turn + 1]}]
+                requests.append(Request(messages=messages, max_new_tokens=max_new_tokens))
+    samples = tuple(sample for label in engines for sample in made if sample.engine == label)
+    return Conversation(texts=tuple(texts), reference=reference, samples=samples)
+
+
+def break_even(captures: Iterable[Capture], *, eager: float, captured: float) -> int | None:
+    """After how many requests the captures' own seconds have been saved; None where a request saves nothing.
+
+    eager, captured: seconds a request takes without and with them, medians of runs side by side.
+    """
+    saved = eager - captured
+    return math.ceil(sum(capture.seconds for capture in captures) / saved) if saved > 0 else None

@@ -2,21 +2,27 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
+from transformers import AutoConfig, AutoModelForImageTextToText
+from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
 from fastvl_lab.cache.slotted import KvShape
-from fastvl_lab.checkpoint import Checkpoint
+from fastvl_lab.checkpoint import Checkpoint, tiny
+from fastvl_lab.checkpoint.loading import FAMILIES, resolve_dtype
+from fastvl_lab.checkpoint.random_weights import RANDOM_PREFIX, published, write_published_folder
 from fastvl_lab.engine_thread import EngineThread
-from fastvl_lab.errors import DeviceError
+from fastvl_lab.errors import CheckpointError, DeviceError
 from fastvl_lab.lab import Lab, device_name
 from fastvl_lab.measure.hardware import find_hardware
-from fastvl_lab.measure.rounds import now
-from fastvl_lab.measure.statistics import median_interval
-from fastvl_lab.measure.towers import grids_of
+from fastvl_lab.measure.samples import median_interval, now
+from fastvl_lab.measure.tasks import grids_of
 from fastvl_lab.request import Grid, Request
 from fastvl_lab.tokenizer import tokenize
 from fastvl_lab.vit import positions
@@ -275,3 +281,76 @@ def _median_seconds(device: torch.device, work: Callable[[], object], repeats: i
         if number >= 2:  # the first ones set libraries up
             seconds.append(now(device) - started)
     return median_interval(seconds).median
+
+
+@dataclass(frozen=True, kw_only=True)
+class Cost:
+    """seconds = fixed + per_patch * n + per_pair * n**2, none of them negative."""
+
+    fixed: float
+    per_patch: float
+    per_pair: float
+
+    def parts(self, n: float) -> tuple[float, float, float]:
+        """The seconds of each term at n patches."""
+        return self.fixed, self.per_patch * n, self.per_pair * n * n
+
+
+def fit_cost(patches: Sequence[int], seconds: Sequence[float]) -> Cost:
+    """The cost that comes nearest in relative error, by least squares over the terms that can be positive together.
+
+    Of all subsets of terms whose best fit has no negative term, the one with the least error is taken.
+    """
+    n, t = np.asarray(patches, float), np.asarray(seconds, float)
+    columns = np.stack([np.ones_like(n), n, n * n], axis=1) / t[:, None]
+    best, least = np.zeros(3), np.inf
+    for chosen in ([0, 1, 2], [1, 2], [0, 2], [0, 1], [2], [1], [0]):
+        values = np.linalg.lstsq(columns[:, chosen], np.ones_like(n), rcond=None)[0]
+        error = float(((columns[:, chosen] @ values - 1) ** 2).sum())
+        if (values >= 0).all() and error < least:
+            least, best = error, np.zeros(3)
+            best[chosen] = values
+    return Cost(fixed=best[0], per_patch=best[1], per_pair=best[2])
+
+
+def without_weights(name: str, dtype: str) -> Checkpoint:
+    """A checkpoint whose tensors are on the device "meta", and which has no tokenizer.
+
+    name: as `checkpoint.load` takes it, or the last part of a published hub id, such as "Qwen3-VL-4B-Instruct". Raises
+    `CheckpointError` for one whose geometry is not known here.
+    """
+    source, of_type = _source(name), resolve_dtype(dtype)
+    assert of_type is not None
+    config = AutoConfig.from_pretrained(source)
+    if config.model_type not in FAMILIES:
+        raise CheckpointError(f"model {name!r} is a {config.model_type!r} model; the lab knows {' and '.join(FAMILIES)}")
+    with torch.device("meta"):
+        model = AutoModelForImageTextToText.from_config(config, dtype=of_type, attn_implementation="sdpa")
+    length = int(config.get_text_config().max_position_embeddings)
+    return Checkpoint(
+        name=name,
+        family=config.model_type,
+        model=model.eval(),
+        tokenizer=None,
+        image_processor=Qwen2VLImageProcessorPil.from_pretrained(source),
+        eos_token_ids=(),
+        max_length=length,
+        session_len=length,
+        device=torch.device("meta"),
+        dtype=of_type,
+    )
+
+
+def _source(name: str) -> Path:
+    """A folder with the config.json and the preprocessor_config.json of a model."""
+    if name in tiny.NAMES:
+        return tiny.folder(name)
+    asked = name.removeprefix(RANDOM_PREFIX)
+    for hub_id in published():
+        if asked.lower() in (hub_id.lower(), hub_id.partition("/")[2].lower()):
+            return write_published_folder(hub_id)
+    if (path := Path(os.path.expanduser(name), "config.json")).is_file():  # pathlib's raises for an unknown user
+        return path.parent
+    raise CheckpointError(
+        f"model {name!r} is unknown; the choices are {', '.join((*published(), *tiny.NAMES))}, or the folder of a checkpoint"
+    )

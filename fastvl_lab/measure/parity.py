@@ -10,20 +10,28 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import math
 import threading
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Literal
 
+import numpy as np
 import torch
+import torch.nn.functional as F
 
-from fastvl_lab import peers
+from fastvl_lab import peers, preprocessor, vit
 from fastvl_lab.checkpoint import Checkpoint
+from fastvl_lab.errors import sentence
 from fastvl_lab.lab import EngineName, Lab
-from fastvl_lab.measure.preprocessing import model_pictures, pixel_differences
+from fastvl_lab.measure.tasks import BoundDecoder, Decoding, Tower, bound_preprocessor, text_prompt, text_tokens
+from fastvl_lab.preprocessor.layout import PatchLayout
+from fastvl_lab.preprocessor.patchify import to_picture
 from fastvl_lab.recipe import Recipe
-from fastvl_lab.request import UNNAMED, Request
+from fastvl_lab.request import UNNAMED, Prompt, Request
 from fastvl_lab.run import Run
+from fastvl_lab.trace import Tracer
 
 # Of the largest logit: what float32 may be off by.
 FLOAT32_TOLERANCE = 1e-4
@@ -177,12 +185,6 @@ def truth_along(lab: Lab, request: Request, oracle: str, tokens: Sequence[int]) 
     )
 
 
-def forced_tokens(lab: Lab, n: int) -> tuple[int, ...]:
-    """Text tokens, the same for the same number."""
-    vocab = min(256, lab.checkpoint.config.get_text_config().vocab_size)  # below all special tokens
-    return tuple(torch.randint(0, vocab, (n,), generator=torch.Generator().manual_seed(n)).tolist())
-
-
 def oracle_of(lab: Lab, engine: EngineName) -> str:
     """Who answers for an engine: a peer for itself, but Transformers for an endpoint, which shows no pixels or logits."""
     if isinstance(engine, Recipe):
@@ -226,12 +228,15 @@ def within_budget(found: Mapping[str, float | str], reference: str, dtype: torch
     return frozenset(label for label, error in found.items() if not isinstance(error, str) and error <= budget)
 
 
-def check(oracles: Oracles, engine: EngineName, runs: Sequence[Run], logits: torch.Tensor, base: str) -> Parity:
+def check(
+    oracles: Oracles, engine: EngineName, runs: Sequence[Run], logits: torch.Tensor, base: str, *, steps: int | None = None
+) -> Parity:
     """Hold an engine against its oracle.
 
     runs: all of its runs of the request, at least one. logits: float32 [vocab], of the last prompt token of any; empty for an
-    endpoint. base: the oracle of the engine that others are compared with, whose logits `Parity.moved` refers to. Raises what the
-    oracle raises.
+    endpoint. base: the oracle of the engine that others are compared with, whose logits `Parity.moved` refers to. steps: how many
+    tokens it is made to go on with; by default none in float32, and in half precision as many as it made, up to `STEPS`. Raises
+    what the oracle raises.
     """
     lab, oracle = oracles.lab, oracles.of(engine)
     theirs = oracles.run(oracle)
@@ -249,13 +254,20 @@ def check(oracles: Oracles, engine: EngineName, runs: Sequence[Run], logits: tor
             return dataclasses.replace(found, why=f"{who} logits are not finite")
     if not found.in_bounds:
         return dataclasses.replace(found, why="its pixels are further from the stock ones than it promises")
-    if lab.dtype == torch.float32:
-        return _in_float32(found, engine, theirs, logits)
-    return _in_half(found, oracles, engine, runs)
+    in_float32 = lab.dtype == torch.float32
+    if in_float32:
+        found = _by_tokens(found, engine, theirs, logits)
+    if steps is None:
+        steps = 0 if in_float32 else min(STEPS, max(len(run.tokens) for run in runs) - 1)
+    if not found.why and not peers.is_remote(engine) and (steps or not in_float32):
+        found = _by_logits(found, oracles, engine, steps)
+    if not found.why and not in_float32:
+        found = _by_how_good_tokens_are(found, oracles, runs)
+    return dataclasses.replace(found, holds=not found.why)
 
 
-def _in_float32(found: Parity, engine: EngineName, theirs: Run, logits: torch.Tensor) -> Parity:
-    """By tokens, and where it shows them by logits."""
+def _by_tokens(found: Parity, engine: EngineName, theirs: Run, logits: torch.Tensor) -> Parity:
+    """By tokens, and where it shows them by the prompt's logits."""
     oracle = found.oracle
     if len(logits):
         error = float((logits - theirs.logits).abs().max() / theirs.logits.abs().max())
@@ -266,23 +278,20 @@ def _in_float32(found: Parity, engine: EngineName, theirs: Run, logits: torch.Te
     if found.other_from is not None:
         others = "one run to the next" if engine == oracle else f"those of {oracle}"
         return dataclasses.replace(found, why=f"its tokens differ from {others}")
-    return dataclasses.replace(found, holds=True)
+    return found
 
 
-def _in_half(found: Parity, oracles: Oracles, engine: EngineName, runs: Sequence[Run]) -> Parity:
-    """By logits along forced tokens, and by how good its own tokens are; by these alone where it shows no logits."""
-    lab, dtype = oracles.lab, str(oracles.lab.dtype).removeprefix("torch.")
-    if not peers.is_remote(engine):
-        tokens = forced_tokens(lab, min(STEPS, max(len(run.tokens) for run in runs) - 1))
-        truth = oracles.truth(found.oracle, tokens)
-        error = truth.error(lab.logits_along(oracles.request, engine, tokens))
-        budget = allowed_error(truth.own_error, lab.dtype)
-        found = dataclasses.replace(found, by="logits", error=error, budget=budget)
-        if not error <= budget:
-            return dataclasses.replace(
-                found,
-                why=f"its logits are off by {error:.1%}, over {budget:.1%}, twice the error of {found.oracle} in {dtype}",
-            )
+def _by_logits(found: Parity, oracles: Oracles, engine: EngineName, steps: int) -> Parity:
+    """By logits along tokens that all are made to go on with."""
+    lab, oracle = oracles.lab, found.oracle
+    truth = oracles.truth(oracle, text_tokens(lab, steps))
+    error, budget = truth.error(lab.logits_along(oracles.request, engine, truth.tokens)), allowed_error(truth.own_error, lab.dtype)
+    off = f"its logits are off by {error:.1%}, over {budget:.1%}, twice the error of {oracle} in {_in_short(lab.dtype)}"
+    return dataclasses.replace(found, by="logits", error=error, budget=budget, why="" if error <= budget else off)
+
+
+def _by_how_good_tokens_are(found: Parity, oracles: Oracles, runs: Sequence[Run]) -> Parity:
+    """By whether each token that it chose is as good as the best, within errors of the dtype."""
     others = [run.tokens[:_CHECKED_TOKENS] for run in _others(runs, oracles.run(found.oracle))]
     for made in dict.fromkeys([found.expected[:_CHECKED_TOKENS], *others]):
         if UNNAMED in made:
@@ -291,12 +300,14 @@ def _in_half(found: Parity, oracles: Oracles, engine: EngineName, runs: Sequence
         truth = oracles.truth(found.oracle, made)
         # Either of two logits, the chosen one and the best, may be off by twice what Transformers' own are.
         if not truth.shortfall() <= 2 * BUDGET * truth.own_off:
-            return dataclasses.replace(
-                found,
-                why=f"a token of its answer falls {truth.shortfall():.2g} short of the best one's logit, and the logits of "
-                f"{found.oracle} in {dtype} are off by {truth.own_off:.2g}",
-            )
-    return dataclasses.replace(found, holds=True)
+            why = f"a token of its answer falls {truth.shortfall():.2g} short of the best one's logit, and the logits of "
+            why += f"{found.oracle} in {_in_short(oracles.lab.dtype)} are off by {truth.own_off:.2g}"
+            return dataclasses.replace(found, why=why)
+    return found
+
+
+def _in_short(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
 
 
 def _others(runs: Sequence[Run], theirs: Run) -> list[Run]:
@@ -321,3 +332,151 @@ def _in_bounds(lab: Lab, request: Request, engine: EngineName) -> bool:
         return True
     pictures = (model_pictures(lab, request, recipe) for recipe in (engine, Recipe.baseline()))
     return max(difference.largest for difference in pixel_differences(*pictures)) <= within
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class PixelDifference:
+    """How far two recipes' pixels are apart, in levels of 255: a map uint8 [height, width, 3], its largest and its mean."""
+
+    levels: np.ndarray
+    largest: int
+    mean: float
+
+
+def model_pictures(lab: Lab, request: Request, recipe: Recipe) -> tuple[np.ndarray, ...]:
+    """The request's images as the model sees them: resized, before normalisation; uint8 [height, width, 3] each."""
+    if recipe.preprocessor.patchify == "triton":  # which changes no pixel, but writes them in the model's dtype
+        recipe = recipe.replace("preprocessor.patchify", "torch")
+    bound, layout = bound_preprocessor(lab, request, recipe), PatchLayout.of(lab.checkpoint)
+    pixels = lab.compute(lambda: bound.patches(request))
+    parts = pixels.patches.cpu().split([grid.n_patches for grid in pixels.grids])
+    return tuple(to_picture(part, grid, layout).numpy() for part, grid in zip(parts, pixels.grids, strict=True))
+
+
+def pixel_differences(ours: Sequence[np.ndarray], theirs: Sequence[np.ndarray]) -> tuple[PixelDifference, ...]:
+    """Pictures as `model_pictures` gives them for two recipes, image by image."""
+    differences = []
+    for one, other in zip(ours, theirs, strict=True):
+        levels = np.abs(one.astype(np.int16) - other).astype(np.uint8)
+        differences.append(PixelDifference(levels=levels, largest=int(levels.max()), mean=float(levels.mean())))
+    return tuple(differences)
+
+
+@dataclass(frozen=True, kw_only=True)
+class StageCheck:
+    """How an engine's stage came through: its worst row's relative error, or why it could not run.
+
+    kv_bytes: what keys and values take at the end, of the decoder.
+    """
+
+    error: float | str
+    kv_bytes: int | None = None
+
+
+def check_tower(lab: Lab, task: Tower, engines: Mapping[str, EngineName]) -> dict[str, StageCheck]:
+    """Every recipe's visual tokens, DeepStack features included, against the stock tower in a wider dtype on the same pixels."""
+
+    @torch.inference_mode()
+    def checked() -> dict[str, StageCheck]:
+        visual = copy.deepcopy(lab.checkpoint.model.model.visual).to(wider(lab.dtype))
+        one = partial(_tower_error, lab, task.request, visual)
+        return {label: _without_failing(partial(one, engine)) for label, engine in engines.items()}
+
+    return lab.compute(checked)
+
+
+def _tower_error(lab: Lab, request: Request, visual: Any, recipe: EngineName) -> StageCheck:
+    assert isinstance(recipe, Recipe)
+    sent = bound_preprocessor(lab, request, recipe)
+    stock_form = dataclasses.replace(recipe.preprocessor, payload="float32", temporal="duplicated")
+    pixels, whole = sent.pixels(request), preprocessor.bind(stock_form, lab.checkpoint).patches(request)
+    truth = visual(whole.patches.to(lab.device, wider(lab.dtype)), grid_thw=torch.tensor(whole.grids, device=lab.device))
+    made = vit.bind(recipe.vit, lab.checkpoint, sent.patch_format)(pixels, Tracer(lab.device, "off"))
+    features = getattr(truth, "deepstack_features", None) or []
+    return StageCheck(error=worst_error(zip((made.embeds, *made.deepstack), (truth.pooler_output, *features), strict=True)))
+
+
+def _without_failing(check: Callable[[], StageCheck]) -> StageCheck:
+    """One option that a device cannot run must not cost the others their rows."""
+    try:
+        return check()
+    except Exception as error:
+        return StageCheck(error=sentence(error))
+
+
+# The truth takes its prompt in pieces, because in float32 torch may write the scores of all of it out.
+_PIECE = 1024
+
+
+def check_decoder(lab: Lab, task: Decoding, engines: Mapping[str, EngineName]) -> dict[str, StageCheck]:
+    """Every engine's logits of a prompt's last token and after each of the steps' tokens, which are forced on all of them alike.
+
+    Against the stock decoder in a wider dtype. Positions are those of a prompt with an image in it, so that each axis counts.
+    """
+
+    @torch.inference_mode()
+    def checked() -> dict[str, StageCheck]:
+        prompt = _with_places_of_an_image(text_prompt(lab, task.length, task.n_steps))
+        forced = torch.tensor(text_tokens(lab, task.n_steps), device=lab.device)
+        truth = _decoder_truth(lab, prompt, forced)
+        one = partial(_decoder_error, lab, prompt, forced, truth)
+        return {label: _without_failing(partial(one, engine)) for label, engine in engines.items()}
+
+    return lab.compute(checked)
+
+
+def _decoder_error(lab: Lab, prompt: Prompt, forced: torch.Tensor, truth: torch.Tensor, engine: EngineName) -> StageCheck:
+    if isinstance(engine, Recipe):
+        logits, kv_bytes = _ours(lab, engine, prompt, forced)
+    else:
+        model = lab.checkpoint.model
+        logits, kv_bytes = _stock(model.model.language_model, model.lm_head.weight, prompt, forced, prompt.n_tokens)
+    return StageCheck(error=worst_error([(logits, truth)]), kv_bytes=kv_bytes)
+
+
+def _with_places_of_an_image(prompt: Prompt) -> Prompt:
+    """The prompt with its middle half at the positions of a square of visual tokens (arXiv 2409.12191, M-RoPE)."""
+    n, device = prompt.n_tokens, prompt.positions.device
+    side = math.isqrt(n // 2)
+    first = (n - side * side) // 2
+    row, column = (x.flatten() for x in torch.meshgrid(*[torch.arange(side, device=device)] * 2, indexing="ij"))
+    image = first + torch.stack([torch.zeros_like(row), row, column])
+    rest = first + side + torch.arange(n - first - side * side, device=device)
+    positions = torch.cat([prompt.positions[:, :first], image, rest.expand(3, -1)], dim=1)
+    return dataclasses.replace(prompt, positions=positions, next_position=first + side + len(rest))
+
+
+def _decoder_truth(lab: Lab, prompt: Prompt, forced: torch.Tensor) -> torch.Tensor:
+    """The stock decoder's logits in a wider dtype; the copy of its weights is gone on return."""
+    model, wide = lab.checkpoint.model, wider(lab.dtype)
+    text = copy.deepcopy(model.model.language_model).to(wide)
+    return _stock(text, model.lm_head.weight.to(wide), prompt, forced, _PIECE)[0]
+
+
+def _stock(text: Any, head: torch.Tensor, prompt: Prompt, forced: torch.Tensor, piece: int) -> tuple[torch.Tensor, int]:
+    """Logits [1 + forced, vocab] by stock modules, the prompt in pieces of up to `piece` tokens, and bytes of their cache."""
+    n, ids = prompt.n_tokens, torch.cat([prompt.input_ids, forced])
+    positions = torch.cat([prompt.positions, _positions_after(prompt, len(forced)).expand(3, -1)], dim=1)
+    starts, kept, logits = [*range(0, n, piece), *range(n, len(ids))], None, []
+    for start, end in zip(starts, [*starts[1:], len(ids)], strict=True):
+        embeds, at = text.embed_tokens(ids[None, start:end]), positions[:, None, start:end]
+        out = text(inputs_embeds=embeds, position_ids=at, past_key_values=kept, use_cache=True)
+        kept = out.past_key_values
+        if end >= n:
+            logits.append(F.linear(out.last_hidden_state[0, -1], head))
+    assert kept is not None
+    return torch.stack(logits), sum(x.nbytes for layer in kept.layers for x in (layer.keys, layer.values))
+
+
+def _ours(lab: Lab, recipe: Recipe, prompt: Prompt, forced: torch.Tensor) -> tuple[torch.Tensor, int]:
+    """The same by a recipe's decoder."""
+    bound = BoundDecoder.of(lab, recipe)
+    with bound.admitted(prompt, len(forced)) as place:
+        logits = [bound.prefill(prompt, place)]
+        for token, position in zip(forced.split(1), _positions_after(prompt, len(forced)).split(1), strict=True):
+            logits.append(bound.step(token, position, place))
+        return torch.stack(logits), place.n_bytes
+
+
+def _positions_after(prompt: Prompt, n: int) -> torch.Tensor:
+    return prompt.next_position + torch.arange(n, device=prompt.positions.device)

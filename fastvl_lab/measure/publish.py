@@ -1,15 +1,92 @@
-"""One JSON document a notebook shows as its result, for programs that read the executed notebook."""
+"""What a notebook takes and what it gives: its parameters, real photographs, and one JSON document as its result."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import ast
+import difflib
+import importlib.util
+import io
+from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
-from fastvl_lab.errors import require
+import numpy as np
+from PIL import Image
+
+from fastvl_lab.errors import ImageError, MissingExtraError, RequestError, require
 from fastvl_lab.measure.compare import Comparison
+from fastvl_lab.measure.samples import json_value
+from fastvl_lab.preprocessor.decode_image import rgb_of
+from fastvl_lab.request import ImageInput
 
 MIME_TYPE = "application/vnd.fastvl.result+json"
 SCHEMA = 1
+
+# How the cell begins in which papermill assigns the parameters it was given (papermill/translators.py).
+_INJECTED = "# Parameters\n"
+
+# scikit-image ships these photographs inside its wheel (skimage/data/README.txt has their licences).
+PHOTOGRAPHS = {"coffee": "coffee.png", "astronaut": "astronaut.png", "rocket": "rocket.jpg", "cat": "chelsea.png"}
+
+
+def notebook_parameters(namespace: Mapping[str, Any], known: Sequence[str]) -> dict[str, Any]:
+    """The values of the `known` parameters in a notebook's `globals()`; raises `RequestError` for one it does not know.
+
+    papermill only warns about a parameter that the notebook does not have, and assigns it all the same. So the cell it injected is
+    looked up in IPython's history (`In`) and every name it assigns must be known. Call this right after the parameters cell.
+    """
+    for cell in namespace.get("In", ()):
+        if not cell.startswith(_INJECTED):
+            continue
+        for name in (
+            node.id for node in ast.walk(ast.parse(cell)) if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store)
+        ):
+            if name not in known:
+                close = difflib.get_close_matches(name, known, n=1)
+                hint = f" (did you mean {close[0]!r}?)" if close else ""
+                raise RequestError(f"parameter {name!r} is unknown{hint}; the choices are {', '.join(known)}")
+    missing = [name for name in known if name not in namespace]
+    if missing:
+        raise RequestError(f"parameters {', '.join(missing)} have no value; run the parameters cell first")
+    return {name: namespace[name] for name in known}
+
+
+def photo(image: str | Path | bytes, size: tuple[int, int] | None = None) -> bytes:
+    """Encoded bytes of a built-in photograph ("coffee", "astronaut", "rocket", "cat"), a file, or bytes.
+
+    size: (width, height) to resize to; the result is then a JPEG of quality 92. Without it, the bytes are untouched. Raises
+    `ImageError`.
+    """
+    data = _photograph(image) if image in PHOTOGRAPHS else ImageInput.of(image).data
+    assert isinstance(data, bytes)
+    if size is None:
+        return data
+    width, height = size
+    if width < 1 or height < 1:
+        raise ImageError(f"size is {width}x{height}; both sides must be at least 1 pixel")
+    picture, encoded = rgb_of(ImageInput(data=data, label=str(image)[:80])), io.BytesIO()
+    picture.resize((width, height), Image.Resampling.LANCZOS).save(encoded, "JPEG", quality=92)
+    return encoded.getvalue()
+
+
+def picture(width: int, height: int) -> bytes:
+    """A JPEG with edges, gradients and noise, for machines without photographs."""
+    row, column = np.linspace(0, 6, height)[:, None], np.linspace(0, 8, width)
+    waves = np.stack([np.sin(row * column), np.cos(row + column), np.sin(row) * np.cos(3 * column)], axis=-1)
+    noise = np.random.default_rng(0).normal(0, 8, waves.shape)
+    out = io.BytesIO()
+    Image.fromarray((127 + 100 * waves + noise).clip(0, 255).astype(np.uint8)).save(out, "JPEG", quality=92)
+    return out.getvalue()
+
+
+def _photograph(name: object) -> bytes:
+    package = importlib.util.find_spec("skimage")
+    if package is None or package.origin is None:
+        raise MissingExtraError(
+            f"the photograph {name!r} comes with scikit-image, which is not installed; pip install 'fastvl-lab[notebooks]', "
+            f"or give the path of an image"
+        )
+    return (Path(package.origin).parent / "data" / PHOTOGRAPHS[str(name)]).read_bytes()
 
 
 def published_point(checkpoint: str, image: str, comparison: Comparison) -> dict[str, Any]:
@@ -36,8 +113,3 @@ def publish(result: dict[str, Any]) -> None:
     """Show the document in the notebook as one display of type `MIME_TYPE`; needs the extra "notebooks"."""
     text = f"result: {len(result['points'])} points, {len(result['errors'])} errors"
     require("IPython.display", "notebooks").display({MIME_TYPE: result, "text/plain": text}, raw=True)
-
-
-def json_value(value: Any) -> Any:
-    """NaN has no JSON form; an interval that does not exist is null."""
-    return None if isinstance(value, float) and value != value else value

@@ -21,9 +21,7 @@ from fastvl_lab.checkpoint.loading import resolve_device, resolve_dtype
 from fastvl_lab.errors import CheckpointError, FastvlError, RecipeError, RequestError, require, sentence
 from fastvl_lab.lab import EngineName, Lab, device_name, parse_engine
 from fastvl_lab.measure.compare import Comparison, compare
-from fastvl_lab.measure.parameters import notebook_parameters
-from fastvl_lab.measure.photo import photo
-from fastvl_lab.measure.publish import document, published_point
+from fastvl_lab.measure.publish import document, notebook_parameters, photo, published_point
 from fastvl_lab.request import Request
 
 # JPEG has no larger.
@@ -96,7 +94,7 @@ class SweepSettings:
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
-class Point:
+class SweptPoint:
     """One checkpoint with one image size, and what was measured there; `size` is None for the image as it is."""
 
     checkpoint: str
@@ -114,7 +112,7 @@ class SweepResult:
 
     settings: SweepSettings
     environment: dict[str, str]
-    points: tuple[Point, ...]
+    points: tuple[SweptPoint, ...]
     errors: tuple[dict[str, str], ...]
 
     def summary(self) -> list[dict[str, Any]]:
@@ -194,7 +192,7 @@ def sweep(settings: SweepSettings, *, progress: bool = True) -> SweepResult:
     sizes: list[tuple[int, int] | None] = [(size[0], size[1]) for size in settings.image_sizes]
     sizes = sizes or [None]
     per_point = len(settings.recipes) * (settings.warm_up + settings.repeats)
-    points: list[Point] = []
+    points: list[SweptPoint] = []
     errors: list[dict[str, str]] = []
     environment: dict[str, str] = {}
 
@@ -238,7 +236,7 @@ def sweep(settings: SweepSettings, *, progress: bool = True) -> SweepResult:
                     for engine, text in comparison.failures.items():
                         failed(text, name, size_label(size), engine)
                     if comparison.samples:
-                        points.append(Point(checkpoint=name, size=size, comparison=comparison))
+                        points.append(SweptPoint(checkpoint=name, size=size, comparison=comparison))
                 bar.update(done_before + per_point - bar.n)
                 if settings.output_dir and points:  # so that a sweep that dies keeps what it measured
                     so_far = SweepResult(settings=settings, environment=environment, points=tuple(points), errors=())

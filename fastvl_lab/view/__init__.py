@@ -1,7 +1,9 @@
 """Figures, tables and reports, drawn from finished runs; needs the extra "notebooks"."""
 
-from fastvl_lab.view.breakdown import attribution_frame, floor_bars, floor_frame, memory_bars, memory_frame, saves, step_down
-from fastvl_lab.view.capture import break_even_frame, capture_frame, gains, operation_frame, operation_timeline, padding_by_size
+from fastvl_lab.measure.recipes import undone_alone
+from fastvl_lab.measure.samples import gains, saves
+from fastvl_lab.view.breakdown import attribution_frame, floor_bars, floor_frame, memory_bars, memory_frame, step_down
+from fastvl_lab.view.capture import break_even_frame, capture_frame, operation_frame, operation_timeline, padding_by_size
 from fastvl_lab.view.charts import ttft_against_visual_tokens
 from fastvl_lab.view.decoder import bytes_over_steps, step_frame, step_panels, steps_against_length, turn_bars, turn_frame
 from fastvl_lab.view.slots import (
@@ -19,7 +21,6 @@ from fastvl_lab.view.streaming import (
     reported_frame,
     reported_rates,
     streaming_frame,
-    undone_alone,
 )
 from fastvl_lab.view.tables import catalogue_frame, layer_frame, show, stage_frame, summary_frame
 from fastvl_lab.view.waterfall import waterfall

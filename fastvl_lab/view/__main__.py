@@ -11,7 +11,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from fastvl_lab.measure.gpu_tables import text
+from fastvl_lab.measure.tables import text
 from fastvl_lab.view import gpu_report
 from fastvl_lab.view.tables import summary_frame
 

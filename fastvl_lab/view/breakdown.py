@@ -7,8 +7,9 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from fastvl_lab.errors import require
-from fastvl_lab.measure.attribution import STOCK, Attribution
-from fastvl_lab.measure.statistics import Interval
+from fastvl_lab.measure.compare import Attribution
+from fastvl_lab.measure.recipes import STOCK
+from fastvl_lab.measure.samples import saves
 from fastvl_lab.run import Run
 from fastvl_lab.view import style
 from fastvl_lab.view.tables import times
@@ -92,11 +93,6 @@ def attribution_frame(found: Attribution) -> Any:
         row["parity"] = found.comparison.checks[step].says
         table.append(row)
     return require("pandas", "notebooks").DataFrame(table)
-
-
-def saves(saved: Interval | None) -> bool:
-    """Whether a saving is shown to be one: the whole of its interval, which takes six rounds, is above zero."""
-    return saved is not None and saved.low > 0
 
 
 def floor_bars(runs: Mapping[str, Run], floors: Mapping[str, float]) -> go.Figure:

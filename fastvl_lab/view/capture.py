@@ -8,10 +8,9 @@ from typing import TYPE_CHECKING, Any
 
 from fastvl_lab.capture.execute import Capture
 from fastvl_lab.errors import require
-from fastvl_lab.measure.capturing import break_even
-from fastvl_lab.measure.compare import Comparison
-from fastvl_lab.measure.operations import Operations
-from fastvl_lab.measure.statistics import Interval
+from fastvl_lab.measure.compare import Comparison, break_even
+from fastvl_lab.measure.profile import Profile
+from fastvl_lab.measure.samples import gains
 from fastvl_lab.run import Run
 from fastvl_lab.trace import Lane
 from fastvl_lab.view import style
@@ -23,8 +22,8 @@ if TYPE_CHECKING:
 _LANES: tuple[Lane, ...] = ("host", "device")
 
 
-def operation_timeline(ways: Mapping[str, Operations]) -> go.Figure:
-    """Operations as bars on one axis, a panel a way of executing the same, in milliseconds; between bars is Python and dispatch.
+def operation_timeline(ways: Mapping[str, Profile]) -> go.Figure:
+    """Profile as bars on one axis, a panel a way of executing the same, in milliseconds; between bars is Python and dispatch.
 
     The host's lane, and on CUDA below it the device's kernels: white there is time in which the device waits.
     """
@@ -68,7 +67,7 @@ def operation_timeline(ways: Mapping[str, Operations]) -> go.Figure:
     return figure
 
 
-def operation_frame(ways: Mapping[str, Operations]) -> Any:
+def operation_frame(ways: Mapping[str, Profile]) -> Any:
     """The same as a table: how many operations, and the share of the time in which none was under way."""
     table = []
     for label, seen in ways.items():
@@ -126,11 +125,6 @@ def break_even_frame(points: Mapping[str, Comparison], captures: Mapping[str, Se
     return require("pandas", "notebooks").DataFrame(table)
 
 
-def gains(ratio: Interval | None) -> bool:
-    """Whether a ratio is shown to be above 1: the whole of its interval, which takes six rounds."""
-    return ratio is not None and ratio.low > 1
-
-
 def padding_by_size(padding: Mapping[str, Mapping[int, Mapping[str, float]]], programs: Mapping[str, int]) -> go.Figure:
     """The share of each stage's work that is padding, against visual tokens: one panel a stage, one line a way to share shapes.
 
@@ -163,7 +157,7 @@ def padding_by_size(padding: Mapping[str, Mapping[int, Mapping[str, float]]], pr
     return figure
 
 
-def _in_words(seen: Operations) -> str:
+def _in_words(seen: Profile) -> str:
     lanes = [lane for lane in _LANES if seen.number(lane)]
     return "; ".join(
         f"{seen.number(lane)} on the {lane}, {1 - seen.covered(lane) / seen.seconds:.0%} between them" for lane in lanes

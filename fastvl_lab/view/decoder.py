@@ -7,8 +7,8 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from fastvl_lab.errors import require
-from fastvl_lab.measure.conversation import Conversation
-from fastvl_lab.measure.rounds import Rounds
+from fastvl_lab.measure.compare import Conversation
+from fastvl_lab.measure.samples import Samples, StageSample
 from fastvl_lab.run import in_words
 from fastvl_lab.view import style
 from fastvl_lab.view.tables import times
@@ -22,12 +22,12 @@ _MEBIBYTE = 2**20
 _HIT_PATTERN = "/"
 
 
-def step_frame(rounds: Rounds, reference: str) -> Any:
+def step_frame(rounds: Samples[StageSample], reference: str) -> Any:
     """One line a variant: of every step the median ms, and how many times as fast as the reference's it is."""
     table = []
-    for label in rounds.labels:
+    for label in rounds.engines:
         row: dict[str, str] = {"variant": label}
-        for step in next(iter(rounds.timings)).steps:
+        for step in rounds.samples[0].steps:
             row[f"{step} ms"] = f"{rounds.median(label, step).median * 1e3:.2f}"
             row[f"{step}, times as fast as {reference} (95% CI)"] = (
                 "reference" if label == reference else times(rounds.ratio(label, reference, step))
@@ -36,10 +36,10 @@ def step_frame(rounds: Rounds, reference: str) -> Any:
     return require("pandas", "notebooks").DataFrame(table)
 
 
-def step_panels(rounds: Rounds, titles: Mapping[str, str]) -> go.Figure:
+def step_panels(rounds: Samples[StageSample], titles: Mapping[str, str]) -> go.Figure:
     """One panel a step, one bar a variant, in median milliseconds; titles: step -> what stands over its panel."""
     figure_of = style.graph_objects()
-    labels = list(reversed(rounds.labels))
+    labels = list(reversed(rounds.engines))
     figure = _panels([html.escape(title) for title in titles.values()], shared_yaxes=True, horizontal_spacing=0.04)
     for column, step in enumerate(titles, start=1):
         medians = [rounds.median(label, step).median * 1e3 for label in labels]
@@ -65,7 +65,7 @@ def step_panels(rounds: Rounds, titles: Mapping[str, str]) -> go.Figure:
     return figure
 
 
-def steps_against_length(points: Mapping[int, Rounds], titles: Mapping[str, str]) -> go.Figure:
+def steps_against_length(points: Mapping[int, Samples[StageSample]], titles: Mapping[str, str]) -> go.Figure:
     """Median milliseconds of each step against the prompt's tokens, on logarithmic axes: one panel a step, one line a variant.
 
     titles: step -> what stands over its panel.
@@ -74,7 +74,7 @@ def steps_against_length(points: Mapping[int, Rounds], titles: Mapping[str, str]
     figure = _panels([html.escape(title) for title in titles.values()], horizontal_spacing=0.08)
     lengths = sorted(points)
     for column, step in enumerate(titles, start=1):
-        for number, label in enumerate(points[lengths[0]].labels):
+        for number, label in enumerate(points[lengths[0]].engines):
             figure.add_trace(
                 figure_of.Scatter(
                     x=lengths,
@@ -88,7 +88,7 @@ def steps_against_length(points: Mapping[int, Rounds], titles: Mapping[str, str]
                 row=1,
                 col=column,
             )
-        drawn = [y for trace in figure.data[-len(points[lengths[0]].labels) :] for y in trace.y]
+        drawn = [y for trace in figure.data[-len(points[lengths[0]].engines) :] for y in trace.y]
         digits = (1, 2, 5) if max(drawn) > 10 * min(drawn) else (1, 1.5, 2, 3, 4, 5, 7)
         ticks = [digit * 10.0**power for power in range(-4, 6) for digit in digits]
         figure.update_yaxes(tickvals=ticks, ticktext=[f"{tick:.6g}" for tick in ticks], row=1, col=column)

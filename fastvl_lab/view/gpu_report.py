@@ -1,4 +1,4 @@
-"""What the rows of `measure.gpu_report` show: where TTFT goes, what it does with size, and decode against its ceiling."""
+"""What the rows of `measure.report` show: where TTFT goes, what it does with size, and decode against its ceiling."""
 
 from __future__ import annotations
 

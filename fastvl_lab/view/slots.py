@@ -12,9 +12,9 @@ import numpy as np
 from PIL import Image
 
 from fastvl_lab.errors import require
-from fastvl_lab.measure.preprocessing import PixelDifference
-from fastvl_lab.measure.rounds import Rounds
-from fastvl_lab.measure.towers import Cost
+from fastvl_lab.measure.floors import Cost
+from fastvl_lab.measure.parity import PixelDifference
+from fastvl_lab.measure.samples import Samples, StageSample
 from fastvl_lab.request import Grid
 from fastvl_lab.run import Run
 from fastvl_lab.view import style
@@ -30,14 +30,14 @@ _TICKS = tuple(digit * 10.0**power for power in range(-4, 6) for digit in (1, 2,
 _STEP_PATTERNS = ("", "/", ".", "x", "-")
 
 
-def rounds_frame(rounds: Rounds, reference: str, *steps: str) -> Any:
+def rounds_frame(rounds: Samples[StageSample], reference: str, *steps: str) -> Any:
     """One line a variant: median ms of each step and in all, and how many times as fast as the reference it is.
 
     steps: what the ratio is over; all, if none is named.
     """
     table = []
-    for label in rounds.labels:
-        names = next(t.steps for t in rounds.timings if t.label == label)
+    for label in rounds.engines:
+        names = next(sample.steps for sample in rounds.samples if sample.engine == label)
         row = {"variant": label} | {f"{step} ms": f"{rounds.median(label, step).median * 1e3:.2f}" for step in names}
         row["in all ms"] = f"{rounds.median(label).median * 1e3:.2f}"
         row[f"{' + '.join(steps) or 'all'}, times as fast as {reference} (95% CI)"] = (
@@ -47,12 +47,12 @@ def rounds_frame(rounds: Rounds, reference: str, *steps: str) -> Any:
     return require("pandas", "notebooks").DataFrame(table)
 
 
-def step_bars(rounds: Rounds, title: str) -> go.Figure:
+def step_bars(rounds: Samples[StageSample], title: str) -> go.Figure:
     """One bar a variant, made of its steps' median milliseconds."""
     figure_of = style.graph_objects()
-    labels = list(reversed(rounds.labels))
+    labels = list(reversed(rounds.engines))
     figure = figure_of.Figure()
-    for number, step in enumerate(next(iter(rounds.timings)).steps):
+    for number, step in enumerate(rounds.samples[0].steps):
         figure.add_trace(
             figure_of.Bar(
                 x=[rounds.median(label, step).median * 1e3 for label in labels],
@@ -78,12 +78,12 @@ def step_bars(rounds: Rounds, title: str) -> go.Figure:
     return figure
 
 
-def cost_against_size(points: Mapping[float, Rounds], *, x_title: str, y_title: str) -> go.Figure:
+def cost_against_size(points: Mapping[float, Samples[StageSample]], *, x_title: str, y_title: str) -> go.Figure:
     """Median milliseconds of all steps against a size, one line a variant, on logarithmic axes."""
     figure_of = style.graph_objects()
     figure = figure_of.Figure()
     sizes = sorted(points)
-    for number, label in enumerate(points[sizes[0]].labels):
+    for number, label in enumerate(points[sizes[0]].engines):
         figure.add_trace(
             figure_of.Scatter(
                 x=sizes,
@@ -228,7 +228,7 @@ def window_layout(picture: bytes, grid: Grid, window: int | None, merge_size: in
 
 
 def cost_parts(
-    points: Mapping[int, Rounds],
+    points: Mapping[int, Samples[StageSample]],
     costs: Mapping[str, Cost],
     *,
     steps: Sequence[str] = (),

@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING, Any
 
 from fastvl_lab.errors import require
 from fastvl_lab.measure.audit import audit
-from fastvl_lab.recipe import Recipe
 from fastvl_lab.run import Run
 from fastvl_lab.view import style
 
@@ -146,14 +145,6 @@ def streaming_frame(runs: Mapping[str, Run], expected: Run) -> Any:
             }
         )
     return require("pandas", "notebooks").DataFrame(table)
-
-
-def undone_alone(reported: Recipe) -> dict[str, Recipe]:
-    """The recipe, then the same with each of its streaming toggles back at its first option alone."""
-    changed = {path: value for path, value in reported.changes().items() if path.startswith("streaming.")}
-    first = {path: Recipe.baseline().value(path) for path in changed}
-    found = {"as reported": reported}
-    return found | {f"but {path.partition('.')[2]}={first[path]}": reported.replace(path, first[path]) for path in changed}
 
 
 def _audit(row: Mapping[str, Any], hardware: str) -> Any:

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from fastvl_lab.errors import require
-from fastvl_lab.measure.statistics import Interval
+from fastvl_lab.measure.samples import Interval
 from fastvl_lab.recipe import toggles
 from fastvl_lab.run import Run
 from fastvl_lab.trace import STAGES

@@ -13,7 +13,7 @@ from fastvl_lab.cache.concat import ConcatKv
 from fastvl_lab.cache.images import ImageStore, image_digest
 from fastvl_lab.cache.memory import least_budget
 from fastvl_lab.cache.slotted import KvShape, KvStore, SlottedKv
-from fastvl_lab.measure.statistics import Interval, median_interval
+from fastvl_lab.measure.samples import Interval, median_interval
 from fastvl_lab.request import VisionTokens
 from fastvl_lab.trace import Tracer
 

@@ -25,8 +25,8 @@ from fastvl_lab.capture.shapes import keys_of_a_step, size_of
 from fastvl_lab.errors import CaptureError, RecipeError, RequestError
 from fastvl_lab.kernels.decode_attention import decode_share_kernel
 from fastvl_lab.language.merge import merge
-from fastvl_lab.measure.capturing import break_even
-from fastvl_lab.measure.decoding import text_prompt
+from fastvl_lab.measure.compare import break_even
+from fastvl_lab.measure.tasks import text_prompt
 from fastvl_lab.pipeline import Pipeline
 from fastvl_lab.request import Grid, ImageShape, Pixels, Prompt, VisionTokens
 from fastvl_lab.trace import Tracer

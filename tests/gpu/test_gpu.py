@@ -16,11 +16,10 @@ from fastvl_lab.kernels.argmax import argmax, argmax_reference
 from fastvl_lab.kernels.decode_attention import decode_attention, decode_attention_reference
 from fastvl_lab.kernels.prefill_attention import block_size, prefill_attention, prefill_attention_reference
 from fastvl_lab.kernels.rotate_and_keep import rotate_and_keep, rotate_and_keep_reference
-from fastvl_lab.measure import decoder_report
-from fastvl_lab.measure.decoding import BoundDecoder, text_prompt
-from fastvl_lab.measure.gpu_rows import tuned_launches
-from fastvl_lab.measure.parity import within_budget
-from fastvl_lab.measure.preprocessing import model_pictures, pixel_differences
+from fastvl_lab.measure.parity import check_decoder, model_pictures, pixel_differences, within_budget
+from fastvl_lab.measure.profile import tuned_launches
+from fastvl_lab.measure.recipes import STOCK, of_the_decoder
+from fastvl_lab.measure.tasks import BoundDecoder, Decoding, text_prompt
 from fastvl_lab.trace import Tracer
 
 pytestmark = [pytest.mark.gpu, pytest.mark.alone]
@@ -110,7 +109,7 @@ def test_every_way_through_the_lean_tower_equals_the_stock_one_and_waits_for_not
 
 def _decoders(lab: Lab) -> dict[str, Recipe]:
     """Every option of the attention slot and every KV cache that can run here, all of the last ones together, and the presets."""
-    engines = decoder_report.variants(lab.device, lab.dtype)
+    engines = of_the_decoder(lab.device, lab.dtype)
     assert {"prefill=triton", "decode=triton", "rope=fused", "kv=static", "kv=paged"} <= set(engines)
     return {label: engine for label, engine in engines.items() if isinstance(engine, Recipe)}
 
@@ -136,9 +135,9 @@ def test_every_way_through_the_decoder_gives_transformers_tokens(name: str) -> N
 def test_every_way_through_the_decoder_stays_within_the_error_budget(name: str, dtype: str, length: int) -> None:
     """The same tokens forced on all: logits of the prompt's last token, and of 64 steps."""
     lab = Lab(name, device="cuda", dtype=dtype)
-    engines = decoder_report.variants(lab.device, lab.dtype)
-    found = {label: check.error for label, check in decoder_report.check(lab, length, 64, engines).items()}
-    assert within_budget(found, decoder_report.STOCK, lab.dtype) == set(engines), found
+    engines = of_the_decoder(lab.device, lab.dtype)
+    found = {label: check.error for label, check in check_decoder(lab, Decoding(length, 64), engines).items()}
+    assert within_budget(found, STOCK, lab.dtype) == set(engines), found
 
 
 @pytest.mark.parametrize("name", tiny.NAMES)

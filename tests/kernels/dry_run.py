@@ -21,7 +21,7 @@ from torch.utils import _triton
 from triton.runtime.jit import JITFunction
 
 from fastvl_lab import Lab, Recipe, Request, photo
-from fastvl_lab.measure.gpu_engines import changed, fused
+from fastvl_lab.measure.recipes import changed, fused
 from fastvl_lab.recipe import Option
 
 # Sizes of which each differs from those before in what a kernel could take for special: multiples of 16, windows cut off, one tile.

@@ -7,7 +7,7 @@ from collections.abc import Callable
 import pytest
 
 from fastvl_lab import Lab, Request, compare, photo
-from fastvl_lab.measure.statistics import Interval, median_interval
+from fastvl_lab.measure.samples import Interval, median_interval
 
 pytestmark = pytest.mark.benchmark
 

@@ -7,39 +7,8 @@ import dataclasses
 import pytest
 
 from fastvl_lab import Lab, Recipe, RecipeError, Request, view
-from fastvl_lab.measure.attribution import Attribution, attribute, steps_between
-from fastvl_lab.measure.compare import Comparison
+from fastvl_lab.measure.compare import Attribution, Comparison, attribute
 from fastvl_lab.measure.parity import Parity
-from fastvl_lab.recipe import toggles
-
-
-@pytest.mark.parametrize(
-    "end",
-    [
-        "fastest",
-        "fastest, cache.kv=paged, cache.prefix_reuse=on",
-        "fastest, capture.vit=compile, capture.shapes=multiples_of_64",
-        "baseline, capture.first_token=single_graph, vit.tower=lean, cache.kv=static",
-        "baseline",
-    ],
-)
-def test_every_step_is_a_recipe_and_changes_only_what_it_says(end: str) -> None:
-    last = Recipe.parse(end)
-    steps = steps_between(Recipe.baseline(), last)
-    labels, recipes = list(steps), list(steps.values())
-    assert labels[0] == "baseline"
-    assert recipes[0] == Recipe.baseline()
-    assert recipes[-1] == last
-    for label, before, after in zip(labels[1:], recipes, recipes[1:], strict=False):
-        changed = {t.path: after.value(t.path) for t in toggles() if after.value(t.path) != before.value(t.path)}
-        assert label == ", ".join(f"{path}={value}" for path, value in changed.items())
-    assert len(labels) - 1 <= len(last.changes())
-
-
-def test_the_way_back_starts_from_a_recipe_that_is_not_the_baseline() -> None:
-    steps = steps_between(Recipe.fastest(), Recipe.baseline())
-    assert next(iter(steps)) == "start"
-    assert list(steps.values())[-1] == Recipe.baseline()
 
 
 @pytest.fixture(scope="module")

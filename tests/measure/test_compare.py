@@ -8,9 +8,8 @@ import numpy as np
 import pytest
 
 from fastvl_lab import Comparison, Lab, RecipeError, Request, RequestError, Run, compare
-from fastvl_lab.measure.compare import Sample
 from fastvl_lab.measure.parity import Parity
-from fastvl_lab.measure.statistics import Interval, median_interval
+from fastvl_lab.measure.samples import RunSample
 from fastvl_lab.peers.transformers import TransformersPeer
 from fastvl_lab.preprocessor import resize
 from fastvl_lab.run import Kind
@@ -36,7 +35,7 @@ def _comparison(run: Run, times_ms: dict[str, list[float]], tokens: dict[str, tu
                 kind="cold" if number < 0 else "warm",
                 tokens=(tokens or {}).get(engine, (1, 2, 3)),
             )
-            samples.append(Sample(engine=engine, round=number, run=made))
+            samples.append(RunSample(engine=engine, round=number, run=made))
     reference = next(iter(times_ms))
     expected = (tokens or {}).get(reference, (1, 2, 3))
     checks = {}
@@ -178,28 +177,6 @@ def test_senseless_comparisons_are_refused(labs: dict[str, Lab]) -> None:
         compare(lab, request, {"a": "baseline"}, repeats=0, warm_up=0)
     with pytest.raises(RecipeError, match="the choices are baseline"):
         compare(lab, request, {"a": "nothing"}, repeats=1, keep_going=False)
-
-
-def test_intervals_come_from_samples_and_few_samples_give_none() -> None:
-    assert median_interval([3.0]) == pytest.approx((3.0, float("nan"), float("nan")), nan_ok=True)
-    # Ranks as tables of intervals of a median have them, for 95% or just above.
-    for n, low, high in ((6, 1, 6), (8, 1, 8), (9, 2, 8), (10, 2, 9), (15, 4, 12), (20, 6, 15), (101, 41, 61)):
-        values = [float((7 * x) % n + 1) if n % 7 else float(x + 1) for x in range(n)]  # 1 to n, in no order
-        assert median_interval(values) == ((n + 1) / 2, low, high)
-    assert median_interval(range(5))[1:] == pytest.approx((float("nan"),) * 2, nan_ok=True)
-
-
-def test_intervals_hold_the_median_as_often_as_they_say() -> None:
-    """Of samples as skewed as times are."""
-    draws = np.exp(0.3 * np.random.default_rng(0).standard_normal((2000, 20)))
-    for n in (6, 7, 10, 20):
-        held = [interval.low <= 1 <= interval.high for interval in map(median_interval, draws[:, :n])]
-        assert sum(held) / len(held) > 0.94
-
-
-def test_ratios_in_words() -> None:
-    assert Interval(1.624, 1.5, 1.75).times() == "1.62× (95% CI 1.50 to 1.75)"
-    assert median_interval([2.0, 3.0]).times() == "2.50× (too few rounds for an interval)"
 
 
 def test_pixels_further_off_than_promised_are_a_red_parity_check(picture: bytes, monkeypatch: pytest.MonkeyPatch) -> None:

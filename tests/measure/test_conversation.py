@@ -9,7 +9,7 @@ import pytest
 
 from fastvl_lab import Lab, Recipe, Request, RequestError
 from fastvl_lab.cache.memory import BLOCK_SIZE
-from fastvl_lab.measure.conversation import Conversation, converse
+from fastvl_lab.measure.compare import Conversation, converse
 
 TEXTS = ("What is it?", "And behind?", "Why?")
 NOTHING, IMAGES, PREFIXES, BOTH = "nothing kept", "images", "prefixes", "both"
@@ -31,27 +31,27 @@ def chat(request: pytest.FixtureRequest, labs: dict[str, Lab], picture: bytes) -
 
 def test_all_engines_play_all_turns_and_make_the_same_tokens(chat: Conversation) -> None:
     assert chat.reference == "transformers"
-    played = {(one.engine, one.round, one.turn) for one in chat.played}
+    played = {(one.engine, one.round, one.turn) for one in chat.samples}
     assert played == {(engine, number, turn) for engine in chat.engines for number in (-1, 0, 1) for turn in range(3)}
-    assert len(played) == len(chat.played)
+    assert len(played) == len(chat.samples)
     for engine in chat.engines:
         assert chat.tokens_equal(engine), engine
-        assert {len(one.run.tokens) for one in chat.played} <= set(range(1, MAX_NEW + 1))
+        assert {len(one.run.tokens) for one in chat.samples} <= set(range(1, MAX_NEW + 1))
 
 
 def test_every_turn_sends_the_history_with_the_references_answers(chat: Conversation) -> None:
-    lengths = [{one.run.n_prompt for one in chat.played if one.turn == turn} for turn in range(3)]
+    lengths = [{one.run.n_prompt for one in chat.samples if one.turn == turn} for turn in range(3)]
     assert all(len(of_turn) == 1 for of_turn in lengths)  # the same request for every engine in every round
     (first,), (second,), (third,) = lengths
     for turn, (before, after) in enumerate([(first, second), (second, third)]):
         answer = chat.runs(chat.reference, turn)[0].tokens
         assert after - before > len(answer) + len(TEXTS[turn + 1])  # a byte is a token in these checkpoints
-    assert all(one.run.visual_tokens == chat.played[0].run.visual_tokens > 0 for one in chat.played)
+    assert all(one.run.visual_tokens == chat.samples[0].run.visual_tokens > 0 for one in chat.samples)
 
 
 def test_the_first_turn_finds_nothing_in_any_round(chat: Conversation) -> None:
     """Neither what another engine kept, nor the same turn of the round before."""
-    for one in chat.played:
+    for one in chat.samples:
         if one.turn == 0:
             assert not one.run.trace.counts.get("cache: prefix tokens found")
             assert not one.run.trace.counts.get("cache: images found")
@@ -82,7 +82,7 @@ def test_the_summary_says_it_all_and_is_json(chat: Conversation) -> None:
     assert own["speedup_low"] is None  # two rounds make no interval
     row = next(row for row in rows if (row["turn"], row["engine"]) == (2, BOTH))
     runs = {
-        name: [one.run.ttft for one in chat.played if (one.engine, one.turn) == (name, 1) and one.round >= 0]
+        name: [one.run.ttft for one in chat.samples if (one.engine, one.turn) == (name, 1) and one.round >= 0]
         for name in (BOTH, NOTHING)
     }
     ratios = [theirs / mine for mine, theirs in zip(runs[BOTH], runs[NOTHING], strict=True)]
@@ -93,9 +93,9 @@ def test_the_summary_says_it_all_and_is_json(chat: Conversation) -> None:
 def test_no_speed_up_stands_beside_other_tokens(chat: Conversation) -> None:
     wrong = [
         dataclasses.replace(one, run=dataclasses.replace(one.run, tokens=(1,))) if (one.engine, one.turn) == (BOTH, 2) else one
-        for one in chat.played
+        for one in chat.samples
     ]
-    red = dataclasses.replace(chat, played=tuple(wrong))
+    red = dataclasses.replace(chat, samples=tuple(wrong))
     assert not red.tokens_equal(BOTH)
     assert red.tokens_equal(BOTH, 1)
     assert red.speedup(BOTH, 1, NOTHING) is None
@@ -106,7 +106,7 @@ def test_no_speed_up_stands_beside_other_tokens(chat: Conversation) -> None:
 def test_cold_runs_are_not_pooled_with_others(labs: dict[str, Lab], picture: bytes) -> None:
     lab = labs["tiny-qwen2.5-vl"]
     chat = converse(lab, picture, ["What is the colour of it?"], {"baseline": "baseline"}, max_new_tokens=2, repeats=3, warm_up=0)
-    assert [one.run.kind for one in chat.played] == ["cold", "warm", "warm"]
+    assert [one.run.kind for one in chat.samples] == ["cold", "warm", "warm"]
     assert len(chat.runs("baseline", 0)) == 2
     once = converse(lab, picture, ["What is the colour of it?"], {"baseline": "baseline"}, max_new_tokens=2, repeats=1, warm_up=0)
     assert once.kind("baseline", 0) == "cold"

@@ -1,10 +1,12 @@
-"""What the decoder must cost at least, against what torch counts and what is in its tensors; ceilings on a clock of our own."""
+"""What a stage must cost at least, against what torch counts and what tensors hold; ceilings on a clock of our own."""
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 from collections.abc import Callable
 
+import numpy as np
 import pytest
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -12,14 +14,16 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoConfig, AutoModelForImageTextToText
 
 from fastvl_lab import DeviceError, Lab, Request, floor, photo
-from fastvl_lab.checkpoint import Checkpoint
+from fastvl_lab.checkpoint import Checkpoint, tiny
 from fastvl_lab.checkpoint.random_weights import write_published_folder
 from fastvl_lab.measure import floors
 from fastvl_lab.measure.floors import (
     Ceilings,
+    Cost,
     Work,
     copy_ceiling,
     decode_bytes,
+    fit_cost,
     matmul_ceiling,
     prefill_flops,
     stage_works,
@@ -28,6 +32,24 @@ from fastvl_lab.measure.floors import (
 from fastvl_lab.request import Grid
 
 CPU = torch.device("cpu")
+
+
+@pytest.mark.parametrize("name", tiny.NAMES)
+def test_operations_are_those_that_torch_counts_in_the_stock_tower(labs: dict[str, Lab], name: str) -> None:
+    checkpoint = labs[name].checkpoint
+    visual, grids = checkpoint.model.model.visual, [Grid(1, 10, 14), Grid(1, 18, 26)]
+    patches = torch.zeros(sum(g.n_patches for g in grids), visual.patch_embed.proj.weight[0].numel())
+    # Written out, attention is two batched products; torch does not count its fused kernel on a CPU.
+    with FlopCounterMode(display=False) as counter, torch.inference_mode(), sdpa_kernel(SDPBackend.MATH):
+        visual(patches, grid_thw=torch.tensor(grids))
+    flops = vit_flops(checkpoint, grids)
+    counted = counter.get_flop_counts()["Global"]
+    attention = sum(n for op, n in counted.items() if "bmm" in str(op))
+    assert flops.attention == attention
+    assert flops.linear == sum(counted.values()) - attention
+    once = vit_flops(checkpoint, grids, frames=1)
+    assert once.attention == flops.attention
+    assert flops.linear - once.linear == visual.patch_embed.proj.weight.numel() * len(patches)
 
 
 @pytest.mark.parametrize("length", [1, 50])
@@ -74,7 +96,8 @@ def test_ceilings_count_what_is_done_between_two_looks_at_the_clock(monkeypatch:
     assert matmul_ceiling(CPU, torch.float32, size=8) == 4 * 2 * 8**3  # a multiply and an add each
 
 
-def test_a_copy_takes_time() -> None:
+def test_a_copy_and_a_product_take_time() -> None:
+    assert matmul_ceiling(CPU, torch.float32, size=1024, repeats=3) > 1e9
     assert 1e8 < copy_ceiling(CPU, n_bytes=2**26, repeats=3) < 1e13
 
 
@@ -191,3 +214,13 @@ def test_a_gpu_that_is_not_here_has_the_floor_that_its_vendor_publishes(labs: di
         floor(half, request, hardware="abacus")
     with pytest.raises(DeviceError, match="give one of them"):
         floor(half, request, hardware="H100 SXM", ceilings=found.ceilings)
+
+
+@pytest.mark.parametrize("cost", [(3e-3, 1e-5, 2e-9), (0, 1e-5, 2e-9), (3e-3, 1e-5, 0), (0, 0, 1e-8), (0, 2e-5, 0)])
+def test_a_cost_is_found_again_in_its_own_times(cost: tuple[float, float, float]) -> None:
+    sizes = [256, 1024, 2304, 4096, 9216]
+    truth = Cost(fixed=cost[0], per_patch=cost[1], per_pair=cost[2])
+    seconds = np.array([sum(truth.parts(n)) for n in sizes])
+    assert dataclasses.astuple(fit_cost(sizes, list(seconds))) == pytest.approx(cost, abs=1e-12, rel=1e-6)
+    noisy = fit_cost(sizes, list(seconds * np.random.default_rng(0).uniform(0.9, 1.1, len(sizes))))
+    assert min(dataclasses.astuple(noisy)) >= 0

@@ -12,9 +12,14 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from fastvl_lab import EndpointError, Lab, Recipe, Request, audit, compare, photo, toggles
+from fastvl_lab import EndpointError, Lab, Recipe, Request, audit, compare, photo, pipeline, toggles
+from fastvl_lab.attention import eager, sdpa
 from fastvl_lab.checkpoint import tiny
-from fastvl_lab.measure.parity import Oracles, Parity, Truth, check, forced_tokens, in_wider_dtype, truth_along, within_budget
+from fastvl_lab.language.decoder import KvCache
+from fastvl_lab.language.rope import MRope
+from fastvl_lab.measure.parity import Oracles, Parity, Truth, check, in_wider_dtype, truth_along, within_budget
+from fastvl_lab.measure.report import Case
+from fastvl_lab.measure.tasks import text_tokens
 
 TINY = ("tiny-qwen2.5-vl", "tiny-qwen3-vl")
 
@@ -58,7 +63,7 @@ def test_in_half_precision_a_block_scaled_by_a_twentieth_is_red(half: Lab, asked
     blocks, oracles = half.checkpoint.model.model.visual.blocks, Oracles(half, asked)
     base = oracles.of(half.engine(engine))
     oracles.run(base)
-    oracles.truth(base, forced_tokens(half, 8))  # before anything is wrong
+    oracles.truth(base, text_tokens(half, 8))  # before anything is wrong
     for block in (blocks[0], blocks[-1]):
         kept = [parameter.data.clone() for parameter in block.parameters()]
         try:
@@ -180,7 +185,7 @@ def test_the_wider_model_is_a_converted_copy_that_holds_no_weights(name: str, dt
     held = {parameter.untyped_storage().data_ptr(): parameter.untyped_storage().nbytes() for parameter in wide.model.parameters()}
     assert sum(held.values()) < 10_000
     whole = Lab(name, device="cpu", dtype=dtype).checkpoint.model.to(wide.dtype)
-    tokens = forced_tokens(lab, 5)
+    tokens = text_tokens(lab, 5)
     truth = truth_along(lab, asked, "transformers", tokens)
     theirs = _by(dataclasses.replace(lab.checkpoint, model=whole, dtype=wide.dtype), lab, asked, tokens)
     assert truth.logits.dtype == wide.dtype
@@ -238,3 +243,83 @@ def test_a_budget_is_twice_the_references_error_and_rounding() -> None:
     found: dict[str, float | str] = {"stock": 0.01, "a": 0.02, "b": 0.02 + 2e-2, "c": float("nan"), "d": "RuntimeError: no"}
     assert within_budget(found, "stock", torch.bfloat16) == {"stock", "a"}
     assert within_budget({**found, "stock": "failed"}, "stock", torch.bfloat16) == frozenset()
+
+
+# Along forced steps
+
+STEPS = 3
+
+
+@pytest.fixture
+def truth(lab: Lab) -> Truth:
+    request = Case.of("main", 112, 84, {}).request
+    return truth_along(lab, request, "transformers", text_tokens(lab, STEPS))
+
+
+def _within(lab: Lab, truth: Truth, recipe: str) -> bool:
+    error = truth.error(lab.apart().logits_along(truth.request, recipe, truth.tokens))  # bound anew, to what is there now
+    return "ours" in within_budget({"stock": truth.own_error, "ours": error}, "stock", lab.dtype)
+
+
+def test_the_truth_is_stock_generate_in_a_wider_dtype_whatever_its_own_tokens(lab: Lab, truth: Truth) -> None:
+    run = lab.run(truth.request, "transformers")
+    assert truth.logits.dtype == torch.float64
+    assert truth.logits.shape == (1 + STEPS, lab.checkpoint.config.text_config.vocab_size)
+    assert (truth.logits[0] - run.logits).abs().max() < 1e-4
+    assert truth.tokens != run.tokens[:STEPS]
+    kept: list[torch.Tensor] = []
+
+    def prefer(_module: object, _inputs: object, logits: torch.Tensor) -> torch.Tensor:
+        """`generate` step by step, made to go on with the truth's tokens."""
+        kept.append(logits[0, -1].clone())
+        forced = torch.full_like(logits, -torch.inf)
+        forced[..., truth.tokens[min(len(kept), STEPS) - 1]] = 0.0
+        return forced
+
+    handle = lab.checkpoint.model.lm_head.register_forward_hook(prefer)
+    try:
+        request = dataclasses.replace(truth.request, max_new_tokens=1 + STEPS, ignore_eos=True)
+        assert lab.run(request, "transformers").tokens[:STEPS] == truth.tokens
+    finally:
+        handle.remove()
+    assert (truth.logits - torch.stack(kept)).abs().max() < 1e-4
+
+
+def test_every_engine_goes_on_with_the_text_tokens(lab: Lab, truth: Truth, monkeypatch: pytest.MonkeyPatch) -> None:
+    recipe = Recipe.parse("fastest, preprocessor.resize=pillow")  # the truth's pixels
+    right = lab.logits_along(truth.request, recipe, truth.tokens)
+    assert truth.error(right) < 1e-5
+    monkeypatch.setattr(pipeline, "greedy", lambda logits, decoder: torch.zeros(1, dtype=torch.int64))  # its own are ignored
+    assert torch.equal(lab.logits_along(truth.request, recipe, truth.tokens), right)
+    in_rounds = lab.logits_along(truth.request, recipe.replace("streaming.steps_per_round", 16), truth.tokens)
+    assert in_rounds.shape == right.shape
+    assert truth.error(in_rounds) < 1e-5
+
+
+def test_an_engine_that_is_wrong_in_one_step_is_not_within_the_budget(
+    lab: Lab, truth: Truth, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert _within(lab, truth, "baseline")
+    assert _within(lab, truth, "baseline, attention.decode=sdpa")
+
+    def blind(q: torch.Tensor, cache: KvCache, layer: int) -> torch.Tensor:
+        keys, values = cache.read(layer, 0)
+        return eager._attend(q, keys[:-1], values[:-1], None)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(sdpa, "decode", blind)
+        assert not _within(lab, truth, "baseline, attention.decode=sdpa")
+
+    halves = MRope.halves
+    with monkeypatch.context() as patch:  # right for text, whose three axes agree
+        patch.setattr(MRope, "halves", lambda rope, positions: halves(rope, positions[:1]))
+        assert not _within(lab, truth, "baseline, attention.rope=rolled")
+
+    def not_a_number(q: torch.Tensor, cache: KvCache, layer: int) -> torch.Tensor:
+        last = cache.segments.lengths[0] == lab_length + STEPS
+        return eager.decode(q, cache, layer) * (float("nan") if last else 1.0)
+
+    lab_length = lab.run(truth.request).n_prompt
+    with monkeypatch.context() as patch:
+        patch.setattr(sdpa, "decode", not_a_number)
+        assert not _within(lab, truth, "baseline, attention.decode=sdpa")

@@ -11,8 +11,7 @@ import pytest
 from PIL import Image
 
 from fastvl_lab import CheckpointError, DeviceError, FastvlError, ImageError, RecipeError, RequestError, SweepSettings, photo, sweep
-from fastvl_lab.measure.parameters import notebook_parameters
-from fastvl_lab.measure.photo import PHOTOGRAPHS
+from fastvl_lab.measure.publish import PHOTOGRAPHS, notebook_parameters
 from fastvl_lab.view.__main__ import main as print_table
 
 SETTINGS = {

@@ -10,8 +10,8 @@ from collections.abc import Callable
 import pytest
 
 from fastvl_lab import Lab, Recipe, Request, photo
-from fastvl_lab.measure.preprocessing import time_preprocessing
-from fastvl_lab.measure.statistics import Interval
+from fastvl_lab.measure.samples import Interval
+from fastvl_lab.measure.tasks import Preprocessing, time_task
 
 BIT_EQUAL = "fastest, preprocessor.decode=pillow, preprocessor.resize=pillow, preprocessor.threads=all"
 SIZES = {"1280x960": ((1280, 960), 6), "4032x3024": ((4032, 3024), 8)}
@@ -29,7 +29,7 @@ def test_patches_are_made_several_times_faster_than_by_the_stock_processor(
 
     def ratio(recipe: str) -> Interval:
         recipes = {"stock": Recipe.baseline(), "ours": Recipe.parse(recipe)}
-        rounds = time_preprocessing(labs["tiny-qwen2.5-vl"], request, recipes, repeats=9)
+        rounds = time_task(labs["tiny-qwen2.5-vl"], Preprocessing(request), recipes, repeats=9)
         return rounds.ratio("ours", "stock", "preprocess", "upload")
 
     assert_reaches(lambda: ratio("fastest"), bar)

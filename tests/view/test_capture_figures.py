@@ -8,19 +8,20 @@ import pytest
 
 from fastvl_lab import Lab, Request, Run, view
 from fastvl_lab.capture.execute import Capture
-from fastvl_lab.measure.compare import Comparison, Sample
-from fastvl_lab.measure.operations import Operation, Operations
-from fastvl_lab.measure.statistics import Interval
+from fastvl_lab.measure.compare import Comparison
+from fastvl_lab.measure.parity import Parity
+from fastvl_lab.measure.profile import Operation, Profile
+from fastvl_lab.measure.samples import Interval, RunSample
 
 
-def _operations(*lengths: float, lane: str = "host") -> Operations:
+def _operations(*lengths: float, lane: str = "host") -> Profile:
     """Operations of so many ms each, with a gap of one before and after each."""
     made, at = [], 1000.0
     for length in lengths:
         made.append(Operation(name="aten::<mul>", lane=lane, stage="decode", start_us=at, end_us=at + 1e3 * length))  # type: ignore[arg-type]
         at += 1e3 * length + 1000
     stage = Operation(name="decode", lane="host", stage="decode", start_us=0, end_us=at)
-    return Operations(stages=(stage,), operations=tuple(made))
+    return Profile(stages=(stage,), operations=tuple(made))
 
 
 def test_an_operation_is_a_bar_and_what_lies_between_is_said() -> None:
@@ -37,7 +38,7 @@ def test_an_operation_is_a_bar_and_what_lies_between_is_said() -> None:
 
 def test_the_devices_lane_is_drawn_below_the_hosts_and_hatched() -> None:
     host, device = _operations(1), _operations(2, lane="device")
-    both = Operations(stages=host.stages, operations=host.operations + device.operations)
+    both = Profile(stages=host.stages, operations=host.operations + device.operations)
     bars = view.operation_timeline({"eager": both, "cpu": host}).data
     assert [list(bar.y) for bar in bars] == [["host"], ["device"], ["host"], []]
     assert bars[0].marker.pattern.shape is None
@@ -55,8 +56,9 @@ def _taking(run: Run, seconds: float) -> Run:
 
 
 def _comparison(run: Run, rounds: int, **seconds: float) -> Comparison:
-    samples = [Sample(engine=e, round=n, run=_taking(run, t)) for n in range(rounds) for e, t in seconds.items()]
-    return Comparison(samples=tuple(samples), reference="eager", oracles={}, failures={})
+    samples = [RunSample(engine=e, round=n, run=_taking(run, t)) for n in range(rounds) for e, t in seconds.items()]
+    checks = {engine: Parity(oracle="transformers", holds=True) for engine in seconds}
+    return Comparison(samples=tuple(samples), reference="eager", checks=checks, failures={})
 
 
 def test_captures_have_paid_where_a_gain_is_shown_and_never_elsewhere(run: Run) -> None:

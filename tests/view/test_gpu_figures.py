@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from fastvl_lab.measure.gpu_tables import text
+from fastvl_lab.measure.tables import text
 from fastvl_lab.view import gpu_report, style
 from fastvl_lab.view.__main__ import main
 from fastvl_lab.view.gpu_report import decode_speed, ttft_by_engine, ttft_by_size

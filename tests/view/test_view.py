@@ -11,10 +11,10 @@ from pathlib import Path
 import pytest
 
 from fastvl_lab import Lab, Recipe, Request, Run, compare, view
-from fastvl_lab.measure.conversation import converse
-from fastvl_lab.measure.operations import Operation, Operations
-from fastvl_lab.measure.rounds import Rounds, Timing
-from fastvl_lab.measure.towers import Cost
+from fastvl_lab.measure.compare import converse
+from fastvl_lab.measure.floors import Cost
+from fastvl_lab.measure.profile import Operation, Profile
+from fastvl_lab.measure.samples import Samples, StageSample
 from fastvl_lab.trace import Span, Trace
 from fastvl_lab.view import style
 from fastvl_lab.view.workbench.figures import so_far, with_ghost
@@ -84,7 +84,7 @@ def test_pointing_at_a_bar_tells_its_own_length(labs: dict[str, Lab], runs: list
         "so far": so_far(runs[1].trace.within_ttft()),
         "blocks": view.block_waterfall([layers]),
         "launches": view.launches_and_steps({"rounds": rounds}),
-        "operations": view.operation_timeline({"eager": Operations(stages=(stage,), operations=(operation,))}),
+        "operations": view.operation_timeline({"eager": Profile(stages=(stage,), operations=(operation,))}),
     }
     for name, figure in figures.items():
         bars = [trace for trace in figure.data if trace.type == "bar"]
@@ -220,14 +220,14 @@ def test_a_stage_is_opened_layer_by_layer(labs: dict[str, Lab], picture: bytes) 
         assert figure.layout.xaxis.title.text == f"ms since {stage} began"
 
 
-def _rounds(**medians: tuple[float, float]) -> Rounds:
+def _rounds(**medians: tuple[float, float]) -> Samples[StageSample]:
     """Seconds of prefill and decode of some variants, the same in six rounds."""
     timings = [
-        Timing(label=label, round=number, steps={"prefill": prefill, "decode": decode})
+        StageSample(engine=label, round=number, steps={"prefill": prefill, "decode": decode})
         for label, (prefill, decode) in medians.items()
         for number in range(6)
     ]
-    return Rounds(timings=tuple(timings))
+    return Samples(samples=tuple(timings))
 
 
 def test_steps_have_columns_panels_and_lines_of_their_own() -> None:
@@ -290,9 +290,9 @@ def test_a_chat_is_drawn_turn_by_turn(labs: dict[str, Lab], picture: bytes) -> N
     assert list(frame["tokens equal"]) == ["yes"] * 4
     assert list(frame["times as fast as off (95% CI)"])[::2] == ["reference"] * 2
     tokens = tuple(
-        dataclasses.replace(t, run=dataclasses.replace(t.run, tokens=())) if t.engine == "<on>" else t for t in chat.played
+        dataclasses.replace(t, run=dataclasses.replace(t.run, tokens=())) if t.engine == "<on>" else t for t in chat.samples
     )
-    red = view.turn_frame(dataclasses.replace(chat, played=tokens), "off")
+    red = view.turn_frame(dataclasses.replace(chat, samples=tokens), "off")
     assert list(red["tokens equal"]) == ["yes", "NO"] * 2
     assert list(red["times as fast as off (95% CI)"])[1::2] == ["–"] * 2
 

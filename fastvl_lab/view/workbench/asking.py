@@ -19,7 +19,7 @@ from fastvl_lab.checkpoint import tiny
 from fastvl_lab.checkpoint.loading import FAMILIES
 from fastvl_lab.checkpoint.random_weights import RANDOM_PREFIX, published
 from fastvl_lab.errors import RequestError, require
-from fastvl_lab.measure.photo import PHOTOGRAPHS
+from fastvl_lab.measure.publish import PHOTOGRAPHS
 from fastvl_lab.view.workbench.session import Question
 
 _BOXES = ((448, 448), (640, 480), (1280, 960))

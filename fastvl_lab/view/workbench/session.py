@@ -11,13 +11,12 @@ from functools import cached_property, partial
 
 from fastvl_lab.errors import RequestCancelledError, sentence
 from fastvl_lab.lab import EngineName, Lab
-from fastvl_lab.measure.attribution import Attribution, attribute
 from fastvl_lab.measure.audit import Audit, audit
-from fastvl_lab.measure.compare import Comparison, compare
+from fastvl_lab.measure.compare import Attribution, Comparison, attribute, compare
 from fastvl_lab.measure.floors import Ceilings, floor
 from fastvl_lab.measure.parity import Parity
-from fastvl_lab.measure.photo import photo
-from fastvl_lab.measure.statistics import Interval
+from fastvl_lab.measure.publish import photo
+from fastvl_lab.measure.samples import Interval
 from fastvl_lab.preprocessor.decode_image import open_image, read_orientation, rgb_of
 from fastvl_lab.recipe import Recipe
 from fastvl_lab.request import Chunk, ImageInput, Request

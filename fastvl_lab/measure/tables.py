@@ -1,40 +1,91 @@
-"""The rows of the GPU report as text."""
+"""The rows of a report as text."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
-from fastvl_lab.measure.slot_report import Row, table
+Row = dict[str, Any]
+Line = Callable[[Row], str]
 
 _INDENT = " " * 30
 _NAME_WIDTH = 80
 
 
 def text(rows: Sequence[Row]) -> str:
-    """Ceilings and floors, a block for each part and image, and last what could not run or was skipped, and why."""
-    parts: dict[str, tuple[Callable[[Row], str], Callable[[Row], str]]] = {
+    """The rows of any task. Of whole requests: ceilings and floors, a block for each part and image, and what was not timed."""
+    if any("part" in row for row in rows):
+        return _of_requests(rows)
+    return _blocks(rows, *((_decoder_title, _decoder) if any("length" in row for row in rows) else (_tower_title, _tower)))
+
+
+def _blocks(rows: Sequence[Row], title: Line, line: Line) -> str:
+    """A block for each title; a row whose check failed, or that has an error for another reason, says why instead of its times."""
+    lines, above = [], ""
+    for row in rows:
+        if title(row) != above:
+            above = title(row)
+            lines += ["", above]
+        if row["parity"] is False:
+            why = f"failed: {row['error']}" if isinstance(row["error"], str) else f"parity failed: error {row['error']:.1e}"
+        else:
+            why = row["error"] if isinstance(row["error"], str) else ""
+        lines.append(f"  {row['recipe']:<26} {f'{why}; not timed' if why else line(row)}")
+    return "\n".join(lines).lstrip()
+
+
+# One stage alone
+
+
+def _tower_title(row: Row) -> str:
+    return f"{row['checkpoint']}, {row['image']}, {row['device']} {row['dtype']}"
+
+
+def _tower(row: Row) -> str:
+    times = f"{row['ms']:9.3f} ms  {row['ratio']:5.2f}x [{row['ratio_low']:.2f}, {row['ratio_high']:.2f}]"
+    return f"{times}  floor {row['floor_ms']:8.3f} ms  {row['share_of_ceiling']:4.0%} of the ceiling  error {row['error']:.1e}"
+
+
+def _decoder_title(row: Row) -> str:
+    """matmul, copy: shares of those ceilings."""
+    place = f"{row['checkpoint']}, {row['length']} tokens and {row['steps']} steps, {row['device']} {row['dtype']}"
+    heads = f"{'prefill':>12}  {'ratio':<19}{'matmul':>7}  | {'a step':>11}{'tokens/s':>10}  {'ratio':<19}{'copy':>7}"
+    return f"{place}\n  {'':<26} {heads}  | {'KV, MB':>9}    error"
+
+
+def _decoder(row: Row) -> str:
+    prefill, step = (f"  {_step_ratio(row, of):<19}{row[f'{of}_share']:7.0%}" for of in ("prefill", "decode"))
+    decode = f"{row['decode_ms']:8.3f} ms{row['tokens_per_second']:10.1f}{step}"
+    return f"{row['prefill_ms']:9.3f} ms{prefill}  | {decode}  | {row['kv_bytes'] / 1e6:9.2f}  {row['error']:.1e}"
+
+
+def _step_ratio(row: Row, step: str) -> str:
+    ratio, low, high = (row[f"{step}_{name}"] for name in ("ratio", "ratio_low", "ratio_high"))
+    return f"{ratio:.2f}x [{low:.2f}, {high:.2f}]"
+
+
+# Whole requests
+
+
+def _of_requests(rows: Sequence[Row]) -> str:
+    parts: dict[str, tuple[Line, Line]] = {
         "main": (lambda row: f"TTFT, {_place(row)}", _engine),
         "sizes": (lambda row: f"one recipe executed in several ways, {_place(row)}", _way),
         "decode": (lambda row: f"decode steps of {row['new_tokens']} tokens, {_place(row)}", _decode),
         "kernels": (lambda row: f"kernels of TTFT in part {row['of']}, {_place(row)}", _kernels),
     }
-    blocks = ["\n".join(_ceilings(row) if row["part"] == "ceilings" else _floors(row) for row in rows if _is_limit(row))]
+    limits = {"ceilings": _ceilings, "floors": _floors}
+    blocks = ["\n".join(limits[row["part"]](row) for row in rows if row["part"] in limits)]
     for part, (title, line) in parts.items():
-        done = [row for row in rows if row["part"] == part and not _not_timed(row)]
-        blocks.append(table(done, title, line))
+        blocks.append(_blocks([row for row in rows if row["part"] == part and not _not_timed(row)], title, line))
     if launches := [_launch(row) for row in rows if row["part"] == "launches"]:
         blocks.append("\n".join(["launch settings that attention kernels were tuned to", *launches]))
     why: dict[str, list[Row]] = {}
-    for row in rows:
-        if _not_timed(row):
-            why.setdefault(str(row["error"]), []).append(row)
+    for row in filter(_not_timed, rows):
+        why.setdefault(row["error"], []).append(row)
     if why:
         blocks.append("\n".join(["not timed", *(f"  {reason}\n{_named(mine)}" for reason, mine in why.items())]))
     return "\n\n".join(block for block in blocks if block)
-
-
-def _is_limit(row: Row) -> bool:
-    return row["part"] in ("ceilings", "floors")
 
 
 def _not_timed(row: Row) -> bool:

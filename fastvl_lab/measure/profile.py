@@ -1,4 +1,4 @@
-"""What a request launches, operation by operation, as torch's profiler sees it."""
+"""What a request does inside: its operations and kernels as torch's profiler sees them, its device's idle time, its memory."""
 
 from __future__ import annotations
 
@@ -6,14 +6,16 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch.profiler import ProfilerActivity, profile, record_function
 
 from fastvl_lab.errors import RequestError
 from fastvl_lab.lab import EngineName, Lab
 from fastvl_lab.request import Request
-from fastvl_lab.trace import Lane
+from fastvl_lab.trace import ON_DEVICE, Lane, Trace
 
 _WHOLE = "fastvl_lab.request"
+_LONGEST = 12  # kernels that are named
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,13 +33,13 @@ class Operation:
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
-class Operations:
+class Profile:
     """All of one warm request's. stages: its stages as operations, in order of start; of a stage's time some may be in none."""
 
     stages: tuple[Operation, ...]
     operations: tuple[Operation, ...]
 
-    def of(self, *stages: str) -> Operations:
+    def of(self, *stages: str) -> Profile:
         """What was called or ran between the start of the last of the first stage and the end of the last of the last one."""
         start = max((stage.start_us for stage in self.stages if stage.name == stages[0]), default=None)
         end = max((stage.end_us for stage in self.stages if stage.name == stages[-1]), default=None)
@@ -48,7 +50,7 @@ class Operations:
         def within(some: Iterable[Operation]) -> tuple[Operation, ...]:
             return tuple(operation for operation in some if operation.start_us >= start and operation.end_us <= end)
 
-        return Operations(stages=within(self.stages), operations=within(self.operations))
+        return Profile(stages=within(self.stages), operations=within(self.operations))
 
     @property
     def seconds(self) -> float:
@@ -63,10 +65,10 @@ class Operations:
         return covered((o.start_us, o.end_us) for o in self.operations if o.lane == lane) / 1e6
 
 
-def profile_request(lab: Lab, request: Request, engine: EngineName) -> Operations:
+def profile_request(lab: Lab, request: Request, engine: EngineName) -> Profile:
     """Serve a request twice, and the second time under torch's profiler, which takes its share of the time between operations.
 
-    Operations that others call are not counted again; those of threads that the engine makes are left out.
+    Profile that others call are not counted again; those of threads that the engine makes are left out.
     """
     lab.run(request, engine, trace="off")
     activities = [ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * (lab.device.type == "cuda")
@@ -79,7 +81,7 @@ def profile_request(lab: Lab, request: Request, engine: EngineName) -> Operation
     return _operations(lab.compute(watched))  # the profiler sees the thread that starts it
 
 
-def _operations(events: Sequence[Any]) -> Operations:
+def _operations(events: Sequence[Any]) -> Profile:
     """The profiler's events as operations: ranges on the host are stages, what they call are operations."""
     whole = next(event for event in events if event.name == _WHOLE and event.device_type.name == "CPU")
     stages, operations = [], []
@@ -96,7 +98,7 @@ def _operations(events: Sequence[Any]) -> Operations:
                 stages.append(Operation(name=event.name, lane="host", stage=event.name, **times))
         elif (stage := _called_in(event, whole)) is not None:
             operations.append(Operation(name=event.name, lane="host", stage=stage, **times))
-    return Operations(stages=tuple(stages), operations=tuple(operations))
+    return Profile(stages=tuple(stages), operations=tuple(operations))
 
 
 def _called_in(event: Any, whole: Any) -> str | None:
@@ -114,3 +116,74 @@ def covered(intervals: Iterable[tuple[float, float]]) -> float:
         total += max(end - max(start, reached), 0.0)
         reached = max(reached, end)
     return total
+
+
+def kernels_of_request(lab: Lab, request: Request, engine: EngineName) -> dict[str, Any]:
+    """What ran on the device in a warm request, by torch's profiler (`by_kernel`).
+
+    Its own run, and never before others are timed: a profiler that has been used may slow what follows.
+    """
+    lab.run(request, engine, trace="off")
+    with profile(activities=[ProfilerActivity.CUDA]) as seen:
+        lab.run(request, engine, trace="off")
+    on_device = [event for event in seen.events() if event.device_type.name == "CUDA"]
+    return by_kernel([(event.name, event.time_range.start, event.time_range.end) for event in on_device])
+
+
+def by_kernel(ran: Sequence[tuple[str, float, float]]) -> dict[str, Any]:
+    """Of kernels and copies (name, start and end in microseconds) the milliseconds in which any ran, None if there are none.
+
+    "longest": those that took most, by name, with how often they ran and the sum of their milliseconds.
+    """
+    spent: dict[str, list[float]] = {}
+    for name, start, end in ran:
+        spent.setdefault(name, []).append((end - start) / 1e3)
+    longest = sorted(spent.items(), key=lambda item: -sum(item[1]))[:_LONGEST]
+    return {
+        "kernels_ms": covered((start, end) for _, start, end in ran) / 1e3 if ran else None,
+        "longest": [{"name": name, "times": len(each), "ms": sum(each)} for name, each in longest],
+    }
+
+
+def tuned_launches() -> list[dict[str, Any]]:
+    """The launch settings that this process has tuned its attention kernels to, each for a dtype and a shape."""
+    from fastvl_lab.kernels.decode_attention import decode_share_kernel
+    from fastvl_lab.kernels.prefill_attention import prefill_attention_kernel
+    from fastvl_lab.kernels.segment_attention import segment_attention_kernel
+
+    kernels = (segment_attention_kernel, prefill_attention_kernel, decode_share_kernel)
+    return [
+        {"kernel": kernel.kernel.fn.__name__, "tuned_for": tuned_for, "launch": launch}
+        for kernel in kernels
+        for tuned_for, launch in kernel.launches()
+    ]
+
+
+def device_idle(trace: Trace) -> int | None:
+    """Nanoseconds between the start of the device's first stage and the first token that no stage of the device covers.
+
+    What is idle between the kernels of a stage is not seen here. None without a device lane.
+    """
+    spans = [span for span in trace.within_ttft("device") if span.name in ON_DEVICE]
+    if not spans:
+        return None
+    idle, reached = 0, spans[0].start_ns
+    for span in spans:
+        idle += max(span.start_ns - reached, 0)
+        reached = max(reached, span.end_ns)
+    return idle + max(trace.first_chunk_ns - reached, 0)
+
+
+def memory_of_request(lab: Lab, request: Request, engine: EngineName) -> dict[str, float | None]:
+    """Memory of a warm run that is not timed; None on a CPU.
+
+    peak_mb: the most that was allocated, with weights and all caches; working_mb: what of it was not held before. What a CUDA graph
+    works in is in the graphs' pool, and so in neither.
+    """
+    if lab.device.type != "cuda":
+        return {"peak_mb": None, "working_mb": None}
+    held = torch.cuda.memory_allocated(lab.device)
+    torch.cuda.reset_peak_memory_stats(lab.device)
+    lab.run(request, engine, trace="off")
+    peak = torch.cuda.max_memory_allocated(lab.device)
+    return {"peak_mb": peak / 1e6, "working_mb": (peak - held) / 1e6}

@@ -1,0 +1,252 @@
+"""The lists of named recipes that are compared, here and in the notebooks."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+
+import torch
+
+from fastvl_lab.checkpoint import Family
+from fastvl_lab.errors import RecipeError, sentence
+from fastvl_lab.lab import EngineName
+from fastvl_lab.recipe import Option, OptionValue, Recipe, Toggle, toggles
+
+STOCK = "transformers"
+START = "baseline"
+
+Changes = Mapping[str, OptionValue]
+
+
+def changed(recipe: Recipe, changes: Changes) -> Recipe:
+    """A recipe after `Recipe.choose` of each change in turn."""
+    for path, value in changes.items():
+        recipe = recipe.choose(path, value)
+    return recipe
+
+
+def choices_of(recipe: Recipe, slot: str) -> dict[str, OptionValue]:
+    """What a recipe chooses in a slot beyond the first options."""
+    return {path: value for path, value in recipe.changes().items() if path.startswith(f"{slot}.")}
+
+
+def each_alone(recipe: Recipe, choices: Changes) -> dict[str, Recipe]:
+    """The recipe with each of the choices alone, and what that requires: "+ rope=fused" -> a recipe."""
+    return {f"+ {path.partition('.')[2]}={value}": recipe.choose(path, value) for path, value in choices.items()}
+
+
+def each_undone(recipe: Recipe, choices: Changes, bare: Recipe) -> dict[str, Recipe]:
+    """The recipe with each of the choices alone as `bare` has it: "all but rope" -> a recipe."""
+    return {f"all but {path.partition('.')[2]}": recipe.choose(path, bare.value(path)) for path in choices}
+
+
+def undone_alone(reported: Recipe) -> dict[str, Recipe]:
+    """The recipe, then the same with each of its streaming toggles back at its first option alone."""
+    first = {path: Recipe.baseline().value(path) for path in choices_of(reported, "streaming")}
+    undone = {f"but {path.partition('.')[2]}={value}": reported.replace(path, value) for path, value in first.items()}
+    return {"as reported": reported} | undone
+
+
+def steps_between(start: Recipe, end: Recipe) -> dict[str, Recipe]:
+    """Recipes from `start` to `end` by what each changes, in the order of the corridor.
+
+    A toggle that is not allowed without another waits for it; what is only allowed together changes in one step.
+    """
+    found, current = {START if start == Recipe.baseline() else "start": start}, start
+    pending = [toggle.path for toggle in toggles() if start.value(toggle.path) != end.value(toggle.path)]
+    while pending:
+        for path in pending:
+            try:
+                current, taken = current.replace(path, end.value(path)), [path]
+            except RecipeError:
+                continue
+            break
+        else:
+            current, taken = end, list(pending)
+        found[", ".join(f"{path}={end.value(path)}" for path in taken)] = current
+        pending = [path for path in pending if path not in taken]
+    assert current == end
+    return found
+
+
+def attention_variants(recipe: Recipe) -> dict[str, Recipe]:
+    """The recipe with every way of attention, in prefill and decode alike where both have it: "attention=sdpa" -> a recipe."""
+    variants: dict[str, Recipe] = {}
+    for toggle in toggles():
+        for value in toggle.values if toggle.path in ("attention.prefill", "attention.decode") else ():
+            label = f"attention={value}"
+            variants[label] = variants.get(label, recipe).choose(toggle.path, value)
+    return variants
+
+
+def cannot_run(engine: EngineName, device: torch.device, dtype: torch.dtype) -> str | None:
+    """Why an engine cannot run on the device in the dtype, or None if nothing is known against it."""
+    if not isinstance(engine, Recipe):
+        return None
+    try:
+        engine.check(device, dtype)
+    except RecipeError as error:
+        return sentence(error)
+    return None
+
+
+def _runnable(slot: str, device: torch.device, dtype: torch.dtype) -> Iterator[tuple[Toggle, Option]]:
+    """The exact options of a slot that can run here, toggle by toggle, the first of each among them."""
+    for toggle in toggles():
+        for option in toggle.options if toggle.slot == slot else ():
+            if option.exact and option.unavailable(device, dtype) is None:
+                yield toggle, option
+
+
+# What the report compares of one slot.
+
+# Options of toggles that a family's tower has no use for, so that a row of theirs would say nothing.
+_IDLE = {"qwen2_5_vl": ("interpolation=fused",), "qwen3_vl": ("activation=fused", "norms=native")}
+
+
+def of_the_tower(device: torch.device, dtype: torch.dtype, family: Family) -> dict[str, EngineName]:
+    """The stock tower, the lean one, each of its options that can run here alone with what it requires, and all the last ones."""
+    lean = Recipe.parse("baseline, preprocessor.resize=pillow, vit.tower=lean")
+    recipes: dict[str, EngineName] = {"stock": Recipe.parse("baseline, preprocessor.resize=pillow"), "lean": lean}
+    last: dict[str, OptionValue] = {}
+    for toggle, option in _runnable("vit", device, dtype):
+        if toggle.name != "tower":
+            label = f"{toggle.name}={option.value}"
+            if option.value != lean.value(toggle.path) and label not in _IDLE[family]:
+                recipes[label] = lean.choose(toggle.path, option.value)
+            last[toggle.path] = option.value
+    recipes["last of each"] = lean.replace(last)
+    if last["vit.attention"] == "triton" and dtype != torch.float32:
+        recipes["last of each, varlen"] = lean.replace(last | {"vit.attention": "varlen"})
+    recipes["fastest"] = Recipe.fastest(device)
+    return recipes
+
+
+def of_the_decoder(device: torch.device, dtype: torch.dtype) -> dict[str, EngineName]:
+    """Transformers, the baseline, and the lean decoder with SDPA: plain; with each other option of its slot that can run here
+    alone, and what that requires; with each KV cache; with the last options of all toggles together. Then the fastest known."""
+    sdpa = "sdpa_efficient" if device.type == "cuda" else "sdpa"
+    lean = last = Recipe.parse(f"baseline, attention.prefill={sdpa}, attention.decode={sdpa}")
+    engines: dict[str, EngineName] = {STOCK: STOCK, "baseline": Recipe.baseline(), "lean": lean}
+    for toggle, option in _runnable("attention", device, dtype):
+        if option.value != lean.value(toggle.path):
+            engines[f"{toggle.name}={option.value}"] = lean.choose(toggle.path, option.value)
+        last = last.choose(toggle.path, option.value)
+    for toggle, option in _runnable("cache", device, dtype):
+        if toggle.name == "kv" and option.value != lean.cache.kv:
+            engines[f"kv={option.value}"] = lean.choose(toggle.path, option.value)
+    engines["last of each"] = last
+    if last.attention.prefill == "triton":
+        engines["last of each, sdpa"] = last.replace({"attention.prefill": sdpa, "attention.decode": sdpa})
+        if dtype != torch.float32:
+            engines["last of each, varlen"] = last.replace("attention.prefill", "varlen")
+    engines["fastest"] = Recipe.fastest(device)
+    return engines
+
+
+# What the report compares of whole requests.
+
+_PINNED: Changes = {"preprocessor.upload": "pinned"}
+_FUSED_VIT: Changes = {f"vit.{name}": "fused" for name in ("norms", "rope", "activation", "interpolation")}
+_FUSED_DECODER: Changes = {f"attention.{name}": "fused" for name in ("norms", "rope", "activation", "argmax")}
+_ATTENTION: dict[str, Changes] = {
+    "varlen": {"vit.attention": "varlen", "attention.prefill": "varlen", "attention.decode": "triton"},
+    "triton": {"vit.attention": "triton", "attention.prefill": "triton", "attention.decode": "triton"},
+    "cudnn": {"vit.attention": "grouped_cudnn", "attention.prefill": "sdpa_cudnn", "attention.decode": "triton"},
+}
+# Kernels of torch's that are compared in the attention slot alone.
+_KERNELS: dict[str, Changes] = {
+    f"sdpa_{kernel}": {"attention.prefill": f"sdpa_{kernel}", "attention.decode": f"sdpa_{kernel}"}
+    for kernel in ("efficient", "flash", "cudnn", "math")
+}
+
+# What decides how the stages up to the first token are executed, by the names under which the report compares it.
+MODES: dict[str, Changes] = {
+    "eager": {},
+    "compile": {"capture.vit": "compile", "capture.prefill": "compile"},
+    "per-stage graphs": {"capture.vit": "graph", "capture.prefill": "graph"},
+    "single graph": {"capture.first_token": "single_graph"},
+}
+_GRAPHS: dict[str, Changes] = {
+    "graphs": {**MODES["per-stage graphs"], "capture.decode": "graph"},
+    "one graph": {**MODES["single graph"], "capture.decode": "graph"},
+}
+
+# Beyond what the fastest recipe has, of one slot: slot -> label -> changes.
+_OF_A_SLOT: dict[str, dict[str, Changes]] = {
+    "preprocessor": {"pinned": _PINNED, "triton": {**_PINNED, "preprocessor.patchify": "triton"}},
+    "vit": {name: {**_FUSED_VIT, "vit.attention": name} for name in ("varlen", "triton", "grouped_flash", "grouped_cudnn")},
+    "attention": {
+        name: {**_FUSED_DECODER, **{path: value for path, value in changes.items() if path.startswith("attention.")}}
+        for name, changes in {**_ATTENTION, **_KERNELS}.items()
+    },
+    "cache": {"paged": {"cache.kv": "paged"}},
+    "capture": _GRAPHS,
+    "streaming": {f"{n} a round": {"streaming.steps_per_round": n} for n in (2, 16)},
+}
+
+
+def of_a_request(device: torch.device) -> dict[str, EngineName]:
+    """What is compared, by label; no two are the same engine, and some may be unable to run here (`cannot_run`).
+
+    Transformers, the baseline and the fastest recipe known for the device. Then the baseline with one slot of the fastest recipe,
+    as it is and with that slot's candidates for CUDA. Then the fastest recipe with candidates of all slots together.
+    """
+    baseline, fastest = Recipe.baseline(), Recipe.fastest(device)
+    found: dict[str, EngineName] = {STOCK: STOCK, "baseline": baseline, "fastest": fastest}
+
+    def add(label: str, recipe: Recipe) -> None:
+        if recipe not in found.values():
+            found[label] = recipe
+
+    for slot in dict.fromkeys(toggle.slot for toggle in toggles()):
+        alone = with_slot(baseline, slot, fastest)
+        add(slot, alone)
+        for label, changes in _OF_A_SLOT.get(slot, {}).items():
+            add(f"{slot}: {label}", changed(alone, changes))
+    for attention in _ATTENTION:
+        whole = fused(fastest, attention)
+        add(f"all: {attention}", whole)
+        for label, changes in _GRAPHS.items():
+            add(f"all: {attention}, {label}", changed(whole, changes))
+    one_graph = changed(fused(fastest), _GRAPHS["one graph"])
+    add("all: varlen, one graph, 2 a round", one_graph.choose("streaming.steps_per_round", 2))
+    add("all: varlen, patchify", one_graph.choose("preprocessor.patchify", "triton"))
+    return found
+
+
+def fused(recipe: Recipe, attention: str = "varlen") -> Recipe:
+    """A recipe with every fused kernel, page-locked uploads, and attention in tower and prefill: "varlen", "triton" or "cudnn"."""
+    return changed(recipe, {**_PINNED, **_FUSED_VIT, **_FUSED_DECODER, **_ATTENTION[attention]})
+
+
+def modes(recipe: Recipe) -> dict[str, Recipe]:
+    """One recipe with its stages up to the first token executed in every way of `MODES`, on shapes as they are."""
+    eager = recipe.replace({toggle.path: toggle.values[0] for toggle in toggles() if toggle.slot == "capture"})
+    return {name: changed(eager, changes) for name, changes in MODES.items()}
+
+
+def with_slot(recipe: Recipe, slot: str, source: Recipe) -> Recipe:
+    """A recipe with one slot as `source` has it, and elsewhere what that slot cannot do without."""
+    paths = [toggle.path for toggle in toggles() if toggle.slot == slot]
+    made = changed(recipe, {path: source.value(path) for path in paths if source.value(path) != recipe.value(path)})
+    assert all(made.value(path) == source.value(path) for path in paths)
+    return made
+
+
+# What a decode step depends on; engines that agree in it take the same steps.
+_OF_A_STEP = (
+    *(f"attention.{name}" for name in ("decode", "projections", "norms", "rope", "activation", "argmax")),
+    *("capture.decode", "capture.shapes"),
+)
+
+
+def same_steps(some: Mapping[str, EngineName]) -> dict[str, str]:
+    """Label -> the first label among them whose decode steps are the same."""
+    first: dict[object, str] = {}
+    return {label: first.setdefault(_step(engine), label) for label, engine in some.items()}
+
+
+def _step(engine: EngineName) -> object:
+    if not isinstance(engine, Recipe):
+        return engine
+    return (engine.cache, engine.streaming, *(engine.value(path) for path in _OF_A_STEP))

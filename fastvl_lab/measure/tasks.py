@@ -1,0 +1,262 @@
+"""What engines are timed on besides whole requests: the preprocessor, the vision tower and the decoder, each alone."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from typing import Protocol
+
+import torch
+
+from fastvl_lab import attention, preprocessor, vit
+from fastvl_lab.cache import BoundCache, Place
+from fastvl_lab.errors import FastvlError, RecipeError, RequestError, sentence
+from fastvl_lab.lab import EngineName, Lab
+from fastvl_lab.language.decode import decode
+from fastvl_lab.language.decoder import Decoder
+from fastvl_lab.language.merge import merge
+from fastvl_lab.language.prefill import prefill
+from fastvl_lab.language.weights import decoder_weights
+from fastvl_lab.measure.samples import Samples, StageSample, Timed, now, time_rounds
+from fastvl_lab.recipe import Recipe
+from fastvl_lab.request import Grid, Prompt, Request
+from fastvl_lab.trace import Tracer, no_inner
+
+
+class Task(Protocol):
+    """A part of a request; the device is waited for after each of its `steps`."""
+
+    @property
+    def steps(self) -> tuple[str, ...]: ...
+
+    def bind(self, lab: Lab, engine: EngineName) -> Timed:
+        """The part as the engine does it; raises `RequestError` for a senseless request, `RecipeError` for what cannot run here."""
+
+
+def time_task(
+    lab: Lab, task: Task, engines: Mapping[str, EngineName], *, repeats: int = 10, warm_up: int = 2, seed: int = 0
+) -> Samples[StageSample]:
+    """Seconds of each of a task's steps for every engine (label -> recipe, its text, or "transformers"), side by side."""
+    timed = {label: task.bind(lab, lab.engine(engine)) for label, engine in engines.items()}
+    return time_rounds(timed, repeats=repeats, warm_up=warm_up, seed=seed)
+
+
+@dataclass(frozen=True)
+class Preprocessing:
+    """From the bytes of a request's images to patches on the device."""
+
+    request: Request
+    steps = ("decode_image", "preprocess", "upload")
+
+    def bind(self, lab: Lab, engine: EngineName) -> Timed:
+        bound = bound_preprocessor(lab, self.request, engine)
+
+        @torch.inference_mode()
+        def run() -> dict[str, float]:
+            seconds = dict.fromkeys(self.steps, 0.0)
+
+            @contextmanager
+            def span(step: str) -> Iterator[None]:
+                started = now(lab.device)
+                yield
+                seconds[step] += now(lab.device) - started
+
+            with span("decode_image"):
+                opened = bound.open(self.request)
+            bound.make(opened, span)
+            return seconds
+
+        return partial(lab.compute, run)
+
+
+@dataclass(frozen=True)
+class Tower:
+    """From the uploaded patches of a request's images to visual tokens."""
+
+    request: Request
+    steps = ("vit",)
+
+    def bind(self, lab: Lab, engine: EngineName) -> Timed:
+        images, recipe = bound_preprocessor(lab, self.request, engine), _recipe(engine)
+        recipe.check(lab.device, lab.dtype)
+        encode = vit.bind(recipe.vit, lab.checkpoint, images.patch_format)
+        pixels = lab.compute(torch.inference_mode()(lambda: images.pixels(self.request)))
+        off = Tracer(lab.device, "off")
+
+        @torch.inference_mode()
+        def run() -> dict[str, float]:
+            started = now(lab.device)
+            encode(pixels, off)
+            return {"vit": now(lab.device) - started}
+
+        return partial(lab.compute, run)
+
+
+@dataclass(frozen=True)
+class Decoding:
+    """Prefill of a text prompt of `length` random tokens, and the mean of `n_steps` decode steps, each of which chooses its token.
+
+    "transformers" is the stock decoder, called layer by layer as `generate` calls it, with its dynamic cache.
+    """
+
+    length: int
+    n_steps: int = 8
+    steps = ("prefill", "decode")
+
+    def bind(self, lab: Lab, engine: EngineName) -> Timed:
+        prompt = text_prompt(lab, self.length, self.n_steps)
+        return self._ours(lab, prompt, engine) if isinstance(engine, Recipe) else self._stock(lab, prompt)
+
+    def _ours(self, lab: Lab, prompt: Prompt, recipe: Recipe) -> Timed:
+        bound, device = BoundDecoder.of(lab, recipe), lab.device
+
+        @torch.inference_mode()
+        def run() -> dict[str, float]:
+            with bound.admitted(prompt, self.n_steps) as place:
+                started = now(device)
+                logits = bound.prefill(prompt, place)
+                prefilled = now(device)
+                position = torch.full((1,), prompt.next_position, device=device)
+                for _ in range(self.n_steps):
+                    logits = bound.step(bound.decoder.operations.argmax(logits), position, place)
+                    position += 1
+                return {"prefill": prefilled - started, "decode": (now(device) - prefilled) / self.n_steps}
+
+        return partial(lab.compute, run)
+
+    def _stock(self, lab: Lab, prompt: Prompt) -> Timed:
+        model, device = lab.checkpoint.model, lab.device
+        text = model.model.language_model
+
+        @torch.inference_mode()
+        def run() -> dict[str, float]:
+            started = now(device)
+            embeds = text.embed_tokens(prompt.input_ids[None])
+            out = text(inputs_embeds=embeds, position_ids=prompt.positions[:, None], use_cache=True)
+            logits = model.lm_head(out.last_hidden_state[:, -1:])[0, -1].float()
+            prefilled = now(device)
+            position = torch.full((3, 1, 1), prompt.next_position, device=device)
+            for _ in range(self.n_steps):
+                embeds = text.embed_tokens(logits.argmax(keepdim=True)[None])
+                kept = out.past_key_values
+                out = text(inputs_embeds=embeds, position_ids=position, past_key_values=kept, use_cache=True)
+                logits = model.lm_head(out.last_hidden_state[:, -1:])[0, -1].float()
+                position += 1
+            return {"prefill": prefilled - started, "decode": (now(device) - prefilled) / self.n_steps}
+
+        return partial(lab.compute, run)
+
+
+def _recipe(engine: EngineName) -> Recipe:
+    if not isinstance(engine, Recipe):
+        raise RecipeError(f"{engine!r} is a peer, of which no stage can be run alone; give a recipe")
+    return engine
+
+
+def bound_preprocessor(lab: Lab, request: Request, engine: EngineName) -> preprocessor.BoundPreprocessor:
+    """An engine's preprocessor; raises `RequestError` for a request without images, and `RecipeError`."""
+    if not request.image_inputs:
+        raise RequestError("the request has no images; there is nothing to preprocess, and no visual token to make")
+    recipe = _recipe(engine)
+    recipe.check(lab.device)
+    return preprocessor.bind(recipe.preprocessor, lab.checkpoint)
+
+
+def grids_of(lab: Lab, request: Request) -> tuple[Grid, ...]:
+    """The patch grids that the request's images become, from their headers."""
+    return preprocessor.open_images(request, lab.checkpoint).grids
+
+
+def text_tokens(lab: Lab, n: int) -> tuple[int, ...]:
+    """Random text tokens, the same for the same number."""
+    vocab = min(256, lab.checkpoint.config.get_text_config().vocab_size)  # below all special tokens
+    return tuple(torch.randint(0, vocab, (n,), generator=torch.Generator().manual_seed(n)).tolist())
+
+
+def text_prompt(lab: Lab, length: int, steps: int) -> Prompt:
+    """Random text tokens on the lab's device, the same for the same length; raises `RequestError` for no room in a session."""
+    if length < 1 or steps < 1 or length + steps > lab.checkpoint.session_len:
+        raise RequestError(
+            f"length is {length} and steps {steps}; both must be at least 1, and together at most session_len, "
+            f"{lab.checkpoint.session_len}"
+        )
+    return Prompt(
+        input_ids=torch.tensor(text_tokens(lab, length), device=lab.device),
+        positions=torch.arange(length, device=lab.device).expand(3, -1).contiguous(),
+        visual_index=torch.empty(0, dtype=torch.int64, device=lab.device),
+        next_position=length,
+        images=(),
+    )
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class BoundDecoder:
+    """A recipe's decoder and its cache, outside of any request."""
+
+    decoder: Decoder
+    cache: BoundCache
+
+    @classmethod
+    def of(cls, lab: Lab, recipe: Recipe) -> BoundDecoder:
+        """Bind a recipe's slots 3 and 4; raises `RecipeError` where it cannot run."""
+        recipe.check(lab.device, lab.dtype)
+        return cls(
+            decoder=attention.bind(recipe.attention, decoder_weights(lab.checkpoint)),
+            cache=BoundCache(recipe.cache, lab.memory, family=str(recipe), images_by=str(recipe)),
+        )
+
+    @contextmanager
+    def admitted(self, prompt: Prompt, steps: int) -> Iterator[Place]:
+        """Room for the prompt and so many decode steps, given back at the end."""
+        place = self.cache.admit(prompt, steps + 1, tuple)
+        try:
+            yield place
+        finally:
+            place.close()
+
+    def prefill(self, prompt: Prompt, place: Place) -> torch.Tensor:
+        """A text prompt through the decoder: logits of its last token, float32 [vocab]."""
+        hidden = merge(prompt, None, self.decoder.weights.embed)
+        place.extend(prompt.n_tokens)
+        return prefill(hidden, prompt, None, self.decoder, place.kv, no_inner)[0]
+
+    def step(self, token: torch.Tensor, position: torch.Tensor, place: Place) -> torch.Tensor:
+        """One more token: the logits after it, float32 [vocab]."""
+        place.extend(1)
+        return decode(token, position, self.decoder, place.kv, no_inner)[0]
+
+
+def bindable(lab: Lab, recipes: Mapping[str, Recipe]) -> tuple[dict[str, Recipe], dict[str, str]]:
+    """The recipes whose decoder can run on this lab, and of each of the others the sentence that says why it cannot."""
+    can: dict[str, Recipe] = {}
+    cannot: dict[str, str] = {}
+    for label, recipe in recipes.items():
+        try:
+            BoundDecoder.of(lab, recipe)
+            can[label] = recipe
+        except FastvlError as error:
+            cannot[label] = sentence(error)
+    return can, cannot
+
+
+def kv_bytes_over_steps(lab: Lab, length: int, steps: int, recipe: Recipe) -> list[int]:
+    """Bytes that hold the keys and values of a text prompt of `length` tokens: after prefill, then after each of the decode steps.
+
+    Of kv=concat, the elements of its tensors (while a layer's are concatenated, the old and the new stand side by side, which is
+    not counted); of static, the room of a whole session; of paged, the blocks taken. Raises `RequestError` as `text_prompt` does.
+    """
+    prompt, bound = text_prompt(lab, length, steps), BoundDecoder.of(lab, recipe)
+
+    @torch.inference_mode()
+    def run() -> list[int]:
+        with bound.admitted(prompt, steps) as place:
+            logits, held = bound.prefill(prompt, place), [place.n_bytes]
+            for number in range(steps):
+                position = torch.full((1,), prompt.next_position + number, device=lab.device)
+                logits = bound.step(bound.decoder.operations.argmax(logits), position, place)
+                held.append(place.n_bytes)
+            return held
+
+    return lab.compute(run)
