@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass
-from typing import Protocol
 
 import torch
 
@@ -47,14 +46,6 @@ class Outcome:
     model: str | None = None
     kind: Kind | None = None
     chunk_tokens: tuple[tuple[int, ...], ...] | None = None
-
-
-class Engine(Protocol):
-    """What a recipe's pipeline and every peer have in common: a request in, text out through `deliver`."""
-
-    def run(self, request: Request, tracer: Tracer, deliver: Deliver) -> Outcome: ...
-
-    def logits_along(self, request: Request, tokens: torch.Tensor) -> torch.Tensor: ...
 
 
 class Pipeline:

@@ -12,7 +12,7 @@ import dataclasses
 import importlib.util
 import os
 import shutil
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import cache
@@ -22,10 +22,8 @@ import torch
 
 from fastvl_lab.errors import RecipeError
 
-# The toggles that a Transformers peer may have from a recipe: those on which its pixels depend, and what they cannot do without.
-ORACLE_TOGGLES = ("preprocessor.decode", "preprocessor.resize", "preprocessor.patchify")
-
 OptionValue = str | int
+PRESETS = ("baseline", "fastest")  # the first words of a recipe's text
 ImageBackend = Literal["pillow", "torchvision"]
 
 
@@ -679,10 +677,9 @@ class Recipe:
         if not isinstance(text, str):
             raise RecipeError(f"a recipe is given as {text!r}; give a text such as 'baseline' or 'fastest, vit.tower=lean'")
         name, *changes = [part.strip() for part in text.split(",")]
-        presets: dict[str, Callable[[], Recipe]] = {"baseline": cls.baseline, "fastest": lambda: cls.fastest(device)}
-        if name not in presets:
+        if name not in PRESETS:
             raise RecipeError(
-                f"recipe {text!r} starts with {name!r}; the choices are {', '.join(presets)}, "
+                f"recipe {text!r} starts with {name!r}; the choices are {', '.join(PRESETS)}, "
                 f"each optionally followed by changes such as ', vit.tower=lean'"
             )
         changed: dict[str, OptionValue] = {}
@@ -695,7 +692,7 @@ class Recipe:
             if toggle.path in changed:
                 raise RecipeError(f"recipe {text!r} sets {toggle.path} twice")
             changed[toggle.path] = next((v for v in toggle.values if str(v) == value), value)
-        return presets[name]().replace(changed)
+        return (cls.fastest(device) if name == "fastest" else cls.baseline()).replace(changed)
 
     def value(self, path: str) -> OptionValue:
         """The value at "slot.toggle"; raises `RecipeError` naming the toggles."""

@@ -10,8 +10,9 @@ import torch
 
 from fastvl_lab import attention
 from fastvl_lab.cache import BoundCache, Place
+from fastvl_lab.engine import Engine, EngineLike
 from fastvl_lab.errors import FastvlError, RequestError, sentence
-from fastvl_lab.lab import EngineName, Lab
+from fastvl_lab.lab import Lab
 from fastvl_lab.language.decode import decode
 from fastvl_lab.language.decoder import Decoder
 from fastvl_lab.language.merge import merge
@@ -26,7 +27,7 @@ from fastvl_lab.trace import no_inner
 def time_decoding(
     lab: Lab,
     length: int,
-    engines: Mapping[str, EngineName],
+    engines: Mapping[str, EngineLike],
     *,
     steps: int = 8,
     repeats: int = 10,
@@ -139,9 +140,9 @@ class BoundDecoder:
         return decode(token, position, self.decoder, place.kv, no_inner)[0]
 
 
-def _task(lab: Lab, prompt: Prompt, engine: EngineName, steps: int) -> Task:
-    if isinstance(engine, Recipe):
-        return _recipe_task(lab, prompt, engine, steps)
+def _task(lab: Lab, prompt: Prompt, engine: Engine, steps: int) -> Task:
+    if engine.recipe is not None:
+        return _recipe_task(lab, prompt, engine.recipe, steps)
     return _stock_task(lab, prompt, steps)
 
 

@@ -165,7 +165,7 @@ def test_what_a_step_raises_reaches_the_caller(
     labs: dict[str, Lab], answer_of: Callable[..., Request], settings: dict, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     lab, recipe = labs["tiny-qwen2.5-vl"], _recipe(settings)
-    stages = lab._bind(recipe).stages  # type: ignore[attr-defined]
+    stages = lab._bind(lab.engine(recipe)).stages  # type: ignore[attr-defined]
     decode, calls = stages.decode, []
 
     def fails_at_the_fifth(*arguments: object) -> torch.Tensor:

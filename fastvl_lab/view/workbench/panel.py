@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 
+from fastvl_lab.engine import find_recipe
 from fastvl_lab.errors import FastvlError, RecipeError, require, sentence
 from fastvl_lab.recipe import OptionValue, Recipe
 from fastvl_lab.run import Run, in_words
@@ -88,7 +89,7 @@ def workbench(
         max_new_tokens=max_new_tokens,
     )
     target = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    chosen = recipe if isinstance(recipe, Recipe) else Recipe.parse(recipe, target)
+    chosen = find_recipe(recipe, target)
     return Workbench(question, chosen, target, repeats=repeats, dtype=dtype)
 
 
@@ -147,7 +148,7 @@ class Workbench:
 
     def use(self, recipe: Recipe | str) -> None:
         """Take a whole recipe, such as a preset, and run."""
-        changed = recipe if isinstance(recipe, Recipe) else Recipe.parse(recipe, self.device)
+        changed = find_recipe(recipe, self.device)
         changed.check(self.device)
         self._use(changed, None)
 
