@@ -18,10 +18,11 @@ import torch
 from fastvl_lab import peers
 from fastvl_lab.cache.memory import Memory
 from fastvl_lab.capture.graphs import GraphStore
+from fastvl_lab.catalogue import ImageBackend
 from fastvl_lab.checkpoint import Checkpoint
 from fastvl_lab.errors import RecipeError
 from fastvl_lab.pipeline import Outcome, Pipeline
-from fastvl_lab.recipe import PRESETS, ImageBackend, Recipe
+from fastvl_lab.recipe import PRESETS, Recipe
 from fastvl_lab.request import Request
 from fastvl_lab.streaming.text import Deliver
 from fastvl_lab.trace import Tracer

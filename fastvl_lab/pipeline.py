@@ -52,7 +52,7 @@ class Pipeline:
     """A recipe bound to a checkpoint: its functions are chosen here, once, and run over the checkpoint's own weights."""
 
     def __init__(self, checkpoint: Checkpoint, recipe: Recipe, memory: Memory, graphs: GraphStore | None = None) -> None:
-        recipe.check(checkpoint.device, checkpoint.dtype)
+        recipe.check(checkpoint.target)
         self.checkpoint, self.recipe = checkpoint, recipe
         self.images = images = preprocessor.bind(recipe.preprocessor, checkpoint)
         compiled = recipe.capture.vit == "compile"

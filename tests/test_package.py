@@ -21,7 +21,7 @@ SLOTS = ("preprocessor", "vit", "attention", "cache", "capture", "streaming")
 
 # Lowest first; a module imports from its own layer or below. Parts of the package that do not exist yet have their place too.
 LAYERS = (
-    ("errors", "image_input", "messages", "request", "trace", "kernels", "recipe", "engine_thread"),
+    ("errors", "image_input", "messages", "request", "trace", "kernels", "catalogue", "recipe", "engine_thread"),
     ("checkpoint",),
     ("tokenizer", "language", *SLOTS),
     ("pipeline",),

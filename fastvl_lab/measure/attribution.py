@@ -5,12 +5,13 @@ from __future__ import annotations
 import threading
 from dataclasses import dataclass
 
+from fastvl_lab.catalogue import toggles
 from fastvl_lab.engine import EngineLike, find_recipe
 from fastvl_lab.errors import RecipeError
 from fastvl_lab.lab import Lab
 from fastvl_lab.measure.compare import Comparison, compare
 from fastvl_lab.measure.statistics import Interval, median_interval
-from fastvl_lab.recipe import Recipe, toggles
+from fastvl_lab.recipe import Recipe
 from fastvl_lab.request import Request
 
 STOCK = "transformers"

@@ -10,6 +10,7 @@ import torch
 
 from fastvl_lab import attention
 from fastvl_lab.cache import BoundCache, Place
+from fastvl_lab.catalogue import toggles
 from fastvl_lab.engine import Engine, EngineLike
 from fastvl_lab.errors import FastvlError, RequestError, sentence
 from fastvl_lab.lab import Lab
@@ -19,7 +20,7 @@ from fastvl_lab.language.merge import merge
 from fastvl_lab.language.prefill import prefill
 from fastvl_lab.language.weights import decoder_weights
 from fastvl_lab.measure.rounds import Rounds, Task, now, time_rounds
-from fastvl_lab.recipe import Recipe, toggles
+from fastvl_lab.recipe import Recipe
 from fastvl_lab.request import Prompt
 from fastvl_lab.trace import no_inner
 
@@ -122,7 +123,7 @@ class BoundDecoder:
     @classmethod
     def of(cls, lab: Lab, recipe: Recipe) -> BoundDecoder:
         """Bind a recipe's slots 3 and 4; raises `RecipeError` where it cannot run."""
-        recipe.check(lab.device, lab.dtype)
+        recipe.check(lab.checkpoint.target)
         return cls(
             decoder=attention.bind(recipe.attention, decoder_weights(lab.checkpoint)),
             cache=BoundCache(recipe.cache, lab.memory, family=str(recipe), images_by=str(recipe)),

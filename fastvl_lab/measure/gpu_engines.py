@@ -6,9 +6,10 @@ from collections.abc import Mapping
 
 import torch
 
+from fastvl_lab.catalogue import OptionValue, Target, toggles
 from fastvl_lab.engine import EngineLike, find
 from fastvl_lab.errors import RecipeError, sentence
-from fastvl_lab.recipe import OptionValue, Recipe, toggles
+from fastvl_lab.recipe import Recipe
 
 STOCK = "transformers"
 
@@ -130,7 +131,7 @@ def cannot_run(engine: EngineLike, device: torch.device, dtype: torch.dtype) -> 
     recipe = find(engine, device).recipe
     try:
         if recipe is not None:
-            recipe.check(device, dtype)
+            recipe.check(Target(device=device, dtype=dtype))
     except RecipeError as error:
         return sentence(error)
     return None

@@ -19,12 +19,13 @@ from transformers.generation.streamers import BaseStreamer
 
 from fastvl_lab.cache.memory import Memory
 from fastvl_lab.capture.graphs import GraphStore
+from fastvl_lab.catalogue import Preprocessor
 from fastvl_lab.checkpoint import Checkpoint
 from fastvl_lab.engine import Engine, engine
 from fastvl_lab.errors import RecipeError
 from fastvl_lab.pipeline import Outcome
 from fastvl_lab.preprocessor import bind
-from fastvl_lab.recipe import Preprocessor, Recipe
+from fastvl_lab.recipe import Recipe
 from fastvl_lab.request import Grid, Pixels, Request
 from fastvl_lab.streaming.text import Deliver, Emitter, TokenBytes
 from fastvl_lab.tokenizer import chat_text, check_length, check_tokens, tokens_to_make
@@ -44,7 +45,7 @@ def transformers(text: str) -> Engine:
             raise RecipeError(f"{text!r} changes {path}, which a peer does not have; the choices are {', '.join(_TOGGLES)}")
 
     def bind(checkpoint: Checkpoint, memory: Memory, graphs: GraphStore | None) -> TransformersPeer:
-        recipe.check(checkpoint.device)
+        recipe.check(checkpoint.target)
         return TransformersPeer(checkpoint, recipe.preprocessor)
 
     return Engine(name=", ".join([name.strip(), *(f"{path}={value}" for path, value in recipe.changes().items())]), bind=bind)

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from fastvl_lab import Chunk, Lab, Recipe, Request, RequestCancelledError, Run
-from fastvl_lab.recipe import toggles
+from fastvl_lab.catalogue import toggles
 from fastvl_lab.streaming.gate import CountingGate
 from fastvl_lab.streaming.launch import _Sent
 from fastvl_lab.trace import Tracer
