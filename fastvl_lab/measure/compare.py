@@ -12,10 +12,11 @@ from typing import Any, Literal
 import torch
 
 from fastvl_lab.capture.execute import Capture
+from fastvl_lab.engine import EngineLike, find_recipe
 from fastvl_lab.errors import RecipeError, RequestCancelledError, RequestError, require, sentence
-from fastvl_lab.lab import EngineName, Lab
+from fastvl_lab.lab import Lab
 from fastvl_lab.measure.parity import Oracles, Parity, check
-from fastvl_lab.measure.recipes import STOCK, steps_between
+from fastvl_lab.measure.recipes import START, STOCK, steps_between
 from fastvl_lab.measure.samples import Interval, RunSample, Samples, check_rounds, interleaved, json_value, median_interval
 from fastvl_lab.recipe import Recipe
 from fastvl_lab.request import ImageInput, ImageSource, Request, check_whole_number
@@ -183,7 +184,7 @@ class Comparison:
 def compare(
     lab: Lab,
     request: Request,
-    engines: Mapping[str, EngineName],
+    engines: Mapping[str, EngineLike],
     *,
     repeats: int = 20,
     warm_up: int = 1,
@@ -232,9 +233,9 @@ def compare(
                     on_run(label)
         samples = tuple(sample for label in engines for sample in made if sample.engine == label)
         runs = {label: [s.run for s in samples if s.engine == label] for label in engines if label in logits}
-        peers = [label for label in runs if isinstance(keys[label], str)]
+        peers = [label for label in runs if keys[label].recipe is None]
         reference = next(iter([*peers, *runs]), "")
-        known = {str(keys[label]): dataclasses.replace(runs[label][0], logits=logits[label]) for label in peers}
+        known = {keys[label].name: dataclasses.replace(runs[label][0], logits=logits[label]) for label in peers}
         oracles, found = Oracles(lab, request, known=known, stop=stop), dict(checks or {})
         for label in [label for label in runs if label not in found]:
             try:
@@ -283,16 +284,9 @@ def attribute(
     A step's saving depends on the steps before it: in another order it would be another one. Runs (steps + 2) engines. Raises what
     `compare` raises.
     """
-    ways = steps_between(_recipe(lab, start), _recipe(lab, recipe))
+    ways = steps_between(find_recipe(START if start is None else start, lab.device), find_recipe(recipe, lab.device))
     comparison = compare(lab, request, {STOCK: STOCK, **ways}, repeats=repeats, stop=stop)
     return Attribution(comparison=comparison, steps=tuple(step for step in ways if step in comparison.engines))
-
-
-def _recipe(lab: Lab, given: Recipe | str | None) -> Recipe:
-    key = lab.engine(given)
-    if not isinstance(key, Recipe):
-        raise RecipeError(f"{given!r} is a peer, which has no toggles to go through; give a recipe")
-    return key
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -378,7 +372,7 @@ def converse(
     lab: Lab,
     image: ImageSource,
     texts: Sequence[str],
-    engines: Mapping[str, EngineName],
+    engines: Mapping[str, EngineLike],
     *,
     max_new_tokens: int = 32,
     repeats: int = 6,

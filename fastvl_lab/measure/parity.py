@@ -21,10 +21,11 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from fastvl_lab import peers, preprocessor, vit
+from fastvl_lab import preprocessor, vit
 from fastvl_lab.checkpoint import Checkpoint
+from fastvl_lab.engine import Engine, EngineLike, find, find_recipe
 from fastvl_lab.errors import sentence
-from fastvl_lab.lab import EngineName, Lab
+from fastvl_lab.lab import Lab
 from fastvl_lab.measure.tasks import BoundDecoder, Decoding, Tower, bound_preprocessor, text_prompt, text_tokens
 from fastvl_lab.preprocessor.layout import PatchLayout
 from fastvl_lab.preprocessor.patchify import to_picture
@@ -176,20 +177,13 @@ def truth_along(lab: Lab, request: Request, oracle: str, tokens: Sequence[int]) 
     given = torch.tensor(tokens, dtype=torch.int64)
 
     def in_wider() -> torch.Tensor:
-        return peers.bind(oracle, in_wider_dtype(lab.checkpoint)).logits_along(request, given)
+        return find(oracle).bind(in_wider_dtype(lab.checkpoint), lab.memory, None).logits_along(request, given)
 
     logits = lab.compute(in_wider)
     off = float((own.to(logits.dtype) - logits).abs().max())
     return Truth(
         request=request, oracle=oracle, tokens=tuple(tokens), logits=logits, own_error=worst_error([(own, logits)]), own_off=off
     )
-
-
-def oracle_of(lab: Lab, engine: EngineName) -> str:
-    """Who answers for an engine: a peer for itself, but Transformers for an endpoint, which shows no pixels or logits."""
-    if isinstance(engine, Recipe):
-        return engine.oracle(lab.checkpoint.image_backend)
-    return "transformers" if peers.is_remote(engine) else engine
 
 
 class Oracles:
@@ -202,9 +196,10 @@ class Oracles:
         self._runs: dict[str, Run] = dict(known or {})
         self._truths: dict[tuple[str, tuple[int, ...]], Truth] = {}
 
-    def of(self, engine: EngineName) -> str:
+    def of(self, engine: EngineLike) -> str:
         """Who answers for the engine; pixels are no matter where there is no image."""
-        return oracle_of(self.lab, engine) if self.request.image_inputs else "transformers"
+        backend = self.lab.checkpoint.image_backend
+        return self.lab.engine(engine).oracle(backend) if self.request.image_inputs else "transformers"
 
     def run(self, oracle: str) -> Run:
         """The oracle's own run of the request."""
@@ -229,7 +224,7 @@ def within_budget(found: Mapping[str, float | str], reference: str, dtype: torch
 
 
 def check(
-    oracles: Oracles, engine: EngineName, runs: Sequence[Run], logits: torch.Tensor, base: str, *, steps: int | None = None
+    oracles: Oracles, given: EngineLike, runs: Sequence[Run], logits: torch.Tensor, base: str, *, steps: int | None = None
 ) -> Parity:
     """Hold an engine against its oracle.
 
@@ -238,7 +233,7 @@ def check(
     tokens it is made to go on with; by default none in float32, and in half precision as many as it made, up to `STEPS`. Raises
     what the oracle raises.
     """
-    lab, oracle = oracles.lab, oracles.of(engine)
+    lab, engine, oracle = oracles.lab, oracles.lab.engine(given), oracles.of(given)
     theirs = oracles.run(oracle)
     found = Parity(
         oracle=oracle,
@@ -259,14 +254,14 @@ def check(
         found = _by_tokens(found, engine, theirs, logits)
     if steps is None:
         steps = 0 if in_float32 else min(STEPS, max(len(run.tokens) for run in runs) - 1)
-    if not found.why and not peers.is_remote(engine) and (steps or not in_float32):
+    if not found.why and not engine.remote and (steps or not in_float32):
         found = _by_logits(found, oracles, engine, steps)
     if not found.why and not in_float32:
         found = _by_how_good_tokens_are(found, oracles, runs)
     return dataclasses.replace(found, holds=not found.why)
 
 
-def _by_tokens(found: Parity, engine: EngineName, theirs: Run, logits: torch.Tensor) -> Parity:
+def _by_tokens(found: Parity, engine: Engine, theirs: Run, logits: torch.Tensor) -> Parity:
     """By tokens, and where it shows them by the prompt's logits."""
     oracle = found.oracle
     if len(logits):
@@ -276,12 +271,12 @@ def _by_tokens(found: Parity, engine: EngineName, theirs: Run, logits: torch.Ten
             off = f"{error:.1e} of the largest, over {FLOAT32_TOLERANCE:.0e}"
             return dataclasses.replace(found, why=f"its logits differ from those of {oracle} by {off}")
     if found.other_from is not None:
-        others = "one run to the next" if engine == oracle else f"those of {oracle}"
+        others = "one run to the next" if engine.name == oracle else f"those of {oracle}"
         return dataclasses.replace(found, why=f"its tokens differ from {others}")
     return found
 
 
-def _by_logits(found: Parity, oracles: Oracles, engine: EngineName, steps: int) -> Parity:
+def _by_logits(found: Parity, oracles: Oracles, engine: Engine, steps: int) -> Parity:
     """By logits along tokens that all are made to go on with."""
     lab, oracle = oracles.lab, found.oracle
     truth = oracles.truth(oracle, text_tokens(lab, steps))
@@ -325,12 +320,12 @@ def _moved(theirs: Run, base: Run) -> float:
     return float((theirs.logits - base.logits).abs().max())
 
 
-def _in_bounds(lab: Lab, request: Request, engine: EngineName) -> bool:
+def _in_bounds(lab: Lab, request: Request, engine: Engine) -> bool:
     """Whether a recipe's pixels are as near to the stock ones as it promises; one that promises nothing keeps its word."""
-    within = engine.within(lab.checkpoint.image_backend) if isinstance(engine, Recipe) else None
-    if not isinstance(engine, Recipe) or within is None or not request.image_inputs:
+    within = engine.within(lab.checkpoint.image_backend)
+    if engine.recipe is None or within is None or not request.image_inputs:
         return True
-    pictures = (model_pictures(lab, request, recipe) for recipe in (engine, Recipe.baseline()))
+    pictures = (model_pictures(lab, request, recipe) for recipe in (engine.recipe, Recipe.baseline()))
     return max(difference.largest for difference in pixel_differences(*pictures)) <= within
 
 
@@ -373,20 +368,19 @@ class StageCheck:
     kv_bytes: int | None = None
 
 
-def check_tower(lab: Lab, task: Tower, engines: Mapping[str, EngineName]) -> dict[str, StageCheck]:
+def check_tower(lab: Lab, task: Tower, engines: Mapping[str, EngineLike]) -> dict[str, StageCheck]:
     """Every recipe's visual tokens, DeepStack features included, against the stock tower in a wider dtype on the same pixels."""
 
     @torch.inference_mode()
     def checked() -> dict[str, StageCheck]:
         visual = copy.deepcopy(lab.checkpoint.model.model.visual).to(wider(lab.dtype))
         one = partial(_tower_error, lab, task.request, visual)
-        return {label: _without_failing(partial(one, engine)) for label, engine in engines.items()}
+        return {label: _without_failing(partial(one, find_recipe(engine, lab.device))) for label, engine in engines.items()}
 
     return lab.compute(checked)
 
 
-def _tower_error(lab: Lab, request: Request, visual: Any, recipe: EngineName) -> StageCheck:
-    assert isinstance(recipe, Recipe)
+def _tower_error(lab: Lab, request: Request, visual: Any, recipe: Recipe) -> StageCheck:
     sent = bound_preprocessor(lab, request, recipe)
     stock_form = dataclasses.replace(recipe.preprocessor, payload="float32", temporal="duplicated")
     pixels, whole = sent.pixels(request), preprocessor.bind(stock_form, lab.checkpoint).patches(request)
@@ -408,7 +402,7 @@ def _without_failing(check: Callable[[], StageCheck]) -> StageCheck:
 _PIECE = 1024
 
 
-def check_decoder(lab: Lab, task: Decoding, engines: Mapping[str, EngineName]) -> dict[str, StageCheck]:
+def check_decoder(lab: Lab, task: Decoding, engines: Mapping[str, EngineLike]) -> dict[str, StageCheck]:
     """Every engine's logits of a prompt's last token and after each of the steps' tokens, which are forced on all of them alike.
 
     Against the stock decoder in a wider dtype. Positions are those of a prompt with an image in it, so that each axis counts.
@@ -425,9 +419,9 @@ def check_decoder(lab: Lab, task: Decoding, engines: Mapping[str, EngineName]) -
     return lab.compute(checked)
 
 
-def _decoder_error(lab: Lab, prompt: Prompt, forced: torch.Tensor, truth: torch.Tensor, engine: EngineName) -> StageCheck:
-    if isinstance(engine, Recipe):
-        logits, kv_bytes = _ours(lab, engine, prompt, forced)
+def _decoder_error(lab: Lab, prompt: Prompt, forced: torch.Tensor, truth: torch.Tensor, given: EngineLike) -> StageCheck:
+    if (recipe := lab.engine(given).recipe) is not None:
+        logits, kv_bytes = _ours(lab, recipe, prompt, forced)
     else:
         model = lab.checkpoint.model
         logits, kv_bytes = _stock(model.model.language_model, model.lm_head.weight, prompt, forced, prompt.n_tokens)

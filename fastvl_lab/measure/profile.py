@@ -9,8 +9,9 @@ from typing import Any
 import torch
 from torch.profiler import ProfilerActivity, profile, record_function
 
+from fastvl_lab.engine import EngineLike
 from fastvl_lab.errors import RequestError
-from fastvl_lab.lab import EngineName, Lab
+from fastvl_lab.lab import Lab
 from fastvl_lab.request import Request
 from fastvl_lab.trace import ON_DEVICE, Lane, Trace
 
@@ -65,7 +66,7 @@ class Profile:
         return covered((o.start_us, o.end_us) for o in self.operations if o.lane == lane) / 1e6
 
 
-def profile_request(lab: Lab, request: Request, engine: EngineName) -> Profile:
+def profile_request(lab: Lab, request: Request, engine: EngineLike) -> Profile:
     """Serve a request twice, and the second time under torch's profiler, which takes its share of the time between operations.
 
     Profile that others call are not counted again; those of threads that the engine makes are left out.
@@ -118,7 +119,7 @@ def covered(intervals: Iterable[tuple[float, float]]) -> float:
     return total
 
 
-def kernels_of_request(lab: Lab, request: Request, engine: EngineName) -> dict[str, Any]:
+def kernels_of_request(lab: Lab, request: Request, engine: EngineLike) -> dict[str, Any]:
     """What ran on the device in a warm request, by torch's profiler (`by_kernel`).
 
     Its own run, and never before others are timed: a profiler that has been used may slow what follows.
@@ -174,7 +175,7 @@ def device_idle(trace: Trace) -> int | None:
     return idle + max(trace.first_chunk_ns - reached, 0)
 
 
-def memory_of_request(lab: Lab, request: Request, engine: EngineName) -> dict[str, float | None]:
+def memory_of_request(lab: Lab, request: Request, engine: EngineLike) -> dict[str, float | None]:
     """Memory of a warm run that is not timed; None on a CPU.
 
     peak_mb: the most that was allocated, with weights and all caches; working_mb: what of it was not held before. What a CUDA graph

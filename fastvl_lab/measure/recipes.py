@@ -6,10 +6,11 @@ from collections.abc import Iterator, Mapping
 
 import torch
 
+from fastvl_lab.catalogue import Option, OptionValue, Target, Toggle, toggles
 from fastvl_lab.checkpoint import Family
+from fastvl_lab.engine import EngineLike, find
 from fastvl_lab.errors import RecipeError, sentence
-from fastvl_lab.lab import EngineName
-from fastvl_lab.recipe import Option, OptionValue, Recipe, Toggle, toggles
+from fastvl_lab.recipe import Recipe
 
 STOCK = "transformers"
 START = "baseline"
@@ -78,12 +79,11 @@ def attention_variants(recipe: Recipe) -> dict[str, Recipe]:
     return variants
 
 
-def cannot_run(engine: EngineName, device: torch.device, dtype: torch.dtype) -> str | None:
+def cannot_run(engine: EngineLike, device: torch.device, dtype: torch.dtype) -> str | None:
     """Why an engine cannot run on the device in the dtype, or None if nothing is known against it."""
-    if not isinstance(engine, Recipe):
-        return None
     try:
-        engine.check(device, dtype)
+        if (recipe := find(engine, device).recipe) is not None:
+            recipe.check(Target(device=device, dtype=dtype))
     except RecipeError as error:
         return sentence(error)
     return None
@@ -93,7 +93,7 @@ def _runnable(slot: str, device: torch.device, dtype: torch.dtype) -> Iterator[t
     """The exact options of a slot that can run here, toggle by toggle, the first of each among them."""
     for toggle in toggles():
         for option in toggle.options if toggle.slot == slot else ():
-            if option.exact and option.unavailable(device, dtype) is None:
+            if option.exact and option.needs.unmet(Target(device=device, dtype=dtype)) is None:
                 yield toggle, option
 
 
@@ -103,10 +103,10 @@ def _runnable(slot: str, device: torch.device, dtype: torch.dtype) -> Iterator[t
 _IDLE = {"qwen2_5_vl": ("interpolation=fused",), "qwen3_vl": ("activation=fused", "norms=native")}
 
 
-def of_the_tower(device: torch.device, dtype: torch.dtype, family: Family) -> dict[str, EngineName]:
+def of_the_tower(device: torch.device, dtype: torch.dtype, family: Family) -> dict[str, EngineLike]:
     """The stock tower, the lean one, each of its options that can run here alone with what it requires, and all the last ones."""
     lean = Recipe.parse("baseline, preprocessor.resize=pillow, vit.tower=lean")
-    recipes: dict[str, EngineName] = {"stock": Recipe.parse("baseline, preprocessor.resize=pillow"), "lean": lean}
+    recipes: dict[str, EngineLike] = {"stock": Recipe.parse("baseline, preprocessor.resize=pillow"), "lean": lean}
     last: dict[str, OptionValue] = {}
     for toggle, option in _runnable("vit", device, dtype):
         if toggle.name != "tower":
@@ -121,12 +121,12 @@ def of_the_tower(device: torch.device, dtype: torch.dtype, family: Family) -> di
     return recipes
 
 
-def of_the_decoder(device: torch.device, dtype: torch.dtype) -> dict[str, EngineName]:
+def of_the_decoder(device: torch.device, dtype: torch.dtype) -> dict[str, EngineLike]:
     """Transformers, the baseline, and the lean decoder with SDPA: plain; with each other option of its slot that can run here
     alone, and what that requires; with each KV cache; with the last options of all toggles together. Then the fastest known."""
     sdpa = "sdpa_efficient" if device.type == "cuda" else "sdpa"
     lean = last = Recipe.parse(f"baseline, attention.prefill={sdpa}, attention.decode={sdpa}")
-    engines: dict[str, EngineName] = {STOCK: STOCK, "baseline": Recipe.baseline(), "lean": lean}
+    engines: dict[str, EngineLike] = {STOCK: STOCK, "baseline": Recipe.baseline(), "lean": lean}
     for toggle, option in _runnable("attention", device, dtype):
         if option.value != lean.value(toggle.path):
             engines[f"{toggle.name}={option.value}"] = lean.choose(toggle.path, option.value)
@@ -185,14 +185,14 @@ _OF_A_SLOT: dict[str, dict[str, Changes]] = {
 }
 
 
-def of_a_request(device: torch.device) -> dict[str, EngineName]:
+def of_a_request(device: torch.device) -> dict[str, EngineLike]:
     """What is compared, by label; no two are the same engine, and some may be unable to run here (`cannot_run`).
 
     Transformers, the baseline and the fastest recipe known for the device. Then the baseline with one slot of the fastest recipe,
     as it is and with that slot's candidates for CUDA. Then the fastest recipe with candidates of all slots together.
     """
     baseline, fastest = Recipe.baseline(), Recipe.fastest(device)
-    found: dict[str, EngineName] = {STOCK: STOCK, "baseline": baseline, "fastest": fastest}
+    found: dict[str, EngineLike] = {STOCK: STOCK, "baseline": baseline, "fastest": fastest}
 
     def add(label: str, recipe: Recipe) -> None:
         if recipe not in found.values():
@@ -240,13 +240,12 @@ _OF_A_STEP = (
 )
 
 
-def same_steps(some: Mapping[str, EngineName]) -> dict[str, str]:
+def same_steps(some: Mapping[str, EngineLike]) -> dict[str, str]:
     """Label -> the first label among them whose decode steps are the same."""
     first: dict[object, str] = {}
     return {label: first.setdefault(_step(engine), label) for label, engine in some.items()}
 
 
-def _step(engine: EngineName) -> object:
-    if not isinstance(engine, Recipe):
-        return engine
-    return (engine.cache, engine.streaming, *(engine.value(path) for path in _OF_A_STEP))
+def _step(engine: EngineLike) -> object:
+    recipe = find(engine).recipe
+    return engine if recipe is None else (recipe.cache, recipe.streaming, *(recipe.value(path) for path in _OF_A_STEP))

@@ -27,8 +27,9 @@ import torch
 import transformers
 
 from fastvl_lab.capture.execute import Capture
+from fastvl_lab.engine import EngineLike, find_recipe
 from fastvl_lab.errors import DeviceError, FastvlError, sentence
-from fastvl_lab.lab import EngineName, Lab, device_name
+from fastvl_lab.lab import Lab, device_name
 from fastvl_lab.measure import recipes
 from fastvl_lab.measure.compare import Comparison, break_even, compare
 from fastvl_lab.measure.floors import Ceilings, decode_bytes, floor, prefill_flops, vit_flops
@@ -123,7 +124,7 @@ class Bench:
         place |= {"dtype": str(self.lab.dtype).removeprefix("torch."), "recipe": label, "parity": None, "error": None}
         return place | found
 
-    def kept(self, engines: Mapping[str, EngineName], *, always: str | None = None) -> dict[str, EngineName]:
+    def kept(self, engines: Mapping[str, EngineLike], *, always: str | None = None) -> dict[str, EngineLike]:
         """Those that are not to be left out."""
         return {k: e for k, e in engines.items() if k == always or not any(word in k for word in self.without)}
 
@@ -184,8 +185,8 @@ def _tower_rows(bench: Bench, sizes: Sequence[tuple[int, int]]) -> Iterator[list
         rows, samples = _stage_rows(bench, task, engines, found, "stock", {"image": f"{width}x{height}"})
         for row, engine in zip(rows, engines.values(), strict=True):
             if row["parity"] and samples is not None:
-                assert isinstance(engine, Recipe)
-                frames = 1 if engine.preprocessor.temporal == "folded" else None
+                recipe = find_recipe(engine, lab.device)
+                frames = 1 if recipe.preprocessor.temporal == "folded" else None
                 least = vit_flops(lab.checkpoint, grids, frames=frames).total / bench.ceilings.matmul
                 times = _step_times(samples, row["recipe"], "stock", "vit", least)
                 row |= {"share_of_ceiling": times.pop("share")} | times
@@ -204,7 +205,8 @@ def _decoder_rows(bench: Bench, lengths: Sequence[int], steps: int) -> Iterator[
         for (label, engine), row in zip(engines.items(), rows, strict=True):
             row |= {"settings": str(engine), "kv_bytes": found[label].kv_bytes}
             if row["parity"] and samples is not None:
-                alone = isinstance(engine, Recipe) and engine.attention.last_layer == "last_token"
+                recipe = lab.engine(engine).recipe
+                alone = recipe is not None and recipe.attention.last_layer == "last_token"
                 flops = prefill_flops(lab.checkpoint, length, last_token_alone=alone).total
                 for step, least in (("prefill", flops / bench.ceilings.matmul), ("decode", read / bench.ceilings.copied)):
                     times = _step_times(samples, label, STOCK, step, least)
@@ -216,7 +218,7 @@ def _decoder_rows(bench: Bench, lengths: Sequence[int], steps: int) -> Iterator[
 def _stage_rows(
     bench: Bench,
     task: Tower | Decoding,
-    engines: Mapping[str, EngineName],
+    engines: Mapping[str, EngineLike],
     found: Mapping[str, StageCheck],
     reference: str,
     place: Row,
@@ -246,10 +248,10 @@ class Case:
     part: str
     image: str
     request: Request
-    engines: Mapping[str, EngineName]
+    engines: Mapping[str, EngineLike]
 
     @classmethod
-    def of(cls, part: str, width: int, height: int, engines: Mapping[str, EngineName]) -> Case:
+    def of(cls, part: str, width: int, height: int, engines: Mapping[str, EngineLike]) -> Case:
         """An image with 32 tokens of text where a byte is one: those of the template, and a question mark."""
         content = [{"type": "image", "image": picture(width, height)}, {"type": "text", "text": "?"}]
         messages: list[Row] = [{"role": "system", "content": ""}, {"role": "user", "content": content}]
@@ -370,7 +372,7 @@ def _first_token_rows(bench: Bench, case: Case, oracles: Oracles | str, steps: i
     return [bench.row(place[label] | row, label) for label, row in found.items()]
 
 
-def _checked(lab: Lab, engine: EngineName, oracles: Oracles, steps: int) -> tuple[Row, Parity]:
+def _checked(lab: Lab, engine: EngineLike, oracles: Oracles, steps: int) -> tuple[Row, Parity]:
     """An engine's first run and what was captured for it, seconds of a warm run, its parity, and its memory."""
     if lab.graphs is not None:
         lab.graphs.forget()  # so that what an engine's graphs take is what they take alone

@@ -12,8 +12,9 @@ import torch
 
 from fastvl_lab import attention, preprocessor, vit
 from fastvl_lab.cache import BoundCache, Place
-from fastvl_lab.errors import FastvlError, RecipeError, RequestError, sentence
-from fastvl_lab.lab import EngineName, Lab
+from fastvl_lab.engine import Engine, EngineLike, find_recipe
+from fastvl_lab.errors import FastvlError, RequestError, sentence
+from fastvl_lab.lab import Lab
 from fastvl_lab.language.decode import decode
 from fastvl_lab.language.decoder import Decoder
 from fastvl_lab.language.merge import merge
@@ -31,12 +32,12 @@ class Task(Protocol):
     @property
     def steps(self) -> tuple[str, ...]: ...
 
-    def bind(self, lab: Lab, engine: EngineName) -> Timed:
+    def bind(self, lab: Lab, engine: Engine) -> Timed:
         """The part as the engine does it; raises `RequestError` for a senseless request, `RecipeError` for what cannot run here."""
 
 
 def time_task(
-    lab: Lab, task: Task, engines: Mapping[str, EngineName], *, repeats: int = 10, warm_up: int = 2, seed: int = 0
+    lab: Lab, task: Task, engines: Mapping[str, EngineLike], *, repeats: int = 10, warm_up: int = 2, seed: int = 0
 ) -> Samples[StageSample]:
     """Seconds of each of a task's steps for every engine (label -> recipe, its text, or "transformers"), side by side."""
     timed = {label: task.bind(lab, lab.engine(engine)) for label, engine in engines.items()}
@@ -50,7 +51,7 @@ class Preprocessing:
     request: Request
     steps = ("decode_image", "preprocess", "upload")
 
-    def bind(self, lab: Lab, engine: EngineName) -> Timed:
+    def bind(self, lab: Lab, engine: Engine) -> Timed:
         bound = bound_preprocessor(lab, self.request, engine)
 
         @torch.inference_mode()
@@ -78,10 +79,9 @@ class Tower:
     request: Request
     steps = ("vit",)
 
-    def bind(self, lab: Lab, engine: EngineName) -> Timed:
-        images, recipe = bound_preprocessor(lab, self.request, engine), _recipe(engine)
-        recipe.check(lab.device, lab.dtype)
-        encode = vit.bind(recipe.vit, lab.checkpoint, images.patch_format)
+    def bind(self, lab: Lab, engine: Engine) -> Timed:
+        images = bound_preprocessor(lab, self.request, engine)
+        encode = vit.bind(find_recipe(engine).vit, lab.checkpoint, images.patch_format)
         pixels = lab.compute(torch.inference_mode()(lambda: images.pixels(self.request)))
         off = Tracer(lab.device, "off")
 
@@ -105,9 +105,9 @@ class Decoding:
     n_steps: int = 8
     steps = ("prefill", "decode")
 
-    def bind(self, lab: Lab, engine: EngineName) -> Timed:
+    def bind(self, lab: Lab, engine: Engine) -> Timed:
         prompt = text_prompt(lab, self.length, self.n_steps)
-        return self._ours(lab, prompt, engine) if isinstance(engine, Recipe) else self._stock(lab, prompt)
+        return self._stock(lab, prompt) if engine.recipe is None else self._ours(lab, prompt, engine.recipe)
 
     def _ours(self, lab: Lab, prompt: Prompt, recipe: Recipe) -> Timed:
         bound, device = BoundDecoder.of(lab, recipe), lab.device
@@ -149,18 +149,12 @@ class Decoding:
         return partial(lab.compute, run)
 
 
-def _recipe(engine: EngineName) -> Recipe:
-    if not isinstance(engine, Recipe):
-        raise RecipeError(f"{engine!r} is a peer, of which no stage can be run alone; give a recipe")
-    return engine
-
-
-def bound_preprocessor(lab: Lab, request: Request, engine: EngineName) -> preprocessor.BoundPreprocessor:
+def bound_preprocessor(lab: Lab, request: Request, engine: EngineLike) -> preprocessor.BoundPreprocessor:
     """An engine's preprocessor; raises `RequestError` for a request without images, and `RecipeError`."""
     if not request.image_inputs:
         raise RequestError("the request has no images; there is nothing to preprocess, and no visual token to make")
-    recipe = _recipe(engine)
-    recipe.check(lab.device)
+    recipe = find_recipe(engine, lab.device)
+    recipe.check(lab.checkpoint.target)
     return preprocessor.bind(recipe.preprocessor, lab.checkpoint)
 
 
@@ -201,7 +195,7 @@ class BoundDecoder:
     @classmethod
     def of(cls, lab: Lab, recipe: Recipe) -> BoundDecoder:
         """Bind a recipe's slots 3 and 4; raises `RecipeError` where it cannot run."""
-        recipe.check(lab.device, lab.dtype)
+        recipe.check(lab.checkpoint.target)
         return cls(
             decoder=attention.bind(recipe.attention, decoder_weights(lab.checkpoint)),
             cache=BoundCache(recipe.cache, lab.memory, family=str(recipe), images_by=str(recipe)),

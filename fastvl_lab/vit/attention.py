@@ -1,6 +1,6 @@
 """The tower's attention: ways to let each patch see its own segment and nothing else.
 
-An option of `vit.attention` is the function of its name here, given the dtype of q, k and v. It has two halves: `prepare` makes of
+An option of `vit.attention` is a function of the dtype of q, k and v, in `OPTIONS`. It has two halves: `prepare` makes of
 the segments what its kernel needs, once a plan, and `attend` uses it in every block.
 Shape letters: N patches of all segments, H heads, D head_dim.
 """
@@ -49,8 +49,8 @@ class SegmentAttention:
 
 def bind(option: str, dtype: torch.dtype, *, compiled: bool = False) -> SegmentAttention:
     """The option of that name; compiled: whether torch.compile is to read what calls it."""
-    make: Callable[[torch.dtype], SegmentAttention] = globals()[option]
-    return opaque(option, make(dtype)) if compiled else make(dtype)
+    made = OPTIONS[option](dtype)
+    return opaque(option, made) if compiled else made
 
 
 def per_window(_: torch.dtype) -> SegmentAttention:
@@ -138,6 +138,16 @@ def triton(dtype: torch.dtype) -> SegmentAttention:
         return F.pad(blocks, (0, 0, 0, _power_of_two(len(blocks)) - len(blocks)))
 
     return SegmentAttention(prepare=prepare, attend=attend, room=room)
+
+
+OPTIONS: dict[str, Callable[[torch.dtype], SegmentAttention]] = {
+    "per_window": per_window,
+    "grouped": grouped,
+    "grouped_flash": grouped_flash,
+    "grouped_cudnn": grouped_cudnn,
+    "varlen": varlen,
+    "triton": triton,
+}
 
 
 def opaque(option: str, attention: SegmentAttention) -> SegmentAttention:

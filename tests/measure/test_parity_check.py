@@ -14,6 +14,7 @@ from safetensors.torch import load_file, save_file
 
 from fastvl_lab import EndpointError, Lab, Recipe, Request, audit, compare, photo, pipeline, toggles
 from fastvl_lab.attention import eager, sdpa
+from fastvl_lab.catalogue import Target
 from fastvl_lab.checkpoint import tiny
 from fastvl_lab.language.decoder import KvCache
 from fastvl_lab.language.rope import MRope
@@ -41,7 +42,7 @@ def _exact_recipes() -> dict[str, Recipe]:
     for toggle in toggles():
         for option in toggle.options:
             compiled = option.value == "compile"  # tested by itself, and takes a minute
-            if option.exact and not compiled and option.unavailable(torch.device("cpu")) is None:
+            if option.exact and not compiled and option.needs.unmet(Target(device=torch.device("cpu"))) is None:
                 recipes[f"{toggle.path}={option.value}"] = Recipe.fastest().choose(toggle.path, option.value)
     return recipes
 

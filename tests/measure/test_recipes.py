@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from fastvl_lab import Lab, Recipe, toggles
+from fastvl_lab.catalogue import Target
 from fastvl_lab.measure.recipes import (
     MODES,
     attention_variants,
@@ -130,13 +131,15 @@ def test_every_exact_choice_that_only_cuda_has_is_met_there() -> None:
     compared = [engine for engine in of_a_request(CUDA).values() if isinstance(engine, Recipe)]
     for toggle in toggles():
         for option in toggle.options:
-            if option.exact and "cuda" in option.needs:
+            if option.exact and option.needs.device == "cuda":
                 assert option.value in {engine.value(toggle.path) for engine in compared}, (toggle.path, option.value)
 
 
 def test_an_engine_that_cannot_run_here_says_what_it_lacks() -> None:
     reasons = {label: cannot_run(engine, CPU, torch.bfloat16) for label, engine in of_a_request(CPU).items()}
-    assert reasons["capture: graphs"] == "capture.vit=graph cannot run here: it needs a CUDA device, and the lab runs on cpu"
+    assert str(reasons["capture: graphs"]).startswith(
+        "capture.vit=graph cannot run here: it needs a CUDA device, and the lab runs on cpu; the choices here are 'eager'"
+    )
     assert reasons["transformers"] is reasons["baseline"] is reasons["fastest"] is None
 
 
@@ -175,7 +178,7 @@ def test_every_option_of_the_slot_has_a_row_with_what_it_requires(device: torch.
         if toggle.slot == "attention" or toggle.path == "cache.kv":
             for option in toggle.options:
                 met = {e.value(toggle.path) for e in engines.values() if isinstance(e, Recipe)}
-                assert (option.value in met) == (option.unavailable(device) is None), (toggle.path, option.value)
+                assert (option.value in met) == (option.needs.unmet(Target(device=device)) is None), (toggle.path, option.value)
     assert {"transformers", "baseline", "lean", "kv=static", "kv=paged", "last of each", "fastest"} <= set(engines)
     assert engines["fastest"] == Recipe.fastest(device)
     alone = {label: e.changes().keys() - engines["lean"].changes().keys() for label, e in engines.items() if "=" in label}

@@ -125,13 +125,13 @@ def test_one_option_that_fails_or_loses_one_window_is_red_and_the_rest_are_timed
         return out
 
     broken = dataclasses.replace(attention.grouped(torch.float32), attend=without_the_last_window)
-    monkeypatch.setattr(attention, "grouped", lambda dtype: broken)
+    monkeypatch.setitem(attention.OPTIONS, "grouped", lambda dtype: broken)
     found = check_tower(lab, Tower(request), {name: recipes[name] for name in ("stock", "lean", "attention=grouped")})
     assert found["attention=grouped"].error > 100 * found["stock"].error
 
     def fail(dtype: torch.dtype) -> None:
         raise RuntimeError("out of resources")
 
-    monkeypatch.setattr(attention, "grouped", fail)
+    monkeypatch.setitem(attention.OPTIONS, "grouped", fail)
     found = check_tower(lab, Tower(request), {name: recipes[name] for name in ("stock", "attention=grouped")})
     assert found["attention=grouped"].error == "RuntimeError: out of resources"
