@@ -5,12 +5,12 @@ from __future__ import annotations
 import html
 import math
 import operator
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from itertools import pairwise
 from numbers import Real
 from statistics import median
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, get_args
 
 from fastvl_lab.checkpoint import Checkpoint
 from fastvl_lab.checkpoint.memory import gigabytes
@@ -22,20 +22,10 @@ from fastvl_lab.preprocessor.layout import AreaLimits, shapes_of
 from fastvl_lab.request import Grid
 from fastvl_lab.run import Run
 
-VerdictName = Literal[
-    "decode_faster_than_memory",
-    "ttft_is_the_answer",
-    "bursts",
-    "faster_than_compute",
-    "stages_do_not_add_up",
-    "logits_not_finite",
-    "cold_among_warm",
-    "too_few_samples",
-]
-Severity = Literal["impossible", "suspect", "note"]
+Severity = Literal["impossible", "suspect", "note", "clear", "not checked"]
 
 # Gravest first.
-SEVERITIES: tuple[Severity, ...] = ("impossible", "suspect", "note")
+SEVERITIES: tuple[Severity, ...] = get_args(Severity)
 
 FOR_A_P95 = 20  # samples: of fewer, the highest 5% are less than one
 FEW = 8  # tokens; of fewer, neither a rate nor a share says much
@@ -51,35 +41,34 @@ _KNOWN_CAUSE = (
 )
 
 
-@dataclass(frozen=True, kw_only=True)
-class Finding:
-    """One thing that is wrong or worth knowing: what it is and what it means in a sentence, and the arithmetic behind it.
+class Said(NamedTuple):
+    """What a verdict says. sentence: what is wrong or worth knowing; where nothing could be said, what that would have needed.
 
     severity: "impossible" cannot be what it is called on this device; "suspect" is not what it is usually taken for; "note" is
     worth knowing, and no fault.
     """
 
-    verdict: VerdictName
+    severity: Severity
+    sentence: str
+    arithmetic: str = ""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Finding:
+    """What one verdict, a function of its name below, says (`Said`), with the arithmetic behind it."""
+
+    verdict: str
     severity: Severity
     sentence: str
     arithmetic: str
 
 
-class Cleared(NamedTuple):
-    """A verdict that was looked for and not found, with its arithmetic."""
-
-    verdict: VerdictName
-    arithmetic: str
+def _clear(arithmetic: str) -> Said:
+    return Said("clear", "", arithmetic)
 
 
-class Unchecked(NamedTuple):
-    """A verdict that nothing could be said about, and what it would have needed."""
-
-    verdict: VerdictName
-    needs: str
-
-
-Verdict = Finding | Cleared | Unchecked
+def _needs(what: str) -> Said:
+    return Said("not checked", what)
 
 
 class Device(NamedTuple):
@@ -139,9 +128,20 @@ class Seen:
 class Audit:
     """What an audit found, what it cleared, and what it could not look at."""
 
-    findings: tuple[Finding, ...]
-    cleared: tuple[Cleared, ...]
-    unchecked: tuple[Unchecked, ...]
+    said: tuple[Finding, ...]
+
+    @property
+    def findings(self) -> tuple[Finding, ...]:
+        """What is impossible, suspect or worth a note, gravest first."""
+        return tuple(one for one in self.said if one.severity not in ("clear", "not checked"))
+
+    @property
+    def cleared(self) -> tuple[Finding, ...]:
+        return tuple(one for one in self.said if one.severity == "clear")
+
+    @property
+    def unchecked(self) -> tuple[Finding, ...]:
+        return tuple(one for one in self.said if one.severity == "not checked")
 
     @property
     def ok(self) -> bool:
@@ -170,15 +170,15 @@ class Audit:
         return {
             "ok": self.ok,
             "findings": [asdict(finding) for finding in self.findings],
-            "cleared": [cleared._asdict() for cleared in self.cleared],
-            "unchecked": [unchecked._asdict() for unchecked in self.unchecked],
+            "cleared": [{"verdict": one.verdict, "arithmetic": one.arithmetic} for one in self.cleared],
+            "unchecked": [{"verdict": one.verdict, "needs": one.sentence} for one in self.unchecked],
         }
 
     def _rows(self) -> Iterator[tuple[str, ...]]:
         """A label, a verdict, and what is said of it, in one or two parts."""
-        yield from ((f.severity, f.verdict, f.sentence, f.arithmetic) for f in self.findings)
-        yield from (("clear", verdict, arithmetic) for verdict, arithmetic in self.cleared)
-        yield from (("not checked", verdict, f"needs {needs}") for verdict, needs in self.unchecked)
+        for one in self.said:
+            needs = f"needs {one.sentence}" if one.severity == "not checked" else one.sentence
+            yield (one.severity, one.verdict, *filter(None, (needs, one.arithmetic)))
 
 
 def audit(
@@ -217,22 +217,23 @@ def audit(
         given |= {"chunks": chunks, "image": image, "model": model, "dtype": dtype}
         if extra := [name for name, value in given.items() if value is not None]:
             raise FastvlError(f"a run brings its own {', '.join(extra)}; beside one, only hardware and its figures are given")
-        return _audit_of(_outcomes_of_runs([run] if isinstance(run, Run) else run, device))
+        return _audit_of(_verdicts_on_runs([run] if isinstance(run, Run) else run, device))
     shape = None if model is None else without_weights(model, dtype or "bfloat16")
     seen = _of_numbers(Seen(device=device, model=shape), given, chunks)
-    return _audit_of(_outcomes(_with_image(seen, image)))
+    return _audit_of(_verdicts(_with_image(seen, image)))
 
 
-def _audit_of(outcomes: Iterable[Verdict]) -> Audit:
+def _audit_of(said: Iterable[Finding]) -> Audit:
     """Raises `FastvlError` if they say nothing."""
-    outcomes = list(outcomes)
-    findings = sorted((o for o in outcomes if isinstance(o, Finding)), key=_gravity)
-    cleared = tuple(o for o in outcomes if isinstance(o, Cleared))
-    unchecked = tuple(o for o in outcomes if isinstance(o, Unchecked))
-    if not findings and not cleared:
-        missing = "; ".join(f"{verdict} needs {needs}" for verdict, needs in unchecked)
-        raise FastvlError(f"too little is given to say anything: {missing}")
-    return Audit(findings=tuple(findings), cleared=cleared, unchecked=unchecked)
+    found = Audit(said=tuple(sorted(said, key=_gravity)))
+    if len(found.unchecked) == len(found.said):
+        lacking = "; ".join(f"{one.verdict} needs {one.sentence}" for one in found.unchecked)
+        raise FastvlError(f"too little is given to say anything: {lacking}")
+    return found
+
+
+def _gravity(finding: Finding) -> int:
+    return SEVERITIES.index(finding.severity)
 
 
 def _device(hardware: str | None, memory_bandwidth: float | None, peak_flops: float | None) -> Device:
@@ -294,27 +295,27 @@ def _work(model: Checkpoint, grids: Sequence[Grid], n_prompt: int) -> int:
     return vit_flops(model, grids, frames=1).total + prefill_flops(model, n_prompt, last_token_alone=True).total
 
 
-def _outcomes(seen: Seen) -> list[Verdict]:
-    found = [
-        decode_faster_than_memory(seen),
-        ttft_is_the_answer(seen),
-        bursts(seen),
-        faster_than_compute(seen),
-    ]
-    if seen.run is None:
-        return found
-    return [*found, stages_do_not_add_up(seen), logits_not_finite(seen.run)]
+def _verdicts(seen: Seen) -> list[Finding]:
+    """Every verdict on one request."""
+    of_all = (decode_faster_than_memory, ttft_is_the_answer, bursts, faster_than_compute)
+    of_runs = (stages_do_not_add_up, logits_not_finite)
+    return [_finding(judge, seen) for judge in (of_all if seen.run is None else of_all + of_runs)]
 
 
-def _outcomes_of_runs(runs: Sequence[Run], device: Device) -> list[Verdict]:
+def _finding(judge: Callable[[Any], Said], about: Any) -> Finding:
+    return Finding(verdict=judge.__name__, **judge(about)._asdict())
+
+
+def _verdicts_on_runs(runs: Sequence[Run], device: Device) -> list[Finding]:
     if not isinstance(runs, list | tuple) or not runs or not all(isinstance(run, Run) for run in runs):
         raise FastvlError("give a run, or a list of at least one")
     first, *others = (f"{run.engine} · {run.checkpoint} · {run.device} {run.dtype}" for run in runs)
     if other := next((name for name in others if name != first), None):
         raise FastvlError(f"the runs are not samples of one engine: {first}, and {other}; audit each engine's by themselves")
     device, model = _where(runs[0], device)
-    outcomes = _over_runs([_outcomes(_of_run(Seen(device=device, model=model), run)) for run in runs])
-    return [*outcomes, *_kinds(runs), _samples(runs)]
+    found = _over_runs([_verdicts(_of_run(Seen(device=device, model=model), run)) for run in runs])
+    of_samples = (too_few_samples,) if len(runs) == 1 else (cold_among_warm, too_few_samples)
+    return [*found, *(_finding(judge, runs) for judge in of_samples)]
 
 
 def _where(run: Run, device: Device) -> tuple[Device, Checkpoint | None]:
@@ -336,137 +337,78 @@ def _of_run(seen: Seen, run: Run) -> Seen:
     return replace(seen, ttft=run.ttft, n_visual=run.visual_tokens, work=work, run=run)
 
 
-def _over_runs(per_run: Sequence[Sequence[Verdict]]) -> list[Verdict]:
-    """Each verdict once: its gravest outcome, with the first run that has it and the number of such runs."""
-    merged: list[Verdict] = []
-    for outcomes in zip(*per_run, strict=True):  # one verdict's, run by run
-        gravest = min(outcomes, key=_gravity)
-        same = [number for number, outcome in enumerate(outcomes) if _gravity(outcome) == _gravity(gravest)]
-        if isinstance(gravest, Finding) and len(per_run) > 1:
+def _over_runs(per_run: Sequence[Sequence[Finding]]) -> list[Finding]:
+    """Each verdict once: its gravest, with the first run that has it and the number of such runs."""
+    merged: list[Finding] = []
+    for of_runs in zip(*per_run, strict=True):  # one verdict's, run by run
+        gravest = min(of_runs, key=_gravity)
+        same = [number for number, finding in enumerate(of_runs) if finding.severity == gravest.severity]
+        if gravest.severity not in ("clear", "not checked") and len(per_run) > 1:
             share = f"{len(same)} of {len(per_run)} runs, first in run {same[0]}, whose arithmetic this is"
             gravest = replace(gravest, sentence=f"{gravest.sentence}; in {share}")
         merged.append(gravest)
     return merged
 
 
-def _gravity(outcome: Verdict) -> int:
-    if isinstance(outcome, Finding):
-        return SEVERITIES.index(outcome.severity)
-    return len(SEVERITIES) + isinstance(outcome, Unchecked)
+# Verdicts, one a function: of a request, and then of all runs together.
 
 
-def _kinds(runs: Sequence[Run]) -> list[Verdict]:
-    numbers: dict[str, list[int]] = {}
-    for number, run in enumerate(runs):
-        numbers.setdefault(run.kind, []).append(number)
-    if len(runs) == 1:
-        return []
-    if len(numbers) == 1:
-        return [Cleared("cold_among_warm", f"all {len(runs)} runs are {runs[0].kind}")]
-    usual = max(numbers, key=lambda kind: len(numbers[kind]))
-    odd = ", ".join(f"{kind}: {', '.join(map(str, which))}" for kind, which in numbers.items() if kind != usual)
-    medians = (f"{len(n)} {kind} {seconds(median(runs[i].ttft for i in n))}" for kind, n in numbers.items())
-    return [
-        Finding(
-            verdict="cold_among_warm",
-            severity="suspect",
-            sentence=f"most runs are {usual} and some are not (run numbers of {odd}), so a statistic of all of them describes none",
-            arithmetic=f"median TTFT of {', '.join(medians)}",
-        )
-    ]
+def logits_not_finite(seen: Seen) -> Said:
+    if seen.run is None or seen.run.finite:
+        return _clear("all logits of the last prompt token are finite, as far as they are shown")
+    sentence = "its logits are not finite, so its tokens are no answer; half precision has overflowed, or weights are broken"
+    return Said("impossible", sentence, "some logit of the last prompt token is infinite or not a number")
 
 
-def _samples(runs: Sequence[Run]) -> Verdict:
-    n = len(runs)
-    if n >= FOR_A_P95:
-        return Cleared("too_few_samples", f"{n} runs, enough for a median's interval and a p95")
-    if n == 1:
-        sentence, shown = f"one {runs[0].kind} run shows what happens, and not how much it varies", "1 sample"
-    elif n < FOR_AN_INTERVAL:
-        sentence = "too few runs for an interval of their median"
-        shown = f"all {n} lie on one side of it with a probability of 2 × 0.5^{n} = {2 * 0.5**n:.1%}, which is over 5%"
-    else:
-        sentence = "enough runs for an interval of their median, too few for a p95, which would be their maximum"
-        shown = f"5% of {n} runs is less than one; of {FOR_A_P95} it is one"
-    return Finding(verdict="too_few_samples", severity="note", sentence=sentence, arithmetic=shown)
-
-
-# Verdicts, one a function.
-
-
-def logits_not_finite(run: Run) -> Verdict:
-    verdict: VerdictName = "logits_not_finite"
-    if run.finite:
-        return Cleared(verdict, "all logits of the last prompt token are finite, as far as they are shown")
-    return Finding(
-        verdict=verdict,
-        severity="impossible",
-        sentence="its logits are not finite, so its tokens are no answer; half precision has overflowed, or weights are broken",
-        arithmetic="some logit of the last prompt token is infinite or not a number",
-    )
-
-
-def decode_faster_than_memory(seen: Seen) -> Verdict:
-    verdict: VerdictName = "decode_faster_than_memory"
+def decode_faster_than_memory(seen: Seen) -> Said:
     rate, bandwidth, weights, limit = seen.rate, seen.device.memory_bandwidth, seen.weights, seen.fastest
     if rate is None or bandwidth is None or seen.model is None or weights is None:
-        return Unchecked(
-            verdict, missing({"tokens_per_second": rate, "model": seen.model, "hardware or memory_bandwidth": bandwidth})
-        )
+        return _missing({"tokens_per_second": rate, "model": seen.model, "hardware or memory_bandwidth": bandwidth})
     if limit is None:
-        return Unchecked(verdict, f"weights that no cache holds; these are {gigabytes(weights)}")
+        return _needs(f"weights that no cache holds; these are {gigabytes(weights)}")
     shown = (
         f"{bandwidth / 1e9:.0f} GB/s ({seen.device.name}) / {weights / 1e9:.2f} GB of weights a token "
         f"({str(seen.model.dtype).removeprefix('torch.')}) = {limit:.0f} tokens/s at most; "
     )
     if rate <= limit:
-        return Cleared(verdict, f"{shown}{rate:.0f} is {rate / limit:.0%} of that")
-    within = (
-        "" if seen.ttft is None else f"; up to {limit * seen.ttft:.0f} tokens can be made within the TTFT of {seconds(seen.ttft)}"
-    )
-    return Finding(
-        verdict=verdict,
-        severity="impossible",
-        sentence=f"{rate:.0f} tokens/s is more than memory allows one request, so it is the speed of delivery: the tokens were "
-        f"made before the first chunk left, and their time is inside TTFT{seen.cause}",
-        arithmetic=f"{shown}{rate:.0f} is {rate / limit:.1f} times that{within}",
+        return _clear(f"{shown}{rate:.0f} is {rate / limit:.0%} of that")
+    made = f"; up to {limit * seen.ttft:.0f} tokens can be made within the TTFT of {seconds(seen.ttft)}" if seen.ttft else ""
+    return Said(
+        "impossible",
+        f"{rate:.0f} tokens/s is more than memory allows one request, so it is the speed of delivery: the tokens were made before "
+        f"the first chunk left, and their time is inside TTFT{seen.cause}",
+        f"{shown}{rate:.0f} is {rate / limit:.1f} times that{made}",
     )
 
 
-def ttft_is_the_answer(seen: Seen) -> Verdict:
-    verdict: VerdictName = "ttft_is_the_answer"
+def ttft_is_the_answer(seen: Seen) -> Said:
     ttft, total, n, run = seen.ttft, seen.total, seen.n_tokens, seen.run
     if ttft is None or total is None or n is None:
-        return Unchecked(verdict, missing({"ttft": ttft, "total": total, "output_tokens": n}))
+        return _missing({"ttft": ttft, "total": total, "output_tokens": n})
     if n <= FEW:
-        return Unchecked(verdict, f"more than {FEW} output tokens; there are {n}")
+        return _needs(f"more than {FEW} output tokens; there are {n}")
     shown, steps = f"{seconds(ttft)} of {seconds(total)} is {ttft / total:.0%}, with {n} output tokens", []
     if run is not None:
         lane = "device" if run.trace.has_device_lane else "host"
         steps = [span.start_ns < run.trace.first_chunk_ns for span in run.trace.spans if (span.name, span.lane) == ("decode", lane)]
         shown += f", and {sum(steps)} of {len(steps)} decode steps begun before the first chunk left" if steps else ""
     if ttft <= _WHOLE * total or (steps and 2 * sum(steps) < len(steps)):
-        return Cleared(verdict, shown)
+        return _clear(shown)
     if not steps and seen.rate is not None and seen.fastest is not None and seen.rate <= seen.fastest:
-        return Cleared(verdict, f"{shown}; those after the first chunk came no faster than memory allows")
+        return _clear(f"{shown}; those after the first chunk came no faster than memory allows")
     if run is not None and not steps and run.kind == "cold":
-        return Unchecked(verdict, "a warm run, or a trace: the TTFT of a cold one may be spent on compiling")
+        return _needs("a warm run, or a trace: the TTFT of a cold one may be spent on compiling")
     doubt = "" if steps else "unless the prompt takes so long, "
-    return Finding(
-        verdict=verdict,
-        severity="suspect",
-        sentence=f"TTFT is nearly the time of the whole answer: {doubt}it says when that was done, not when it began{seen.cause}",
-        arithmetic=shown,
-    )
+    sentence = f"TTFT is nearly the time of the whole answer: {doubt}it says when that was done, not when it began{seen.cause}"
+    return Said("suspect", sentence, shown)
 
 
-def bursts(seen: Seen) -> Verdict:
-    verdict: VerdictName = "bursts"
+def bursts(seen: Seen) -> Said:
     if not seen.arrivals:
-        return Unchecked(verdict, "chunks")
+        return _needs("chunks")
     n = sum(count for _, count in seen.arrivals)
     if n <= FEW:
-        return Unchecked(verdict, f"more than {FEW} output tokens; there are {n}")
+        return _needs(f"more than {FEW} output tokens; there are {n}")
     chunks = _together(seen.arrivals)
     counts, gaps = [count for _, count in chunks], [later - time for (time, _), (later, _) in pairwise(chunks)]
     shown = f"{n} tokens in {len(chunks)} chunks, median {median(counts):g} and at most {max(counts)} a chunk"
@@ -475,17 +417,17 @@ def bursts(seen: Seen) -> Verdict:
         shown += f"; the longest gap is {seconds(max(gaps))}{times}"
     held = sum(count for count in counts if count > _A_CHARACTER)
     if held > n / 10:
-        return Finding(
-            verdict=verdict,
-            severity="suspect",
-            sentence=f"{held} of {n} tokens left in bursts, so they were held back after they had been made, and gaps between "
-            f"chunks are not the engine's own{seen.cause}",
-            arithmetic=shown,
+        return Said(
+            "suspect",
+            f"{held} of {n} tokens left in bursts, so they were held back after they had been made, and gaps between chunks are "
+            f"not the engine's own{seen.cause}",
+            shown,
         )
     if median(counts) > 1 and len(chunks) >= FEW:
-        sentence = f"tokens leave {median(counts):g} at a time, so a gap between chunks is not the time of one token"
-        return Finding(verdict=verdict, severity="note", sentence=sentence, arithmetic=shown)
-    return Cleared(verdict, shown)
+        return Said(
+            "note", f"tokens leave {median(counts):g} at a time, so a gap between chunks is not the time of one token", shown
+        )
+    return _clear(shown)
 
 
 def _together(arrivals: tuple[tuple[float, int], ...]) -> list[tuple[float, int]]:
@@ -500,15 +442,10 @@ def _together(arrivals: tuple[tuple[float, int], ...]) -> list[tuple[float, int]
     return joined if len(joined) > 3 else list(arrivals)
 
 
-def faster_than_compute(seen: Seen) -> Verdict:
-    verdict: VerdictName = "faster_than_compute"
+def faster_than_compute(seen: Seen) -> Said:
     ttft, peak, work = seen.ttft, seen.device.peak_flops, seen.work
-    hit = seen.run is not None and seen.run.kind == "cache_hit"
     if ttft is None or peak is None or work is None:
-        outcome: Verdict = Unchecked(
-            verdict, missing({"ttft": ttft, "model": seen.model, "image": work, "hardware or peak_flops": peak})
-        )
-        shown = "no limit is known here"
+        said = _missing({"ttft": ttft, "model": seen.model, "image": work, "hardware or peak_flops": peak})
     else:
         least = work / peak
         tokens = f" ({seen.n_visual} visual tokens)" if seen.n_visual else ""
@@ -516,43 +453,59 @@ def faster_than_compute(seen: Seen) -> Verdict:
             f"{work / 1e12:.2f} TFLOP{tokens} / {peak / 1e12:.0f} TFLOP/s ({seen.device.name}) = {seconds(least)} at least; "
             f"{seconds(ttft)} is {ttft / least:.2f} times that"
         )
-        too_fast = Finding(
-            verdict=verdict,
-            severity="impossible",
-            sentence="this TTFT is shorter than its work takes, so some of that was not done: a cache hit, or a smaller image",
-            arithmetic=shown,
-        )
-        outcome = Cleared(verdict, shown) if ttft >= least else too_fast
-    if not hit:
-        return outcome
+        too_fast = "this TTFT is shorter than its work takes, so some of that was not done: a cache hit, or a smaller image"
+        said = _clear(shown) if ttft >= least else Said("impossible", too_fast, shown)
+    if seen.run is None or seen.run.kind != "cache_hit":
+        return said
     sentence = "this run reused something of an earlier request, so its TTFT is a cache hit's and no whole request's"
-    return Finding(verdict=verdict, severity="note", sentence=sentence, arithmetic=shown)
+    return Said("note", sentence, said.arithmetic or "no limit is known here")
 
 
-def stages_do_not_add_up(seen: Seen) -> Verdict:
-    verdict: VerdictName = "stages_do_not_add_up"
+def stages_do_not_add_up(seen: Seen) -> Said:
     if seen.run is None or not seen.run.trace.spans:
-        return Unchecked(verdict, "a run traced with its stages")
+        return _needs("a run traced with its stages")
     trace = seen.run.trace
     ttft, stages, unaccounted = (ns / 1e9 for ns in (trace.first_chunk_ns, sum(trace.stages().values()), trace.unaccounted_ns))
     share = (stages + unaccounted) / ttft
     shown = f"stages {seconds(stages)} + unaccounted {seconds(unaccounted)} = {seconds(stages + unaccounted)}; TTFT {seconds(ttft)}"
     if abs(share - 1) > _OFF:
-        return Finding(
-            verdict=verdict,
-            severity="suspect",
-            sentence=f"stages and unaccounted are {share:.0%} of TTFT, so spans overlap and no stage's share is its own",
-            arithmetic=shown,
+        return Said(
+            "suspect", f"stages and unaccounted are {share:.0%} of TTFT, so spans overlap and no stage's share is its own", shown
         )
     if unaccounted > _LARGE * ttft:
-        sentence = f"{unaccounted / ttft:.0%} of TTFT is in no stage, so the stages do not explain it"
-        return Finding(verdict=verdict, severity="note", sentence=sentence, arithmetic=shown)
-    return Cleared(verdict, shown)
+        return Said("note", f"{unaccounted / ttft:.0%} of TTFT is in no stage, so the stages do not explain it", shown)
+    return _clear(shown)
 
 
-def missing(needed: Mapping[str, object]) -> str:
+def cold_among_warm(runs: Sequence[Run]) -> Said:
+    numbers: dict[str, list[int]] = {}
+    for number, run in enumerate(runs):
+        numbers.setdefault(run.kind, []).append(number)
+    if len(numbers) == 1:
+        return _clear(f"all {len(runs)} runs are {runs[0].kind}")
+    usual = max(numbers, key=lambda kind: len(numbers[kind]))
+    odd = ", ".join(f"{kind}: {', '.join(map(str, which))}" for kind, which in numbers.items() if kind != usual)
+    medians = (f"{len(n)} {kind} {seconds(median(runs[i].ttft for i in n))}" for kind, n in numbers.items())
+    sentence = f"most runs are {usual} and some are not (run numbers of {odd}), so a statistic of all of them describes none"
+    return Said("suspect", sentence, f"median TTFT of {', '.join(medians)}")
+
+
+def too_few_samples(runs: Sequence[Run]) -> Said:
+    n = len(runs)
+    if n >= FOR_A_P95:
+        return _clear(f"{n} runs, enough for a median's interval and a p95")
+    if n == 1:
+        return Said("note", f"one {runs[0].kind} run shows what happens, and not how much it varies", "1 sample")
+    if n < FOR_AN_INTERVAL:
+        shown = f"all {n} lie on one side of it with a probability of 2 × 0.5^{n} = {2 * 0.5**n:.1%}, which is over 5%"
+        return Said("note", "too few runs for an interval of their median", shown)
+    sentence = "enough runs for an interval of their median, too few for a p95, which would be their maximum"
+    return Said("note", sentence, f"5% of {n} runs is less than one; of {FOR_A_P95} it is one")
+
+
+def _missing(needed: Mapping[str, object]) -> Said:
     """The names of what is None."""
-    return ", ".join(name for name, value in needed.items() if value is None)
+    return _needs(", ".join(name for name, value in needed.items() if value is None))
 
 
 def seconds(value: float) -> str:

@@ -17,7 +17,7 @@ from fastvl_lab.errors import RecipeError, RequestCancelledError, RequestError, 
 from fastvl_lab.lab import Lab
 from fastvl_lab.measure.parity import Oracles, Parity, check
 from fastvl_lab.measure.recipes import START, STOCK, steps_between
-from fastvl_lab.measure.samples import Interval, RunSample, Samples, check_rounds, interleaved, json_value, median_interval
+from fastvl_lab.measure.samples import Interval, RunSample, Samples, as_row, check_rounds, interleaved, json_value, median_interval
 from fastvl_lab.recipe import Recipe
 from fastvl_lab.request import ImageInput, ImageSource, Request, check_whole_number
 from fastvl_lab.run import Kind, Run
@@ -96,7 +96,6 @@ class Comparison:
             shown, checked = self.representative(engine), self.checks[engine]
             ttft = median_interval([run.ttft * 1e3 for run in timed]) if timed else None
             tpots = [run.tpot * 1e3 for run in timed or hits if run.tpot is not None]
-            speedup = self.speedup(engine)
             row = {
                 "engine": engine,
                 "is_reference": engine == self.reference,
@@ -117,9 +116,7 @@ class Comparison:
                 "error_budget": checked.budget,
                 "oracle": checked.oracle,
                 "logit_difference": checked.moved,
-                "speedup": speedup.median if speedup else None,
-                "speedup_low": speedup.low if speedup else None,
-                "speedup_high": speedup.high if speedup else None,
+                **as_row("speedup", self.speedup(engine)),
             }
             rows.append(row)
         return rows
@@ -349,7 +346,7 @@ class Conversation:
         rows = []
         for turn in range(len(self.texts)):
             for engine in self.engines:
-                run, ttft, speedup = self.runs(engine, turn)[-1], self.ttft(engine, turn), self.speedup(engine, turn, over)
+                run, speedup = self.runs(engine, turn)[-1], as_row("speedup", self.speedup(engine, turn, over))
                 tokens, images = self.found(engine, turn)
                 row = {
                     "turn": turn + 1,
@@ -358,11 +355,9 @@ class Conversation:
                     "prompt_tokens": run.n_prompt,
                     "tokens_found": tokens,
                     "images_found": images,
-                    "ttft_ms": ttft.median * 1e3,
+                    "ttft_ms": self.ttft(engine, turn).median * 1e3,
                     "tokens_equal": self.tokens_equal(engine, turn),
-                    "speedup": speedup.median if speedup else None,
-                    "speedup_low": json_value(speedup.low) if speedup else None,
-                    "speedup_high": json_value(speedup.high) if speedup else None,
+                    **{key: json_value(value) for key, value in speedup.items()},
                 }
                 rows.append(row)
         return rows

@@ -25,61 +25,29 @@ class Hardware:
 
 
 # Where a vendor's documents give two figures for one GPU, the greater stands here: a limit must accuse nobody wrongly.
-HARDWARE = (
-    Hardware(name="RTX A6000", memory_bandwidth=768e9, peak_flops=154.8e12, source="NVIDIA RTX A6000 datasheet"),
-    Hardware(name="A40", memory_bandwidth=696e9, peak_flops=149.7e12, source="NVIDIA A40 datasheet"),
-    Hardware(
-        name="A100 40GB",
-        memory_bandwidth=1555e9,
-        peak_flops=312e12,
-        source="NVIDIA A100 datasheet",
-        also=("A100-SXM4-40GB", "A100-PCIE-40GB"),
-    ),
-    Hardware(
-        name="A100 80GB PCIe",
-        memory_bandwidth=1935e9,
-        peak_flops=312e12,
-        source="NVIDIA A100 80GB datasheet",
-    ),
-    Hardware(
-        name="A100 80GB SXM",
-        memory_bandwidth=2039e9,
-        peak_flops=312e12,
-        source="NVIDIA A100 80GB datasheet",
-        also=("A100-SXM4-80GB",),
-    ),
-    Hardware(name="L4", memory_bandwidth=300e9, peak_flops=121e12, source="NVIDIA L4 datasheet"),
-    Hardware(name="L40", memory_bandwidth=864e9, peak_flops=181.05e12, source="NVIDIA L40 datasheet"),
-    Hardware(name="L40S", memory_bandwidth=864e9, peak_flops=362.05e12, source="NVIDIA L40S datasheet"),
-    Hardware(name="RTX 3090", memory_bandwidth=936e9, peak_flops=71e12, source="NVIDIA Ampere GA102 GPU architecture, appendix A"),
-    Hardware(name="RTX 4090", memory_bandwidth=1008e9, peak_flops=165.2e12, source="NVIDIA Ada GPU architecture, appendix A"),
-    Hardware(
-        name="RTX 5090", memory_bandwidth=1792e9, peak_flops=209.5e12, source="NVIDIA RTX Blackwell GPU architecture, appendix A"
-    ),
-    Hardware(
-        name="H100 SXM",
-        memory_bandwidth=3350e9,
-        peak_flops=989.5e12,
-        source="NVIDIA H100 datasheet",
-        also=("H100 80GB HBM3",),
-    ),
-    Hardware(
-        name="H100 PCIe",
-        memory_bandwidth=2039e9,
-        peak_flops=756.5e12,
-        source="NVIDIA H100 datasheet",
-        also=("H100 80GB HBM2e",),
-    ),
-    Hardware(name="H100 NVL", memory_bandwidth=3900e9, peak_flops=835.5e12, source="NVIDIA H100 datasheet", also=("H100 94GB",)),
-    Hardware(
-        name="H200 SXM",
-        memory_bandwidth=4800e9,
-        peak_flops=989.5e12,
-        source="NVIDIA H200 datasheet",
-        also=("H200", "H200 141GB HBM3e"),  # torch's name for it is "NVIDIA H200"; the other is "NVIDIA H200 NVL"
-    ),
-    Hardware(name="H200 NVL", memory_bandwidth=4800e9, peak_flops=835.5e12, source="NVIDIA H200 datasheet"),
-    Hardware(name="B200", memory_bandwidth=8000e9, peak_flops=2250e12, source="NVIDIA HGX B200 datasheet"),
+# GB/s, TFLOP/s; torch's name for an H200 SXM is "NVIDIA H200", and the other's is "NVIDIA H200 NVL".
+_PUBLISHED: dict[str, tuple[float, float, str, tuple[str, ...]]] = {
+    "RTX A6000": (768, 154.8, "NVIDIA RTX A6000 datasheet", ()),
+    "A40": (696, 149.7, "NVIDIA A40 datasheet", ()),
+    "A100 40GB": (1555, 312, "NVIDIA A100 datasheet", ("A100-SXM4-40GB", "A100-PCIE-40GB")),
+    "A100 80GB PCIe": (1935, 312, "NVIDIA A100 80GB datasheet", ()),
+    "A100 80GB SXM": (2039, 312, "NVIDIA A100 80GB datasheet", ("A100-SXM4-80GB",)),
+    "L4": (300, 121, "NVIDIA L4 datasheet", ()),
+    "L40": (864, 181.05, "NVIDIA L40 datasheet", ()),
+    "L40S": (864, 362.05, "NVIDIA L40S datasheet", ()),
+    "RTX 3090": (936, 71, "NVIDIA Ampere GA102 GPU architecture, appendix A", ()),
+    "RTX 4090": (1008, 165.2, "NVIDIA Ada GPU architecture, appendix A", ()),
+    "RTX 5090": (1792, 209.5, "NVIDIA RTX Blackwell GPU architecture, appendix A", ()),
+    "H100 SXM": (3350, 989.5, "NVIDIA H100 datasheet", ("H100 80GB HBM3",)),
+    "H100 PCIe": (2039, 756.5, "NVIDIA H100 datasheet", ("H100 80GB HBM2e",)),
+    "H100 NVL": (3900, 835.5, "NVIDIA H100 datasheet", ("H100 94GB",)),
+    "H200 SXM": (4800, 989.5, "NVIDIA H200 datasheet", ("H200", "H200 141GB HBM3e")),
+    "H200 NVL": (4800, 835.5, "NVIDIA H200 datasheet", ()),
+    "B200": (8000, 2250, "NVIDIA HGX B200 datasheet", ()),
+}
+HARDWARE = tuple(
+    Hardware(name=name, memory_bandwidth=gigabytes * 1e9, peak_flops=tera * 1e12, source=source, also=also)
+    for name, (gigabytes, tera, source, also) in _PUBLISHED.items()
 )
 
 

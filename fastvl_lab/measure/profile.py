@@ -69,7 +69,7 @@ class Profile:
 def profile_request(lab: Lab, request: Request, engine: EngineLike) -> Profile:
     """Serve a request twice, and the second time under torch's profiler, which takes its share of the time between operations.
 
-    Profile that others call are not counted again; those of threads that the engine makes are left out.
+    Operations that others call are not counted again; those of threads that the engine makes are left out.
     """
     lab.run(request, engine, trace="off")
     activities = [ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * (lab.device.type == "cuda")
@@ -79,10 +79,10 @@ def profile_request(lab: Lab, request: Request, engine: EngineLike) -> Profile:
             lab.run(request, engine)
         return seen.events()
 
-    return _operations(lab.compute(watched))  # the profiler sees the thread that starts it
+    return _profile_of(lab.compute(watched))  # the profiler sees the thread that starts it
 
 
-def _operations(events: Sequence[Any]) -> Profile:
+def _profile_of(events: Sequence[Any]) -> Profile:
     """The profiler's events as operations: ranges on the host are stages, what they call are operations."""
     whole = next(event for event in events if event.name == _WHOLE and event.device_type.name == "CPU")
     stages, operations = [], []

@@ -16,7 +16,6 @@ import argparse
 import dataclasses
 import gc
 import json
-import platform
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -24,20 +23,19 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import transformers
 
 from fastvl_lab.capture.execute import Capture
 from fastvl_lab.engine import EngineLike, find_recipe
 from fastvl_lab.errors import DeviceError, FastvlError, sentence
-from fastvl_lab.lab import Lab, device_name
+from fastvl_lab.lab import Lab
 from fastvl_lab.measure import recipes
 from fastvl_lab.measure.compare import Comparison, break_even, compare
 from fastvl_lab.measure.floors import Ceilings, decode_bytes, floor, prefill_flops, vit_flops
 from fastvl_lab.measure.parity import Oracles, Parity, StageCheck, check, check_decoder, check_tower, within_budget
 from fastvl_lab.measure.profile import device_idle, kernels_of_request, memory_of_request, tuned_launches
-from fastvl_lab.measure.publish import picture
+from fastvl_lab.measure.publish import environment, picture
 from fastvl_lab.measure.recipes import STOCK, cannot_run
-from fastvl_lab.measure.samples import Samples, StageSample, json_value, median_interval, since_upload
+from fastvl_lab.measure.samples import Samples, StageSample, as_row, json_value, median_interval, since_upload
 from fastvl_lab.measure.tables import Row, text
 from fastvl_lab.measure.tasks import Decoding, Tower, grids_of, text_tokens, time_task
 from fastvl_lab.recipe import Recipe
@@ -120,9 +118,9 @@ class Bench:
 
     def row(self, found: Row, label: str = "") -> Row:
         """What was found, and what every row has; "parity" is None where nothing was checked."""
-        place: Row = {"checkpoint": self.lab.checkpoint.name, "device": device_name(self.lab.device)}
-        place |= {"dtype": str(self.lab.dtype).removeprefix("torch."), "recipe": label, "parity": None, "error": None}
-        return place | found
+        where = environment(self.lab)
+        place: Row = {"checkpoint": self.lab.checkpoint.name, "device": where["device"], "dtype": where["dtype"]}
+        return place | {"recipe": label, "parity": None, "error": None} | found
 
     def kept(self, engines: Mapping[str, EngineLike], *, always: str | None = None) -> dict[str, EngineLike]:
         """Those that are not to be left out."""
@@ -232,10 +230,8 @@ def _stage_rows(
 
 def _step_times(samples: Samples[StageSample], label: str, reference: str, step: str, least: float) -> Row:
     """A step's entries in a row; least: the seconds that the device's ceiling allows it."""
-    seconds, ratio = samples.median(label, step).median, samples.ratio(label, reference, step)
-    assert ratio is not None
-    times = {"ms": seconds * 1e3, "ratio": ratio.median, "ratio_low": ratio.low, "ratio_high": ratio.high}
-    return times | {"floor_ms": least * 1e3, "share": least / seconds}
+    seconds, ratio = samples.median(label, step).median, as_row("ratio", samples.ratio(label, reference, step))
+    return {"ms": seconds * 1e3, **ratio, "floor_ms": least * 1e3, "share": least / seconds}
 
 
 # Whole requests
@@ -305,8 +301,7 @@ def _ceilings_row(bench: Bench) -> Row:
     found = bench.ceilings
     row: Row = {"part": "ceilings", "matmul_tflops": found.matmul / 1e12, "copy_gb_s": found.copied / 1e9}
     row["upload_gb_s"] = None if found.uploaded is None else found.uploaded / 1e9
-    versions = {"python": platform.python_version(), "torch": str(torch.__version__), "transformers": transformers.__version__}
-    return bench.row(row | versions)
+    return bench.row(row | environment(bench.lab))
 
 
 def _floors_row(bench: Bench, case: Case) -> Row:
@@ -404,12 +399,8 @@ def _timed_row(comparison: Comparison, label: str, floor_ms: float) -> Row:
     row |= {"unaccounted_ms": _median([run.trace.unaccounted_ns for run in runs])}
     shares = [ns / run.trace.first_chunk_ns for run in runs if (ns := device_idle(run.trace)) is not None]
     row["idle_share"] = median_interval(shares).median if shares else None
-    for name, ratio in (
-        ("ratio", comparison.speedup(label, STOCK)),
-        ("patches_ratio", comparison.speedup(label, STOCK, of="patches")),
-    ):
-        row |= dict(zip((name, f"{name}_low", f"{name}_high"), ratio or (None, None, None), strict=True))
-    return row
+    row |= as_row("ratio", comparison.speedup(label, STOCK))
+    return row | as_row("patches_ratio", comparison.speedup(label, STOCK, of="patches"))
 
 
 def _stages(runs: Sequence[Run], lane: Lane) -> dict[str, float]:

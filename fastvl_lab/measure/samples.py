@@ -56,6 +56,11 @@ def json_value(value: object) -> object:
     return None if isinstance(value, float) and value != value else value
 
 
+def as_row(name: str, interval: Interval | None) -> dict[str, float | None]:
+    """A row's entries of that name, "…_low" and "…_high"; None where there is no interval."""
+    return dict(zip((name, f"{name}_low", f"{name}_high"), interval or (None, None, None), strict=True))
+
+
 def gains(ratio: Interval | None) -> bool:
     """Whether a ratio is shown to be above 1: the whole of its interval, which takes six rounds."""
     return ratio is not None and ratio.low > 1

@@ -5,22 +5,20 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
-import platform
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-import transformers
 from tqdm import tqdm
 
 from fastvl_lab.checkpoint import tiny
 from fastvl_lab.checkpoint.loading import resolve_device, resolve_dtype
-from fastvl_lab.engine import EngineLike, find
+from fastvl_lab.engine import find
 from fastvl_lab.errors import CheckpointError, FastvlError, RecipeError, RequestError, require, sentence
-from fastvl_lab.lab import Lab, device_name
+from fastvl_lab.lab import Lab
+from fastvl_lab.measure import publish
 from fastvl_lab.measure.compare import Comparison, compare
 from fastvl_lab.measure.publish import document, notebook_parameters, photo, published_point
 from fastvl_lab.request import Request
@@ -57,8 +55,7 @@ class SweepSettings:
             values = getattr(self, name)
             if isinstance(values, str) or not isinstance(values, Sequence):
                 raise RequestError(f"{name} is {values!r}; give a list")
-        for name in ("checkpoints", "recipes"):
-            if len(getattr(self, name)) == 0:
+            if len(values) == 0 and name != "image_sizes":
                 raise RequestError(f"{name} is empty; give a list of at least one")
         for checkpoint in self.checkpoints:
             if not isinstance(checkpoint, str):
@@ -190,15 +187,15 @@ class SweepResult:
 
 def sweep(settings: SweepSettings, *, progress: bool = True) -> SweepResult:
     """Run the grid. A checkpoint, image or engine that fails is recorded in `errors`, and the sweep goes on with the next."""
-    sizes: list[tuple[int, int] | None] = [(size[0], size[1]) for size in settings.image_sizes]
-    sizes = sizes or [None]
+    sizes: list[tuple[int, int] | None] = [(size[0], size[1]) for size in settings.image_sizes] or [None]
     per_point = len(settings.recipes) * (settings.warm_up + settings.repeats)
     points: list[SweptPoint] = []
     errors: list[dict[str, str]] = []
     environment: dict[str, str] = {}
 
-    def failed(error: str, checkpoint: str, image: str = "", engine: str = "") -> None:
-        errors.append({"checkpoint": checkpoint, "image": image, "engine": engine, "error": error})
+    def failed(error: Exception | str, checkpoint: str, image: str = "", engine: str = "") -> None:
+        said = error if isinstance(error, str) else sentence(error)
+        errors.append({"checkpoint": checkpoint, "image": image, "engine": engine, "error": said})
 
     with tqdm(total=per_point * len(sizes) * len(settings.checkpoints), disable=not progress, unit="run") as bar:
         for name in settings.checkpoints:
@@ -206,36 +203,20 @@ def sweep(settings: SweepSettings, *, progress: bool = True) -> SweepResult:
             try:
                 lab = Lab(name, device=settings.device or None, dtype=settings.dtype or None)
             except Exception as error:  # whatever it is, the other points are still worth measuring
-                failed(sentence(error), name)
+                failed(error, name)
                 bar.update(per_point * len(sizes))
                 continue
-            environment = _environment(lab)
-            engines: dict[str, EngineLike] = {recipe: find(recipe, lab.device) for recipe in settings.recipes}
+            environment = publish.environment(lab)
             for size in sizes:
-                bar.set_description(f"{name} {size_label(size)}")
-                done_before = bar.n
+                image, done_before = size_label(size), bar.n
+                bar.set_description(f"{name} {image}")
                 try:
-                    request = Request(
-                        images=[photo(settings.image, size)],
-                        prompt=settings.prompt,
-                        max_new_tokens=settings.max_new_tokens,
-                        ignore_eos=True,
-                    )
-                    comparison = compare(
-                        lab,
-                        request,
-                        engines,
-                        repeats=settings.repeats,
-                        warm_up=settings.warm_up,
-                        seed=settings.seed,
-                        on_run=lambda _: bar.update(1),
-                        keep_going=True,
-                    )
+                    comparison = _compare_at(lab, settings, size, lambda _: bar.update(1))
                 except Exception as error:  # as above
-                    failed(sentence(error), name, size_label(size))
+                    failed(error, name, image)
                 else:
                     for engine, text in comparison.failures.items():
-                        failed(text, name, size_label(size), engine)
+                        failed(text, name, image, engine)
                     if comparison.samples:
                         points.append(SweptPoint(checkpoint=name, size=size, comparison=comparison))
                 bar.update(done_before + per_point - bar.n)
@@ -244,9 +225,25 @@ def sweep(settings: SweepSettings, *, progress: bool = True) -> SweepResult:
                     try:
                         so_far.write_samples()
                     except OSError as error:  # a full disk now may have room at the end
-                        failed(sentence(error), name, size_label(size))
-            del lab, engines
+                        failed(error, name, image)
+            del lab
     return SweepResult(settings=settings, environment=environment, points=tuple(points), errors=tuple(errors))
+
+
+def _compare_at(lab: Lab, settings: SweepSettings, size: tuple[int, int] | None, on_run: Callable[[str], object]) -> Comparison:
+    request = Request(
+        images=[photo(settings.image, size)], prompt=settings.prompt, max_new_tokens=settings.max_new_tokens, ignore_eos=True
+    )
+    return compare(
+        lab,
+        request,
+        {recipe: recipe for recipe in settings.recipes},
+        repeats=settings.repeats,
+        warm_up=settings.warm_up,
+        seed=settings.seed,
+        on_run=on_run,
+        keep_going=True,
+    )
 
 
 def _refuse_twice(name: str, given: Sequence[Any], identity: Callable[[Any], Any], error: type[FastvlError]) -> None:
@@ -271,16 +268,6 @@ def _place(checkpoint: str) -> str:
 
 def size_label(size: tuple[int, int] | None) -> str:
     return "as given" if size is None else f"{size[0]}×{size[1]}"
-
-
-def _environment(lab: Lab) -> dict[str, str]:
-    return {
-        "device": device_name(lab.device),
-        "dtype": str(lab.dtype).removeprefix("torch."),
-        "python": platform.python_version(),
-        "torch": str(torch.__version__),
-        "transformers": transformers.__version__,
-    }
 
 
 def _file_name(label: str) -> str:

@@ -337,7 +337,7 @@ class _Replayed:
 
 
 def test_graphs_are_captured_for_each_size_before_anything_is_timed(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(Recipe, "check", lambda recipe, device, dtype=None: None)
+    monkeypatch.setattr(Recipe, "check", lambda recipe, target: None)
     store = GraphStore(_Replayed(), max_bytes=2**30, max_graphs=100)
     monkeypatch.setattr("fastvl_lab.lab._graph_store", lambda device, max_bytes: store)
     seen: list[int] = []
