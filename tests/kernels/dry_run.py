@@ -44,7 +44,7 @@ def pretend() -> list[str]:
 
     compile_only(90, note, measure)
     _triton.has_triton = lambda: True
-    Option.unavailable = lambda option, device: None  # type: ignore[method-assign]
+    Option.unavailable = lambda option, device, dtype=None: None  # type: ignore[method-assign]
     inductor.compile_fx = lambda graph, inputs: graph  # type: ignore[assignment]
     for name in ("empty", "empty_like"):
         make: Callable[..., torch.Tensor] = getattr(torch, name)

@@ -35,10 +35,17 @@ def _native(cache: Path, gpu: int | str, *calls: str) -> dict[str, Any]:
     return found
 
 
-@pytest.mark.parametrize("capability", CALLS)
-def test_every_kernel_compiles_and_has_a_launch_that_fits(capability: int, tmp_path: Path) -> None:
+EVERY = "--every-launch"
+
+
+@pytest.mark.parametrize(
+    ("capability", "options"),
+    [(90, ()), *(pytest.param(capability, (EVERY,), marks=pytest.mark.native) for capability in CALLS)],
+    ids=lambda value: str(value) if isinstance(value, int) else "".join(value) or "extremes",
+)
+def test_every_kernel_compiles_and_has_a_launch_that_fits(capability: int, options: tuple[str, ...], tmp_path: Path) -> None:
     """On cards from Ampere to Blackwell: into shared memory and registers, and onto the card's tensor cores."""
-    compiled = _native(tmp_path, capability, *CALLS[capability])["compiled"]
+    compiled = _native(tmp_path, capability, *CALLS[capability], *options)["compiled"]
     for call in [call for call in CALLS[capability] if call != "rest"]:
         launches = [kernel for kernel in compiled if kernel["call"].startswith(call) and kernel["block_k"]]
         assert [kernel for kernel in launches if kernel["shared"] <= SHARED_MEMORY[capability] and kernel["stack"] == 0], launches
