@@ -13,12 +13,14 @@ import pytest
 import torch
 from PIL import Image
 
-# Tests, and the kernels they start, get an empty cache: none reads or fills the user's. Set before any library reads them.
-os.environ["XDG_CACHE_HOME"] = tempfile.mkdtemp(prefix="fastvl-lab-tests-")
+# Tests, and the kernels they start, get an empty cache: none reads or fills the user's. A session's processes share it, so that
+# each program is compiled once. Set before any library reads them.
+if "PYTEST_XDIST_WORKER" not in os.environ:
+    os.environ["XDG_CACHE_HOME"] = tempfile.mkdtemp(prefix="fastvl-lab-tests-")
+    atexit.register(shutil.rmtree, os.environ["XDG_CACHE_HOME"], ignore_errors=True)
 os.environ["HF_HUB_OFFLINE"] = "1"
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # kernels run in Triton's interpreter, on tensors of the host
-atexit.register(shutil.rmtree, os.environ["XDG_CACHE_HOME"], ignore_errors=True)
 
 from transformers import AutoConfig, AutoModelForImageTextToText
 
