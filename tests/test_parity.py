@@ -80,7 +80,7 @@ def test_every_exact_recipe_equals_transformers(lab: Lab, case: str) -> None:
         assert len(expected.tokens) == 32
         assert (run.logits - expected.logits).abs().max() < TOLERANCE, name
         assert run.tokens == expected.tokens[: asked.max_new_tokens], name
-        assert run.text == expected.text if asked is request else expected.text.startswith(run.text), name
+        assert run.text == expected.text or asked is first, name
         assert run.shapes == expected.shapes, name
 
 
