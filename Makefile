@@ -9,6 +9,7 @@
 #   make lab
 #   make lint
 #   make figures [MEASURE=--measure]
+#   make toggles      (docs/toggles.md, from the catalogue)
 
 PYTHON ?= python3
 VENV   ?= .venv
@@ -22,7 +23,7 @@ given  = $(if $(findstring command,$(origin $1)),$($1))
 quote  = '$(subst ','\'',$1)'
 FOLDER := $(or $(call given,RUN),runs/$(shell date +%Y%m%d-%H%M%S))
 
-.PHONY: sweep test test-native test-oldest benchmark lab lint figures
+.PHONY: sweep test test-native test-oldest benchmark lab lint figures toggles
 .DELETE_ON_ERROR:
 
 $(STAMP): pyproject.toml $(LIMITS)
@@ -69,3 +70,6 @@ lint: $(STAMP)
 
 figures: $(STAMP)
 	$(BIN)/python figures/draw.py $(MEASURE)
+
+toggles: $(STAMP)
+	$(BIN)/python -c 'from fastvl_lab.catalogue import catalogue_markdown; print(catalogue_markdown())' > docs/toggles.md

@@ -6,7 +6,7 @@ import atexit
 import os
 import shutil
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import pytest
@@ -25,6 +25,7 @@ if not torch.cuda.is_available():
 from transformers import AutoConfig, AutoModelForImageTextToText
 
 from fastvl_lab import Lab, photo
+from fastvl_lab.catalogue import SLOTS, Option, toggles
 from fastvl_lab.checkpoint import Checkpoint, tiny
 from fastvl_lab.checkpoint.fused import fuse_projections
 from fastvl_lab.checkpoint.random_weights import randomise
@@ -115,6 +116,21 @@ def other_checkpoint() -> Callable[..., Checkpoint]:
         )
 
     return make
+
+
+@pytest.fixture
+def add_option() -> Iterator[Callable[[str, Option], None]]:
+    """Add an option to a toggle of the catalogue while everything runs, as a line of the file would."""
+    with pytest.MonkeyPatch.context() as patch:
+
+        def add(path: str, option: Option) -> None:
+            slot, _, name = path.partition(".")
+            field = SLOTS[slot].__dataclass_fields__[name]
+            patch.setattr(field, "metadata", {"options": (*field.metadata["options"], option)})
+            toggles.cache_clear()
+
+        yield add
+    toggles.cache_clear()
 
 
 @pytest.fixture

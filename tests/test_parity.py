@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from fastvl_lab import Lab, Recipe, Request, photo, toggles
+from fastvl_lab.catalogue import Target
 from fastvl_lab.checkpoint import tiny
 
 TOLERANCE = 1e-4
@@ -52,7 +53,7 @@ def _recipes() -> dict[str, Recipe]:
     free = Recipe.parse("baseline, preprocessor.resize=pillow, vit.tower=lean")
     for toggle in toggles():
         for option in toggle.options:
-            if option.exact and option.unavailable(torch.device("cpu")) is None:
+            if option.exact and option.needs.unmet(Target(device=torch.device("cpu"))) is None:
                 recipes[f"{toggle.path}={option.value}"] = free.choose(toggle.path, option.value)
     for options in itertools.product(("uint8", "uint8_folded"), ("duplicated", "folded"), ("conv3d", "linear")):
         paths = ("preprocessor.payload", "preprocessor.temporal", "vit.patch_embed")

@@ -599,7 +599,7 @@ def test_a_size_to_warm_up_that_cannot_be_is_refused_at_the_start(labs: dict[str
 
 
 def test_a_server_runs_a_recipe_that_can_run_here(labs: dict[str, Lab]) -> None:
-    with pytest.raises(FastvlError, match="a server runs a recipe"):
+    with pytest.raises(RecipeError, match="is a peer, which has no toggles; give a recipe"):
         create_app(labs[MODEL], "transformers")
     with pytest.raises(DeviceError, match="did not come up: recipe 'quickest'"), serving(MODEL, "quickest"):
         pass

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from fastvl_lab import Chunk, Lab, Recipe, Request, RequestCancelledError, Run
-from fastvl_lab.recipe import toggles
+from fastvl_lab.catalogue import toggles
 from fastvl_lab.streaming.gate import CountingGate
 from fastvl_lab.streaming.launch import _Sent
 from fastvl_lab.trace import Tracer
@@ -167,7 +167,7 @@ def test_what_a_step_raises_reaches_the_caller(
     labs: dict[str, Lab], answer_of: Callable[..., Request], settings: dict, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     lab, recipe = labs["tiny-qwen2.5-vl"], _recipe(settings)
-    stages = lab._bind(recipe).stages  # type: ignore[attr-defined]
+    stages = lab._bind(lab.engine(recipe)).stages  # type: ignore[attr-defined]
     decode, calls = stages.decode, []
 
     def fails_at_the_fifth(*arguments: object) -> torch.Tensor:
