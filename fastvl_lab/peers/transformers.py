@@ -51,7 +51,7 @@ class TransformersPeer:
             pad_token_id=checkpoint.tokenizer.pad_token_id,
         )
         streamer = _Streamer(Emitter(self.token_bytes, deliver), tracer, settings)
-        with _stage_spans(checkpoint.model, tracer, has_images=pixels is not None) as seen:
+        with _stage_spans(checkpoint, tracer, has_images=pixels is not None) as seen:
             output = checkpoint.model.generate(**inputs, generation_config=settings, streamer=streamer)
         return Outcome(
             tokens=tuple(output[0, n_prompt:].tolist()),
@@ -132,7 +132,7 @@ class _Streamer(BaseStreamer):
 
 
 @contextmanager
-def _stage_spans(model: Any, tracer: Tracer, *, has_images: bool) -> Iterator[dict[str, torch.Tensor]]:
+def _stage_spans(checkpoint: Checkpoint, tracer: Tracer, *, has_images: bool) -> Iterator[dict[str, torch.Tensor]]:
     """Open and close the model's stages from hooks; yields a dict that will hold the first step's logits."""
     seen: dict[str, torch.Tensor] = {}
     inside = vision_done = False
@@ -163,16 +163,16 @@ def _stage_spans(model: Any, tracer: Tracer, *, has_images: bool) -> Iterator[di
         seen.setdefault("logits", logits)
         tracer.begin("sample")
 
-    inner = model.model
+    vision, text = checkpoint.vision, checkpoint.text
     handles = [
-        inner.register_forward_pre_hook(before_model),
-        inner.visual.register_forward_pre_hook(before_vision),
-        inner.visual.register_forward_hook(after_vision),
-        inner.language_model.register_forward_pre_hook(before_decoder),
-        model.lm_head.register_forward_hook(after_head),
+        checkpoint.model.model.register_forward_pre_hook(before_model),
+        vision.module.register_forward_pre_hook(before_vision),
+        vision.module.register_forward_hook(after_vision),
+        text.module.register_forward_pre_hook(before_decoder),
+        text.head.register_forward_hook(after_head),
     ]
-    layers = {f"vit.block.{i}": block for i, block in enumerate(inner.visual.blocks)}
-    layers |= {f"language.layer.{i}": layer for i, layer in enumerate(inner.language_model.layers)}
+    layers = {f"vit.block.{i}": block for i, block in enumerate(vision.blocks)}
+    layers |= {f"language.layer.{i}": layer for i, layer in enumerate(text.blocks)}
     try:
         with tracer.modules(layers):
             yield seen

@@ -75,8 +75,7 @@ def bind(slot: Vit, checkpoint: Checkpoint, patch_format: PatchFormat, *, compil
         assert patch_format == stock_format(checkpoint), "the recipe lets the stock tower have stock patches only"
         return stock.bind_stock(checkpoint)
     assert slot.tower == "lean"
-    vision = checkpoint.config.vision_config
-    head_dim = vision.hidden_size // vision.num_heads
+    head_dim = checkpoint.vision.hidden_size // checkpoint.vision.n_heads
     if slot.attention in ("varlen", "triton") and (head_dim % 8 != 0 or head_dim > 128):
         raise CheckpointError(
             f"vit.attention={slot.attention} takes heads of a multiple of 8 up to 128, and the checkpoint's have {head_dim}; "
@@ -84,7 +83,7 @@ def bind(slot: Vit, checkpoint: Checkpoint, patch_format: PatchFormat, *, compil
         )
     operations = bind_operations(norms=slot.norms, rope=slot.rope, activation=slot.activation, interpolation=slot.interpolation)
     between = {"exact": as_they_are, "aligned": in_lines}[slot.padding]
-    tower = lean.tower_of(checkpoint.model.model.visual, checkpoint.family, operations, between)
+    tower = lean.tower_of(checkpoint, operations, between)
     patch_embed = _patch_embed(slot, checkpoint, patch_format)
     attend = attention.bind(slot.attention, checkpoint.dtype, compiled=compiled)
     build = partial(lean.build_plan, tower, attend)
@@ -94,12 +93,12 @@ def bind(slot: Vit, checkpoint: Checkpoint, patch_format: PatchFormat, *, compil
 
 def stock_format(checkpoint: Checkpoint) -> PatchFormat:
     """Patches as the published model takes them."""
-    return PatchFormat(frames=checkpoint.config.vision_config.temporal_patch_size, normalised=True)
+    return PatchFormat(frames=checkpoint.patches.temporal_patch_size, normalised=True)
 
 
 def _patch_embed(slot: Vit, checkpoint: Checkpoint, patch_format: PatchFormat) -> PatchEmbed:
     """The checkpoint's own weight where the format is the stock one; else what of the preprocessing is folded into it."""
-    conv = checkpoint.model.model.visual.patch_embed.proj
+    conv = checkpoint.vision.patch_embed
     projection = PatchProjection(weight=conv.weight, bias=conv.bias)
     if patch_format != stock_format(checkpoint):
         scale_shift = None if patch_format.normalised else checkpoint.scale_shift()
