@@ -75,13 +75,14 @@ def merger(merger: Any, operations: Operations, between: Between) -> Function:
     return lambda x: second(F.gelu(first(norm(x, None)[1].view(-1, width))))
 
 
-def _geometry(text: dict[str, Any], vision: dict[str, Any], *, sections: list[int], tied: bool = True) -> Geometry:
+def _geometry(text: dict[str, int], vision: dict[str, Any], *, vocab_size: int, sections: list[int], tied: bool = True) -> Geometry:
     """What differs between sizes, and what does not (each model's config.json and preprocessor_config.json on the hub)."""
     rope = {"rope_type": "default", "rope_theta": 1000000.0, "mrope_section": sections}
-    shared = {"patch_size": 14, "temporal_patch_size": 2, "spatial_merge_size": 2, "window_size": 112}
+    more = {"vocab_size": vocab_size, "rms_norm_eps": 1e-6, "max_position_embeddings": 128000, "rope_parameters": rope}
+    patches = {"patch_size": 14, "temporal_patch_size": 2, "spatial_merge_size": 2, "window_size": 112}
     return Geometry(
-        text=text | {"rms_norm_eps": 1e-6, "max_position_embeddings": 128000, "rope_parameters": rope},
-        vision=vision | shared,
+        text=text | more,
+        vision=vision | patches | {"out_hidden_size": text["hidden_size"]},
         tie_word_embeddings=tied,
         min_pixels=3136,
         max_pixels=12845056,
@@ -91,53 +92,22 @@ def _geometry(text: dict[str, Any], vision: dict[str, Any], *, sections: list[in
 
 
 _TINY = _geometry(
-    {
-        "hidden_size": 256,
-        "intermediate_size": 704,
-        "num_hidden_layers": 4,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 1,
-        "vocab_size": 320,
-    },
-    {
-        "depth": 4,
-        "hidden_size": 80,
-        "intermediate_size": 216,
-        "num_heads": 2,
-        "out_hidden_size": 256,
-        "fullatt_block_indexes": [1, 3],
-    },
+    {"hidden_size": 256, "intermediate_size": 704, "num_hidden_layers": 4, "num_attention_heads": 4, "num_key_value_heads": 1},
+    {"depth": 4, "hidden_size": 80, "intermediate_size": 216, "num_heads": 2, "fullatt_block_indexes": [1, 3]},
+    vocab_size=320,
     sections=[8, 12, 12],
 )
-_VISION = {
-    "depth": 32,
-    "hidden_size": 1280,
-    "intermediate_size": 3420,
-    "num_heads": 16,
-    "fullatt_block_indexes": [7, 15, 23, 31],
-}
+_VISION = {"depth": 32, "hidden_size": 1280, "intermediate_size": 3420, "num_heads": 16, "fullatt_block_indexes": [7, 15, 23, 31]}
 _3B = _geometry(
-    {
-        "hidden_size": 2048,
-        "intermediate_size": 11008,
-        "num_hidden_layers": 36,
-        "num_attention_heads": 16,
-        "num_key_value_heads": 2,
-        "vocab_size": 151936,
-    },
-    _VISION | {"out_hidden_size": 2048},
+    {"hidden_size": 2048, "intermediate_size": 11008, "num_hidden_layers": 36, "num_attention_heads": 16, "num_key_value_heads": 2},
+    _VISION,
+    vocab_size=151936,
     sections=[16, 24, 24],
 )
 _7B = _geometry(
-    {
-        "hidden_size": 3584,
-        "intermediate_size": 18944,
-        "num_hidden_layers": 28,
-        "num_attention_heads": 28,
-        "num_key_value_heads": 4,
-        "vocab_size": 152064,
-    },
-    _VISION | {"out_hidden_size": 3584},
+    {"hidden_size": 3584, "intermediate_size": 18944, "num_hidden_layers": 28, "num_attention_heads": 28, "num_key_value_heads": 4},
+    _VISION,
+    vocab_size=152064,
     sections=[16, 24, 24],
     tied=False,
 )

@@ -74,19 +74,16 @@ def merger(merger: Any, _: Operations, between: Between) -> Function:
     return lambda x: second(F.gelu(first(merger.norm(x.reshape(-1, of_norm)).view(-1, width))))
 
 
-def _geometry(text: dict[str, Any], vision: dict[str, Any], *, sections: list[int], tied: bool = True) -> Geometry:
+def _geometry(
+    text: dict[str, int], vision: dict[str, Any], *, head_dim: int, vocab_size: int, sections: list[int], tied: bool = True
+) -> Geometry:
     """What differs between sizes, and what does not (each model's config.json and preprocessor_config.json on the hub)."""
     rope = {"rope_type": "default", "rope_theta": 5000000.0, "mrope_section": sections, "mrope_interleaved": True}
-    shared = {
-        "patch_size": 16,
-        "temporal_patch_size": 2,
-        "spatial_merge_size": 2,
-        "num_position_embeddings": 2304,
-        "hidden_act": "gelu_pytorch_tanh",
-    }
+    more = {"head_dim": head_dim, "vocab_size": vocab_size, "rms_norm_eps": 1e-6, "max_position_embeddings": 262144}
+    patches = {"patch_size": 16, "temporal_patch_size": 2, "spatial_merge_size": 2, "num_position_embeddings": 2304}
     return Geometry(
-        text=text | {"rms_norm_eps": 1e-6, "max_position_embeddings": 262144, "rope_parameters": rope},
-        vision=vision | shared,
+        text=text | more | {"rope_parameters": rope},
+        vision=vision | patches | {"hidden_act": "gelu_pytorch_tanh", "out_hidden_size": text["hidden_size"]},
         tie_word_embeddings=tied,
         min_pixels=65536,
         max_pixels=16777216,
@@ -95,78 +92,30 @@ def _geometry(text: dict[str, Any], vision: dict[str, Any], *, sections: list[in
     )
 
 
+def _published(text: dict[str, int], vision: dict[str, Any], *, tied: bool = True) -> Geometry:
+    return _geometry(text, vision, head_dim=128, vocab_size=151936, sections=[24, 20, 20], tied=tied)
+
+
 _TINY = _geometry(
-    {
-        "hidden_size": 256,
-        "intermediate_size": 768,
-        "num_hidden_layers": 4,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
-        "head_dim": 48,
-        "vocab_size": 320,
-    },
-    {
-        "depth": 4,
-        "hidden_size": 48,
-        "intermediate_size": 192,
-        "num_heads": 2,
-        "out_hidden_size": 256,
-        "deepstack_visual_indexes": [0, 1, 2],
-    },
+    {"hidden_size": 256, "intermediate_size": 768, "num_hidden_layers": 4, "num_attention_heads": 4, "num_key_value_heads": 2},
+    {"depth": 4, "hidden_size": 48, "intermediate_size": 192, "num_heads": 2, "deepstack_visual_indexes": [0, 1, 2]},
+    head_dim=48,
+    vocab_size=320,
     sections=[8, 8, 8],
 )
-_SMALL_VISION = {
-    "depth": 24,
-    "hidden_size": 1024,
-    "intermediate_size": 4096,
-    "num_heads": 16,
-    "deepstack_visual_indexes": [5, 11, 17],
-}
-_LARGE_VISION = {
-    "depth": 27,
-    "hidden_size": 1152,
-    "intermediate_size": 4304,
-    "num_heads": 16,
-    "deepstack_visual_indexes": [8, 16, 24],
-}
-_2B = _geometry(
-    {
-        "hidden_size": 2048,
-        "intermediate_size": 6144,
-        "num_hidden_layers": 28,
-        "num_attention_heads": 16,
-        "num_key_value_heads": 8,
-        "head_dim": 128,
-        "vocab_size": 151936,
-    },
-    _SMALL_VISION | {"out_hidden_size": 2048},
-    sections=[24, 20, 20],
+_SMALL = {"depth": 24, "hidden_size": 1024, "intermediate_size": 4096, "num_heads": 16, "deepstack_visual_indexes": [5, 11, 17]}
+_LARGE = {"depth": 27, "hidden_size": 1152, "intermediate_size": 4304, "num_heads": 16, "deepstack_visual_indexes": [8, 16, 24]}
+_2B = _published(
+    {"hidden_size": 2048, "intermediate_size": 6144, "num_hidden_layers": 28, "num_attention_heads": 16, "num_key_value_heads": 8},
+    _SMALL,
 )
-_4B = _geometry(
-    {
-        "hidden_size": 2560,
-        "intermediate_size": 9728,
-        "num_hidden_layers": 36,
-        "num_attention_heads": 32,
-        "num_key_value_heads": 8,
-        "head_dim": 128,
-        "vocab_size": 151936,
-    },
-    _SMALL_VISION | {"out_hidden_size": 2560},
-    sections=[24, 20, 20],
+_4B = _published(
+    {"hidden_size": 2560, "intermediate_size": 9728, "num_hidden_layers": 36, "num_attention_heads": 32, "num_key_value_heads": 8},
+    _SMALL,
 )
-_8B = _geometry(
-    {
-        "hidden_size": 4096,
-        "intermediate_size": 12288,
-        "num_hidden_layers": 36,
-        "num_attention_heads": 32,
-        "num_key_value_heads": 8,
-        "head_dim": 128,
-        "vocab_size": 151936,
-    },
-    _LARGE_VISION | {"out_hidden_size": 4096},
-    sections=[24, 20, 20],
+_8B = _published(
+    {"hidden_size": 4096, "intermediate_size": 12288, "num_hidden_layers": 36, "num_attention_heads": 32, "num_key_value_heads": 8},
+    _LARGE,
     tied=False,
 )
 

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 
 from fastvl_lab.checkpoint import Checkpoint
-from fastvl_lab.families.vision import Between, Block, Function, Interpolate, Operations, Rotate
+from fastvl_lab.families.vision import Between, Block, Function, Interpolate, Operations, Rotate, Vision
 from fastvl_lab.request import Grid, VisionTokens
 from fastvl_lab.trace import Inner
 from fastvl_lab.vit import positions
@@ -24,20 +24,16 @@ from fastvl_lab.vit.plan import Plan
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Tower:
-    """A tower as functions over the stock module's parameters, with what its geometry decides (`families.vision.Vision`).
+    """A tower as functions over the stock module's parameters.
 
     deepstack: block index -> merger. rotate, interpolate: the operations of the toggles that are no block's own.
     """
 
+    vision: Vision
+    merge_size: int
     blocks: tuple[Block, ...]
-    full_attention: tuple[bool, ...]
     merger: Function
     deepstack: dict[int, Function]
-    learned_positions: torch.Tensor | None
-    inv_freq: torch.Tensor
-    n_heads: int
-    merge_size: int
-    window: int | None
     rotate: Rotate
     interpolate: Interpolate
 
@@ -49,15 +45,11 @@ def tower_of(checkpoint: Checkpoint, operations: Operations, between: Between = 
     """
     family, vision = checkpoint.family, checkpoint.vision
     return Tower(
+        vision=vision,
+        merge_size=checkpoint.merge_size,
         blocks=family.blocks(vision, operations, between),
-        full_attention=vision.full_attention,
         merger=family.merger(vision.merger, operations, between),
         deepstack={index: family.merger(merger, operations, between) for index, merger in vision.deepstack.items()},
-        learned_positions=vision.learned_positions,
-        inv_freq=vision.inv_freq,
-        n_heads=vision.n_heads,
-        merge_size=checkpoint.merge_size,
-        window=vision.window,
         rotate=operations.rotate,
         interpolate=operations.interpolate,
     )
@@ -69,21 +61,22 @@ def build_plan(tower: Tower, attention: SegmentAttention, grids: Sequence[Grid],
     n_patches: None, or theirs and more to be shared with other grids. The rest is padding, which stays last, at position 0, in
     segments of its own; tables of segments then have room for those of other grids.
     """
-    merge, device = tower.merge_size, tower.inv_freq.device
+    vision, merge = tower.vision, tower.merge_size
+    device, window, table = vision.inv_freq.device, vision.window, vision.learned_positions
     padding = 0 if n_patches is None else n_patches - sum(grid.n_patches for grid in grids)
     row_column, frames = positions.coordinates(grids, merge, device), positions.frames(grids, padding)
     order = rank = None
     windows = frames
-    if tower.window is not None:
-        token_order, rank = positions.window_order(grids, merge, tower.window, device)
-        windows = positions.windows(grids, merge, tower.window, padding)
+    if window is not None:
+        token_order, rank = positions.window_order(grids, merge, window, device)
+        windows = positions.windows(grids, merge, window, padding)
         order = (token_order[:, None] * merge**2 + torch.arange(merge**2, device=device)).flatten()
         row_column = row_column[order]
     learned = None
-    if tower.learned_positions is not None:
-        side = round(tower.learned_positions.shape[0] ** 0.5)
-        learned = tower.interpolate(tower.learned_positions, *positions.interpolation(grids, row_column, side))
-    cos, sin = positions.rotary(F.pad(row_column, (0, 0, 0, padding)), tower.inv_freq)
+    if table is not None:
+        side = round(len(table) ** 0.5)
+        learned = tower.interpolate(table, *positions.interpolation(grids, row_column, side))
+    cos, sin = positions.rotary(F.pad(row_column, (0, 0, 0, padding)), vision.inv_freq)
     prepared = [attention.prepare(segments, device) for segments in (windows, frames)]
     if n_patches is not None:
         order, rank = _followed(order, n_patches), _followed(rank, n_patches // merge**2)
@@ -106,14 +99,15 @@ def encode(
     inner: Inner,
 ) -> VisionTokens:
     """Patches to visual tokens (and DeepStack features), in the order of the prompt's placeholders; padding stays last."""
+    vision = tower.vision
     hidden = patch_embed(patches if plan.order is None else patches.index_select(0, plan.order))  # [N, hidden]
     added = plan.learned
 
     deepstack = []
-    for index, (block, full) in enumerate(zip(tower.blocks, tower.full_attention, strict=True)):
+    for index, (block, full) in enumerate(zip(tower.blocks, vision.full_attention, strict=True)):
         with inner(f"vit.block.{index}"):
             hidden, normed = block.norm1(hidden, added)
-            q, k, v = tower.rotate(block.qkv(normed), tower.n_heads, plan.cos, plan.sin)
+            q, k, v = tower.rotate(block.qkv(normed), vision.n_heads, plan.cos, plan.sin)
             attended = attention.attend(q, k, v, plan.frames if full else plan.windows)
             hidden, normed = block.norm2(hidden, block.proj(attended))
             added = block.mlp(normed)

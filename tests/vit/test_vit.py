@@ -226,8 +226,8 @@ def test_the_lean_tower_copies_no_parameter(lab: Lab) -> None:
     visual = lab.checkpoint.model.model.visual
     tower = lean.tower_of(lab.checkpoint, OPERATIONS)
     assert tower.blocks[0].qkv.weight is visual.blocks[0].attn.qkv.weight  # type: ignore[attr-defined]
-    if tower.learned_positions is not None:
-        assert tower.learned_positions is visual.pos_embed.weight
+    if tower.vision.learned_positions is not None:
+        assert tower.vision.learned_positions is visual.pos_embed.weight
 
 
 @pytest.mark.parametrize("positions_option", ["recomputed", "cached"])
