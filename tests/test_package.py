@@ -132,7 +132,11 @@ def test_what_is_true_of_one_family_stands_in_its_file() -> None:
 
 def _is_the_labs_own(node: ast.Attribute) -> bool:
     """Names that the lab uses too: a checkpoint's image token, a decoder's LM head."""
-    return (ast.unparse(node.value), node.attr) in {("checkpoint", "image_token_id"), ("decoder.weights", "lm_head")}
+    return (ast.unparse(node.value), node.attr) in {
+        ("checkpoint", "image_token_id"),
+        ("self.checkpoint", "image_token_id"),
+        ("decoder.weights", "lm_head"),
+    }
 
 
 def test_options_of_a_slot_do_not_import_each_other() -> None:

@@ -56,7 +56,8 @@ class Family:
 
     config_faults(config), model_faults(model): what keeps a checkpoint of the family from being served. patches(config): how its
     images are cut. vision(model), text(model): its parts by what they are for. stock_vision(module, patches, grids): the stock
-    tower's own forward; grids: int64 [n_images, 3] on the patches' device.
+    tower's own forward; grids: int64 [n_images, 3]. stock_inputs(is_image, patches, grids): what the stock model's forward takes of
+    images beside input_ids; is_image: bool [1, n_tokens].
 
     blocks(vision, operations, between), merger(module, operations, between): the same parameters as functions, made of the
     operations that the toggles chose; `between` makes the products inside an MLP. Raises `CheckpointError` for what they have not.
@@ -77,6 +78,7 @@ class Family:
     vision: Callable[[Any], Vision]
     text: Callable[[Any], Text]
     stock_vision: Callable[[Any, torch.Tensor, torch.Tensor], VisionTokens]
+    stock_inputs: Callable[[torch.Tensor, torch.Tensor, torch.Tensor], dict[str, torch.Tensor]]
     blocks: Callable[[Vision, Operations, Between], tuple[Block, ...]]
     merger: Callable[[Any, Operations, Between], Function]
     positions: Callable[[np.ndarray, Sequence[Grid], int], tuple[np.ndarray, int]]

@@ -78,6 +78,11 @@ def text(model: Any, *, head_norms: bool, axis: torch.Tensor) -> Text:
     return read_text(model.model.language_model, model.lm_head, head_norms=head_norms, axis=axis)
 
 
+def stock_inputs(is_image: torch.Tensor, patches: torch.Tensor, grids: torch.Tensor) -> dict[str, torch.Tensor]:
+    """mm_token_type_ids tell the stock model which tokens have the places of an image."""
+    return {"pixel_values": patches, "image_grid_thw": grids, "mm_token_type_ids": is_image.int()}
+
+
 def section_faults(model: Any, *, fill: bool) -> Iterator[Fault]:
     """Sections of M-RoPE that are no three counts; fill: whether they must be all frequencies together."""
     rotary = model.model.language_model.rotary_emb

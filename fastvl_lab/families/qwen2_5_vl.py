@@ -123,6 +123,7 @@ FAMILY = Family(
     vision=vision,
     text=text,
     stock_vision=stock_vision,
+    stock_inputs=qwen.stock_inputs,
     blocks=blocks,
     merger=merger,
     positions=qwen.mrope_positions,

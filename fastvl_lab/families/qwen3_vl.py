@@ -130,6 +130,7 @@ FAMILY = Family(
     vision=vision,
     text=text,
     stock_vision=stock_vision,
+    stock_inputs=qwen.stock_inputs,
     blocks=blocks,
     merger=merger,
     positions=qwen.mrope_positions,

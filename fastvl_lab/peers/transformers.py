@@ -66,32 +66,33 @@ class TransformersPeer:
 
         In the model's dtype [1 + n, vocab], on the host.
         """
-        inputs, _ = self._inputs(request, Tracer(self.checkpoint.device, "off"))
-        n, given = len(tokens), tokens.to(self.checkpoint.device)[None]
-        inputs["input_ids"] = torch.cat([inputs["input_ids"], given], dim=1)
-        for name in ("attention_mask", "mm_token_type_ids"):
-            if name in inputs:
-                inputs[name] = F.pad(inputs[name], (0, n), value=int(name == "attention_mask"))
-        logits: torch.Tensor = self.checkpoint.model(**inputs, logits_to_keep=n + 1, use_cache=False).logits[0]
+        inputs, _ = self._inputs(request, Tracer(self.checkpoint.device, "off"), tokens)
+        logits: torch.Tensor = self.checkpoint.model(**inputs, logits_to_keep=len(tokens) + 1, use_cache=False).logits[0]
         return logits.cpu()
 
-    def _inputs(self, request: Request, tracer: Tracer) -> tuple[dict[str, torch.Tensor], Pixels | None]:
-        """What the model's forward takes, on the device, and the pixels among it."""
+    def _inputs(
+        self, request: Request, tracer: Tracer, after: torch.Tensor | None = None
+    ) -> tuple[dict[str, torch.Tensor], Pixels | None]:
+        """What the model's forward takes, on the device, and the pixels among it; after: tokens that follow the prompt."""
         opened = pixels = None
         if request.image_inputs:
             with tracer.span("decode_image"):
                 opened = self.images.open(request)
         with tracer.span("tokenize"):
-            inputs = self._tokenize(request, opened.grids if opened else ())
+            ids = self._tokenize(request, opened.grids if opened else ())
+            is_image = ids == self.checkpoint.image_token_id
+            if after is not None:
+                ids, is_image = torch.cat([ids, after[None].to(ids)], dim=1), F.pad(is_image, (0, len(after)))
+            inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
         if opened is not None:
             pixels = self.images.make(opened, tracer.span)
         with tracer.span("upload"):
             if pixels is not None:
-                inputs |= {"pixel_values": pixels.patches, "image_grid_thw": torch.tensor(pixels.grids)}
+                inputs |= self.checkpoint.family.stock_inputs(is_image, pixels.patches, torch.tensor(pixels.grids))
             return {name: tensor.to(self.checkpoint.device) for name, tensor in inputs.items()}, pixels
 
-    def _tokenize(self, request: Request, grids: tuple[Grid, ...]) -> dict[str, torch.Tensor]:
-        """What Transformers' processor makes of text: placeholders expanded in the string, then tokenized.
+    def _tokenize(self, request: Request, grids: tuple[Grid, ...]) -> torch.Tensor:
+        """What Transformers' processor makes of text, int64 [1, n]: placeholders expanded in the string, then tokenized.
 
         The processor class itself needs torchvision for its video part, so its few lines of text handling are done here.
         """
@@ -100,12 +101,10 @@ class TransformersPeer:
         visual_tokens = [grid.visual_tokens(checkpoint.merge_size) for grid in grids]
         pieces = text.split(placeholder)
         text = pieces[0] + "".join(placeholder * n + piece for n, piece in zip(visual_tokens, pieces[1:], strict=True))
-        inputs = dict(checkpoint.tokenizer(text, add_special_tokens=False, return_tensors="pt"))
-        check_tokens(int(inputs["input_ids"].max()), checkpoint)
-        check_length(inputs["input_ids"].shape[1], request, checkpoint, visual_tokens=sum(visual_tokens))
-        if grids:
-            inputs["mm_token_type_ids"] = (inputs["input_ids"] == checkpoint.image_token_id).int()
-        return inputs
+        ids: torch.Tensor = checkpoint.tokenizer(text, add_special_tokens=False, return_tensors="pt").input_ids
+        check_tokens(int(ids.max()), checkpoint)
+        check_length(ids.shape[1], request, checkpoint, visual_tokens=sum(visual_tokens))
+        return ids
 
 
 class _Streamer(BaseStreamer):

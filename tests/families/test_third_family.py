@@ -19,6 +19,8 @@ import torch.nn.functional as F
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoConfig, AutoModelForImageTextToText, LlamaConfig, LlamaModel, PreTrainedConfig, PreTrainedModel
+from transformers.generation import GenerationMixin
+from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from fastvl_lab import CheckpointError, Lab, Request, families
 from fastvl_lab.checkpoint import tiny
@@ -119,10 +121,17 @@ def _frequencies(config: ToyVisionConfig) -> torch.Tensor:
 class ToyModel(nn.Module):
     def __init__(self, config: ToyConfig) -> None:
         super().__init__()
+        self.config = config
         self.eye, self.tongue = ToyTower(config.vision_config), LlamaModel(config.text_config)
 
+    def forward(self, ids: torch.Tensor, pictures: torch.Tensor | None, grids: torch.Tensor | None, **settings: Any) -> Any:
+        embeds, places = self.tongue.embed_tokens(ids), ids == self.config.picture_token
+        if pictures is not None and places.any():  # a decode step has none
+            embeds[places] = self.eye(pictures, grids)
+        return self.tongue(inputs_embeds=embeds, **settings)
 
-class ToyForConditionalGeneration(PreTrainedModel):
+
+class ToyForConditionalGeneration(PreTrainedModel, GenerationMixin):
     config_class = ToyConfig
     _supports_sdpa = True
 
@@ -132,12 +141,19 @@ class ToyForConditionalGeneration(PreTrainedModel):
         self.speak = nn.Linear(config.text_config.hidden_size, config.text_config.vocab_size, bias=False)
         self.post_init()
 
-    def forward(self, ids: torch.Tensor, patches: torch.Tensor | None, grids: torch.Tensor) -> torch.Tensor:
-        """Logits of the last token, of a whole sequence each time."""
-        embeds = self.model.tongue.embed_tokens(ids)
-        if patches is not None:
-            embeds[ids == self.config.picture_token] = self.model.eye(patches, grids)
-        return self.speak(self.model.tongue(inputs_embeds=embeds[None], use_cache=False).last_hidden_state[0, -1])
+    def forward(
+        self,
+        input_ids: torch.Tensor,
+        pictures: torch.Tensor | None = None,
+        grids: torch.Tensor | None = None,
+        past_key_values: Any = None,
+        use_cache: bool = False,
+        logits_to_keep: int = 1,
+        **_: Any,
+    ) -> CausalLMOutputWithPast:
+        out = self.model(input_ids, pictures, grids, past_key_values=past_key_values, use_cache=use_cache)
+        logits = self.speak(out.last_hidden_state[:, -logits_to_keep:])
+        return CausalLMOutputWithPast(logits=logits, past_key_values=out.past_key_values)
 
 
 # The family, as the lab is told of it.
@@ -227,6 +243,7 @@ TOY = Family(
     vision=vision,
     text=text,
     stock_vision=lambda module, patches, grids: VisionTokens(embeds=module(patches, grids)),
+    stock_inputs=lambda is_image, patches, grids: {"pictures": patches, "grids": grids},
     blocks=blocks,
     merger=merger,
     positions=positions,
@@ -259,6 +276,7 @@ REQUESTS: dict[str, tuple[list[np.ndarray], str]] = {
     "three images": ([_picture(24, 240, 1), _picture(96, 48, 2), _picture(24, 24, 3)], "Which differs?"),
 }
 ENGINES = (
+    "transformers",
     "baseline",
     "baseline, preprocessor.resize=pillow, vit.tower=lean",
     "fastest",
@@ -281,7 +299,7 @@ def _plainly(lab: Lab, images: list[np.ndarray], prompt: str, n: int) -> tuple[t
         ids += [one] * (next(visual_tokens) if one == token else 1)
     n_prompt, logits = len(ids), []
     for _ in range(n):
-        logits.append(model(torch.tensor(ids), patches, grids))
+        logits.append(model(torch.tensor([ids]), patches, grids).logits[0, -1])
         ids.append(int(logits[-1].argmax()))
     return logits[0], ids[n_prompt:]
 
@@ -297,6 +315,8 @@ def test_every_engine_equals_the_models_own_forward(toy: Lab, case: str) -> None
             run = toy.run(request, engine)
             assert (run.logits - logits).abs().max() < 1e-4, engine
             assert list(run.tokens) == tokens, engine
+    along = [toy.logits_along(request, engine, tokens[:5]) for engine in ("transformers", "fastest")]
+    assert (along[0] - along[1]).abs().max() < 1e-4
     assert _plainly(toy, images[1:], prompt, 1)[0].allclose(logits, atol=1e-2) == (not images)
 
 
