@@ -29,6 +29,7 @@ from fastvl_lab.catalogue import SLOTS, Option, toggles
 from fastvl_lab.checkpoint import Checkpoint, tiny
 from fastvl_lab.checkpoint.fused import fuse_projections
 from fastvl_lab.checkpoint.random_weights import randomise
+from fastvl_lab.families import family_of
 from fastvl_lab.measure.statistics import Interval
 from fastvl_lab.preprocessor.decode_image import rgb_of
 from fastvl_lab.request import ImageInput, ImageSource
@@ -100,11 +101,13 @@ def other_checkpoint() -> Callable[..., Checkpoint]:
             text.rope_parameters["mrope_section"] = [half - 2 * (half // 3), half // 3, half // 3]
         config.vision_config.out_hidden_size = text.hidden_size
         model = AutoModelForImageTextToText.from_config(config, dtype=dtype, attn_implementation="sdpa").eval()
-        randomise(model, seed=seed)
-        fuse_projections(model)
+        family = family_of(config.model_type)
+        assert family is not None
+        randomise(family, model, seed=seed)
+        fuse_projections(family.text(model))
         return Checkpoint(
             name=name,
-            family=config.model_type,
+            family=family,
             model=model,
             tokenizer=None,
             image_processor=None,
