@@ -9,6 +9,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from fastvl_lab.catalogue import toggles
     from fastvl_lab.errors import (
         CheckpointError,
         DeviceError,
@@ -27,7 +28,7 @@ if TYPE_CHECKING:
     from fastvl_lab.measure.floors import Floor, floor
     from fastvl_lab.measure.photo import photo
     from fastvl_lab.measure.sweep import SweepSettings, sweep
-    from fastvl_lab.recipe import Recipe, toggles
+    from fastvl_lab.recipe import Recipe
     from fastvl_lab.request import Chunk, Request
     from fastvl_lab.run import Run
     from fastvl_lab.trace import Trace
@@ -39,7 +40,7 @@ _PUBLIC = {
     "Request": "request",
     "Chunk": "request",
     "Recipe": "recipe",
-    "toggles": "recipe",
+    "toggles": "catalogue",
     "Run": "run",
     "Trace": "trace",
     "compare": "measure.compare",

@@ -17,23 +17,21 @@ import torch
 from tqdm.auto import tqdm
 
 from fastvl_lab import checkpoint as checkpoints
-from fastvl_lab import peers
 from fastvl_lab.cache.memory import Memory, default_session_len
 from fastvl_lab.capture.compile_cache import keep_compiled
 from fastvl_lab.capture.execute import Capture
 from fastvl_lab.capture.graphs import GraphStore
 from fastvl_lab.capture.warm_up import Shape, requests_of
+from fastvl_lab.engine import BoundEngine, Engine, EngineLike, find
 from fastvl_lab.engine_thread import EngineThread
-from fastvl_lab.errors import CheckpointError, DeviceError, RecipeError, RequestError
+from fastvl_lab.errors import CheckpointError, DeviceError, RequestError
 from fastvl_lab.families import FAMILIES, Family
-from fastvl_lab.pipeline import Engine, Outcome, Pipeline
-from fastvl_lab.recipe import Recipe
+from fastvl_lab.pipeline import Outcome, Pipeline
 from fastvl_lab.request import Chunk, Request, check_whole_number
 from fastvl_lab.run import ELSEWHERE, Kind, Run
 from fastvl_lab.streaming.text import Deliver
 from fastvl_lab.trace import Level, Span, Trace, Tracer
 
-EngineName = Recipe | str
 T = TypeVar("T")
 
 GRAPH_BUDGET = 4 * 2**30
@@ -87,9 +85,9 @@ class Lab:
         self.checkpoint = dataclasses.replace(loaded, session_len=session_len)
         self.memory = Memory(self.checkpoint, memory_budget)
         self.graphs = _graph_store(self.device, graph_budget)
-        self._engines: OrderedDict[EngineName, Engine] = OrderedDict()
-        self._held: Counter[EngineName] = Counter()
-        self._seen: dict[EngineName, dict[tuple[object, ...], int]] = {}
+        self._engines: OrderedDict[Engine, BoundEngine] = OrderedDict()
+        self._held: Counter[Engine] = Counter()
+        self._seen: dict[Engine, dict[tuple[object, ...], int]] = {}
         self._telling = threading.local()
 
     @property
@@ -106,7 +104,7 @@ class Lab:
     def run(
         self,
         request: Request,
-        engine: EngineName | None = None,
+        engine: EngineLike | None = None,
         *,
         trace: Level = "stages",
         on_chunk: Callable[[Chunk], object] | None = None,
@@ -139,13 +137,12 @@ class Lab:
         if outcome.chunk_tokens is not None:
             known = zip(chunks, outcome.chunk_tokens, strict=True)
             chunks = [dataclasses.replace(chunk, tokens=tokens) for chunk, tokens in known if chunk.text or tokens]
-        name = key.text(self.device) if isinstance(key, Recipe) else key
         return Run(
-            engine=engine if isinstance(engine, str) else name,
-            recipe=key if isinstance(key, Recipe) else None,
+            engine=engine if isinstance(engine, str) else key.text(self.device),
+            recipe=key.recipe,
             checkpoint=outcome.model or self.checkpoint.name,
-            device=ELSEWHERE if peers.is_remote(key) else device_name(self.device),
-            dtype="unknown" if peers.is_remote(key) else _dtype_name(self.dtype),
+            device=ELSEWHERE if key.remote else device_name(self.device),
+            dtype="unknown" if key.remote else _dtype_name(self.dtype),
             kind=kind,
             n_prompt=outcome.n_prompt,
             shapes=outcome.shapes,
@@ -157,7 +154,7 @@ class Lab:
             finite=bool(logits.isfinite().all()),
         )
 
-    def stream(self, request: Request, engine: EngineName | None = None) -> Iterator[Chunk]:
+    def stream(self, request: Request, engine: EngineLike | None = None) -> Iterator[Chunk]:
         """Yield text as it is made; leaving the loop early stops the engine at its next stage or step."""
         key, gone = self._admitted(request, engine), threading.Event()
         tracer = Tracer(self.device, "off", stop=gone)
@@ -174,7 +171,7 @@ class Lab:
                 ready.put(error)
 
         # What an endpoint makes is waited for on a thread of its own: the lab's is for what computes here.
-        thread = EngineThread("fastvl-stream") if peers.is_remote(key) else self._thread
+        thread = EngineThread("fastvl-stream") if key.remote else self._thread
         job = thread.submit(produce)
         try:
             while (item := ready.get()) is not None:
@@ -187,7 +184,7 @@ class Lab:
                 job.wait()
 
     def warm_up(
-        self, recipe: Recipe | str, shapes: Iterable[Shape], *, max_new_tokens: int = 32, progress: bool = True
+        self, recipe: EngineLike, shapes: Iterable[Shape], *, max_new_tokens: int = 32, progress: bool = True
     ) -> tuple[Capture, ...]:
         """Serve a request of each shape: what is built, tuned, compiled and captured for it is there before the first that counts.
 
@@ -204,12 +201,12 @@ class Lab:
             bound = self._bind(key)
             return bound.warm_up(Tracer(self.device, "off")) if isinstance(bound, Pipeline) else ()
 
-        made = [] if peers.is_remote(key) else [*self.compute(steps)]
+        made = [] if key.remote else [*self.compute(steps)]
         for request in tqdm(requests, desc="warm-up", unit="shape", disable=not progress):
             made += self.run(request, recipe, trace="off").captures
         return tuple(made)
 
-    def captures(self, recipe: Recipe | str) -> tuple[Capture, ...]:
+    def captures(self, recipe: EngineLike) -> tuple[Capture, ...]:
         """What has been compiled and captured for a recipe and is kept, and what each has cost; none before its first run."""
         bound = self._engines.get(self.engine(recipe))
         return bound.stages.captures if isinstance(bound, Pipeline) else ()
@@ -226,7 +223,7 @@ class Lab:
         other._seen = {}
         return other
 
-    def logits_along(self, request: Request, engine: EngineName, tokens: Sequence[int]) -> torch.Tensor:
+    def logits_along(self, request: Request, engine: EngineLike, tokens: Sequence[int]) -> torch.Tensor:
         """An engine's logits of a request's last prompt token, and after each of `tokens` that it is made to go on with.
 
         float32 [1 + n, vocab], on the host. Raises what `run` raises, and `EndpointError` for an endpoint, which shows no logits.
@@ -249,7 +246,7 @@ class Lab:
         return self._thread.call(on_device)
 
     @contextmanager
-    def hold(self, engines: Iterable[EngineName]) -> Iterator[None]:
+    def hold(self, engines: Iterable[EngineLike]) -> Iterator[None]:
         """Keep these bound, however many others run meanwhile: who measures engines in turn must not bind them anew each time."""
         keys = [self.engine(engine) for engine in engines]
         self._held.update(keys)
@@ -259,13 +256,11 @@ class Lab:
             self._held.subtract(keys)
             self.compute(self._let_go)
 
-    def engine(self, engine: EngineName | None) -> EngineName:
-        """What `run` would run: a recipe, or the text of a peer; raises `RecipeError` for a text that is neither."""
-        if engine is None:
-            return Recipe.baseline()
-        return engine if isinstance(engine, Recipe) else parse_engine(engine, self.device)
+    def engine(self, engine: EngineLike | None) -> Engine:
+        """What `run` would run; raises `RecipeError` for what is no engine."""
+        return find("baseline" if engine is None else engine, self.device)
 
-    def _admitted(self, request: Request, engine: EngineName | None) -> EngineName:
+    def _admitted(self, request: Request, engine: EngineLike | None) -> Engine:
         """The engine, where it can be given a request at all."""
         if not isinstance(request, Request):
             raise RequestError(f"the request is a {type(request).__name__}; give a fastvl_lab.Request")
@@ -273,13 +268,13 @@ class Lab:
         self._check_turn(key)
         return key
 
-    def _check_turn(self, key: EngineName) -> None:
-        if getattr(self._telling, "now", False) and not peers.is_remote(key):
+    def _check_turn(self, key: Engine) -> None:
+        if getattr(self._telling, "now", False) and not key.remote:
             raise RequestError("a request waits for its on_chunk and on_stage, in which the lab serves no other; ask after it")
 
-    def _told(self, key: EngineName, callback: Callable[[Any], object] | None) -> Callable[[Any], object] | None:
+    def _told(self, key: Engine, callback: Callable[[Any], object] | None) -> Callable[[Any], object] | None:
         """The callback; within it no request can have a turn, where the one that it is told of has it and waits for it."""
-        if callback is None or peers.is_remote(key):
+        if callback is None or key.remote:
             return callback
 
         def told(news: Any) -> None:
@@ -291,13 +286,10 @@ class Lab:
 
         return told
 
-    def _bind(self, key: EngineName) -> Engine:
+    def _bind(self, key: Engine) -> BoundEngine:
         """The engine, bound now or before; on the lab's thread."""
         if key not in self._engines:
-            if isinstance(key, Recipe):
-                self._engines[key] = Pipeline(self.checkpoint, key, self.memory, self.graphs)
-            else:
-                self._engines[key] = peers.bind(key, self.checkpoint)
+            self._engines[key] = key.bind(self.checkpoint, self.memory, self.graphs)
         self._engines.move_to_end(key)
         self._let_go()
         return self._engines[key]
@@ -309,11 +301,11 @@ class Lab:
             del self._engines[key]
             self._seen.pop(key, None)
 
-    def _in_turn(self, key: EngineName, work: Callable[[], T]) -> T:
+    def _in_turn(self, key: Engine, work: Callable[[], T]) -> T:
         """One request at a time on the device; what an endpoint serves is elsewhere, or takes its own turn here."""
-        return work() if peers.is_remote(key) else self._thread.call(work)
+        return work() if key.remote else self._thread.call(work)
 
-    def _serve(self, engine: Engine, request: Request, tracer: Tracer, deliver: Deliver) -> Outcome:
+    def _serve(self, engine: BoundEngine, request: Request, tracer: Tracer, deliver: Deliver) -> Outcome:
         try:
             with computing(self.device, self.dtype):
                 return engine.run(request, tracer, deliver)
@@ -326,7 +318,7 @@ class Lab:
                 f"set a smaller max_pixels or max_new_tokens, or load a smaller checkpoint or dtype"
             ) from error
 
-    def _kind(self, key: EngineName, outcome: Outcome) -> Kind:
+    def _kind(self, key: Engine, outcome: Outcome) -> Kind:
         """Whether anything was reused, else whether its engine has run this shape before, to as many tokens or more.
 
         A step reads more keys than the one before it, for which a library may build a plan. A run that compiled or captured
@@ -379,16 +371,6 @@ def _without_tf32() -> Iterator[None]:
     finally:
         for backend, allowed in zip(backends, before, strict=True):
             backend.allow_tf32 = allowed
-
-
-def parse_engine(text: str, device: torch.device | str = "cpu") -> EngineName:
-    """A peer's text, or the recipe that the text describes; raises `RecipeError` naming the choices."""
-    if peers.is_peer(text):
-        return peers.parse(text)
-    try:
-        return Recipe.parse(text, device)
-    except RecipeError as error:
-        raise RecipeError(f"{error}; or a peer: {', '.join(peers.PEERS)}") from None
 
 
 def device_name(device: torch.device) -> str:

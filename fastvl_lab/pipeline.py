@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass
-from typing import Protocol
 
 import torch
 
@@ -49,19 +48,11 @@ class Outcome:
     chunk_tokens: tuple[tuple[int, ...], ...] | None = None
 
 
-class Engine(Protocol):
-    """What a recipe's pipeline and every peer have in common: a request in, text out through `deliver`."""
-
-    def run(self, request: Request, tracer: Tracer, deliver: Deliver) -> Outcome: ...
-
-    def logits_along(self, request: Request, tokens: torch.Tensor) -> torch.Tensor: ...
-
-
 class Pipeline:
     """A recipe bound to a checkpoint: its functions are chosen here, once, and run over the checkpoint's own weights."""
 
     def __init__(self, checkpoint: Checkpoint, recipe: Recipe, memory: Memory, graphs: GraphStore | None = None) -> None:
-        recipe.check(checkpoint.device, checkpoint.dtype)
+        recipe.check(checkpoint.target)
         self.checkpoint, self.recipe = checkpoint, recipe
         self.images = images = preprocessor.bind(recipe.preprocessor, checkpoint)
         compiled = recipe.capture.vit == "compile"

@@ -6,23 +6,26 @@ import atexit
 import os
 import shutil
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import pytest
 import torch
 from PIL import Image
 
-# Tests, and the kernels they start, get an empty cache: none reads or fills the user's. Set before any library reads them.
-os.environ["XDG_CACHE_HOME"] = tempfile.mkdtemp(prefix="fastvl-lab-tests-")
+# Tests, and the kernels they start, get an empty cache: none reads or fills the user's. A session's processes share it, so that
+# each program is compiled once. Set before any library reads them.
+if "PYTEST_XDIST_WORKER" not in os.environ:
+    os.environ["XDG_CACHE_HOME"] = tempfile.mkdtemp(prefix="fastvl-lab-tests-")
+    atexit.register(shutil.rmtree, os.environ["XDG_CACHE_HOME"], ignore_errors=True)
 os.environ["HF_HUB_OFFLINE"] = "1"
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # kernels run in Triton's interpreter, on tensors of the host
-atexit.register(shutil.rmtree, os.environ["XDG_CACHE_HOME"], ignore_errors=True)
 
 from transformers import AutoConfig, AutoModelForImageTextToText
 
 from fastvl_lab import Lab, photo
+from fastvl_lab.catalogue import SLOTS, Option, toggles
 from fastvl_lab.checkpoint import Checkpoint, tiny
 from fastvl_lab.checkpoint.fused import fuse_projections
 from fastvl_lab.checkpoint.random_weights import randomise
@@ -116,6 +119,21 @@ def other_checkpoint() -> Callable[..., Checkpoint]:
         )
 
     return make
+
+
+@pytest.fixture
+def add_option() -> Iterator[Callable[[str, Option], None]]:
+    """Add an option to a toggle of the catalogue while everything runs, as a line of the file would."""
+    with pytest.MonkeyPatch.context() as patch:
+
+        def add(path: str, option: Option) -> None:
+            slot, _, name = path.partition(".")
+            field = SLOTS[slot].__dataclass_fields__[name]
+            patch.setattr(field, "metadata", {"options": (*field.metadata["options"], option)})
+            toggles.cache_clear()
+
+        yield add
+    toggles.cache_clear()
 
 
 @pytest.fixture

@@ -143,8 +143,8 @@ def test_running_out_of_memory_is_one_sentence(labs: dict[str, Lab], monkeypatch
 
         return fail
 
-    monkeypatch.setattr(lab._bind(Recipe.baseline()).stages, "encode", exhausted)  # type: ignore[attr-defined]
-    monkeypatch.setattr(lab._bind(Recipe.fastest()).stages, "encode", exhausted_on_cpu)  # type: ignore[attr-defined]
+    monkeypatch.setattr(lab._bind(lab.engine("baseline")).stages, "encode", exhausted)  # type: ignore[attr-defined]
+    monkeypatch.setattr(lab._bind(lab.engine("fastest")).stages, "encode", exhausted_on_cpu)  # type: ignore[attr-defined]
     request = Request(images=[np.zeros((40, 40, 3), np.uint8)], prompt="?")
     with pytest.raises(
         DeviceError, match=r"ran out of memory \(CUDA out of memory. Tried to allocate 20 GiB.\); set a smaller max_pixels"
@@ -157,10 +157,10 @@ def test_running_out_of_memory_is_one_sentence(labs: dict[str, Lab], monkeypatch
         "CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`",
         "cuDNN error: CUDNN_STATUS_INTERNAL_ERROR_DEVICE_ALLOCATION_FAILED",
     ):
-        monkeypatch.setattr(lab._bind(Recipe.baseline()).stages, "encode", failing(words))  # type: ignore[attr-defined]
+        monkeypatch.setattr(lab._bind(lab.engine("baseline")).stages, "encode", failing(words))  # type: ignore[attr-defined]
         with pytest.raises(DeviceError, match=f"ran out of memory .{words.partition(chr(10))[0][:30]}"):
             lab.run(request)
-    monkeypatch.setattr(lab._bind(Recipe.baseline()).stages, "encode", failing("CUDA error: an illegal memory access"))  # type: ignore[attr-defined]
+    monkeypatch.setattr(lab._bind(lab.engine("baseline")).stages, "encode", failing("CUDA error: an illegal memory access"))  # type: ignore[attr-defined]
     with pytest.raises(RuntimeError, match="an illegal memory access"):
         lab.run(request)
 

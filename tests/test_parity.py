@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import dataclasses
 import itertools
 
 import numpy as np
@@ -10,6 +11,7 @@ import pytest
 import torch
 
 from fastvl_lab import Lab, Recipe, Request, photo, toggles
+from fastvl_lab.catalogue import Target
 from fastvl_lab.checkpoint import tiny
 
 TOLERANCE = 1e-4
@@ -51,7 +53,7 @@ def _recipes() -> dict[str, Recipe]:
     free = Recipe.parse("baseline, preprocessor.resize=pillow, vit.tower=lean")
     for toggle in toggles():
         for option in toggle.options:
-            if option.exact and option.unavailable(torch.device("cpu")) is None:
+            if option.exact and option.needs.unmet(Target(device=torch.device("cpu"))) is None:
                 recipes[f"{toggle.path}={option.value}"] = free.choose(toggle.path, option.value)
     for options in itertools.product(("uint8", "uint8_folded"), ("duplicated", "folded"), ("conv3d", "linear")):
         paths = ("preprocessor.payload", "preprocessor.temporal", "vit.patch_embed")
@@ -69,14 +71,17 @@ def _oracle(lab: Lab, recipe: Recipe) -> str:
 
 @pytest.mark.parametrize("case", REQUESTS)
 def test_every_exact_recipe_equals_transformers(lab: Lab, case: str) -> None:
+    """32 tokens of the presets, and of every recipe after one image; of the others, whose prompts alone differ, the first 4."""
     request = Request(**REQUESTS[case], max_new_tokens=32, ignore_eos=True)
+    first = dataclasses.replace(request, max_new_tokens=4)
     oracles = {name: lab.run(request, name) for name in {_oracle(lab, recipe) for recipe in RECIPES.values()}}
     for name, recipe in RECIPES.items():
-        run, expected = lab.run(request, recipe), oracles[_oracle(lab, recipe)]
+        asked = request if name in ("baseline", "fastest") or case == "one image" else first
+        run, expected = lab.run(asked, recipe), oracles[_oracle(lab, recipe)]
         assert len(expected.tokens) == 32
         assert (run.logits - expected.logits).abs().max() < TOLERANCE, name
-        assert run.tokens == expected.tokens, name
-        assert run.text == expected.text, name
+        assert run.tokens == expected.tokens[: asked.max_new_tokens], name
+        assert run.text == expected.text or asked is first, name
         assert run.shapes == expected.shapes, name
 
 

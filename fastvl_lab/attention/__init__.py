@@ -7,21 +7,13 @@ from functools import partial
 
 from fastvl_lab.attention import eager, sdpa
 from fastvl_lab.attention.operations import bind_operations
-from fastvl_lab.errors import CheckpointError
+from fastvl_lab.catalogue import Attention
 from fastvl_lab.language.decoder import Attend, Decoder
 from fastvl_lab.language.weights import DecoderWeights
-from fastvl_lab.recipe import Attention
 
 
 def bind(slot: Attention, weights: DecoderWeights) -> Decoder:
-    """The decoder as the slot's toggles say; raises `CheckpointError` where the checkpoint asks for what an option has not."""
-    head_dim = weights.head_dim
-    for toggle, option in (("prefill", slot.prefill), ("decode", slot.decode)):
-        if option in ("varlen", "triton") and (head_dim % 8 != 0 or head_dim > 128):
-            raise CheckpointError(
-                f"attention.{toggle}={option} takes heads of a multiple of 8 up to 128, and the checkpoint's have {head_dim}; "
-                f"choose 'eager' or one of torch's kernels"
-            )
+    """The decoder as the slot's toggles say."""
     prefill: dict[str, Callable[[], Attend]] = {option: partial(sdpa.bind_prefill, option) for option in sdpa.BACKENDS}
     prefill |= {
         "eager": lambda: eager.prefill,

@@ -12,10 +12,10 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
+from fastvl_lab.catalogue import Attention
 from fastvl_lab.kernels.plain import rms_norm, rms_norm_by_length, rotate_half
 from fastvl_lab.language.decoder import KvCache, Operations
 from fastvl_lab.language.weights import DecoderWeights, Layer
-from fastvl_lab.recipe import Attention
 
 Norm = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 AddNorm = Callable[[torch.Tensor, torch.Tensor | None, torch.Tensor], tuple[torch.Tensor, torch.Tensor]]

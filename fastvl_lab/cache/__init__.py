@@ -15,7 +15,7 @@ from fastvl_lab.cache.concat import ConcatKv
 from fastvl_lab.cache.images import ImageStore, Kept, image_digest, join, split
 from fastvl_lab.cache.memory import BLOCK_SIZE, Memory
 from fastvl_lab.cache.slotted import SlottedKv
-from fastvl_lab.recipe import Cache
+from fastvl_lab.catalogue import Cache
 from fastvl_lab.request import Prompt, VisionTokens
 
 # Of each image of a request: what it is resized to, and the bytes that stand for it.

@@ -24,10 +24,10 @@ from fastvl_lab.capture.stages import (
     vit_inputs,
     with_rows,
 )
+from fastvl_lab.catalogue import Capture as Slot
 from fastvl_lab.language.decode import Step, decode
 from fastvl_lab.language.decoder import Decoder, KvCache
 from fastvl_lab.language.prefill import prefill
-from fastvl_lab.recipe import Capture as Slot
 from fastvl_lab.request import Pixels, Prompt, VisionTokens
 from fastvl_lab.trace import Tracer
 

@@ -20,6 +20,7 @@ from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLIm
 from transformers.utils import is_torchvision_available
 from transformers.utils import logging as transformers_logging
 
+from fastvl_lab.catalogue import Target
 from fastvl_lab.checkpoint import tiny
 from fastvl_lab.checkpoint.configs import (
     check_config,
@@ -70,6 +71,17 @@ class Checkpoint:
     @property
     def config(self) -> Any:
         return self.model.config
+
+    @property
+    def target(self) -> Target:
+        """What options are to run on."""
+        text = self.config.get_text_config()
+        return Target(
+            device=self.device,
+            dtype=self.dtype,
+            tower_head_dim=self.vision.hidden_size // self.vision.n_heads,
+            decoder_head_dim=getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads,
+        )
 
     @property
     def image_token_id(self) -> int:

@@ -5,11 +5,13 @@ from __future__ import annotations
 import threading
 from dataclasses import dataclass
 
+from fastvl_lab.catalogue import toggles
+from fastvl_lab.engine import EngineLike, find_recipe
 from fastvl_lab.errors import RecipeError
-from fastvl_lab.lab import EngineName, Lab
+from fastvl_lab.lab import Lab
 from fastvl_lab.measure.compare import Comparison, compare
 from fastvl_lab.measure.statistics import Interval, median_interval
-from fastvl_lab.recipe import Recipe, toggles
+from fastvl_lab.recipe import Recipe
 from fastvl_lab.request import Request
 
 STOCK = "transformers"
@@ -54,17 +56,10 @@ def attribute(
     A step's saving depends on the steps before it: in another order it would be another one. Runs (steps + 2) engines. Raises what
     `compare` raises.
     """
-    ways = steps_between(_recipe(lab, start), _recipe(lab, recipe))
-    engines: dict[str, EngineName] = {STOCK: STOCK, **ways}
+    ways = steps_between(find_recipe(START if start is None else start, lab.device), find_recipe(recipe, lab.device))
+    engines: dict[str, EngineLike] = {STOCK: STOCK, **ways}
     comparison = compare(lab, request, engines, repeats=repeats, stop=stop)
     return Attribution(comparison=comparison, steps=tuple(step for step in ways if step in comparison.engines))
-
-
-def _recipe(lab: Lab, given: Recipe | str | None) -> Recipe:
-    key = lab.engine(given)
-    if not isinstance(key, Recipe):
-        raise RecipeError(f"{given!r} is a peer, which has no toggles to go through; give a recipe")
-    return key
 
 
 def steps_between(start: Recipe, end: Recipe) -> dict[str, Recipe]:

@@ -11,8 +11,9 @@ from typing import Any, Literal
 
 import torch
 
+from fastvl_lab.engine import EngineLike
 from fastvl_lab.errors import RequestCancelledError, RequestError, require, sentence
-from fastvl_lab.lab import EngineName, Lab
+from fastvl_lab.lab import Lab
 from fastvl_lab.measure.parity import Oracles, Parity, check
 from fastvl_lab.measure.statistics import Interval, median_interval
 from fastvl_lab.request import Request, check_whole_number
@@ -184,7 +185,7 @@ class Comparison:
 def compare(
     lab: Lab,
     request: Request,
-    engines: Mapping[str, EngineName],
+    engines: Mapping[str, EngineLike],
     *,
     repeats: int = 20,
     warm_up: int = 1,
@@ -228,10 +229,10 @@ def compare(
                     on_run(label)
         alive = [label for label in engines if any(s.engine == label for s in samples)]
         samples = [s for label in alive for s in samples if s.engine == label]
-        peers = [label for label in alive if isinstance(keys[label], str)]
+        peers = [label for label in alive if keys[label].recipe is None]
         reference = next(iter(peers + alive), "")
         runs = {label: [s.run for s in samples if s.engine == label] for label in alive}
-        known = {str(keys[label]): dataclasses.replace(runs[label][0], logits=logits[label]) for label in peers}
+        known = {keys[label].name: dataclasses.replace(runs[label][0], logits=logits[label]) for label in peers}
         oracles, checks = Oracles(lab, request, known=known, stop=stop), {}
         for label in alive:
             try:

@@ -8,8 +8,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from fastvl_lab.engine import EngineLike
 from fastvl_lab.errors import RequestError
-from fastvl_lab.lab import EngineName, Lab
+from fastvl_lab.lab import Lab
 from fastvl_lab.measure.statistics import Interval, median_interval
 from fastvl_lab.request import ImageInput, ImageSource, Request
 from fastvl_lab.run import Kind, Run
@@ -113,7 +114,7 @@ def converse(
     lab: Lab,
     image: ImageSource,
     texts: Sequence[str],
-    engines: Mapping[str, EngineName],
+    engines: Mapping[str, EngineLike],
     *,
     max_new_tokens: int = 32,
     repeats: int = 6,

@@ -17,8 +17,9 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 
+from fastvl_lab.engine import EngineLike
 from fastvl_lab.errors import sentence
-from fastvl_lab.lab import EngineName, Lab, device_name
+from fastvl_lab.lab import Lab, device_name
 from fastvl_lab.measure.decoding import BoundDecoder, text_prompt, time_decoding
 from fastvl_lab.measure.floors import copy_ceiling, decode_bytes, matmul_ceiling, prefill_flops
 from fastvl_lab.measure.parity import wider, within_budget, worst_error
@@ -48,7 +49,7 @@ STOCK = "transformers"
 _PIECE = 1024
 
 
-def variants(device: torch.device, dtype: torch.dtype) -> dict[str, EngineName]:
+def variants(device: torch.device, dtype: torch.dtype) -> dict[str, EngineLike]:
     """What is compared, by label.
 
     Transformers, the baseline, and the lean decoder with SDPA: plain; with each other option of its slot that can run here alone,
@@ -56,7 +57,7 @@ def variants(device: torch.device, dtype: torch.dtype) -> dict[str, EngineName]:
     """
     sdpa = "sdpa_efficient" if device.type == "cuda" else "sdpa"
     lean = last = Recipe.parse(f"baseline, attention.prefill={sdpa}, attention.decode={sdpa}")
-    engines: dict[str, EngineName] = {STOCK: STOCK, "baseline": Recipe.baseline(), "lean": lean}
+    engines: dict[str, EngineLike] = {STOCK: STOCK, "baseline": Recipe.baseline(), "lean": lean}
     for toggle, option in runnable("attention", device, dtype):
         if option.value != lean.value(toggle.path):
             engines[f"{toggle.name}={option.value}"] = lean.choose(toggle.path, option.value)
@@ -80,7 +81,7 @@ class Check(NamedTuple):
     kv_bytes: int | None = None
 
 
-def check(lab: Lab, length: int, steps: int, engines: Mapping[str, EngineName]) -> dict[str, Check]:
+def check(lab: Lab, length: int, steps: int, engines: Mapping[str, EngineLike]) -> dict[str, Check]:
     """Every engine's logits of a prompt's last token and after each of `steps` tokens that are forced on all of them alike.
 
     Against the stock decoder in a wider dtype. Positions are those of a prompt with an image in it, so that each axis counts.
@@ -89,14 +90,14 @@ def check(lab: Lab, length: int, steps: int, engines: Mapping[str, EngineName]) 
 
 
 @torch.inference_mode()
-def _check(lab: Lab, length: int, steps: int, engines: Mapping[str, EngineName]) -> dict[str, Check]:
+def _check(lab: Lab, length: int, steps: int, engines: Mapping[str, EngineLike]) -> dict[str, Check]:
     prompt, forced = _with_places_of_an_image(text_prompt(lab, length, steps)), text_prompt(lab, steps, 1).input_ids
     found: dict[str, Check] = {}
     truth = _truth(lab, prompt, forced)
     for label, engine in engines.items():
         try:
-            if isinstance(engine, Recipe):
-                logits, kv_bytes = _ours(lab, engine, prompt, forced)
+            if (recipe := lab.engine(engine).recipe) is not None:
+                logits, kv_bytes = _ours(lab, recipe, prompt, forced)
             else:
                 stock = lab.checkpoint.text
                 logits, kv_bytes = _stock(stock.module, stock.head.weight, prompt, forced, length)
@@ -185,7 +186,8 @@ def report(
                 row: Row = {"checkpoint": name, "length": length, "steps": steps, "recipe": label, "settings": str(engine)}
                 row |= {"device": device_name(lab.device), "dtype": dtype, "parity": label in good, **found[label]._asdict()}
                 if rounds is not None and label in good:
-                    alone = isinstance(engine, Recipe) and engine.attention.last_layer == "last_token"
+                    recipe = lab.engine(engine).recipe
+                    alone = recipe is not None and recipe.attention.last_layer == "last_token"
                     flops = prefill_flops(lab.checkpoint, length, last_token_alone=alone).total
                     row |= _timed(rounds, label, "prefill", flops / matmul) | _timed(rounds, label, "decode", read / copied)
                     row["tokens_per_second"] = 1e3 / row["decode_ms"]

@@ -10,15 +10,17 @@ import torch
 
 from fastvl_lab import attention
 from fastvl_lab.cache import BoundCache, Place
+from fastvl_lab.catalogue import toggles
+from fastvl_lab.engine import Engine, EngineLike
 from fastvl_lab.errors import FastvlError, RequestError, sentence
-from fastvl_lab.lab import EngineName, Lab
+from fastvl_lab.lab import Lab
 from fastvl_lab.language.decode import decode
 from fastvl_lab.language.decoder import Decoder
 from fastvl_lab.language.merge import merge
 from fastvl_lab.language.prefill import prefill
 from fastvl_lab.language.weights import decoder_weights
 from fastvl_lab.measure.rounds import Rounds, Task, now, time_rounds
-from fastvl_lab.recipe import Recipe, toggles
+from fastvl_lab.recipe import Recipe
 from fastvl_lab.request import Prompt
 from fastvl_lab.trace import no_inner
 
@@ -26,7 +28,7 @@ from fastvl_lab.trace import no_inner
 def time_decoding(
     lab: Lab,
     length: int,
-    engines: Mapping[str, EngineName],
+    engines: Mapping[str, EngineLike],
     *,
     steps: int = 8,
     repeats: int = 10,
@@ -121,7 +123,7 @@ class BoundDecoder:
     @classmethod
     def of(cls, lab: Lab, recipe: Recipe) -> BoundDecoder:
         """Bind a recipe's slots 3 and 4; raises `RecipeError` where it cannot run."""
-        recipe.check(lab.device, lab.dtype)
+        recipe.check(lab.checkpoint.target)
         return cls(
             decoder=attention.bind(recipe.attention, decoder_weights(lab.checkpoint)),
             cache=BoundCache(recipe.cache, lab.memory, family=str(recipe), images_by=str(recipe)),
@@ -139,9 +141,9 @@ class BoundDecoder:
         return decode(token, position, self.decoder, place.kv, no_inner)[0]
 
 
-def _task(lab: Lab, prompt: Prompt, engine: EngineName, steps: int) -> Task:
-    if isinstance(engine, Recipe):
-        return _recipe_task(lab, prompt, engine, steps)
+def _task(lab: Lab, prompt: Prompt, engine: Engine, steps: int) -> Task:
+    if engine.recipe is not None:
+        return _recipe_task(lab, prompt, engine.recipe, steps)
     return _stock_task(lab, prompt, steps)
 
 

@@ -6,9 +6,10 @@ from collections.abc import Mapping
 
 import torch
 
+from fastvl_lab.catalogue import OptionValue, Target, toggles
+from fastvl_lab.engine import EngineLike, find
 from fastvl_lab.errors import RecipeError, sentence
-from fastvl_lab.lab import EngineName
-from fastvl_lab.recipe import OptionValue, Recipe, toggles
+from fastvl_lab.recipe import Recipe
 
 STOCK = "transformers"
 
@@ -60,14 +61,14 @@ _OF_A_SLOT: dict[str, dict[str, Changes]] = {
 }
 
 
-def engines(device: torch.device, dtype: torch.dtype) -> dict[str, EngineName]:
+def engines(device: torch.device, dtype: torch.dtype) -> dict[str, EngineLike]:
     """What is compared, by label; no two are the same engine, and some may be unable to run here (`cannot_run`).
 
     Transformers, the baseline and the fastest recipe known for the device. Then the baseline with one slot of the fastest recipe,
     as it is and with that slot's candidates for CUDA. Then the fastest recipe with candidates of all slots together.
     """
     baseline, fastest = Recipe.baseline(), Recipe.fastest(device)
-    found: dict[str, EngineName] = {STOCK: STOCK, "baseline": baseline, "fastest": fastest}
+    found: dict[str, EngineLike] = {STOCK: STOCK, "baseline": baseline, "fastest": fastest}
 
     def add(label: str, recipe: Recipe) -> None:
         if recipe not in found.values():
@@ -114,24 +115,23 @@ def changed(recipe: Recipe, changes: Changes) -> Recipe:
     return recipe
 
 
-def same_steps(some: Mapping[str, EngineName]) -> dict[str, str]:
+def same_steps(some: Mapping[str, EngineLike]) -> dict[str, str]:
     """Label -> the first label among them whose decode steps are the same."""
     first: dict[object, str] = {}
     return {label: first.setdefault(_step(engine), label) for label, engine in some.items()}
 
 
-def _step(engine: EngineName) -> object:
-    if not isinstance(engine, Recipe):
-        return engine
-    return (engine.cache, engine.streaming, *(engine.value(path) for path in _OF_A_STEP))
+def _step(engine: EngineLike) -> object:
+    recipe = find(engine).recipe
+    return engine if recipe is None else (recipe.cache, recipe.streaming, *(recipe.value(path) for path in _OF_A_STEP))
 
 
-def cannot_run(engine: EngineName, device: torch.device, dtype: torch.dtype) -> str | None:
+def cannot_run(engine: EngineLike, device: torch.device, dtype: torch.dtype) -> str | None:
     """Why an engine cannot run on the device in the dtype, or None if nothing is known against it."""
-    if not isinstance(engine, Recipe):
-        return None
+    recipe = find(engine, device).recipe
     try:
-        engine.check(device, dtype)
+        if recipe is not None:
+            recipe.check(Target(device=device, dtype=dtype))
     except RecipeError as error:
         return sentence(error)
     return None

@@ -21,8 +21,9 @@ from typing import Any
 import torch
 import transformers
 
+from fastvl_lab.engine import EngineLike
 from fastvl_lab.errors import sentence
-from fastvl_lab.lab import EngineName, Lab, device_name
+from fastvl_lab.lab import Lab, device_name
 from fastvl_lab.measure.compare import compare
 from fastvl_lab.measure.floors import Ceilings, floor
 from fastvl_lab.measure.gpu_engines import MODES, STOCK, cannot_run, engines, fused, modes, same_steps
@@ -76,10 +77,10 @@ class Point:
     part: str
     image: str
     request: Request
-    engines: Mapping[str, EngineName]
+    engines: Mapping[str, EngineLike]
 
     @classmethod
-    def of(cls, part: str, width: int, height: int, engines: Mapping[str, EngineName]) -> Point:
+    def of(cls, part: str, width: int, height: int, engines: Mapping[str, EngineLike]) -> Point:
         """An image with 32 tokens of text where a byte is one: those of the template, and a question mark."""
         content = [{"type": "image", "image": picture(width, height)}, {"type": "text", "text": "?"}]
         messages: list[Row] = [{"role": "system", "content": ""}, {"role": "user", "content": content}]
@@ -247,7 +248,7 @@ def _first_token_rows(bench: Bench, point: Point, known: dict[str, Truth] | str,
     return [bench.row(point.part, place[label] | row, label) for label, row in found.items()]
 
 
-def _checked_in_time(bench: Bench, point: Point, engine: EngineName, known: dict[str, Truth] | str) -> Row:
+def _checked_in_time(bench: Bench, point: Point, engine: EngineLike, known: dict[str, Truth] | str) -> Row:
     lab, deadline = bench.lab, bench.deadline
     if (reason := cannot_run(engine, lab.device, lab.dtype)) is not None:
         return {"error": reason}
@@ -258,7 +259,7 @@ def _checked_in_time(bench: Bench, point: Point, engine: EngineName, known: dict
     return _checked(lab, engine, point.request, known[oracle_of(lab, engine)])
 
 
-def _checked(lab: Lab, engine: EngineName, request: Request, truth: Truth) -> Row:
+def _checked(lab: Lab, engine: EngineLike, request: Request, truth: Truth) -> Row:
     """An engine's first run and what was captured for it, its error against the truth, its memory, and seconds of a warm run."""
     if lab.graphs is not None:
         lab.graphs.forget()  # so that what an engine's graphs take is what they take alone

@@ -10,7 +10,8 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 
 from fastvl_lab.capture.execute import Capture
-from fastvl_lab.lab import EngineName, Lab
+from fastvl_lab.engine import EngineLike
+from fastvl_lab.lab import Lab
 from fastvl_lab.measure.capturing import break_even
 from fastvl_lab.measure.compare import Comparison
 from fastvl_lab.measure.operations import covered
@@ -116,7 +117,7 @@ def device_idle(trace: Trace) -> int | None:
     return idle + max(trace.first_chunk_ns - reached, 0)
 
 
-def memory_row(lab: Lab, request: Request, engine: EngineName) -> Row:
+def memory_row(lab: Lab, request: Request, engine: EngineLike) -> Row:
     """Memory of a warm run that is not timed; None on a CPU.
 
     peak_mb: the most that was allocated, with weights and all caches; working_mb: what of it was not held before. What a CUDA graph
@@ -131,7 +132,7 @@ def memory_row(lab: Lab, request: Request, engine: EngineName) -> Row:
     return {"peak_mb": peak / 1e6, "working_mb": (peak - held) / 1e6}
 
 
-def kernels_row(lab: Lab, request: Request, engine: EngineName) -> Row:
+def kernels_row(lab: Lab, request: Request, engine: EngineLike) -> Row:
     """What ran on the device in a warm request, by torch's profiler (`by_kernel`).
 
     Its own run, and never before others are timed: a profiler that has been used may slow what follows.

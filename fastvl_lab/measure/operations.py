@@ -8,8 +8,9 @@ from typing import Any
 
 from torch.profiler import ProfilerActivity, profile, record_function
 
+from fastvl_lab.engine import EngineLike
 from fastvl_lab.errors import RequestError
-from fastvl_lab.lab import EngineName, Lab
+from fastvl_lab.lab import Lab
 from fastvl_lab.request import Request
 from fastvl_lab.trace import Lane
 
@@ -63,7 +64,7 @@ class Operations:
         return covered((o.start_us, o.end_us) for o in self.operations if o.lane == lane) / 1e6
 
 
-def profile_request(lab: Lab, request: Request, engine: EngineName) -> Operations:
+def profile_request(lab: Lab, request: Request, engine: EngineLike) -> Operations:
     """Serve a request twice, and the second time under torch's profiler, which takes its share of the time between operations.
 
     Operations that others call are not counted again; those of threads that the engine makes are left out.

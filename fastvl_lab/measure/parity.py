@@ -17,9 +17,9 @@ from typing import Any, Literal
 
 import torch
 
-from fastvl_lab import peers
 from fastvl_lab.checkpoint import Checkpoint
-from fastvl_lab.lab import EngineName, Lab
+from fastvl_lab.engine import Engine, EngineLike, find
+from fastvl_lab.lab import Lab
 from fastvl_lab.measure.preprocessing import model_pictures, pixel_differences
 from fastvl_lab.recipe import Recipe
 from fastvl_lab.request import UNNAMED, Request
@@ -168,7 +168,7 @@ def truth_along(lab: Lab, request: Request, oracle: str, tokens: Sequence[int]) 
     given = torch.tensor(tokens, dtype=torch.int64)
 
     def in_wider() -> torch.Tensor:
-        return peers.bind(oracle, in_wider_dtype(lab.checkpoint)).logits_along(request, given)
+        return find(oracle).bind(in_wider_dtype(lab.checkpoint), lab.memory, None).logits_along(request, given)
 
     logits = lab.compute(in_wider)
     off = float((own.to(logits.dtype) - logits).abs().max())
@@ -183,11 +183,9 @@ def forced_tokens(lab: Lab, n: int) -> tuple[int, ...]:
     return tuple(torch.randint(0, vocab, (n,), generator=torch.Generator().manual_seed(n)).tolist())
 
 
-def oracle_of(lab: Lab, engine: EngineName) -> str:
-    """Who answers for an engine: a peer for itself, but Transformers for an endpoint, which shows no pixels or logits."""
-    if isinstance(engine, Recipe):
-        return engine.oracle(lab.checkpoint.image_backend)
-    return "transformers" if peers.is_remote(engine) else engine
+def oracle_of(lab: Lab, engine: EngineLike) -> str:
+    """Who answers for an engine on this lab."""
+    return lab.engine(engine).oracle(lab.checkpoint.image_backend)
 
 
 class Oracles:
@@ -200,7 +198,7 @@ class Oracles:
         self._runs: dict[str, Run] = dict(known or {})
         self._truths: dict[tuple[str, tuple[int, ...]], Truth] = {}
 
-    def of(self, engine: EngineName) -> str:
+    def of(self, engine: EngineLike) -> str:
         """Who answers for the engine; pixels are no matter where there is no image."""
         return oracle_of(self.lab, engine) if self.request.image_inputs else "transformers"
 
@@ -226,14 +224,15 @@ def within_budget(found: Mapping[str, float | str], reference: str, dtype: torch
     return frozenset(label for label, error in found.items() if not isinstance(error, str) and error <= budget)
 
 
-def check(oracles: Oracles, engine: EngineName, runs: Sequence[Run], logits: torch.Tensor, base: str) -> Parity:
+def check(oracles: Oracles, given: EngineLike, runs: Sequence[Run], logits: torch.Tensor, base: str) -> Parity:
     """Hold an engine against its oracle.
 
     runs: all of its runs of the request, at least one. logits: float32 [vocab], of the last prompt token of any; empty for an
     endpoint. base: the oracle of the engine that others are compared with, whose logits `Parity.moved` refers to. Raises what the
     oracle raises.
     """
-    lab, oracle = oracles.lab, oracles.of(engine)
+    lab, engine = oracles.lab, oracles.lab.engine(given)
+    oracle = oracles.of(engine)
     theirs = oracles.run(oracle)
     found = Parity(
         oracle=oracle,
@@ -254,7 +253,7 @@ def check(oracles: Oracles, engine: EngineName, runs: Sequence[Run], logits: tor
     return _in_half(found, oracles, engine, runs)
 
 
-def _in_float32(found: Parity, engine: EngineName, theirs: Run, logits: torch.Tensor) -> Parity:
+def _in_float32(found: Parity, engine: Engine, theirs: Run, logits: torch.Tensor) -> Parity:
     """By tokens, and where it shows them by logits."""
     oracle = found.oracle
     if len(logits):
@@ -264,15 +263,15 @@ def _in_float32(found: Parity, engine: EngineName, theirs: Run, logits: torch.Te
             off = f"{error:.1e} of the largest, over {FLOAT32_TOLERANCE:.0e}"
             return dataclasses.replace(found, why=f"its logits differ from those of {oracle} by {off}")
     if found.other_from is not None:
-        others = "one run to the next" if engine == oracle else f"those of {oracle}"
+        others = "one run to the next" if engine.name == oracle else f"those of {oracle}"
         return dataclasses.replace(found, why=f"its tokens differ from {others}")
     return dataclasses.replace(found, holds=True)
 
 
-def _in_half(found: Parity, oracles: Oracles, engine: EngineName, runs: Sequence[Run]) -> Parity:
+def _in_half(found: Parity, oracles: Oracles, engine: Engine, runs: Sequence[Run]) -> Parity:
     """By logits along forced tokens, and by how good its own tokens are; by these alone where it shows no logits."""
     lab, dtype = oracles.lab, str(oracles.lab.dtype).removeprefix("torch.")
-    if not peers.is_remote(engine):
+    if not engine.remote:
         tokens = forced_tokens(lab, min(STEPS, max(len(run.tokens) for run in runs) - 1))
         truth = oracles.truth(found.oracle, tokens)
         error = truth.error(lab.logits_along(oracles.request, engine, tokens))
@@ -314,10 +313,10 @@ def _moved(theirs: Run, base: Run) -> float:
     return float((theirs.logits - base.logits).abs().max())
 
 
-def _in_bounds(lab: Lab, request: Request, engine: EngineName) -> bool:
+def _in_bounds(lab: Lab, request: Request, engine: Engine) -> bool:
     """Whether a recipe's pixels are as near to the stock ones as it promises; one that promises nothing keeps its word."""
-    within = engine.within(lab.checkpoint.image_backend) if isinstance(engine, Recipe) else None
-    if not isinstance(engine, Recipe) or within is None or not request.image_inputs:
+    within = engine.within(lab.checkpoint.image_backend)
+    if engine.recipe is None or within is None or not request.image_inputs:
         return True
-    pictures = (model_pictures(lab, request, recipe) for recipe in (engine, Recipe.baseline()))
+    pictures = (model_pictures(lab, request, recipe) for recipe in (engine.recipe, Recipe.baseline()))
     return max(difference.largest for difference in pixel_differences(*pictures)) <= within

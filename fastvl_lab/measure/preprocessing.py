@@ -36,7 +36,7 @@ def time_preprocessing(
 def _bound(lab: Lab, request: Request, recipe: Recipe) -> BoundPreprocessor:
     if not request.image_inputs:
         raise RequestError("the request has no images; the preprocessor has nothing to do")
-    recipe.check(lab.device)
+    recipe.check(lab.checkpoint.target)
     return bind(recipe.preprocessor, lab.checkpoint)
 
 

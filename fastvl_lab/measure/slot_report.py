@@ -14,18 +14,19 @@ import numpy as np
 import torch
 from PIL import Image
 
+from fastvl_lab.catalogue import Option, Target, Toggle, toggles
 from fastvl_lab.errors import DeviceError, FastvlError
 from fastvl_lab.measure.publish import json_value
-from fastvl_lab.recipe import Option, Toggle, toggles
 
 Row = dict[str, Any]
 
 
 def runnable(slot: str, device: torch.device, dtype: torch.dtype) -> Iterator[tuple[Toggle, Option]]:
     """The exact options of a slot that can run here, toggle by toggle, the first of each among them."""
+    target = Target(device=device, dtype=dtype)
     for toggle in toggles():
         for option in toggle.options if toggle.slot == slot else ():
-            if option.exact and option.unavailable(device, dtype) is None:
+            if option.exact and option.needs.unmet(target) is None:
                 yield toggle, option
 
 

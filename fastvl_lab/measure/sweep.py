@@ -18,8 +18,9 @@ from tqdm import tqdm
 
 from fastvl_lab.checkpoint import tiny
 from fastvl_lab.checkpoint.loading import resolve_device, resolve_dtype
+from fastvl_lab.engine import EngineLike, find
 from fastvl_lab.errors import CheckpointError, FastvlError, RecipeError, RequestError, require, sentence
-from fastvl_lab.lab import EngineName, Lab, device_name, parse_engine
+from fastvl_lab.lab import Lab, device_name
 from fastvl_lab.measure.compare import Comparison, compare
 from fastvl_lab.measure.parameters import notebook_parameters
 from fastvl_lab.measure.photo import photo
@@ -65,7 +66,7 @@ class SweepSettings:
             if not isinstance(checkpoint, str):
                 raise CheckpointError(f"checkpoints has {checkpoint!r}; each is a text: a folder, a hub id or a built-in name")
         for recipe in self.recipes:
-            parse_engine(recipe)
+            find(recipe)
         _refuse_twice("recipes", self.recipes, _without_spaces, RecipeError)
         _refuse_twice("checkpoints", self.checkpoints, _place, CheckpointError)
         for size in self.image_sizes:
@@ -211,7 +212,7 @@ def sweep(settings: SweepSettings, *, progress: bool = True) -> SweepResult:
                 bar.update(per_point * len(sizes))
                 continue
             environment = _environment(lab)
-            engines: dict[str, EngineName] = {recipe: parse_engine(recipe, lab.device) for recipe in settings.recipes}
+            engines: dict[str, EngineLike] = {recipe: find(recipe, lab.device) for recipe in settings.recipes}
             for size in sizes:
                 bar.set_description(f"{name} {size_label(size)}")
                 done_before = bar.n

@@ -29,7 +29,7 @@ def time_towers(
 def _task(lab: Lab, request: Request, recipe: Recipe) -> Task:
     if not request.image_inputs:
         raise RequestError("the request has no images; the vision tower has nothing to do")
-    recipe.check(lab.device, lab.dtype)
+    recipe.check(lab.checkpoint.target)
     images = preprocessor.bind(recipe.preprocessor, lab.checkpoint)
     encode = vit.bind(recipe.vit, lab.checkpoint, images.patch_format)
     off = Tracer(lab.device, "off")

@@ -22,7 +22,8 @@ from urllib.parse import SplitResult, urlsplit
 
 import torch
 
-from fastvl_lab.errors import EndpointError
+from fastvl_lab.engine import Engine, engine
+from fastvl_lab.errors import EndpointError, RecipeError
 from fastvl_lab.peers.answers import MAX_EVENT, Event, Model, Usage, read_events, read_models, said
 from fastvl_lab.peers.counts import Piece, tokens_of
 from fastvl_lab.pipeline import Outcome
@@ -36,6 +37,23 @@ TIMEOUT = 600.0  # seconds without a byte
 
 # How files begin, and what they are.
 _MAGIC = ((b"\xff\xd8", "jpeg"), (b"\x89PNG", "png"), (b"GIF8", "gif"), (b"BM", "bmp"), (b"II*\0", "tiff"), (b"MM\0*", "tiff"))
+
+
+@engine("http://", "https://", said="an http(s) address ending in /v1")
+def endpoint(text: str) -> Engine:
+    """Read an address, "http://127.0.0.1:8000/v1", and behind it the model where the server has several: ", model=…"."""
+    address, comma, model = (part.strip() for part in text.partition(","))
+    if comma and (not model.startswith("model=") or model == "model="):
+        raise RecipeError(f"endpoint {text!r} has {model!r}; what may follow its address is model=<name>")
+    if not _is_address(address):
+        raise RecipeError(f"endpoint {text!r} is no address; it reads http://host:port/v1, or https")
+    address, name = address.rstrip("/"), model.removeprefix("model=") or None
+    return Engine(
+        name=", ".join([address, *([model] if comma else [])]),
+        bind=lambda checkpoint, memory, graphs: HttpPeer(address, name, checkpoint.tokenizer),
+        remote=True,
+        stands_for="transformers",
+    )
 
 
 class HttpPeer:
@@ -217,6 +235,15 @@ class _Answer:
 
 def _joined(tokens: Iterable[tuple[int, ...]]) -> tuple[int, ...]:
     return tuple(chain.from_iterable(tokens))
+
+
+def _is_address(text: str) -> bool:
+    """Whether a URL has a host, and a port that there can be, if any."""
+    try:
+        parts = urlsplit(text)
+        return bool(parts.hostname) and (parts.port is None or parts.port > 0)
+    except ValueError:
+        return False
 
 
 def _checked(key: str, address: SplitResult) -> str:

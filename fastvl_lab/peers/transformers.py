@@ -17,14 +17,38 @@ import torch.nn.functional as F
 from transformers import GenerationConfig
 from transformers.generation.streamers import BaseStreamer
 
+from fastvl_lab.cache.memory import Memory
+from fastvl_lab.capture.graphs import GraphStore
+from fastvl_lab.catalogue import Preprocessor
 from fastvl_lab.checkpoint import Checkpoint
+from fastvl_lab.engine import Engine, engine
+from fastvl_lab.errors import RecipeError
 from fastvl_lab.pipeline import Outcome
 from fastvl_lab.preprocessor import bind
-from fastvl_lab.recipe import Preprocessor
+from fastvl_lab.recipe import Recipe
 from fastvl_lab.request import Grid, Pixels, Request
 from fastvl_lab.streaming.text import Deliver, Emitter, TokenBytes
 from fastvl_lab.tokenizer import chat_text, check_length, check_tokens, tokens_to_make
 from fastvl_lab.trace import Tracer
+
+# What its pixels depend on, and what those cannot do without.
+_TOGGLES = ("preprocessor.decode", "preprocessor.resize", "preprocessor.patchify")
+
+
+@engine("transformers")
+def transformers(text: str) -> Engine:
+    """Read "transformers", then changes of the toggles that decide on pixels: "transformers, preprocessor.resize=torch"."""
+    name, comma, changes = text.partition(",")
+    recipe = Recipe.parse(f"baseline{comma}{changes}")
+    for path in recipe.changes():
+        if path not in _TOGGLES:
+            raise RecipeError(f"{text!r} changes {path}, which a peer does not have; the choices are {', '.join(_TOGGLES)}")
+
+    def bind(checkpoint: Checkpoint, memory: Memory, graphs: GraphStore | None) -> TransformersPeer:
+        recipe.check(checkpoint.target)
+        return TransformersPeer(checkpoint, recipe.preprocessor)
+
+    return Engine(name=", ".join([name.strip(), *(f"{path}={value}" for path, value in recipe.changes().items())]), bind=bind)
 
 
 class TransformersPeer:

@@ -10,6 +10,7 @@ from functools import partial
 
 import torch
 
+from fastvl_lab.catalogue import Preprocessor
 from fastvl_lab.checkpoint import Checkpoint
 from fastvl_lab.errors import RequestError
 from fastvl_lab.preprocessor import decode_image, patchify, resize, stock, upload
@@ -17,7 +18,6 @@ from fastvl_lab.preprocessor.decode_image import Decoder, Opened, as_image, as_t
 from fastvl_lab.preprocessor.layout import AreaLimits, PatchLayout, area_limits, shapes_of
 from fastvl_lab.preprocessor.resize import Each, Resize
 from fastvl_lab.preprocessor.upload import Copy, PatchUpload
-from fastvl_lab.recipe import Preprocessor
 from fastvl_lab.request import MAX_REQUEST_PIXELS, Grid, ImageShape, PatchFormat, Picture, Pixels, Request
 from fastvl_lab.trace import Inner, no_inner
 
@@ -203,12 +203,12 @@ def open_images(request: Request, checkpoint: Checkpoint) -> OpenedImages:
 
 def _resize(slot: Preprocessor, checkpoint: Checkpoint, copy: Copy, each: Each, n_threads: int) -> Resize:
     as_pillow = checkpoint.image_backend == "pillow"
-    if slot.resize == "pillow":
-        return resize.with_pillow if n_threads == 1 else resize.with_pillow_in_strips(each, n_threads)
-    if slot.resize == "torch":
-        return resize.with_torch(as_pillow=as_pillow)
-    assert slot.resize == "device"
-    return resize.on_device(copy, as_pillow=as_pillow)
+    options: dict[str, Callable[[], Resize]] = {
+        "pillow": lambda: resize.with_pillow if n_threads == 1 else resize.with_pillow_in_strips(each, n_threads),
+        "torch": lambda: resize.with_torch(as_pillow=as_pillow),
+        "device": lambda: resize.on_device(copy, as_pillow=as_pillow),
+    }
+    return options[slot.resize]()
 
 
 def _to_patches(slot: Preprocessor, checkpoint: Checkpoint, copy: Copy, layout: PatchLayout, frames: int) -> ToPatches:

@@ -7,7 +7,7 @@ from functools import partial
 
 import torch
 
-from fastvl_lab.recipe import Streaming
+from fastvl_lab.catalogue import Streaming
 from fastvl_lab.streaming.answer import Answer, host_sync, on_device
 from fastvl_lab.streaming.gate import CountingGate
 from fastvl_lab.streaming.launch import CudaStream, PlayedStream

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from fastvl_lab.catalogue import toggles
 from fastvl_lab.errors import require
 from fastvl_lab.measure.statistics import Interval
-from fastvl_lab.recipe import toggles
 from fastvl_lab.run import Run
 from fastvl_lab.trace import STAGES
 
@@ -87,7 +87,7 @@ def catalogue_frame() -> Any:
             "toggle": toggle.path,
             "option": option.value,
             "exact": option.exactness,
-            "needs": ", ".join(option.needs) or "–",
+            "needs": ", ".join(option.needs.words) or "–",
             "what it does; who does it": option.does,
         }
         for toggle in toggles()

@@ -10,10 +10,9 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
+from fastvl_lab.catalogue import Vit
 from fastvl_lab.checkpoint import Checkpoint
 from fastvl_lab.checkpoint.padded import aligned
-from fastvl_lab.errors import CheckpointError
-from fastvl_lab.recipe import Vit
 from fastvl_lab.request import PatchFormat, Pixels, VisionTokens
 from fastvl_lab.trace import Inner, Tracer
 from fastvl_lab.vit import attention, lean, stock
@@ -69,18 +68,12 @@ class LeanEncoder:
 def bind(slot: Vit, checkpoint: Checkpoint, patch_format: PatchFormat, *, compiled: bool = False) -> Encode | LeanEncoder:
     """The function that encodes patches of that format, as the slot's toggles say; the tracer times its blocks.
 
-    compiled: whether torch.compile is to read it. Raises `CheckpointError` where the checkpoint asks for what an option has not.
+    compiled: whether torch.compile is to read it. Raises `CheckpointError` for what the lean tower has not.
     """
     if slot.tower == "transformers":
         assert patch_format == stock_format(checkpoint), "the recipe lets the stock tower have stock patches only"
         return stock.bind_stock(checkpoint)
     assert slot.tower == "lean"
-    head_dim = checkpoint.vision.hidden_size // checkpoint.vision.n_heads
-    if slot.attention in ("varlen", "triton") and (head_dim % 8 != 0 or head_dim > 128):
-        raise CheckpointError(
-            f"vit.attention={slot.attention} takes heads of a multiple of 8 up to 128, and the checkpoint's have {head_dim}; "
-            f"choose 'per_window' or 'grouped'"
-        )
     operations = bind_operations(norms=slot.norms, rope=slot.rope, activation=slot.activation, interpolation=slot.interpolation)
     between = {"exact": as_they_are, "aligned": in_lines}[slot.padding]
     tower = lean.tower_of(checkpoint, operations, between)

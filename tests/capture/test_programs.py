@@ -18,9 +18,9 @@ from fastvl_lab.cache.memory import Memory
 from fastvl_lab.capture.execute import Program, Tensors
 from fastvl_lab.capture.shapes import size_of
 from fastvl_lab.capture.stages import Programs, prompt_inputs, step_inputs, vit_inputs, with_rows
+from fastvl_lab.catalogue import toggles
 from fastvl_lab.language.merge import merge
 from fastvl_lab.language.weights import decoder_weights
-from fastvl_lab.recipe import toggles
 from fastvl_lab.tokenizer import tokenize
 from fastvl_lab.trace import Tracer
 
@@ -40,7 +40,7 @@ def _ways(slot: str) -> Iterator[tuple[Recipe, str, str]]:
     for toggle in toggles():
         if toggle.slot == slot and toggle.path != "vit.tower":
             options = [option for option in toggle.options if option.value != "varlen"]
-            recipes += [(PLAIN.choose(toggle.path, option.value), "triton" in option.needs) for option in options[1:]]
+            recipes += [(PLAIN.choose(toggle.path, option.value), option.needs.package == "triton") for option in options[1:]]
             last = last.choose(toggle.path, options[-1].value)
     for recipe, interpreted in [*recipes, (BYTES, False), (last, True)]:
         yield recipe, "exact" if interpreted else next(paddings), next(kinds)

@@ -56,7 +56,7 @@ def test_parity_on_the_device(name: str, engine: str) -> None:
 def test_what_the_preprocessor_does_on_the_device_changes_no_token(name: str, path: str, value: str) -> None:
     lab = Lab(name, device="cuda", dtype="float32")
     option = next(toggle for toggle in toggles() if toggle.path == path).option(value)
-    if (reason := option.unavailable(lab.device)) is not None:
+    if (reason := option.needs.unmet(lab.checkpoint.target)) is not None:
         pytest.skip(reason)
     recipe = Recipe.parse("baseline, preprocessor.resize=pillow, vit.tower=lean", lab.device).choose(path, value)
     request = Request(images=[photo("coffee", (640, 480)), photo("rocket", (97, 310))], prompt="Compare.", max_new_tokens=16)
@@ -78,7 +78,7 @@ def test_every_way_through_the_lean_tower_equals_the_stock_one_and_waits_for_not
     """In bfloat16 against its own error budget; plans built and known; torch raises where the host would wait for the device."""
     lab, high = Lab(name, device="cuda", dtype="bfloat16"), Lab(name, device="cuda", dtype="float32")
     options = {
-        t.path: [o.value for o in t.options if o.unavailable(lab.device) is None]
+        t.path: [o.value for o in t.options if o.needs.unmet(lab.checkpoint.target) is None]
         for t in toggles()
         if t.slot == "vit" and t.name != "tower"
     }

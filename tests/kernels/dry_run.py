@@ -21,8 +21,8 @@ from torch.utils import _triton
 from triton.runtime.jit import JITFunction
 
 from fastvl_lab import Lab, Recipe, Request, photo
+from fastvl_lab.catalogue import Needs
 from fastvl_lab.measure.gpu_engines import changed, fused
-from fastvl_lab.recipe import Option
 
 # Sizes of which each differs from those before in what a kernel could take for special: multiples of 16, windows cut off, one tile.
 SIZES = ((640, 480), (448, 448), (330, 250), (97, 310), (56, 56))
@@ -44,7 +44,7 @@ def pretend() -> list[str]:
 
     compile_only(90, note, measure)
     _triton.has_triton = lambda: True
-    Option.unavailable = lambda option, device: None  # type: ignore[method-assign]
+    Needs.unmet = lambda needs, target: None  # type: ignore[method-assign]
     inductor.compile_fx = lambda graph, inputs: graph  # type: ignore[assignment]
     for name in ("empty", "empty_like"):
         make: Callable[..., torch.Tensor] = getattr(torch, name)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
@@ -10,11 +11,12 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from fastvl_lab import CheckpointError, Lab, toggles
+from fastvl_lab import CheckpointError, Lab, Recipe, RecipeError, toggles
 from fastvl_lab.attention import bind
 from fastvl_lab.cache.blocks import BlockPool
 from fastvl_lab.cache.concat import ConcatKv
 from fastvl_lab.cache.slotted import KvShape, SlottedKv
+from fastvl_lab.catalogue import Attention, Target
 from fastvl_lab.checkpoint import Checkpoint
 from fastvl_lab.language.decode import decode
 from fastvl_lab.language.decoder import Decoder
@@ -23,7 +25,6 @@ from fastvl_lab.language.prefill import prefill
 from fastvl_lab.language.sample import greedy
 from fastvl_lab.language.segments import Segments
 from fastvl_lab.language.weights import decoder_weights
-from fastvl_lab.recipe import Attention
 from fastvl_lab.request import Prompt, VisionTokens
 
 KINDS = ("concat", "static", "paged")
@@ -67,7 +68,7 @@ class _Kv:
 def _attention(**options: str) -> Iterator[Attention]:
     """Every combination of options that plain PyTorch can run on a CPU, or of those given."""
     values = {
-        toggle.name: options.get(toggle.name, [o.value for o in toggle.options if o.unavailable(CPU) is None])
+        toggle.name: options.get(toggle.name, [o.value for o in toggle.options if o.needs.unmet(Target(device=CPU)) is None])
         for toggle in toggles()
         if toggle.slot == "attention"
     }
@@ -333,14 +334,17 @@ def test_geometries_without_code_are_refused(other_checkpoint: Callable[..., Che
         decoder_weights(checkpoint)
 
 
-@pytest.mark.parametrize(
-    ("slot", "match"),
-    [
-        (Attention(decode="triton"), "attention.decode=triton takes heads of a multiple of 8 up to 128.*have 132"),
-        (Attention(prefill="triton"), "attention.prefill=triton takes heads.*choose 'eager' or one of torch's kernels"),
-    ],
-)
-def test_heads_that_a_kernel_has_not_are_refused(other_checkpoint: Callable[..., Checkpoint], slot: Attention, match: str) -> None:
-    weights = decoder_weights(other_checkpoint("tiny-qwen3-vl", head_dim=132))
-    with pytest.raises(CheckpointError, match=match):
-        bind(slot, weights)
+@pytest.mark.parametrize(("toggle", "option"), [("decode", "triton"), ("prefill", "triton"), ("prefill", "varlen")])
+@pytest.mark.parametrize("width", [132, 136, 60])
+def test_heads_that_a_kernel_has_not_are_refused(
+    other_checkpoint: Callable[..., Checkpoint], toggle: str, option: str, width: int
+) -> None:
+    checkpoint = other_checkpoint("tiny-qwen3-vl", head_dim=width)
+    target = dataclasses.replace(checkpoint.target, device=torch.device("cuda"), dtype=torch.bfloat16)
+    recipe = Recipe.baseline().choose(f"attention.{toggle}", option)
+    why = (
+        f"attention.{toggle}={option} cannot run here: it takes heads of a multiple of 8 up to 128, and the decoder's have {width}"
+    )
+    with pytest.raises(RecipeError, match=f"{why}; the choices here are 'eager', 'sdpa_efficient'"):
+        recipe.check(target)
+    recipe.check(dataclasses.replace(target, decoder_head_dim=128, tower_head_dim=1))

@@ -7,10 +7,10 @@ import dataclasses
 import pytest
 
 from fastvl_lab import Lab, Recipe, RecipeError, Request, view
+from fastvl_lab.catalogue import toggles
 from fastvl_lab.measure.attribution import Attribution, attribute, steps_between
 from fastvl_lab.measure.compare import Comparison
 from fastvl_lab.measure.parity import Parity
-from fastvl_lab.recipe import toggles
 
 
 @pytest.mark.parametrize(

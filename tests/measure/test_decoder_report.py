@@ -11,6 +11,7 @@ import torch
 from fastvl_lab import Lab, Recipe, toggles
 from fastvl_lab.attention import eager, sdpa
 from fastvl_lab.cache.slotted import KvShape, SlottedKv
+from fastvl_lab.catalogue import Target
 from fastvl_lab.checkpoint import tiny
 from fastvl_lab.language.decoder import KvCache
 from fastvl_lab.language.rope import MRope
@@ -55,7 +56,7 @@ def test_every_option_of_the_slot_has_a_row_with_what_it_requires(device: torch.
         if toggle.slot == "attention" or toggle.path == "cache.kv":
             for option in toggle.options:
                 met = {e.value(toggle.path) for e in engines.values() if isinstance(e, Recipe)}
-                assert (option.value in met) == (option.unavailable(device) is None), (toggle.path, option.value)
+                assert (option.value in met) == (option.needs.unmet(Target(device=device)) is None), (toggle.path, option.value)
     assert {"transformers", "baseline", "lean", "kv=static", "kv=paged", "last of each", "fastest"} <= set(engines)
     assert engines["fastest"] == Recipe.fastest(device)
     alone = {label: e.changes().keys() - engines["lean"].changes().keys() for label, e in engines.items() if "=" in label}

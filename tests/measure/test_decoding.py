@@ -7,6 +7,7 @@ import torch
 
 from fastvl_lab import Lab, Recipe, RequestError
 from fastvl_lab.cache.memory import BLOCK_SIZE
+from fastvl_lab.catalogue import toggles
 from fastvl_lab.measure.decoding import (
     BoundDecoder,
     attention_variants,
@@ -15,7 +16,6 @@ from fastvl_lab.measure.decoding import (
     text_prompt,
     time_decoding,
 )
-from fastvl_lab.recipe import toggles
 
 
 def test_every_engine_is_timed_in_both_steps(lab: Lab) -> None:

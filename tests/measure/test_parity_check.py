@@ -13,6 +13,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from fastvl_lab import EndpointError, Lab, Recipe, Request, audit, compare, photo, toggles
+from fastvl_lab.catalogue import Target
 from fastvl_lab.checkpoint import tiny
 from fastvl_lab.measure.parity import Oracles, Parity, Truth, check, forced_tokens, in_wider_dtype, truth_along, within_budget
 
@@ -36,7 +37,7 @@ def _exact_recipes() -> dict[str, Recipe]:
     for toggle in toggles():
         for option in toggle.options:
             compiled = option.value == "compile"  # tested by itself, and takes a minute
-            if option.exact and not compiled and option.unavailable(torch.device("cpu")) is None:
+            if option.exact and not compiled and option.needs.unmet(Target(device=torch.device("cpu"))) is None:
                 recipes[f"{toggle.path}={option.value}"] = Recipe.fastest().choose(toggle.path, option.value)
     return recipes
 

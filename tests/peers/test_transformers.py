@@ -7,11 +7,6 @@ import torch
 from transformers import GenerationConfig, TextStreamer
 
 from fastvl_lab import Lab, Request
-from fastvl_lab.peers import bind
-
-
-def test_peers_are_bound_by_name(lab: Lab) -> None:
-    assert type(bind("transformers", lab.checkpoint)).__module__ == "fastvl_lab.peers.transformers"
 
 
 def test_tokens_are_what_a_plain_generate_call_gives(lab: Lab, picture: bytes) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import html
 import itertools
 import json
@@ -17,8 +16,8 @@ import pytest
 import torch
 from huggingface_hub import scan_cache_dir
 
-from fastvl_lab import Recipe, RecipeError, Run, SweepSettings, photo, recipe, sweep, view, workbench
-from fastvl_lab.recipe import Option, toggles
+from fastvl_lab import Recipe, RecipeError, Run, SweepSettings, photo, sweep, view, workbench
+from fastvl_lab.catalogue import Option, Target, catalogue_markdown, toggles
 from fastvl_lab.view.workbench import Workbench, asking
 from fastvl_lab.view.workbench.figures import so_far
 from fastvl_lab.view.workbench.session import BEFORE, RECIPE, STOCK
@@ -27,7 +26,6 @@ from fastvl_lab.vit import attention
 from fastvl_lab.vit.attention import Prepared, SegmentAttention
 
 pytest.importorskip("ipywidgets")
-pytestmark = pytest.mark.alone
 
 
 @pytest.fixture
@@ -61,7 +59,7 @@ def test_every_toggle_has_its_control_and_greyed_options_say_why(bench: Workbenc
     for toggle in toggles():
         for option in toggle.options:
             button = bench.controls[toggle.path].buttons[option.value]
-            reason = option.unavailable(bench.device)
+            reason = option.needs.unmet(Target(device=bench.device, dtype=torch.float32))
             assert button.disabled == (reason is not None)
             assert (reason or option.does) in button.tooltip
             assert button.description.startswith("≈") == (not option.exact)
@@ -220,6 +218,7 @@ def test_a_panel_that_could_not_run_says_why_when_asked_for_its_result() -> None
     bench.close()
 
 
+@pytest.mark.alone
 def test_a_long_run_is_stopped_and_a_newer_wish_takes_its_place(bench: Workbench) -> None:
     bench.ask(max_new_tokens=20_000)
     deadline = time.monotonic() + 20
@@ -303,7 +302,9 @@ def test_stages_are_told_as_they_end(bench: Workbench, monkeypatch: pytest.Monke
     assert drawn[-1] == [span.name for span in bench.history[-1].run.trace.within_ttft()][: len(drawn[-1])]
 
 
-def test_an_option_is_a_line_of_the_catalogue_and_a_function_of_its_slot(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_an_option_is_a_line_of_the_catalogue_and_a_function_of_its_slot(
+    monkeypatch: pytest.MonkeyPatch, add_option: Callable[[str, Option], None]
+) -> None:
     """Added here while everything runs: panel, sweep, README table and error text find it, and a click runs it."""
     calls: list[int] = []
 
@@ -317,10 +318,8 @@ def test_an_option_is_a_line_of_the_catalogue_and_a_function_of_its_slot(monkeyp
         return SegmentAttention(prepare=attention.per_window(torch.float32).prepare, attend=attend)
 
     line = Option(value="written_out", does="scores, softmax and sum a window at a time; nobody does so yet")
-    catalogue = tuple(dataclasses.replace(t, options=(*t.options, line)) if t.path == "vit.attention" else t for t in toggles())
-    monkeypatch.setattr(attention, "written_out", written_out, raising=False)
-    for module in ("fastvl_lab.recipe", "fastvl_lab.view.workbench.controls", "fastvl_lab.view.tables"):
-        monkeypatch.setattr(f"{module}.toggles", lambda: catalogue)
+    add_option("vit.attention", line)
+    monkeypatch.setitem(attention.OPTIONS, "written_out", written_out)
 
     bench = workbench("tiny-qwen3-vl", "coffee", image_size=(56, 56), max_new_tokens=2, repeats=1, device="cpu")
     assert bench.wait(60)
@@ -349,7 +348,7 @@ def test_an_option_is_a_line_of_the_catalogue_and_a_function_of_its_slot(monkeyp
     )
     rows = sweep(settings, progress=False).summary()
     assert {row["engine"]: row["tokens_equal"] for row in rows} == dict.fromkeys(settings.recipes, True)
-    assert "| `written_out` | yes | scores, softmax and sum a window at a time; nobody does so yet |" in recipe.catalogue_markdown()
+    assert "| `written_out` | yes | scores, softmax and sum a window at a time; nobody does so yet |" in catalogue_markdown()
     assert "written_out" in set(view.catalogue_frame()["option"])
     with pytest.raises(RecipeError, match=r"the choices are 'per_window', .*, 'written_out'"):
         bench.controls["vit.attention"].value = "yesterday"

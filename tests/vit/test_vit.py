@@ -21,10 +21,10 @@ from transformers.vision_utils import (
 )
 
 from fastvl_lab import Lab, Recipe, Request, photo, toggles
+from fastvl_lab.catalogue import OptionValue, Target
 from fastvl_lab.checkpoint import Checkpoint, tiny
 from fastvl_lab.checkpoint.padded import pad_widths
 from fastvl_lab.checkpoint.random_weights import randomise
-from fastvl_lab.recipe import OptionValue
 from fastvl_lab.request import Grid, ImageShape, Pixels
 from fastvl_lab.trace import Tracer
 from fastvl_lab.vit import attention, bind, lean, positions, stock_format
@@ -60,7 +60,7 @@ def _patch_dim(visual: torch.nn.Module) -> int:
 def _combinations() -> list[dict[str, OptionValue]]:
     """Every combination of the lean tower's exact options that means something and can run on a CPU."""
     free = [
-        [(t.path, o.value) for o in t.options if o.exact and o.unavailable(torch.device("cpu")) is None]
+        [(t.path, o.value) for o in t.options if o.exact and o.needs.unmet(Target(device=torch.device("cpu"))) is None]
         for t in toggles()
         if t.slot == "vit" and t.name != "tower"
     ]

@@ -6,10 +6,9 @@ import html
 from collections.abc import Callable
 from typing import Any
 
-import torch
-
+from fastvl_lab.catalogue import OptionValue, Target, Toggle, toggles
 from fastvl_lab.errors import require
-from fastvl_lab.recipe import Option, OptionValue, Recipe, Toggle, toggles
+from fastvl_lab.recipe import Recipe
 
 # Sets the toggle at a path to a value.
 Choose = Callable[[str, OptionValue], None]
@@ -22,11 +21,18 @@ class Choice:
     with `show`, once the recipe has.
     """
 
-    def __init__(self, toggle: Toggle, device: torch.device, choose: Choose, clicked: Choose) -> None:
+    def __init__(self, toggle: Toggle, target: Target, choose: Choose, clicked: Choose) -> None:
         widgets = require("ipywidgets", "notebooks")
         self.toggle, self._choose = toggle, choose
         self._value = toggle.values[0]
-        self.buttons = {option.value: _button(widgets, option, device) for option in toggle.options}
+        auto = {"width": "auto", "height": "24px", "padding": "0 7px", "margin": "1px"}
+        self.buttons = {
+            option.value: widgets.Button(
+                description=str(option.value) if option.exact else f"≈ {option.value}", layout=widgets.Layout(**auto)
+            )
+            for option in toggle.options
+        }
+        self.aim(target)
         for value, button in self.buttons.items():
             button.on_click(lambda _, value=value: clicked(toggle.path, value))
         label = widgets.HTML(f"<span class='fl-toggle'>{toggle.name}</span>")
@@ -41,6 +47,13 @@ class Choice:
         self.toggle.option(value)  # names the choices if it is none
         self._choose(self.toggle.path, value)
 
+    def aim(self, target: Target) -> None:
+        """Grey the options that cannot run on the target, and let them say why."""
+        for option in self.toggle.options:
+            reason, button = option.needs.unmet(target), self.buttons[option.value]
+            about = option.does if reason is None else f"cannot run here: {reason}. {option.does}"
+            button.tooltip, button.disabled = f"{about} ({'exact' if option.exact else 'approximate'})", reason is not None
+
     def show(self, value: OptionValue, *, moved: bool) -> None:
         """Mark an option as the chosen one; moved: another choice has brought it along."""
         self._value = value
@@ -49,22 +62,9 @@ class Choice:
             button.icon = "arrow-right" if moved and option == value else ""
 
 
-def _button(widgets: Any, option: Option, device: torch.device) -> Any:
-    reason = option.unavailable(device)
-    about = option.does if reason is None else f"cannot run here: {reason}. {option.does}"
-    name = str(option.value) if option.exact else f"≈ {option.value}"
-    promise = "exact" if option.exact else "approximate"
-    return widgets.Button(
-        description=name,
-        tooltip=f"{about} ({promise})",
-        disabled=reason is not None,
-        layout=widgets.Layout(width="auto", height="24px", padding="0 7px", margin="1px"),
-    )
-
-
-def choices(device: torch.device, *, choose: Choose, clicked: Choose) -> dict[str, Choice]:
+def choices(target: Target, *, choose: Choose, clicked: Choose) -> dict[str, Choice]:
     """A control for every toggle of the catalogue, by path, in the order a request meets them."""
-    return {toggle.path: Choice(toggle, device, choose, clicked) for toggle in toggles()}
+    return {toggle.path: Choice(toggle, target, choose, clicked) for toggle in toggles()}
 
 
 def show_recipe(controls: dict[str, Choice], recipe: Recipe, chosen: str | None = None) -> None:

@@ -8,13 +8,17 @@ import html
 import json
 import threading
 import time
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from fastvl_lab.catalogue import OptionValue, Target
+from fastvl_lab.checkpoint.reading import DTYPES
+from fastvl_lab.engine import find_recipe
 from fastvl_lab.errors import FastvlError, RecipeError, require, sentence
-from fastvl_lab.recipe import OptionValue, Recipe
+from fastvl_lab.recipe import Recipe
 from fastvl_lab.run import Run, in_words
 from fastvl_lab.view.report import figure_html, page, table_html
 from fastvl_lab.view.workbench.asking import Asking, number_field, select_among
@@ -88,7 +92,7 @@ def workbench(
         max_new_tokens=max_new_tokens,
     )
     target = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    chosen = recipe if isinstance(recipe, Recipe) else Recipe.parse(recipe, target)
+    chosen = find_recipe(recipe, target)
     return Workbench(question, chosen, target, repeats=repeats, dtype=dtype)
 
 
@@ -98,6 +102,8 @@ class Workbench:
     def __init__(self, question: Question, recipe: Recipe, device: torch.device, *, repeats: int, dtype: str | None) -> None:
         self._widgets = require("ipywidgets", "notebooks")
         self.recipe, self.device = recipe, device
+        known = torch.float32 if dtype is None and device.type == "cpu" else DTYPES.get(str(dtype))
+        self._target = Target(device=device, dtype=known)  # until a checkpoint says more
         self._question, self._repeats = question, repeats
         self._before: list[Recipe] = []
         self._told = self._drawn = 0.0
@@ -107,7 +113,7 @@ class Workbench:
         self._shown = self._against = 0  # numbers of results; 0 is the newest, and the one before the shown one
         self._drawing = threading.RLock()  # a click draws on another thread than the session
         self._session = Session(self._hear, device=str(device), dtype=dtype)
-        self.controls = choices(device, choose=self.choose, clicked=lambda *change: self._guarded(lambda: self.choose(*change)))
+        self.controls = choices(self._target, choose=self.choose, clicked=partial(self._guarded, self.choose))
         require("anywidget", "notebooks")
         from fastvl_lab.view.workbench.plot import Plot
 
@@ -141,14 +147,14 @@ class Workbench:
     def choose(self, path: str, value: OptionValue) -> None:
         """Set a toggle, with whatever it brings along, and run; raises `RecipeError` for an option that cannot run here."""
         changed = self.recipe.choose(path, value)
-        changed.check(self.device)
+        changed.check(self._target)
         if changed != self.recipe:
             self._use(changed, path)
 
     def use(self, recipe: Recipe | str) -> None:
         """Take a whole recipe, such as a preset, and run."""
-        changed = recipe if isinstance(recipe, Recipe) else Recipe.parse(recipe, self.device)
-        changed.check(self.device)
+        changed = find_recipe(recipe, self.device)
+        changed.check(self._target)
         self._use(changed, None)
 
     def undo(self) -> None:
@@ -339,10 +345,10 @@ class Workbench:
         if getattr(self, what) not in choice.values():
             self._guarded(lambda: self.look(**choice))
 
-    def _guarded(self, action: Any) -> None:
+    def _guarded(self, action: Any, *given: Any) -> None:
         """What a click may fail with appears in the panel, because no cell would show it."""
         try:
-            action()
+            action(*given)
         except (FastvlError, OSError) as error:
             self._hear(News(state="failed", error=sentence(error)))
 
@@ -398,12 +404,20 @@ class Workbench:
             if news.stages:
                 self._draw_progress(news)
             if news.result is not None:
+                self._aim()
                 self._list_history()
                 self._draw()
             said = f" <span class='fl-bad'>{html.escape(news.error)}</span>" if news.error else ""
             self._status.value = f"<span class='fl-badge'>{html.escape(news.state)}</span>{said}"
         if news.result is not None and news.state == "idle":
             self._measure_for_view(news.result)
+
+    def _aim(self) -> None:
+        """Grey what the checkpoint that is loaded now cannot run."""
+        if (lab := self._session.lab) is not None and lab.checkpoint.target != self._target:
+            self._target = lab.checkpoint.target
+            for control in self.controls.values():
+                control.aim(self._target)
 
     def _draw_progress(self, news: News) -> None:
         """The stages that have ended, of a run that takes long enough to be watched: drawing is in the time of what is drawn."""

@@ -9,8 +9,9 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
 
+from fastvl_lab.engine import EngineLike
 from fastvl_lab.errors import RequestCancelledError, sentence
-from fastvl_lab.lab import EngineName, Lab
+from fastvl_lab.lab import Lab
 from fastvl_lab.measure.attribution import Attribution, attribute
 from fastvl_lab.measure.audit import Audit, audit
 from fastvl_lab.measure.compare import Comparison, compare
@@ -271,12 +272,12 @@ class Session:
         if repeats == 0:
             return result
         self._tell(News(state="measuring", text=run.text, result=result))
-        engines: dict[str, EngineName] = {STOCK: STOCK, **({BEFORE: before} if before else {}), RECIPE: recipe}
+        engines: dict[str, EngineLike] = {STOCK: STOCK, **({BEFORE: before} if before else {}), RECIPE: recipe}
         return self._know(replace(result, comparison=compare(lab, request, engines, repeats=repeats, stop=stop)))
 
     def _open_up(self, result: Result, lab: Lab, request: Request, stop: threading.Event) -> Result:
         layers = {}
-        engines: dict[str, EngineName] = {STOCK: STOCK, RECIPE: result.recipe}
+        engines: dict[str, EngineLike] = {STOCK: STOCK, RECIPE: result.recipe}
         for label, engine in engines.items():
             for _ in range(2):  # the second is warm
                 run = lab.run(request, engine, trace="layers", stop=stop)
