@@ -373,8 +373,7 @@ def check_tower(lab: Lab, task: Tower, engines: Mapping[str, EngineLike]) -> dic
 
     @torch.inference_mode()
     def checked() -> dict[str, StageCheck]:
-        visual = copy.deepcopy(lab.checkpoint.model.model.visual).to(wider(lab.dtype))
-        one = partial(_tower_error, lab, task.request, visual)
+        one = partial(_tower_error, lab, task.request, copy.deepcopy(lab.checkpoint.vision.module).to(wider(lab.dtype)))
         return {label: _without_failing(partial(one, find_recipe(engine, lab.device))) for label, engine in engines.items()}
 
     return lab.compute(checked)
@@ -384,10 +383,10 @@ def _tower_error(lab: Lab, request: Request, visual: Any, recipe: Recipe) -> Sta
     sent = bound_preprocessor(lab, request, recipe)
     stock_form = dataclasses.replace(recipe.preprocessor, payload="float32", temporal="duplicated")
     pixels, whole = sent.pixels(request), preprocessor.bind(stock_form, lab.checkpoint).patches(request)
-    truth = visual(whole.patches.to(lab.device, wider(lab.dtype)), grid_thw=torch.tensor(whole.grids, device=lab.device))
+    patches, grids = whole.patches.to(lab.device, wider(lab.dtype)), torch.tensor(whole.grids, device=lab.device)
+    truth = lab.checkpoint.family.stock_vision(visual, patches, grids)
     made = vit.bind(recipe.vit, lab.checkpoint, sent.patch_format)(pixels, Tracer(lab.device, "off"))
-    features = getattr(truth, "deepstack_features", None) or []
-    return StageCheck(error=worst_error(zip((made.embeds, *made.deepstack), (truth.pooler_output, *features), strict=True)))
+    return StageCheck(error=worst_error(zip(made.parts, truth.parts, strict=True)))
 
 
 def _without_failing(check: Callable[[], StageCheck]) -> StageCheck:
@@ -423,8 +422,8 @@ def _decoder_error(lab: Lab, prompt: Prompt, forced: torch.Tensor, truth: torch.
     if (recipe := lab.engine(given).recipe) is not None:
         logits, kv_bytes = _ours(lab, recipe, prompt, forced)
     else:
-        model = lab.checkpoint.model
-        logits, kv_bytes = _stock(model.model.language_model, model.lm_head.weight, prompt, forced, prompt.n_tokens)
+        stock = lab.checkpoint.text
+        logits, kv_bytes = _stock(stock.module, stock.head.weight, prompt, forced, prompt.n_tokens)
     return StageCheck(error=worst_error([(logits, truth)]), kv_bytes=kv_bytes)
 
 
@@ -442,9 +441,8 @@ def _with_places_of_an_image(prompt: Prompt) -> Prompt:
 
 def _decoder_truth(lab: Lab, prompt: Prompt, forced: torch.Tensor) -> torch.Tensor:
     """The stock decoder's logits in a wider dtype; the copy of its weights is gone on return."""
-    model, wide = lab.checkpoint.model, wider(lab.dtype)
-    text = copy.deepcopy(model.model.language_model).to(wide)
-    return _stock(text, model.lm_head.weight.to(wide), prompt, forced, _PIECE)[0]
+    stock, wide = lab.checkpoint.text, wider(lab.dtype)
+    return _stock(copy.deepcopy(stock.module).to(wide), stock.head.weight.to(wide), prompt, forced, _PIECE)[0]
 
 
 def _stock(text: Any, head: torch.Tensor, prompt: Prompt, forced: torch.Tensor, piece: int) -> tuple[torch.Tensor, int]:

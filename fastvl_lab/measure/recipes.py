@@ -7,9 +7,9 @@ from collections.abc import Iterator, Mapping
 import torch
 
 from fastvl_lab.catalogue import Option, OptionValue, Target, Toggle, toggles
-from fastvl_lab.checkpoint import Family
 from fastvl_lab.engine import EngineLike, find
 from fastvl_lab.errors import RecipeError, sentence
+from fastvl_lab.families import Family
 from fastvl_lab.recipe import Recipe
 
 STOCK = "transformers"
@@ -99,9 +99,6 @@ def _runnable(slot: str, device: torch.device, dtype: torch.dtype) -> Iterator[t
 
 # What the report compares of one slot.
 
-# Options of toggles that a family's tower has no use for, so that a row of theirs would say nothing.
-_IDLE = {"qwen2_5_vl": ("interpolation=fused",), "qwen3_vl": ("activation=fused", "norms=native")}
-
 
 def of_the_tower(device: torch.device, dtype: torch.dtype, family: Family) -> dict[str, EngineLike]:
     """The stock tower, the lean one, each of its options that can run here alone with what it requires, and all the last ones."""
@@ -111,7 +108,7 @@ def of_the_tower(device: torch.device, dtype: torch.dtype, family: Family) -> di
     for toggle, option in _runnable("vit", device, dtype):
         if toggle.name != "tower":
             label = f"{toggle.name}={option.value}"
-            if option.value != lean.value(toggle.path) and label not in _IDLE[family]:
+            if option.value != lean.value(toggle.path) and label not in family.idle:
                 recipes[label] = lean.choose(toggle.path, option.value)
             last[toggle.path] = option.value
     recipes["last of each"] = lean.replace(last)

@@ -149,7 +149,7 @@ def report(
     rows: list[Row] = []
     deadline, names = Deadline.after(minutes), [checkpoint] if checkpoint else list(checkpoints)
     words = tuple(word.strip() for word in without.split(",") if word.strip())
-    room = {"session_len": _SESSION_LEN, "graph_budget": _GRAPH_BUDGET} if task == "request" else {}
+    room: dict[str, Any] = {"session_len": _SESSION_LEN, "graph_budget": _GRAPH_BUDGET} if task == "request" else {}
     for name in names:
         lab = Lab(name, device=device, dtype=dtype, **room)
         ceilings = ceilings or Ceilings.measure(lab.device, lab.dtype)

@@ -12,7 +12,7 @@ from collections.abc import Callable, Hashable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import cache
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -34,13 +34,16 @@ class SegmentAttention:
     """prepare(groups, device) -> prepared; attend(q_HND, k_HND, v_HND, prepared) -> [N, H * D].
 
     room(table) is the same table with room for more segments, so that requests of different images have tables of one size.
-    kernel: on CUDA, which of torch's kernels runs its calls of scaled_dot_product_attention, where it has any.
+    kernel: on CUDA, which of torch's kernels runs its calls of scaled_dot_product_attention, where it has any. operator: what the
+    operator that torch.compile is given in its place is called with, the groups or the option's own table; "own" where attend
+    calls such an operator itself.
     """
 
     prepare: Callable[[Groups, torch.device], Prepared]
     attend: Callable[[torch.Tensor, torch.Tensor, torch.Tensor, Prepared], torch.Tensor]
     room: Callable[[torch.Tensor], torch.Tensor] = lambda table: table
     kernel: SDPBackend | None = None
+    operator: Literal["groups", "table", "own"] = "groups"
 
     def on(self, device: torch.device) -> AbstractContextManager[None]:
         """To be entered around a forward on the device."""
@@ -117,7 +120,7 @@ def varlen(_: torch.dtype) -> SegmentAttention:
         """Empty segments at the end."""
         return torch.cat([boundaries, boundaries[-1:].expand(_power_of_two(len(boundaries)) - len(boundaries))])
 
-    return SegmentAttention(prepare=prepare, attend=attend, room=room)
+    return SegmentAttention(prepare=prepare, attend=attend, room=room, operator="own")
 
 
 def triton(dtype: torch.dtype) -> SegmentAttention:
@@ -137,7 +140,7 @@ def triton(dtype: torch.dtype) -> SegmentAttention:
         """Blocks without queries at the end."""
         return F.pad(blocks, (0, 0, 0, _power_of_two(len(blocks)) - len(blocks)))
 
-    return SegmentAttention(prepare=prepare, attend=attend, room=room)
+    return SegmentAttention(prepare=prepare, attend=attend, room=room, operator="table")
 
 
 OPTIONS: dict[str, Callable[[torch.dtype], SegmentAttention]] = {
@@ -153,15 +156,15 @@ OPTIONS: dict[str, Callable[[torch.dtype], SegmentAttention]] = {
 def opaque(option: str, attention: SegmentAttention) -> SegmentAttention:
     """The option as one operator, into which torch.compile does not look.
 
-    Else each arrangement of windows would be another program, and a new image size would compile again. What an option's calls
-    depend on comes to the operator as a table on the host; torch's varlen is such an operator by itself.
+    Else each arrangement of windows would be another program, and a new image size would compile again. Groups come to the operator
+    as a table on the host.
     """
-    if option == "varlen":
+    if attention.operator == "own":
         return attention
     operator = _operator(option)
 
     def prepare(groups: Groups, device: torch.device) -> Prepared:
-        if option == "triton":
+        if attention.operator == "table":
             return attention.prepare(groups, device)
         none = Group(0, 0, 0)  # torch.compile takes a table of one row for another kind of table
         return Prepared(torch.tensor([*groups, none]), 0)
@@ -173,11 +176,11 @@ def opaque(option: str, attention: SegmentAttention) -> SegmentAttention:
 
 @cache  # an operator has its name once in a process
 def _operator(option: str) -> Callable[..., torch.Tensor]:
-    attention = bind(option, torch.float32)
+    attention = OPTIONS[option](torch.float32)
 
     @torch.library.custom_op(f"fastvl_lab::{option}_attention", mutates_args=())
     def operator(q_HND: torch.Tensor, k_HND: torch.Tensor, v_HND: torch.Tensor, table: torch.Tensor, fixed: int) -> torch.Tensor:
-        if option == "triton":
+        if attention.operator == "table":
             return attention.attend(q_HND, k_HND, v_HND, Prepared(table, fixed))
         groups = tuple(Group(*row) for row in table.tolist() if row[1] > 0)
         with attention.on(q_HND.device):  # compiled code enters nothing for it

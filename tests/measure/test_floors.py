@@ -11,11 +11,9 @@ import pytest
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
-from transformers import AutoConfig, AutoModelForImageTextToText
 
 from fastvl_lab import DeviceError, Lab, Request, floor, photo
 from fastvl_lab.checkpoint import Checkpoint, tiny
-from fastvl_lab.checkpoint.random_weights import write_published_folder
 from fastvl_lab.measure import floors
 from fastvl_lab.measure.floors import (
     Ceilings,
@@ -28,6 +26,7 @@ from fastvl_lab.measure.floors import (
     prefill_flops,
     stage_works,
     vit_flops,
+    without_weights,
 )
 from fastvl_lab.request import Grid
 
@@ -101,31 +100,6 @@ def test_a_copy_and_a_product_take_time() -> None:
     assert 1e8 < copy_ceiling(CPU, n_bytes=2**26, repeats=3) < 1e13
 
 
-@pytest.fixture
-def without_weights() -> Callable[[str], Checkpoint]:
-    """A published geometry on the meta device: sizes of everything, and memory for nothing."""
-
-    def make(hub_id: str) -> Checkpoint:
-        config = AutoConfig.from_pretrained(write_published_folder(hub_id))
-        with torch.device("meta"):
-            model = AutoModelForImageTextToText.from_config(config, dtype=torch.bfloat16)
-        model.tie_weights()
-        return Checkpoint(
-            name=hub_id,
-            family=config.model_type,
-            model=model,
-            tokenizer=None,
-            image_processor=None,
-            eos_token_ids=(),
-            max_length=1,
-            session_len=1,
-            device=torch.device("meta"),
-            dtype=torch.bfloat16,
-        )
-
-    return make
-
-
 @pytest.mark.parametrize(
     ("hub_id", "first_token_ms", "tokens_per_second"),
     [
@@ -134,13 +108,13 @@ def without_weights() -> Callable[[str], Checkpoint]:
     ],
 )
 def test_floors_are_those_that_others_have_worked_out(
-    without_weights: Callable[[str], Checkpoint], hub_id: str, first_token_ms: dict[Grid, float], tokens_per_second: int
+    hub_id: str, first_token_ms: dict[Grid, float], tokens_per_second: int
 ) -> None:
     """For 448x448 and 1280x960 with 32 tokens of text, on an H100 with 798 TFLOP/s and 3.0 TB/s.
 
     They count the last layer for every token, and no keys and values in a decode step.
     """
-    checkpoint, ceilings = without_weights(hub_id), Ceilings(matmul=798e12, copied=3e12, uploaded=None)
+    checkpoint, ceilings = without_weights(hub_id, "bfloat16"), Ceilings(matmul=798e12, copied=3e12, uploaded=None)
     for grid, known in first_token_ms.items():
         length, ms = grid.visual_tokens(2) + 32, {}
         for alone in (False, True):
