@@ -14,8 +14,9 @@ from typing import Any, Literal, NamedTuple, get_args
 
 from fastvl_lab.checkpoint import Checkpoint
 from fastvl_lab.checkpoint.memory import gigabytes
+from fastvl_lab.checkpoint.shape import without_weights
 from fastvl_lab.errors import FastvlError
-from fastvl_lab.measure.floors import decode_bytes, prefill_flops, vit_flops, without_weights
+from fastvl_lab.measure.floors import decode_bytes, prefill_flops, vit_flops
 from fastvl_lab.measure.hardware import find_hardware
 from fastvl_lab.measure.samples import FOR_AN_INTERVAL
 from fastvl_lab.preprocessor.layout import AreaLimits, shapes_of

@@ -168,11 +168,7 @@ def device_idle(trace: Trace) -> int | None:
     spans = [span for span in trace.within_ttft("device") if span.name in ON_DEVICE]
     if not spans:
         return None
-    idle, reached = 0, spans[0].start_ns
-    for span in spans:
-        idle += max(span.start_ns - reached, 0)
-        reached = max(reached, span.end_ns)
-    return idle + max(trace.first_chunk_ns - reached, 0)
+    return trace.first_chunk_ns - spans[0].start_ns - round(covered((span.start_ns, span.end_ns) for span in spans))
 
 
 def memory_of_request(lab: Lab, request: Request, engine: EngineLike) -> dict[str, float | None]:

@@ -11,8 +11,9 @@ import pytest
 
 from fastvl_lab import Audit, Chunk, FastvlError, Lab, Request, Run, Trace, audit
 from fastvl_lab.checkpoint.random_weights import published
+from fastvl_lab.checkpoint.shape import without_weights
 from fastvl_lab.measure.audit import FOR_A_P95, FOR_AN_INTERVAL, Finding, Severity
-from fastvl_lab.measure.floors import decode_bytes, prefill_flops, vit_flops, without_weights
+from fastvl_lab.measure.floors import decode_bytes, prefill_flops, vit_flops
 from fastvl_lab.measure.hardware import HARDWARE, find_hardware
 from fastvl_lab.request import Grid
 from fastvl_lab.trace import Span

@@ -14,6 +14,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from fastvl_lab import DeviceError, Lab, Request, floor, photo
 from fastvl_lab.checkpoint import Checkpoint, tiny
+from fastvl_lab.checkpoint.shape import without_weights
 from fastvl_lab.measure import floors
 from fastvl_lab.measure.floors import (
     Ceilings,
@@ -26,7 +27,6 @@ from fastvl_lab.measure.floors import (
     prefill_flops,
     stage_works,
     vit_flops,
-    without_weights,
 )
 from fastvl_lab.request import Grid
 
