@@ -212,3 +212,24 @@ def test_a_failing_peer_costs_others_their_parity_and_no_sample(picture: bytes, 
     assert "its parity check failed: RuntimeError: no luck" in comparison.failures["baseline"]
     with pytest.raises(RuntimeError, match="no luck"):
         compare(lab, request, {name: name for name in ("fastest", "baseline")}, repeats=1)
+
+
+def test_a_check_that_was_made_before_is_not_made_again(labs: dict[str, Lab], monkeypatch: pytest.MonkeyPatch) -> None:
+    lab, asked = labs["tiny-qwen3-vl"], []
+    request = Request(prompt="Hello.", max_new_tokens=2, ignore_eos=True)
+    known = {
+        "right": Parity(oracle="transformers", holds=True),
+        "red": Parity(oracle="transformers", holds=False, why="seen before"),
+    }
+
+    def counted(oracles: object, engine: object, *_: object) -> Parity:
+        asked.append(str(engine))
+        return Parity(oracle="transformers", holds=True)
+
+    monkeypatch.setattr("fastvl_lab.measure.compare.check", counted)
+    engines = {"stock": "transformers", "right": "fastest", "red": "baseline"}
+    comparison = compare(lab, request, engines, repeats=1, checks=known)
+    assert asked == ["transformers"]
+    assert (comparison.checks["right"], comparison.checks["red"]) == (known["right"], known["red"])
+    assert comparison.speedup("right") is not None
+    assert comparison.speedup("red") is comparison.saving("red", "stock") is None

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from fastvl_lab import Lab, Recipe, toggles
-from fastvl_lab.catalogue import Target
+from fastvl_lab.catalogue import Target, toggle_at
 from fastvl_lab.measure.recipes import (
     MODES,
     attention_variants,
@@ -19,6 +19,7 @@ from fastvl_lab.measure.recipes import (
     modes,
     of_a_request,
     of_the_decoder,
+    of_the_tower,
     same_steps,
     steps_between,
     undone_alone,
@@ -188,3 +189,25 @@ def test_every_option_of_the_slot_has_a_row_with_what_it_requires(device: torch.
         assert engines["norms=fused"].cache.kv == "concat"
         assert engines["last of each"].attention.prefill == engines["last of each"].attention.decode == "triton"
         assert "prefill=varlen" not in of_the_decoder(device, torch.float32)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("device", [CPU, CUDA])
+def test_every_option_of_the_tower_has_a_row_unless_its_family_has_no_use_for_it(
+    labs: dict[str, Lab], device: torch.device, dtype: torch.dtype
+) -> None:
+    for lab in labs.values():
+        family = lab.checkpoint.family
+        engines = of_the_tower(device, dtype, family)
+        recipes = [engine for engine in engines.values() if isinstance(engine, Recipe)]
+        for toggle in toggles():
+            for option in toggle.options if toggle.slot == "vit" else ():
+                met = option.value in {recipe.value(toggle.path) for recipe in recipes}
+                idle = f"{toggle.name}={option.value}" in family.idle
+                can = option.exact and option.needs.unmet(Target(device=device, dtype=dtype)) is None
+                assert met or idle or not can, (toggle.path, option.value)
+        alone = {k: e.changes().keys() - engines["lean"].changes().keys() for k, e in engines.items() if "=" in k}
+        for label, changes in alone.items():
+            toggle = toggle_at(f"vit.{label.partition('=')[0]}")
+            needed = {path for path, _ in engines[label].option(toggle).required()}
+            assert changes <= {toggle.path, *needed}, label

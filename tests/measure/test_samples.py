@@ -7,7 +7,7 @@ import math
 import numpy as np
 import pytest
 
-from fastvl_lab.measure.samples import Interval, Samples, StageSample, median_interval, time_rounds
+from fastvl_lab.measure.samples import Interval, Samples, StageSample, as_row, gains, median_interval, saves, time_rounds
 
 
 def test_rounds_are_interleaved_and_warm_up_is_not_kept() -> None:
@@ -50,3 +50,32 @@ def test_intervals_hold_the_median_as_often_as_they_say() -> None:
 def test_ratios_in_words() -> None:
     assert Interval(1.624, 1.5, 1.75).times() == "1.62× (95% CI 1.50 to 1.75)"
     assert median_interval([2.0, 3.0]).times() == "2.50× (too few rounds for an interval)"
+
+
+@pytest.mark.parametrize(
+    ("ours", "theirs", "ratio", "saving"),
+    [
+        ({0: 1.0, 1: 2.0, 2: 4.0}, {0: 2.0, 1: 2.0, 2: 12.0}, 2.0, 1.0),
+        ({0: 1.0, 2: 4.0}, {0: 2.0, 1: 2.0, 2: 2.0}, 1.25, -0.5),  # round 1 has no pair
+        ({-1: 100.0, 3: 5.0}, {-1: 1.0, 3: 4.0}, 0.8, -1.0),  # a warm-up is no sample
+    ],
+)
+def test_ratios_and_savings_pair_what_ran_in_the_same_round(
+    ours: dict[int, float], theirs: dict[int, float], ratio: float, saving: float
+) -> None:
+    made = [StageSample(engine=name, round=n, steps={"s": t}) for name, of in (("a", ours), ("b", theirs)) for n, t in of.items()]
+    samples = Samples(samples=tuple(made))
+    found = samples.ratio("a", "b"), samples.saving("a", "b", "s")
+    assert [interval.median for interval in found if interval] == pytest.approx([ratio, saving])
+    assert samples.ratio("a", "nobody") is samples.saving("nobody", "b") is None
+    assert samples.only(lambda sample: sample.engine == "b").engines == ("b",)
+
+
+def test_a_row_has_an_interval_or_none() -> None:
+    assert as_row("ratio", Interval(2.0, 1.5, 2.5)) == {"ratio": 2.0, "ratio_low": 1.5, "ratio_high": 2.5}
+    assert as_row("speedup", None) == {"speedup": None, "speedup_low": None, "speedup_high": None}
+    assert gains(Interval(1.2, 1.1, 1.3))
+    assert saves(Interval(0.2, 0.1, 0.3))
+    for nothing in (None, Interval(5.0, math.nan, math.nan), Interval(1.2, -0.1, 1.4)):
+        assert not gains(nothing)
+        assert not saves(nothing)
