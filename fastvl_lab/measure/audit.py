@@ -224,6 +224,13 @@ def audit(
     return _audit_of(_verdicts(_with_image(seen, image)))
 
 
+def audit_reported(rows: Iterable[Mapping[str, Any]], hardware: str) -> list[Audit]:
+    """An audit of each of others' numbers: "ttft" (seconds), "tokens_per_second" and "model"."""
+    return [
+        audit(ttft=row["ttft"], tokens_per_second=row["tokens_per_second"], model=row["model"], hardware=hardware) for row in rows
+    ]
+
+
 def _audit_of(said: Iterable[Finding]) -> Audit:
     """Raises `FastvlError` if they say nothing."""
     found = Audit(said=tuple(sorted(said, key=_gravity)))

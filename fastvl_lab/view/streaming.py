@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from fastvl_lab.errors import require
-from fastvl_lab.measure.audit import audit
+from fastvl_lab.measure.audit import audit, audit_reported
 from fastvl_lab.run import Run
 from fastvl_lab.view import style
 
@@ -89,8 +89,7 @@ def reported_rates(rows: Sequence[Mapping[str, Any]], hardware: str) -> go.Figur
 
     rows: "engine", "model", "ttft" (seconds) and "tokens_per_second" each.
     """
-    audits = [_audit(row, hardware) for row in rows]
-    impossible = [not found.ok for found in audits]
+    impossible = [not found.ok for found in audit_reported(rows, hardware)]
     figure = style.graph_objects().Figure()
     figure.add_bar(
         y=[f"{row['engine']}<br>{html.escape(str(row['model']))}" for row in rows],
@@ -117,8 +116,7 @@ def reported_rates(rows: Sequence[Mapping[str, Any]], hardware: str) -> go.Figur
 def reported_frame(rows: Sequence[Mapping[str, Any]], hardware: str) -> Any:
     """The same as a table: the numbers, the verdict, and the arithmetic behind it."""
     table = []
-    for row in rows:
-        found = _audit(row, hardware)
+    for row, found in zip(rows, audit_reported(rows, hardware), strict=True):
         said = found.findings[0].arithmetic if not found.ok else found.cleared[0].arithmetic
         verdict = found.findings[0].severity if not found.ok else "clear"
         shown = {"TTFT s": f"{row['ttft']:.3f}", "tokens/s": f"{row['tokens_per_second']:.0f}"}
@@ -145,7 +143,3 @@ def streaming_frame(runs: Mapping[str, Run], expected: Run) -> Any:
             }
         )
     return require("pandas", "notebooks").DataFrame(table)
-
-
-def _audit(row: Mapping[str, Any], hardware: str) -> Any:
-    return audit(ttft=row["ttft"], tokens_per_second=row["tokens_per_second"], model=row["model"], hardware=hardware)
