@@ -3,11 +3,13 @@
 #   make sweep [CHECKPOINT=folder-or-id] [IMAGE=photo.jpg] [SIZES='[[448, 448]]'] [RUN=folder] [PARAMETERS='-p repeats 20']
 #              [RECIPES='["transformers", "fastest, vit.tower=transformers"]']
 #   make test  [TESTS=tests/test_recipe.py]
+#   make test-native  (every launch setting of every kernel, compiled for GPUs from Ampere to Blackwell)
 #   make test-oldest  (what rests on torch, triton and Transformers, on the oldest versions allowed; Python 3.11 or 3.12, 6 GB)
 #   make benchmark    (the bars that speed-ups are held to; on an idle machine)
 #   make lab
 #   make lint
 #   make figures [MEASURE=--measure]
+#   make toggles      (docs/toggles.md, from the catalogue)
 
 PYTHON ?= python3
 VENV   ?= .venv
@@ -21,7 +23,7 @@ given  = $(if $(findstring command,$(origin $1)),$($1))
 quote  = '$(subst ','\'',$1)'
 FOLDER := $(or $(call given,RUN),runs/$(shell date +%Y%m%d-%H%M%S))
 
-.PHONY: sweep test test-oldest benchmark lab lint figures
+.PHONY: sweep test test-native test-oldest benchmark lab lint figures toggles
 .DELETE_ON_ERROR:
 
 $(STAMP): pyproject.toml $(LIMITS)
@@ -43,8 +45,12 @@ sweep: $(STAMP)
 
 # First what can share the machine, a test a core; then what waits on clocks and browsers. pytest's exit 5 is "none of these here".
 test: $(STAMP)
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(TESTS) -n auto -m "not alone and not benchmark" || [ $$? -eq 5 ]
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(TESTS) -n auto -m "not alone and not native and not benchmark" || [ $$? -eq 5 ]
 	$(BIN)/python -m pytest $(TESTS) -m "alone and not benchmark" || [ $$? -eq 5 ]
+
+# All launch settings of all kernels, for GPUs from Ampere to Blackwell: minutes of compiling.
+test-native: $(STAMP)
+	$(BIN)/python -m pytest tests/kernels -n auto -m native
 
 OLDEST := kernels capture attention language vit cache test_parity.py
 test-oldest:
@@ -64,3 +70,6 @@ lint: $(STAMP)
 
 figures: $(STAMP)
 	$(BIN)/python figures/draw.py $(MEASURE)
+
+toggles: $(STAMP)
+	$(BIN)/python -c 'from fastvl_lab.catalogue import catalogue_markdown; print(catalogue_markdown())' > docs/toggles.md

@@ -677,9 +677,18 @@ def toggle_at(path: str) -> Toggle:
     raise RecipeError(f"toggle {path!r} is unknown; the choices are {', '.join(t.path for t in toggles())}")
 
 
+_PAGE = """\
+# Every slot, toggle and option
+
+The first option of a toggle is the reference that the others are held against. A number is an issue or pull request of the
+project before it, merged or not; *the lab's own* is what a search of engines and papers found nowhere else. *Exact* is what gives
+the tokens of Transformers up to rounding: [recipes.md](recipes.md). `make toggles` writes this page from `fastvl_lab/catalogue.py`.
+"""
+
+
 def catalogue_markdown() -> str:
-    """The catalogue as a Markdown table, one row an option; the README's section is this text."""
-    lines = ["| toggle | option | exact | what it does; who does it |", "|---|---|---|---|"]
+    """The catalogue as docs/toggles.md has it: a Markdown table, one row an option."""
+    lines = [_PAGE, "| toggle | option | exact | what it does; who does it |", "|---|---|---|---|"]
     for toggle in toggles():
         for option in toggle.options:
             first = f"`{toggle.path}`" if option is toggle.options[0] else ""

@@ -25,6 +25,7 @@ from fastvl_lab.capture.warm_up import Shape, requests_of
 from fastvl_lab.engine import BoundEngine, Engine, EngineLike, find
 from fastvl_lab.engine_thread import EngineThread
 from fastvl_lab.errors import CheckpointError, DeviceError, RequestError
+from fastvl_lab.families import FAMILIES, Family
 from fastvl_lab.pipeline import Outcome, Pipeline
 from fastvl_lab.request import Chunk, Request, check_whole_number
 from fastvl_lab.run import ELSEWHERE, Kind, Run
@@ -53,7 +54,8 @@ class Lab:
 
     session_len: tokens of prompt and answer that a request may have together; by default up to 32,768, as memory and model allow.
     memory_budget: bytes that recipes' caches may take (`cache.memory.Memory`); by default what two sessions take and an eighth.
-    graph_budget: bytes that CUDA graphs may take, of all recipes together; at most `MAX_GRAPHS` are kept.
+    graph_budget: bytes that CUDA graphs may take, of all recipes together; at most `MAX_GRAPHS` are kept. families: those that the
+    checkpoint may be of; a new one is given as `(*FAMILIES, mine)`.
     """
 
     def __init__(
@@ -65,6 +67,7 @@ class Lab:
         session_len: int | None = None,
         memory_budget: int | None = None,
         graph_budget: int = GRAPH_BUDGET,
+        families: Sequence[Family] = FAMILIES,
     ) -> None:
         for what, value in (("session_len", session_len), ("memory_budget", memory_budget), ("graph_budget", graph_budget)):
             if value is not None:
@@ -72,7 +75,7 @@ class Lab:
         keep_compiled()
         on = checkpoints.resolve_device(device)
         self._thread = EngineThread.of(on)
-        loaded = self._thread.call(partial(checkpoints.load, name, device=on, dtype=dtype))
+        loaded = self._thread.call(partial(checkpoints.load, name, device=on, dtype=dtype, families=families))
         if session_len is None:
             session_len = default_session_len(loaded, reserved=graph_budget if on.type == "cuda" else 0)
         if session_len > loaded.max_length:

@@ -68,7 +68,7 @@ class Pipeline:
             self.decoder,
             layers=self.cache.layers,
             in_place=self.cache.in_place,
-            merge_size=checkpoint.config.vision_config.spatial_merge_size,
+            merge_size=checkpoint.merge_size,
             graphs=graphs,
         )
         self.complete = streaming.bind(recipe.streaming, checkpoint.device)

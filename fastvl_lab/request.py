@@ -181,7 +181,7 @@ class Prompt:
 class VisionTokens:
     """What the vision tower hands to the decoder.
 
-    embeds: [n_visual, hidden]; deepstack: for Qwen3-VL, one [n_visual, hidden] per DeepStack level, else empty.
+    embeds: [n_visual, hidden]; deepstack: one [n_visual, hidden] per DeepStack level, in a family that has any.
     """
 
     embeds: torch.Tensor

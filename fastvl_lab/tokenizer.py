@@ -1,4 +1,4 @@
-"""Request to prompt: the checkpoint's chat template, visual placeholders, and M-RoPE positions in closed form.
+"""Request to prompt: the checkpoint's chat template, visual placeholders, and positions in closed form.
 
 The template's text is tokenized with one placeholder an image; the placeholders are then repeated as ids. That equals tokenizing
 the expanded text, because a special token never merges with its neighbours, and spares the tokenizer thousands of them.
@@ -33,17 +33,19 @@ def chat_text(request: Request, checkpoint: Checkpoint) -> str:
     cannot write the conversation, and if its bytes alone make more tokens than a session has: before anything is tokenized.
     """
     messages = [_for_templates(message) for message in request.conversation]
-    image, video = checkpoint.tokenizer.convert_ids_to_tokens([checkpoint.image_token_id, checkpoint.config.video_token_id])
+    placeholders = [int(getattr(checkpoint.config, key)) for key in checkpoint.family.placeholders]
+    image, *others = checkpoint.tokenizer.convert_ids_to_tokens(placeholders)
     text, words = _written(messages, checkpoint), [word for message in messages for word in words_of(message)]
     check_bytes(text, checkpoint)
-    for placeholder in (image, video):
-        parts = "".join(words) if text.count(image) != len(request.image_inputs) or video in text else ""
+    mistaken = text.count(image) != len(request.image_inputs) or any(other in text for other in others)
+    for placeholder in (image, *others):
+        parts = "".join(words) if mistaken else ""
         if placeholder in parts or any(placeholder in word for word in words):
             raise RequestError(
                 f"the prompt contains the placeholder {placeholder!r}, which stands for an image or video; "
                 f"remove it from the text and give images in images or as message parts"
             )
-    if text.count(image) != len(request.image_inputs) or video in text:
+    if mistaken:
         raise RequestError(
             f"the chat template of {quoted(checkpoint.name)} wrote {text.count(image)} image placeholders for "
             f"{len(request.image_inputs)} images; it is no template for images"
@@ -133,7 +135,7 @@ def tokenize(request: Request, grids: Sequence[Grid], checkpoint: Checkpoint) ->
     check_length(int(repeats.sum()), request, checkpoint, visual_tokens=sum(visual_tokens))
 
     input_ids = np.repeat(ids, repeats)  # [n_tokens]
-    positions, next_position = mrope_positions(is_image, grids, checkpoint.merge_size)
+    positions, next_position = checkpoint.family.positions(is_image, grids, checkpoint.merge_size)
     first_tokens = (np.cumsum(repeats) - repeats)[is_image].tolist()
     return Prompt(
         input_ids=torch.from_numpy(input_ids),
@@ -192,26 +194,3 @@ def check_length(n_prompt: int, request: Request, checkpoint: Checkpoint, *, vis
             f"together over session_len, {checkpoint.session_len} (the model's own limit is {checkpoint.max_length}); "
             f"set a smaller {'max_pixels or ' if visual_tokens else ''}max_new_tokens, or shorten the prompt"
         )
-
-
-def mrope_positions(is_image: np.ndarray, grids: Sequence[Grid], merge_size: int) -> tuple[np.ndarray, int]:
-    """M-RoPE positions of a prompt, and the position of the token after it.
-
-    is_image: bool [n_unexpanded], true at the placeholder of each image, before expansion. Returns int64 [3, n_tokens].
-
-    Text counts up in all three rows. An image of merged grid (t, h, w) starting at p has rows p+t, p+h, p+w, and the text after it
-    goes on at p + max(h, w) (Qwen2-VL, arXiv 2409.12191, section 2.1; `get_rope_index` in Transformers). Both families place
-    images alike; they differ for videos.
-    """
-    segments, position, begin = [], 0, 0
-    for at, grid in zip(np.flatnonzero(is_image), grids, strict=True):
-        text = np.arange(at - begin) + position
-        position += int(at - begin)
-        h, w = grid.h // merge_size, grid.w // merge_size
-        image = np.indices((grid.t, h, w)).reshape(3, -1) + position
-        segments += [np.broadcast_to(text, (3, len(text))), image]
-        position += max(h, w)
-        begin = int(at) + 1
-    tail = np.arange(len(is_image) - begin) + position
-    segments.append(np.broadcast_to(tail, (3, len(tail))))
-    return np.concatenate(segments, axis=1).astype(np.int64), position + len(tail)

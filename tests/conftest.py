@@ -13,12 +13,14 @@ import pytest
 import torch
 from PIL import Image
 
-# Tests, and the kernels they start, get an empty cache: none reads or fills the user's. Set before any library reads them.
-os.environ["XDG_CACHE_HOME"] = tempfile.mkdtemp(prefix="fastvl-lab-tests-")
+# Tests, and the kernels they start, get an empty cache: none reads or fills the user's. A session's processes share it, so that
+# each program is compiled once. Set before any library reads them.
+if "PYTEST_XDIST_WORKER" not in os.environ:
+    os.environ["XDG_CACHE_HOME"] = tempfile.mkdtemp(prefix="fastvl-lab-tests-")
+    atexit.register(shutil.rmtree, os.environ["XDG_CACHE_HOME"], ignore_errors=True)
 os.environ["HF_HUB_OFFLINE"] = "1"
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # kernels run in Triton's interpreter, on tensors of the host
-atexit.register(shutil.rmtree, os.environ["XDG_CACHE_HOME"], ignore_errors=True)
 
 from transformers import AutoConfig, AutoModelForImageTextToText
 
@@ -27,6 +29,7 @@ from fastvl_lab.catalogue import SLOTS, Option, toggles
 from fastvl_lab.checkpoint import Checkpoint, tiny
 from fastvl_lab.checkpoint.fused import fuse_projections
 from fastvl_lab.checkpoint.random_weights import randomise
+from fastvl_lab.families import family_of
 from fastvl_lab.measure.statistics import Interval
 from fastvl_lab.preprocessor.decode_image import rgb_of
 from fastvl_lab.request import ImageInput, ImageSource
@@ -98,11 +101,13 @@ def other_checkpoint() -> Callable[..., Checkpoint]:
             text.rope_parameters["mrope_section"] = [half - 2 * (half // 3), half // 3, half // 3]
         config.vision_config.out_hidden_size = text.hidden_size
         model = AutoModelForImageTextToText.from_config(config, dtype=dtype, attn_implementation="sdpa").eval()
-        randomise(model, seed=seed)
-        fuse_projections(model)
+        family = family_of(config.model_type)
+        assert family is not None
+        randomise(family, model, seed=seed)
+        fuse_projections(family.text(model))
         return Checkpoint(
             name=name,
-            family=config.model_type,
+            family=family,
             model=model,
             tokenizer=None,
             image_processor=None,

@@ -222,5 +222,5 @@ def test_an_option_runs_where_its_needs_are_met(
     assert lab.run(request, "fastest, vit.attention=new").tokens == lab.run(request, "fastest").tokens
 
 
-def test_the_readme_has_the_catalogue_as_it_is(repository: Path) -> None:
-    assert catalogue_markdown() in (repository / "README.md").read_text()
+def test_the_page_of_toggles_is_the_catalogue_as_it_is(repository: Path) -> None:
+    assert (repository / "docs" / "toggles.md").read_text() == catalogue_markdown() + "\n", "make toggles writes it anew"

@@ -14,6 +14,7 @@ import pytest
 from packaging.specifiers import SpecifierSet
 
 import fastvl_lab
+from fastvl_lab.families import FAMILIES
 from fastvl_lab.trace import STAGES
 
 PACKAGE = Path(fastvl_lab.__file__).parent
@@ -22,6 +23,7 @@ SLOTS = ("preprocessor", "vit", "attention", "cache", "capture", "streaming")
 # Lowest first; a module imports from its own layer or below. Parts of the package that do not exist yet have their place too.
 LAYERS = (
     ("errors", "image_input", "messages", "request", "trace", "kernels", "catalogue", "recipe", "engine_thread"),
+    ("families",),
     ("checkpoint",),
     ("tokenizer", "language", *SLOTS),
     ("pipeline",),
@@ -99,6 +101,49 @@ def test_slots_do_not_import_each_other() -> None:
         if part in SLOTS:
             others = {module.split(".")[0] for module, _ in _imports(path)} & set(SLOTS) - {part}
             assert not others, f"{path} imports {others}"
+
+
+# Names of one family's modules and settings.
+OF_A_FAMILY = {
+    "visual",
+    "language_model",
+    "lm_head",
+    "deepstack_merger_list",
+    "deepstack_visual_indexes",
+    "fullatt_block_indexes",
+    "mrope_section",
+    "num_position_embeddings",
+    "spatial_merge_size",
+    "window_size",
+    "image_token_id",
+    "video_token_id",
+}
+
+
+def test_what_is_true_of_one_family_stands_in_its_file() -> None:
+    """Elsewhere no code names a family, compares one with another, or reads what only one of them has."""
+    named = {family.model_type for family in FAMILIES}
+    for path, part in _modules():
+        if part == "families":
+            continue
+        for node in ast.walk(ast.parse(path.read_text())):
+            where = f"{path}, line {getattr(node, 'lineno', 0)}"
+            if isinstance(node, ast.Constant):
+                assert node.value not in named, where
+            if isinstance(node, ast.Attribute) and not _is_the_labs_own(node):
+                assert node.attr not in OF_A_FAMILY, where
+            if isinstance(node, ast.Compare | ast.Match):
+                asked = {inside.attr for inside in ast.walk(node) if isinstance(inside, ast.Attribute)}
+                assert not asked & {"family", "model_type"}, where
+
+
+def _is_the_labs_own(node: ast.Attribute) -> bool:
+    """Names that the lab uses too: a checkpoint's image token, a decoder's LM head."""
+    return (ast.unparse(node.value), node.attr) in {
+        ("checkpoint", "image_token_id"),
+        ("self.checkpoint", "image_token_id"),
+        ("decoder.weights", "lm_head"),
+    }
 
 
 def test_options_of_a_slot_do_not_import_each_other() -> None:

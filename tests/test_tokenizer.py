@@ -16,8 +16,9 @@ from tokenizers import AddedToken, normalizers
 
 from fastvl_lab import Lab, Request, RequestError
 from fastvl_lab.checkpoint import Checkpoint
+from fastvl_lab.families.qwen import mrope_positions
 from fastvl_lab.request import Grid
-from fastvl_lab.tokenizer import chat_text, check_bytes, check_text, mrope_positions, tokenize
+from fastvl_lab.tokenizer import chat_text, check_bytes, check_text, tokenize
 
 grids_strategy = st.lists(st.builds(lambda h, w: Grid(1, 2 * h, 2 * w), st.integers(1, 40), st.integers(1, 40)), max_size=4)
 # Without placeholders, which hypothesis knows from the source, and which are refused in a prompt.

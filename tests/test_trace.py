@@ -15,8 +15,6 @@ from fastvl_lab import trace as trace_module
 from fastvl_lab.measure.statistics import Interval, median_interval
 from fastvl_lab.trace import STAGES, Span, Trace, Tracer, module_spans
 
-pytestmark = pytest.mark.alone
-
 CPU = torch.device("cpu")
 
 
@@ -24,6 +22,7 @@ def _span(name: str, start: int, end: int, **changes: object) -> Span:
     return Span(**{"name": name, "lane": "host", "depth": 0, "start_ns": start, "end_ns": end} | changes)  # type: ignore[arg-type]
 
 
+@pytest.mark.alone
 def test_stages_and_unaccounted_add_up_to_ttft(lab: Lab, picture: bytes) -> None:
     request = Request(images=[picture], prompt="What is this?", max_new_tokens=4)
     for engine in ("transformers", "baseline", "fastest"):
@@ -189,6 +188,7 @@ def test_module_spans_leave_no_hook_behind() -> None:
     assert names == ["linear"]
 
 
+@pytest.mark.alone
 def test_a_runs_tracing_calls_cost_under_one_percent_of_its_ttft(lab: Lab, picture: bytes) -> None:
     """The calls alone, for as many spans as a run has: what tracing adds to a run, free of the run's own noise."""
     request = Request(images=[picture], prompt="What is this?", max_new_tokens=1)

@@ -79,7 +79,7 @@ def _fused_mlp(silu_mul: SiluMul, x: torch.Tensor, layer: Layer) -> torch.Tensor
 
 
 def _normalised(q: torch.Tensor, k: torch.Tensor, layer: Layer, norm: Norm) -> tuple[torch.Tensor, torch.Tensor]:
-    """Qwen3-VL's norm of each head; Qwen2.5-VL has none."""
+    """With the norm of each head, where the family has one."""
     if layer.q_norm is None or layer.k_norm is None:
         return q, k
     return norm(q, layer.q_norm), norm(k, layer.k_norm)

@@ -13,24 +13,6 @@ from typing import Any
 from transformers import Qwen2Tokenizer
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
-# Both write a conversation as Qwen's published templates do; only Qwen2.5-VL supplies a system message of its own.
-_MESSAGES = (
-    "{%- for message in messages %}"
-    "{{- '<|im_start|>' + message['role'] + '\n' }}"
-    "{%- if message['content'] is string %}{{- message['content'] }}"
-    "{%- else %}{%- for part in message['content'] %}"
-    "{%- if part['type'] == 'text' %}{{- part['text'] }}"
-    "{%- else %}{{- '<|vision_start|><|image_pad|><|vision_end|>' }}{%- endif %}"
-    "{%- endfor %}{%- endif %}"
-    "{{- '<|im_end|>\n' }}"
-    "{%- endfor %}"
-    "{%- if add_generation_prompt %}{{- '<|im_start|>assistant\n' }}{%- endif %}"
-)
-_DEFAULT_SYSTEM = (
-    "{%- if messages[0]['role'] != 'system' %}{{- '<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n' }}{%- endif %}"
-)
-CHAT_TEMPLATES = {"qwen2_5_vl": _DEFAULT_SYSTEM + _MESSAGES, "qwen3_vl": _MESSAGES}
-
 
 def byte_vocabulary() -> dict[str, int]:
     """The 256 byte tokens and their ids, as byte-level BPE writes them."""
@@ -44,7 +26,7 @@ def printable_ids() -> tuple[int, ...]:
     return tuple(vocabulary[characters[byte]] for byte in range(0x20, 0x7F))
 
 
-def write_byte_tokenizer(folder: Path, *, family: str, special_tokens: Mapping[str, int], vocab_size: int) -> None:
+def write_byte_tokenizer(folder: Path, *, chat_template: str, special_tokens: Mapping[str, int], vocab_size: int) -> None:
     """Write tokenizer files and chat template into `folder`.
 
     special_tokens: token -> id, all at 256 or above. Ids up to `vocab_size` that no token owns decode to their number in brackets,
@@ -59,5 +41,5 @@ def write_byte_tokenizer(folder: Path, *, family: str, special_tokens: Mapping[s
         "extra_special_tokens": [token for token in special_tokens if token not in ("<|im_end|>", "<|endoftext|>")],
     }
     tokenizer = Qwen2Tokenizer(vocab=vocabulary, merges=[], **settings)
-    tokenizer.chat_template = CHAT_TEMPLATES[family]
+    tokenizer.chat_template = chat_template
     tokenizer.save_pretrained(folder)

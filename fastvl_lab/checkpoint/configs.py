@@ -14,8 +14,9 @@ from jinja2 import TemplateSyntaxError
 from transformers import GenerationConfig, ProcessorMixin
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
-from fastvl_lab.checkpoint.reading import DTYPES, File, read_json, whole_number
+from fastvl_lab.checkpoint.reading import DTYPES, File, read_json
 from fastvl_lab.errors import CheckpointError, quoted, shortened
+from fastvl_lab.families.family import Family, whole_number
 
 
 def check_files(name: str, source: str) -> None:
@@ -29,7 +30,7 @@ def check_files(name: str, source: str) -> None:
             GenerationConfig.from_pretrained(source)
 
 
-def check_config(config: Any, file: File) -> None:
+def check_config(config: Any, family: Family, file: File) -> None:
     """Raise `CheckpointError` for values with which the model could be built and would then fail."""
     if getattr(config, "quantization_config", None) is not None:
         raise file.refused(
@@ -46,15 +47,8 @@ def check_config(config: Any, file: File) -> None:
     theta = rope.get("rope_theta")
     if isinstance(theta, bool) or not isinstance(theta, int | float) or not 0 < theta < math.inf:
         raise file.refused("rope_theta", theta, "a number over 0")
-    for key in ("patch_size", "spatial_merge_size", "temporal_patch_size", "hidden_size", "num_heads", "depth"):
-        file.count(f"vision_config.{key}", getattr(vision, key))
-    if hasattr(vision, "window_size"):
-        side = vision.patch_size * vision.spatial_merge_size
-        if file.count("vision_config.window_size", vision.window_size) < side:
-            raise file.refused("vision_config.window_size", vision.window_size, f"at least {side}, the pixels of one visual token")
-    levels = getattr(vision, "deepstack_visual_indexes", ())
-    if len(set(levels)) < len(levels) or not all(whole_number(level) is not None and 0 <= level < vision.depth for level in levels):
-        raise file.refused("vision_config.deepstack_visual_indexes", levels, f"different blocks, 0 to {vision.depth - 1}")
+    for fault in family.config_faults(config):
+        raise file.refused(*fault)
     for key in (
         "vocab_size",
         "hidden_size",
@@ -66,7 +60,7 @@ def check_config(config: Any, file: File) -> None:
         file.count(key, getattr(text, key))
     if text.num_attention_heads % text.num_key_value_heads:
         raise file.refused("num_key_value_heads", text.num_key_value_heads, f"a divisor of {text.num_attention_heads} heads")
-    for key in ("image_token_id", "video_token_id"):
+    for key in family.placeholders:
         token = getattr(config, key)
         if whole_number(token) is None or not 0 <= token < text.vocab_size:
             raise file.refused(
@@ -74,14 +68,12 @@ def check_config(config: Any, file: File) -> None:
             )
 
 
-def check_model(model: Any, file: File) -> None:
+def check_model(model: Any, family: Family, file: File) -> None:
     """Raise `CheckpointError` for a rotary embedding that does not fit the heads, as stock code finds in its first request."""
-    rotary, text = model.model.language_model.rotary_emb, model.config.get_text_config()
+    for fault in family.model_faults(model):
+        raise file.refused(*fault)
+    text, half = model.config.get_text_config(), len(family.text(model).inv_freq)
     head_dim = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
-    sections, half = rotary.mrope_section, len(rotary.inv_freq)
-    three = isinstance(sections, list | tuple) and len(sections) == 3 and all(type(n) is int and n >= 0 for n in sections)
-    if not three or (sum(sections) != half and model.config.model_type == "qwen2_5_vl"):  # Qwen3-VL gives the first the rest
-        raise file.refused("mrope_section", sections, f"three whole numbers, {half} together")
     if 2 * half != head_dim:
         raise file.refused("rope_parameters", text.rope_parameters, f"such that all {head_dim} values of a head are rotated")
 
@@ -152,14 +144,14 @@ def _syntax_error(tokenizer: Any, template: str) -> TemplateSyntaxError | Syntax
     return None
 
 
-def check_tokenizer(name: str, tokenizer: Any, model: Any) -> None:
+def check_tokenizer(name: str, tokenizer: Any, model: Any, family: Family) -> None:
     """Raise `CheckpointError` for a tokenizer without the placeholders, or one that is not byte-level BPE."""
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if type(getattr(backend, "decoder", None)).__name__ != "ByteLevel":
         raise CheckpointError(
             f"checkpoint {quoted(name)} has a tokenizer that is not byte-level BPE, as both Qwen-VL families' are"
         )
-    for key in ("image_token_id", "video_token_id"):
+    for key in family.placeholders:
         token = getattr(model.config, key)
         text = tokenizer.convert_ids_to_tokens(token)
         if not text:

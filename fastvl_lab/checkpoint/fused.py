@@ -7,23 +7,24 @@ second copy of any weight.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 
+from fastvl_lab.families.text import Text
 
-def fuse_projections(model: Any) -> None:
+
+def fuse_projections(text: Text) -> None:
     """Lay the decoder's projections out side by side, a layer at a time; the parameters keep their names and values."""
-    for layer in model.model.language_model.layers:
-        attention, mlp = layer.self_attn, layer.mlp
-        for linears in ((attention.q_proj, attention.k_proj, attention.v_proj), (mlp.gate_proj, mlp.up_proj)):
+    for layer in text.layers:
+        for linears in ((layer.q, layer.k, layer.v), (layer.gate, layer.up)):
             _side_by_side([linear.weight for linear in linears])
-            if linears[0].bias is not None:
-                _side_by_side([linear.bias for linear in linears])
+            _side_by_side([linear.bias for linear in linears if linear.bias is not None])
 
 
 @torch.no_grad()
-def _side_by_side(parameters: Sequence[torch.nn.Parameter]) -> None:
+def _side_by_side(parameters: Sequence[torch.Tensor]) -> None:
+    if not parameters:
+        return
     together = torch.cat([parameter.data for parameter in parameters])
     for parameter, part in zip(parameters, together.split([len(parameter) for parameter in parameters]), strict=True):
         parameter.data = part

@@ -13,8 +13,9 @@ from typing import Any
 import torch
 from PIL import Image
 
-from fastvl_lab.checkpoint.reading import File, whole_number
+from fastvl_lab.checkpoint.reading import File
 from fastvl_lab.errors import quoted, shortened
+from fastvl_lab.families.family import whole_number
 
 CHANNELS = 3
 

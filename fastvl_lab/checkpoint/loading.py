@@ -6,9 +6,9 @@ import json
 import os
 import re
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
@@ -38,9 +38,9 @@ from fastvl_lab.checkpoint.padded import pad_widths
 from fastvl_lab.checkpoint.random_weights import RANDOM_PREFIX, published, random_model, write_published_folder
 from fastvl_lab.checkpoint.reading import DTYPES, File, read_json
 from fastvl_lab.errors import CheckpointError, DeviceError, FastvlError
-
-Family = Literal["qwen2_5_vl", "qwen3_vl"]
-FAMILIES: tuple[Family, ...] = ("qwen2_5_vl", "qwen3_vl")
+from fastvl_lab.families import FAMILIES, Family, Patches, family_of, names
+from fastvl_lab.families.text import Text
+from fastvl_lab.families.vision import Vision
 
 # Transformers changes torch for the whole process while it loads: a load beside another finds weights missing.
 _ONE_LOAD_AT_A_TIME = threading.Lock()
@@ -75,22 +75,37 @@ class Checkpoint:
     @property
     def target(self) -> Target:
         """What options are to run on."""
-        vision, text = self.config.vision_config, self.config.get_text_config()
+        text = self.config.get_text_config()
         return Target(
             device=self.device,
             dtype=self.dtype,
-            tower_head_dim=vision.hidden_size // vision.num_heads,
+            tower_head_dim=self.vision.hidden_size // self.vision.n_heads,
             decoder_head_dim=getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads,
         )
 
     @property
     def image_token_id(self) -> int:
-        return int(self.config.image_token_id)
+        return int(getattr(self.config, self.family.placeholders[0]))
+
+    @cached_property
+    def patches(self) -> Patches:
+        """How images are cut."""
+        return self.family.patches(self.config)
 
     @property
     def merge_size(self) -> int:
-        """Patches along one side of a visual token (`spatial_merge_size`)."""
-        return int(self.config.vision_config.spatial_merge_size)
+        """Patches along one side of a visual token."""
+        return self.patches.merge_size
+
+    @cached_property
+    def vision(self) -> Vision:
+        """The stock vision tower by what its parts are for."""
+        return self.family.vision(self.model)
+
+    @cached_property
+    def text(self) -> Text:
+        """The stock decoder by what its parts are for."""
+        return self.family.text(self.model)
 
     @cached_property
     def longest_token(self) -> int | None:
@@ -118,34 +133,42 @@ class Checkpoint:
         return self.image_settings.scale_shift()
 
 
-def load(name: str | Path, *, device: str | torch.device | None = None, dtype: str | torch.dtype | None = None) -> Checkpoint:
+def load(
+    name: str | Path,
+    *,
+    device: str | torch.device | None = None,
+    dtype: str | torch.dtype | None = None,
+    families: Sequence[Family] = FAMILIES,
+) -> Checkpoint:
     """Load `name` onto a device in a dtype.
 
     name: a folder in Hugging Face format, a hub id, "tiny-qwen2.5-vl", "tiny-qwen3-vl", or "random:<hub id>".
     device: "cpu", "cuda", "cuda:1", …; by default CUDA where present. dtype: by default the checkpoint's own on CUDA and
-    float32 on a CPU. Loads of other threads are waited for. Raises `CheckpointError` and `DeviceError`.
+    float32 on a CPU. families: those that it may be of. Loads of other threads are waited for. Raises `CheckpointError` and
+    `DeviceError`.
     """
     with _ONE_LOAD_AT_A_TIME:
-        return _load(str(name), resolve_device(device), resolve_dtype(dtype))
+        return _load(str(name), resolve_device(device), resolve_dtype(dtype), families)
 
 
-def _load(name: str, on: torch.device, of_type: torch.dtype | None) -> Checkpoint:
+def _load(name: str, on: torch.device, of_type: torch.dtype | None, families: Sequence[Family]) -> Checkpoint:
     _settle_vector_math()
-    if name in tiny.NAMES:
+    if name in tiny.names(families):
         with _quiet():
-            return _from_pretrained(name, str(tiny.folder(name)), on, of_type)
+            return _from_pretrained(name, str(tiny.folder(name, families)), on, of_type, families)
     if name.startswith(RANDOM_PREFIX):
-        return _random(name, on, of_type)
+        return _random(name, on, of_type, families)
     path = Path(os.path.expanduser(name))  # pathlib's raises for an unknown user
     if path.is_dir():
-        _check_folder(name, path)
-        return _from_pretrained(name, str(path), on, of_type)
+        _check_folder(name, path, families)
+        return _from_pretrained(name, str(path), on, of_type, families)
     if path.exists() or name.startswith(("/", "./", "../", "~")) or not re.fullmatch(r"[\w.-]+/[\w.-]+", name):
         raise CheckpointError(
             f"checkpoint {name!r} is unknown; give a folder in Hugging Face format, a hub id such as "
-            f"Qwen/Qwen2.5-VL-3B-Instruct, one of {', '.join(tiny.NAMES)}, or random:<hub id> with one of {', '.join(published())}"
+            f"Qwen/Qwen2.5-VL-3B-Instruct, one of {', '.join(tiny.names(families))}, or random:<hub id> with one of "
+            f"{', '.join(published(families))}"
         )
-    return _from_pretrained(name, name, on, of_type)
+    return _from_pretrained(name, name, on, of_type, families)
 
 
 def _settle_vector_math() -> None:
@@ -159,14 +182,16 @@ def _settle_vector_math() -> None:
             function(torch.zeros(1, dtype=dtype))
 
 
-def _from_pretrained(name: str, source: str, device: torch.device, dtype: torch.dtype | None) -> Checkpoint:
+def _from_pretrained(
+    name: str, source: str, device: torch.device, dtype: torch.dtype | None, families: Sequence[Family]
+) -> Checkpoint:
     with _as_checkpoint_error(name):
         file = File(checkpoint=name, name="config.json")
         check_files(name, source)
         with file.unread():
             config = AutoConfig.from_pretrained(source)
-        family = _family(name, config)
-        check_config(config, file)
+        family = _family(name, config, families)
+        check_config(config, family, file)
         dtype = dtype or default_dtype(config, device, file)
         _check_memory(name, config, {torch.device("cpu"), device}, dtype)  # weights reach a GPU through the host
         model, report = AutoModelForImageTextToText.from_pretrained(  # safetensors, or tensors of a .bin and nothing else of it
@@ -200,35 +225,36 @@ def _check_report(name: str, model: Any, report: Mapping[str, Any]) -> None:
             raise CheckpointError(f"checkpoint {name!r} has {len(keys)} {fault.replace('_', ' ')}, the first {keys[0]}: {meaning}")
 
 
-def _random(name: str, device: torch.device, dtype: torch.dtype | None) -> Checkpoint:
+def _random(name: str, device: torch.device, dtype: torch.dtype | None, families: Sequence[Family]) -> Checkpoint:
     """The real geometry with random weights made on the device; nothing of their size touches the disk."""
     hub_id = name.removeprefix(RANDOM_PREFIX)
-    if hub_id not in published():
-        raise CheckpointError(f"no geometry is published here for {hub_id!r}; the choices are {', '.join(published())}")
+    if hub_id not in published(families):
+        raise CheckpointError(f"no geometry is published here for {hub_id!r}; the choices are {', '.join(published(families))}")
     dtype = dtype or (torch.float32 if device.type == "cpu" else torch.bfloat16)
     with _quiet(), _as_checkpoint_error(name):
-        source = str(write_published_folder(hub_id))
+        source = str(write_published_folder(hub_id, families))
         config = AutoConfig.from_pretrained(source)
-        check_config(config, File(checkpoint=name, name="config.json"))
+        family = _family(name, config, families)
+        check_config(config, family, File(checkpoint=name, name="config.json"))
         _check_memory(name, config, {device}, dtype)
-        model = random_model(config, device=device, dtype=dtype, seed=0)
-        return _checkpoint(name, _family(name, config), model, source)
+        model = random_model(family, config, device=device, dtype=dtype, seed=0)
+        return _checkpoint(name, family, model, source)
 
 
 def _checkpoint(name: str, family: Family, model: Any, source: str) -> Checkpoint:
     """Gather what stands beside the weights; `source` holds tokenizer, image processor and generation config."""
-    check_model(model, File(checkpoint=name, name="config.json"))
+    check_model(model, family, File(checkpoint=name, name="config.json"))
     with File(checkpoint=name, name="tokenizer").unread():
         tokenizer = AutoTokenizer.from_pretrained(source)
     tokenizer.chat_template = read_chat_template(name, source, tokenizer)
-    check_tokenizer(name, tokenizer, model)
+    check_tokenizer(name, tokenizer, model, family)
     image_processor, file = _image_processor(name, source)
-    _check_image_processor(image_processor, file, model.config.vision_config)
+    _check_image_processor(image_processor, file, family.patches(model.config))
     eos_token_ids = read_eos_token_ids(name, source, model.config, tokenizer)
     # Greedy and nothing else: the published generation configs carry sampling settings and a repetition penalty.
     model.generation_config = GenerationConfig(do_sample=False, pad_token_id=tokenizer.pad_token_id)
-    fuse_projections(model)
-    pad_widths(model.model.visual)
+    fuse_projections(family.text(model))
+    pad_widths(family.vision(model).module)
     max_length = model.config.get_text_config().max_position_embeddings
     return Checkpoint(
         name=name,
@@ -245,15 +271,10 @@ def _checkpoint(name: str, family: Family, model: Any, source: str) -> Checkpoin
     )
 
 
-def _check_image_processor(processor: Any, file: File, vision: Any) -> None:
+def _check_image_processor(processor: Any, file: File, patches: Patches) -> None:
     """Raise `CheckpointError` for settings that cannot be used, and for patches that the model cannot take."""
     settings = read_image_settings(processor, file)
-    needed = {
-        "patch_size": vision.patch_size,
-        "merge_size": vision.spatial_merge_size,
-        "temporal_patch_size": vision.temporal_patch_size,
-    }
-    for key, value in needed.items():
+    for key, value in asdict(patches).items():
         if getattr(settings, key) != value:
             raise file.refused(key, getattr(settings, key), f"{value}, as its config.json has it")
     try_image_processor(processor, settings, file)
@@ -275,8 +296,8 @@ def _image_processor(name: str, source: str) -> tuple[Any, File]:
         return chosen.from_pretrained(source), file
 
 
-def _check_folder(name: str, path: Path) -> None:
-    """Refuse a folder that is no Qwen-VL checkpoint before anything large is read."""
+def _check_folder(name: str, path: Path, families: Sequence[Family]) -> None:
+    """Refuse a folder that is no checkpoint of these families before anything large is read."""
     try:
         config = json.loads((path / "config.json").read_text(encoding="utf-8"))
     except FileNotFoundError:
@@ -284,15 +305,15 @@ def _check_folder(name: str, path: Path) -> None:
     except (OSError, ValueError) as error:
         raise CheckpointError(f"folder {name!r} has a broken config.json: {error}") from None
     model_type = config.get("model_type") if isinstance(config, dict) else None
-    if model_type not in FAMILIES:
-        raise CheckpointError(f"folder {name!r} holds a {model_type!r} model; the lab runs {' and '.join(FAMILIES)}")
+    if family_of(model_type, families) is None:
+        raise CheckpointError(f"folder {name!r} holds a {model_type!r} model; the lab runs {names(families)}")
 
 
-def _family(name: str, config: Any) -> Family:
-    for family in FAMILIES:
-        if config.model_type == family:
-            return family
-    raise CheckpointError(f"checkpoint {name!r} is a {config.model_type!r} model; the lab runs {' and '.join(FAMILIES)}")
+def _family(name: str, config: Any, families: Sequence[Family]) -> Family:
+    family = family_of(config.model_type, families)
+    if family is None:
+        raise CheckpointError(f"checkpoint {name!r} is a {config.model_type!r} model; the lab runs {names(families)}")
+    return family
 
 
 def resolve_device(device: str | torch.device | None) -> torch.device:

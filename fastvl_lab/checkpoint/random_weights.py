@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import json
-from functools import cache
-from importlib.resources import files
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +13,7 @@ from transformers import AutoConfig, AutoModelForImageTextToText
 
 from fastvl_lab.checkpoint.byte_tokenizer import write_byte_tokenizer
 from fastvl_lab.checkpoint.user_cache import whole_folder
+from fastvl_lab.families import FAMILIES, Family, Geometry
 
 RANDOM_PREFIX = "random:"
 
@@ -20,69 +21,53 @@ RANDOM_PREFIX = "random:"
 FORMAT = 1
 
 
-@cache
-def _geometry() -> dict[str, Any]:
-    data: dict[str, Any] = json.loads(files("fastvl_lab.checkpoint").joinpath("geometry.json").read_text())
-    return data
-
-
-def published() -> tuple[str, ...]:
+def published(families: Sequence[Family] = FAMILIES) -> tuple[str, ...]:
     """The hub ids whose geometry is known without the hub."""
-    return tuple(name for name in _geometry() if "/" in name)
+    return tuple(hub_id for family in families for hub_id in family.published)
 
 
-def write_published_folder(hub_id: str) -> Path:
+def write_published_folder(hub_id: str, families: Sequence[Family] = FAMILIES) -> Path:
     """A cached folder with config, tokenizer and preprocessor config of a published geometry, and no weights."""
+    family = next(family for family in families if hub_id in family.published)
 
     def write(folder: Path) -> None:
-        facts = _geometry()[hub_id]
-        write_checkpoint_files(folder, facts, special_tokens=_geometry()["special_tokens"])
+        write_checkpoint_files(folder, family, family.published[hub_id], special_tokens=family.special_tokens)
 
     return whole_folder(f"random/{hub_id.replace('/', '--')}-v{FORMAT}", write)
 
 
-def write_checkpoint_files(folder: Path, facts: dict[str, Any], special_tokens: dict[str, int]) -> None:
-    """Write config.json, generation_config.json, preprocessor_config.json, tokenizer and chat template.
-
-    facts: "family", "text", "vision", "image" and "tie_word_embeddings", as geometry.json has them.
-    """
-    family, text, image = facts["family"], dict(facts["text"]), facts["image"]
-    rope = {"rope_type": "default", "rope_theta": text.pop("rope_theta"), "mrope_section": text.pop("mrope_section")}
-    if text.pop("mrope_interleaved", False):
-        rope["mrope_interleaved"] = True
+def write_checkpoint_files(folder: Path, family: Family, geometry: Geometry, special_tokens: Mapping[str, int]) -> None:
+    """Write config.json, generation_config.json, preprocessor_config.json, tokenizer and chat template."""
     end, pad = special_tokens["<|im_end|>"], special_tokens["<|endoftext|>"]
     config = AutoConfig.for_model(
-        family,
-        text_config={**text, "rope_parameters": rope, "bos_token_id": pad, "eos_token_id": end},
-        vision_config=facts["vision"],
-        tie_word_embeddings=facts["tie_word_embeddings"],
-        image_token_id=special_tokens["<|image_pad|>"],
-        video_token_id=special_tokens["<|video_pad|>"],
-        vision_start_token_id=special_tokens["<|vision_start|>"],
-        vision_end_token_id=special_tokens["<|vision_end|>"],
-        dtype="float32" if text["hidden_size"] < 1024 else "bfloat16",
+        family.model_type,
+        text_config={**geometry.text, "bos_token_id": pad, "eos_token_id": end},
+        vision_config=dict(geometry.vision),
+        tie_word_embeddings=geometry.tie_word_embeddings,
+        **{key: special_tokens[token] for key, token in family.config_tokens.items()},
+        dtype="float32" if geometry.text["hidden_size"] < 1024 else "bfloat16",
     )
     config.save_pretrained(folder)
     _write_json(folder / "generation_config.json", {"eos_token_id": [end, pad], "pad_token_id": pad, "do_sample": False})
-    vision = facts["vision"]
     preprocessor = {
         "image_processor_type": "Qwen2VLImageProcessor",
-        "size": {"shortest_edge": image["min_pixels"], "longest_edge": image["max_pixels"]},
-        "image_mean": image["mean"],
-        "image_std": image["std"],
-        "patch_size": vision["patch_size"],
-        "temporal_patch_size": vision["temporal_patch_size"],
-        "merge_size": vision["spatial_merge_size"],
+        "size": {"shortest_edge": geometry.min_pixels, "longest_edge": geometry.max_pixels},
+        "image_mean": geometry.mean,
+        "image_std": geometry.std,
+        **asdict(family.patches(config)),
     }
     _write_json(folder / "preprocessor_config.json", preprocessor)
-    write_byte_tokenizer(folder, family=family, special_tokens=special_tokens, vocab_size=text["vocab_size"])
+    vocab_size = geometry.text["vocab_size"]
+    write_byte_tokenizer(folder, chat_template=family.chat_template, special_tokens=special_tokens, vocab_size=vocab_size)
 
 
 def _write_json(path: Path, data: dict[str, Any]) -> None:
     path.write_text(json.dumps(data, indent=2) + "\n")
 
 
-def random_model(config: Any, *, device: torch.device, dtype: torch.dtype, seed: int, quiet_ids: torch.Tensor | None = None) -> Any:
+def random_model(
+    family: Family, config: Any, *, device: torch.device, dtype: torch.dtype, seed: int, quiet_ids: torch.Tensor | None = None
+) -> Any:
     """The stock model with weights drawn on the device; the same seed, device type and dtype give the same weights.
 
     quiet_ids: bool [vocab], tokens that greedy decoding should rarely choose.
@@ -92,7 +77,7 @@ def random_model(config: Any, *, device: torch.device, dtype: torch.dtype, seed:
     model = model.to_empty(device=device)
     model.tie_weights()
     _restore_buffers(model)
-    randomise(model, seed=seed, quiet_ids=quiet_ids)
+    randomise(family, model, seed=seed, quiet_ids=quiet_ids)
     return model
 
 
@@ -106,7 +91,7 @@ def _restore_buffers(model: Any) -> None:
 
 
 @torch.no_grad()
-def randomise(model: Any, *, seed: int, quiet_ids: torch.Tensor | None = None) -> None:
+def randomise(family: Family, model: Any, *, seed: int, quiet_ids: torch.Tensor | None = None) -> None:
     """Fill every parameter so that signals keep their size through the layers and greedy tokens vary with the input.
 
     Matrices get a standard deviation of 1/sqrt(inputs). The decoder's MLPs write more than that, so that a tied head does not
@@ -114,23 +99,28 @@ def randomise(model: Any, *, seed: int, quiet_ids: torch.Tensor | None = None) -
     weights and biases are off their neutral values, so that forgetting one shows. `quiet_ids` are rarely chosen.
     """
     generator = torch.Generator(device=next(model.parameters()).device).manual_seed(seed)
+    text, positions = family.text(model), family.vision(model).learned_positions
+    tables = {id(text.embed), id(text.head.weight)}
+    norms = {id(own) for module in model.modules() if type(module).__name__.endswith("Norm") for own in module.parameters()}
+    sharper = {id(own) for layer in text.layers for own in (layer.q.weight, layer.q_norm)}
+    louder = {id(layer.down.weight) for layer in text.layers}
     for name, parameter in model.named_parameters():
         parameter.normal_(generator=generator)
-        if name.endswith(("embed_tokens.weight", "lm_head.weight")):
+        if id(parameter) in tables:
             parameter.mul_(0.3)
             if quiet_ids is not None:
                 parameter[quiet_ids] *= 0.3
-        elif "norm" in name or "ln_q" in name:
+        elif id(parameter) in norms:
             parameter.mul_(0.1)
             if name.endswith("weight"):
                 parameter.add_(1.0)
-        elif name.endswith("pos_embed.weight"):
+        elif id(parameter) == id(positions):
             parameter.mul_(0.2)
         elif name.endswith("bias"):
             parameter.mul_(0.05)
         else:
             parameter.div_(parameter[0].numel() ** 0.5)
-        if "language_model.layers" in name and name.endswith(("q_proj.weight", "q_norm.weight")):
+        if id(parameter) in sharper:
             parameter.mul_(2.0)
-        if "language_model.layers" in name and name.endswith("down_proj.weight"):
+        if id(parameter) in louder:
             parameter.mul_(4.0)

@@ -49,13 +49,6 @@ class File:
         return value
 
 
-def whole_number(value: Any) -> int | None:
-    """The whole number that a JSON value is, also one written as 3.0; None for anything else, `true` included."""
-    if isinstance(value, bool) or not isinstance(value, int | float):
-        return None
-    return int(value) if value == value // 1 and abs(value) < 2**63 else None
-
-
 def read_json(source: str, name: str, checkpoint: str) -> dict[str, Any]:
     """The object in a JSON file of a folder or hub id, empty where there is no such file; raises `CheckpointError`."""
     path = cached_file(source, name, _raise_exceptions_for_missing_entries=False)

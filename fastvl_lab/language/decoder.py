@@ -1,8 +1,8 @@
 """The decoder's layers as one plain forward over packed tokens, for prefill and decode alike.
 
-Both families: RMSNorm, grouped-query attention with M-RoPE, SwiGLU. Qwen2.5-VL has biases on q, k, v; Qwen3-VL has none and
-normalises each head of q and k. What the toggles of the attention slot choose comes in as `Operations`; what is kept between
-steps, as a `KvCache`. Shape letters: n new tokens of all sequences, B sequences, H heads, D head_dim.
+RMSNorm, grouped-query attention with M-RoPE, SwiGLU; whether q, k and v have biases, and heads norms, the weights say. What the
+toggles of the attention slot choose comes in as `Operations`; what is kept between steps, as a `KvCache`. Shape letters: n new
+tokens of all sequences, B sequences, H heads, D head_dim.
 """
 
 from __future__ import annotations

@@ -99,8 +99,8 @@ def _check(lab: Lab, length: int, steps: int, engines: Mapping[str, EngineLike])
             if (recipe := lab.engine(engine).recipe) is not None:
                 logits, kv_bytes = _ours(lab, recipe, prompt, forced)
             else:
-                model = lab.checkpoint.model
-                logits, kv_bytes = _stock(model.model.language_model, model.lm_head.weight, prompt, forced, length)
+                stock = lab.checkpoint.text
+                logits, kv_bytes = _stock(stock.module, stock.head.weight, prompt, forced, length)
             found[label] = Check(worst_error([(logits, truth)]), kv_bytes)
         except Exception as error:  # one option that a device cannot run must not cost the others their rows
             found[label] = Check(sentence(error))
@@ -121,9 +121,8 @@ def _with_places_of_an_image(prompt: Prompt) -> Prompt:
 
 def _truth(lab: Lab, prompt: Prompt, forced: torch.Tensor) -> torch.Tensor:
     """The stock decoder's logits in a wider dtype; the copy of its weights is gone on return."""
-    model, wide = lab.checkpoint.model, wider(lab.dtype)
-    text = copy.deepcopy(model.model.language_model).to(wide)
-    return _stock(text, model.lm_head.weight.to(wide), prompt, forced, _PIECE)[0]
+    stock, wide = lab.checkpoint.text, wider(lab.dtype)
+    return _stock(copy.deepcopy(stock.module).to(wide), stock.head.weight.to(wide), prompt, forced, _PIECE)[0]
 
 
 def _stock(text: Any, head: torch.Tensor, prompt: Prompt, forced: torch.Tensor, piece: int) -> tuple[torch.Tensor, int]:

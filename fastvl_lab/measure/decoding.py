@@ -169,22 +169,21 @@ def _recipe_task(lab: Lab, prompt: Prompt, recipe: Recipe, steps: int) -> Task:
 
 
 def _stock_task(lab: Lab, prompt: Prompt, steps: int) -> Task:
-    model, device = lab.checkpoint.model, lab.device
-    text = model.model.language_model
+    text, head, device = lab.checkpoint.text.module, lab.checkpoint.text.head, lab.device
 
     @torch.inference_mode()
     def run() -> dict[str, float]:
         started = now(device)
         embeds = text.embed_tokens(prompt.input_ids[None])
         out = text(inputs_embeds=embeds, position_ids=prompt.positions[:, None], use_cache=True)
-        logits = model.lm_head(out.last_hidden_state[:, -1:])[0, -1].float()
+        logits = head(out.last_hidden_state[:, -1:])[0, -1].float()
         prefilled = now(device)
         position = torch.full((3, 1, 1), prompt.next_position, device=device)
         for _ in range(steps):
             embeds = text.embed_tokens(logits.argmax(keepdim=True)[None])
             kept = out.past_key_values
             out = text(inputs_embeds=embeds, position_ids=position, past_key_values=kept, use_cache=True)
-            logits = model.lm_head(out.last_hidden_state[:, -1:])[0, -1].float()
+            logits = head(out.last_hidden_state[:, -1:])[0, -1].float()
             position += 1
         return {"prefill": prefilled - started, "decode": (now(device) - prefilled) / steps}
 

@@ -40,22 +40,20 @@ class Flops:
 
 def vit_flops(checkpoint: Checkpoint, grids: Sequence[Grid], *, frames: int | None = None) -> Flops:
     """Operations for these grids, whatever does them; frames: how many times an image is in its clip (config: twice)."""
-    visual = checkpoint.model.model.visual
-    config, merge = visual.config, visual.config.spatial_merge_size
+    vision, in_clip, merge = checkpoint.vision, checkpoint.patches.temporal_patch_size, checkpoint.merge_size
     n_patches = sum(grid.n_patches for grid in grids)
     n_visual = n_patches // merge**2
-    frames = config.temporal_patch_size if frames is None else frames
-    weights_a_patch = visual.patch_embed.proj.weight.numel() * frames // config.temporal_patch_size
-    weights_a_patch += sum(_matrix_weights(block) for block in visual.blocks)
-    mergers = [visual.merger, *getattr(visual, "deepstack_merger_list", ())]
+    weights_a_patch = vision.patch_embed.weight.numel() * (in_clip if frames is None else frames) // in_clip
+    weights_a_patch += sum(_matrix_weights(block) for block in vision.blocks)
+    mergers = [vision.merger, *vision.deepstack.values()]
     linear = 2 * (n_patches * weights_a_patch + n_visual * sum(_matrix_weights(merger) for merger in mergers))
 
     segments = positions.frames(grids)
-    squares = len(visual.blocks) * _squares(segments)
-    if (window := positions.window_side(config)) is not None:
-        n_windowed = len(visual.blocks) - len(set(config.fullatt_block_indexes))
-        squares += n_windowed * (_squares(positions.windows(grids, merge, window)) - _squares(segments))
-    return Flops(linear=linear, attention=4 * config.hidden_size * squares)
+    squares = len(vision.blocks) * _squares(segments)
+    if vision.window is not None:
+        n_windowed = vision.full_attention.count(False)
+        squares += n_windowed * (_squares(positions.windows(grids, merge, vision.window)) - _squares(segments))
+    return Flops(linear=linear, attention=4 * vision.hidden_size * squares)
 
 
 def prefill_flops(checkpoint: Checkpoint, length: int, *, last_token_alone: bool = False) -> Flops:
@@ -64,15 +62,14 @@ def prefill_flops(checkpoint: Checkpoint, length: int, *, last_token_alone: bool
     Causal attention counts as what it needs: a query with its own key and those before it. last_token_alone: of the last layer,
     the keys and values of all tokens, and all else of the last token only.
     """
-    layers = checkpoint.model.model.language_model.layers
-    linear = length * sum(_matrix_weights(layer) for layer in layers) + checkpoint.model.lm_head.weight.numel()
-    pairs = len(layers) * length * (length + 1) // 2
-    last = layers[-1].self_attn
+    text = checkpoint.text
+    linear = length * sum(_matrix_weights(block) for block in text.blocks) + text.head.weight.numel()
+    pairs, last = len(text.blocks) * length * (length + 1) // 2, text.layers[-1]
     if last_token_alone:
-        kept = last.k_proj.weight.numel() + last.v_proj.weight.numel()
-        linear -= (length - 1) * (_matrix_weights(layers[-1]) - kept)
+        kept = last.k.weight.numel() + last.v.weight.numel()
+        linear -= (length - 1) * (_matrix_weights(text.blocks[-1]) - kept)
         pairs -= length * (length - 1) // 2
-    return Flops(linear=2 * linear, attention=4 * last.q_proj.out_features * pairs)
+    return Flops(linear=2 * linear, attention=4 * len(last.q.weight) * pairs)
 
 
 def decode_bytes(checkpoint: Checkpoint, length: int) -> int:
@@ -80,8 +77,9 @@ def decode_bytes(checkpoint: Checkpoint, length: int) -> int:
 
     Every weight of the layers, the final norm and the LM head once; of the embedding table one row, tied to the head or not.
     """
-    text, head = checkpoint.model.model.language_model, checkpoint.model.lm_head
-    weights: list[torch.Tensor] = [*text.layers.parameters(), *text.norm.parameters(), head.weight, text.embed_tokens.weight[0]]
+    text = checkpoint.text
+    layers = [weight for block in text.blocks for weight in block.parameters()]
+    weights: list[torch.Tensor] = [*layers, text.norm, text.head.weight, text.embed[0]]
     return sum(weight.nbytes for weight in weights) + length * KvShape.of(checkpoint).bytes_per_token
 
 
@@ -130,12 +128,11 @@ def stage_works(checkpoint: Checkpoint, grids: Sequence[Grid], length: int, *, l
     from layer to layer inside it counts as free. The decode step is the first, with the keys and values of the prompt.
     last_token_alone: `prefill_flops`.
     """
-    visual, row = checkpoint.model.model.visual, checkpoint.model.model.language_model.embed_tokens.weight[0].nbytes
-    config, patch = visual.config, visual.patch_embed.proj.weight[0]
-    pixels = sum(grid.n_patches for grid in grids) * patch.numel() // config.temporal_patch_size
-    n_visual = sum(grid.visual_tokens(config.spatial_merge_size) for grid in grids)
-    made = (1 + len(getattr(config, "deepstack_visual_indexes", ()))) * n_visual * row
-    of_vit = sum(weight.nbytes for weight in visual.parameters())
+    vision, row = checkpoint.vision, checkpoint.text.embed[0].nbytes
+    pixels = sum(grid.n_patches for grid in grids) * vision.patch_embed.weight[0].numel() // checkpoint.patches.temporal_patch_size
+    n_visual = sum(grid.visual_tokens(checkpoint.merge_size) for grid in grids)
+    made = (1 + len(vision.deepstack)) * n_visual * row
+    of_vit = sum(weight.nbytes for weight in vision.module.parameters())
     prompt, longer = prefill_flops(checkpoint, length), prefill_flops(checkpoint, length + 1)
     step = prefill_flops(checkpoint, 1).linear + longer.attention - prompt.attention
     prefill = prefill_flops(checkpoint, length, last_token_alone=last_token_alone)

@@ -10,9 +10,10 @@ from transformers import AutoConfig, AutoModelForImageTextToText
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
 from fastvl_lab.checkpoint import Checkpoint, tiny
-from fastvl_lab.checkpoint.loading import FAMILIES, resolve_dtype
+from fastvl_lab.checkpoint.loading import resolve_dtype
 from fastvl_lab.checkpoint.random_weights import RANDOM_PREFIX, published, write_published_folder
 from fastvl_lab.errors import CheckpointError
+from fastvl_lab.families import family_of, names
 
 
 def without_weights(name: str, dtype: str) -> Checkpoint:
@@ -24,14 +25,15 @@ def without_weights(name: str, dtype: str) -> Checkpoint:
     source, of_type = _source(name), resolve_dtype(dtype)
     assert of_type is not None
     config = AutoConfig.from_pretrained(source)
-    if config.model_type not in FAMILIES:
-        raise CheckpointError(f"model {name!r} is a {config.model_type!r} model; the lab knows {' and '.join(FAMILIES)}")
+    family = family_of(config.model_type)
+    if family is None:
+        raise CheckpointError(f"model {name!r} is a {config.model_type!r} model; the lab knows {names()}")
     with torch.device("meta"):
         model = AutoModelForImageTextToText.from_config(config, dtype=of_type, attn_implementation="sdpa")
     length = int(config.get_text_config().max_position_embeddings)
     return Checkpoint(
         name=name,
-        family=config.model_type,
+        family=family,
         model=model.eval(),
         tokenizer=None,
         image_processor=Qwen2VLImageProcessorPil.from_pretrained(source),

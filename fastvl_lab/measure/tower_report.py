@@ -16,8 +16,8 @@ from typing import Any
 import torch
 
 from fastvl_lab import preprocessor, vit
-from fastvl_lab.checkpoint import Family
 from fastvl_lab.errors import sentence
+from fastvl_lab.families import Family
 from fastvl_lab.lab import Lab, device_name
 from fastvl_lab.measure.floors import matmul_ceiling, vit_flops
 from fastvl_lab.measure.parity import wider, within_budget, worst_error
@@ -41,10 +41,6 @@ TINY = {
 }
 
 
-# Options of toggles that a family's tower has no use for, so that a row of theirs would say nothing.
-IDLE = {"qwen2_5_vl": ("interpolation=fused",), "qwen3_vl": ("activation=fused", "norms=native")}
-
-
 def variants(device: torch.device, dtype: torch.dtype, family: Family) -> dict[str, Recipe]:
     """The stock tower, the lean one, each of its options that can run here alone, and all of the last ones together."""
     lean = Recipe.parse("baseline, preprocessor.resize=pillow, vit.tower=lean")
@@ -53,7 +49,7 @@ def variants(device: torch.device, dtype: torch.dtype, family: Family) -> dict[s
     for toggle, option in runnable("vit", device, dtype):
         if toggle.name != "tower":
             label = f"{toggle.name}={option.value}"
-            if option.value != lean.value(toggle.path) and label not in IDLE[family]:
+            if option.value != lean.value(toggle.path) and label not in family.idle:
                 recipes[label] = lean.replace(toggle.path, option.value)
             last[toggle.path] = option.value
     recipes["last of each"] = lean.replace(last)
@@ -74,7 +70,7 @@ def errors(lab: Lab, request: Request, recipes: Mapping[str, Recipe]) -> dict[st
 @torch.inference_mode()
 def _errors(lab: Lab, request: Request, recipes: Mapping[str, Recipe]) -> dict[str, float | str]:
     wide = wider(lab.dtype)
-    visual = copy.deepcopy(lab.checkpoint.model.model.visual).to(wide)
+    vision, stock = copy.deepcopy(lab.checkpoint.vision.module).to(wide), lab.checkpoint.family.stock_vision
     found: dict[str, float | str] = {}
     for label, recipe in recipes.items():
         sent = preprocessor.bind(recipe.preprocessor, lab.checkpoint)
@@ -83,10 +79,9 @@ def _errors(lab: Lab, request: Request, recipes: Mapping[str, Recipe]) -> dict[s
         try:
             pixels, stock_pixels = sent.pixels(request), whole.patches(request)
             grid = torch.tensor(stock_pixels.grids, device=lab.device)
-            truth = visual(stock_pixels.patches.to(lab.device, wide), grid_thw=grid)
+            truth = stock(vision, stock_pixels.patches.to(lab.device, wide), grid)
             made = vit.bind(recipe.vit, lab.checkpoint, sent.patch_format)(pixels, Tracer(lab.device, "off"))
-            features = getattr(truth, "deepstack_features", None) or []
-            found[label] = worst_error(zip((made.embeds, *made.deepstack), (truth.pooler_output, *features), strict=True))
+            found[label] = worst_error(zip(made.parts, truth.parts, strict=True))
         except Exception as error:  # one option that a device cannot run must not cost the others their rows
             found[label] = sentence(error)
     return found

@@ -75,7 +75,7 @@ class TransformersPeer:
             pad_token_id=checkpoint.tokenizer.pad_token_id,
         )
         streamer = _Streamer(Emitter(self.token_bytes, deliver), tracer, settings)
-        with _stage_spans(checkpoint.model, tracer, has_images=pixels is not None) as seen:
+        with _stage_spans(checkpoint, tracer, has_images=pixels is not None) as seen:
             output = checkpoint.model.generate(**inputs, generation_config=settings, streamer=streamer)
         return Outcome(
             tokens=tuple(output[0, n_prompt:].tolist()),
@@ -90,32 +90,33 @@ class TransformersPeer:
 
         In the model's dtype [1 + n, vocab], on the host.
         """
-        inputs, _ = self._inputs(request, Tracer(self.checkpoint.device, "off"))
-        n, given = len(tokens), tokens.to(self.checkpoint.device)[None]
-        inputs["input_ids"] = torch.cat([inputs["input_ids"], given], dim=1)
-        for name in ("attention_mask", "mm_token_type_ids"):
-            if name in inputs:
-                inputs[name] = F.pad(inputs[name], (0, n), value=int(name == "attention_mask"))
-        logits: torch.Tensor = self.checkpoint.model(**inputs, logits_to_keep=n + 1, use_cache=False).logits[0]
+        inputs, _ = self._inputs(request, Tracer(self.checkpoint.device, "off"), tokens)
+        logits: torch.Tensor = self.checkpoint.model(**inputs, logits_to_keep=len(tokens) + 1, use_cache=False).logits[0]
         return logits.cpu()
 
-    def _inputs(self, request: Request, tracer: Tracer) -> tuple[dict[str, torch.Tensor], Pixels | None]:
-        """What the model's forward takes, on the device, and the pixels among it."""
+    def _inputs(
+        self, request: Request, tracer: Tracer, after: torch.Tensor | None = None
+    ) -> tuple[dict[str, torch.Tensor], Pixels | None]:
+        """What the model's forward takes, on the device, and the pixels among it; after: tokens that follow the prompt."""
         opened = pixels = None
         if request.image_inputs:
             with tracer.span("decode_image"):
                 opened = self.images.open(request)
         with tracer.span("tokenize"):
-            inputs = self._tokenize(request, opened.grids if opened else ())
+            ids = self._tokenize(request, opened.grids if opened else ())
+            is_image = ids == self.checkpoint.image_token_id
+            if after is not None:
+                ids, is_image = torch.cat([ids, after[None].to(ids)], dim=1), F.pad(is_image, (0, len(after)))
+            inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
         if opened is not None:
             pixels = self.images.make(opened, tracer.span)
         with tracer.span("upload"):
             if pixels is not None:
-                inputs |= {"pixel_values": pixels.patches, "image_grid_thw": torch.tensor(pixels.grids)}
+                inputs |= self.checkpoint.family.stock_inputs(is_image, pixels.patches, torch.tensor(pixels.grids))
             return {name: tensor.to(self.checkpoint.device) for name, tensor in inputs.items()}, pixels
 
-    def _tokenize(self, request: Request, grids: tuple[Grid, ...]) -> dict[str, torch.Tensor]:
-        """What Transformers' processor makes of text: placeholders expanded in the string, then tokenized.
+    def _tokenize(self, request: Request, grids: tuple[Grid, ...]) -> torch.Tensor:
+        """What Transformers' processor makes of text, int64 [1, n]: placeholders expanded in the string, then tokenized.
 
         The processor class itself needs torchvision for its video part, so its few lines of text handling are done here.
         """
@@ -124,12 +125,10 @@ class TransformersPeer:
         visual_tokens = [grid.visual_tokens(checkpoint.merge_size) for grid in grids]
         pieces = text.split(placeholder)
         text = pieces[0] + "".join(placeholder * n + piece for n, piece in zip(visual_tokens, pieces[1:], strict=True))
-        inputs = dict(checkpoint.tokenizer(text, add_special_tokens=False, return_tensors="pt"))
-        check_tokens(int(inputs["input_ids"].max()), checkpoint)
-        check_length(inputs["input_ids"].shape[1], request, checkpoint, visual_tokens=sum(visual_tokens))
-        if grids:
-            inputs["mm_token_type_ids"] = (inputs["input_ids"] == checkpoint.image_token_id).int()
-        return inputs
+        ids: torch.Tensor = checkpoint.tokenizer(text, add_special_tokens=False, return_tensors="pt").input_ids
+        check_tokens(int(ids.max()), checkpoint)
+        check_length(ids.shape[1], request, checkpoint, visual_tokens=sum(visual_tokens))
+        return ids
 
 
 class _Streamer(BaseStreamer):
@@ -156,7 +155,7 @@ class _Streamer(BaseStreamer):
 
 
 @contextmanager
-def _stage_spans(model: Any, tracer: Tracer, *, has_images: bool) -> Iterator[dict[str, torch.Tensor]]:
+def _stage_spans(checkpoint: Checkpoint, tracer: Tracer, *, has_images: bool) -> Iterator[dict[str, torch.Tensor]]:
     """Open and close the model's stages from hooks; yields a dict that will hold the first step's logits."""
     seen: dict[str, torch.Tensor] = {}
     inside = vision_done = False
@@ -187,16 +186,16 @@ def _stage_spans(model: Any, tracer: Tracer, *, has_images: bool) -> Iterator[di
         seen.setdefault("logits", logits)
         tracer.begin("sample")
 
-    inner = model.model
+    vision, text = checkpoint.vision, checkpoint.text
     handles = [
-        inner.register_forward_pre_hook(before_model),
-        inner.visual.register_forward_pre_hook(before_vision),
-        inner.visual.register_forward_hook(after_vision),
-        inner.language_model.register_forward_pre_hook(before_decoder),
-        model.lm_head.register_forward_hook(after_head),
+        checkpoint.model.model.register_forward_pre_hook(before_model),
+        vision.module.register_forward_pre_hook(before_vision),
+        vision.module.register_forward_hook(after_vision),
+        text.module.register_forward_pre_hook(before_decoder),
+        text.head.register_forward_hook(after_head),
     ]
-    layers = {f"vit.block.{i}": block for i, block in enumerate(inner.visual.blocks)}
-    layers |= {f"language.layer.{i}": layer for i, layer in enumerate(inner.language_model.layers)}
+    layers = {f"vit.block.{i}": block for i, block in enumerate(vision.blocks)}
+    layers |= {f"language.layer.{i}": layer for i, layer in enumerate(text.blocks)}
     try:
         with tracer.modules(layers):
             yield seen

@@ -67,9 +67,9 @@ def smart_resize(height: int, width: int, *, factor: int, min_pixels: int, max_p
 
     A side never goes under one `factor`, so that very thin images may exceed `max_pixels`, as in Transformers.
 
-    factor: patch_size * merge_size, 28 for Qwen2.5-VL and 32 for Qwen3-VL. Sides are rounded to the nearest multiple (halves
-    to even); an area over `max_pixels` is scaled down rounding down, one under `min_pixels` up rounding up. Source:
-    `smart_resize` in Qwen's qwen-vl-utils and in Transformers. Raises `ImageError` if one side is over 200 times the other.
+    factor: patch_size * merge_size. Sides are rounded to the nearest multiple (halves to even); an area over `max_pixels` is scaled
+    down rounding down, one under `min_pixels` up rounding up. Source: `smart_resize` in Qwen's qwen-vl-utils and in Transformers.
+    Raises `ImageError` if one side is over 200 times the other.
     """
     if max(height, width) > MAX_ASPECT_RATIO * min(height, width):
         raise ImageError(

@@ -76,7 +76,7 @@ def bind(slot: Vit, checkpoint: Checkpoint, patch_format: PatchFormat, *, compil
     assert slot.tower == "lean"
     operations = bind_operations(norms=slot.norms, rope=slot.rope, activation=slot.activation, interpolation=slot.interpolation)
     between = {"exact": as_they_are, "aligned": in_lines}[slot.padding]
-    tower = lean.tower_of(checkpoint.model.model.visual, checkpoint.family, operations, between)
+    tower = lean.tower_of(checkpoint, operations, between)
     patch_embed = _patch_embed(slot, checkpoint, patch_format)
     attend = attention.bind(slot.attention, checkpoint.dtype, compiled=compiled)
     build = partial(lean.build_plan, tower, attend)
@@ -86,12 +86,12 @@ def bind(slot: Vit, checkpoint: Checkpoint, patch_format: PatchFormat, *, compil
 
 def stock_format(checkpoint: Checkpoint) -> PatchFormat:
     """Patches as the published model takes them."""
-    return PatchFormat(frames=checkpoint.config.vision_config.temporal_patch_size, normalised=True)
+    return PatchFormat(frames=checkpoint.patches.temporal_patch_size, normalised=True)
 
 
 def _patch_embed(slot: Vit, checkpoint: Checkpoint, patch_format: PatchFormat) -> PatchEmbed:
     """The checkpoint's own weight where the format is the stock one; else what of the preprocessing is folded into it."""
-    conv = checkpoint.model.model.visual.patch_embed.proj
+    conv = checkpoint.vision.patch_embed
     projection = PatchProjection(weight=conv.weight, bias=conv.bias)
     if patch_format != stock_format(checkpoint):
         scale_shift = None if patch_format.normalised else checkpoint.scale_shift()

@@ -5,36 +5,11 @@ Each is plain PyTorch, or a Triton kernel that is imported where it is chosen. S
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
-
 import torch
 
+from fastvl_lab.families.vision import Interpolate, Operations, Rotate
 from fastvl_lab.kernels import choices
 from fastvl_lab.kernels.plain import interpolate, rotate_half
-
-# (hidden, what a block adds to it or None) -> (their sum, which may take the place of hidden, and its norm).
-AddNorm = Callable[[torch.Tensor, torch.Tensor | None], tuple[torch.Tensor, torch.Tensor]]
-
-# (qkv [N, 3 * H * D], H, cos, sin [N, D / 2]) -> q and k rotated, and v; [H, N, D] each. qkv may be overwritten.
-Rotate = Callable[[torch.Tensor, int, torch.Tensor, torch.Tensor], tuple[torch.Tensor, torch.Tensor, torch.Tensor]]
-
-# (table [rows, width], indices, weights [N, k]) -> [N, width] in the table's dtype.
-Interpolate = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
-
-
-@dataclass(frozen=True, kw_only=True, eq=False)
-class Operations:
-    """The operations that the toggles chose; rms_norm(weight, eps) and layer_norm(weight, bias, eps) make norms.
-
-    silu_mul maps gate and up, which it may overwrite, to silu(gate) * up.
-    """
-
-    rms_norm: Callable[[torch.Tensor, float], AddNorm]
-    layer_norm: Callable[[torch.Tensor, torch.Tensor, float], AddNorm]
-    rotate: Rotate
-    silu_mul: Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
-    interpolate: Interpolate
 
 
 def bind_operations(*, norms: str, rope: str, activation: str, interpolation: str) -> Operations:

@@ -6,19 +6,14 @@ stream stays as wide as it is.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
-import torch
 import torch.nn.functional as F
 
 from fastvl_lab.checkpoint.padded import aligned, with_padding
-
-Function = Callable[[torch.Tensor], torch.Tensor]
-
-# (the linear modules that make a width, the one that reads it) -> functions that do the same.
-Between = Callable[[Sequence[Any], Any], tuple[Sequence[Function], Function]]
+from fastvl_lab.families.vision import Function
 
 
 def as_they_are(makers: Sequence[Any], reader: Any) -> tuple[Sequence[Function], Function]:

@@ -8,18 +8,11 @@ tokens row by row, frames and images one after another.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 
 from fastvl_lab.request import Grid
-
-
-def window_side(vision_config: Any) -> int | None:
-    """Visual tokens along one side of an attention window (`window_size` is in pixels), or None for a tower without windows."""
-    if not hasattr(vision_config, "window_size"):
-        return None
-    return int(vision_config.window_size // vision_config.spatial_merge_size // vision_config.patch_size)
 
 
 class Group(NamedTuple):

@@ -23,6 +23,7 @@ from fastvl_lab.checkpoint import Checkpoint, load, tiny
 from fastvl_lab.checkpoint.configs import check_config, default_dtype
 from fastvl_lab.checkpoint.image_settings import ImageSettings, read_image_settings, try_image_processor
 from fastvl_lab.checkpoint.reading import File
+from fastvl_lab.families import family_of
 from fastvl_lab.preprocessor import bind
 
 FILE = File(checkpoint="mine", name="preprocessor_config.json")
@@ -317,12 +318,14 @@ def test_without_any_end_an_answer_goes_on(copied: Path) -> None:
 def test_values_of_config_json_that_no_request_could_use_are_refused(name: str, changes: dict[str, Any], says: str) -> None:
     config = copy.deepcopy(AutoConfig.from_pretrained(tiny.folder(name)))
     file = File(checkpoint="mine", name="config.json")
-    check_config(config, file)
+    family = family_of(config.model_type)
+    assert family is not None
+    check_config(config, family, file)
     for path, value in changes.items():
         part, _, key = path.rpartition(".")
         setattr(getattr(config, part) if part else config, key, value)
     with pytest.raises(CheckpointError, match=f"checkpoint 'mine' .*{says}"):
-        check_config(config, file)
+        check_config(config, family, file)
 
 
 @pytest.mark.parametrize(

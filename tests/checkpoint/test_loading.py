@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import json
 import shutil
@@ -14,8 +15,9 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from fastvl_lab import CheckpointError, DeviceError, Lab, Request
-from fastvl_lab.checkpoint import load, memory, random_weights, tiny, user_cache
+from fastvl_lab.checkpoint import load, memory, tiny, user_cache
 from fastvl_lab.checkpoint.random_weights import published, random_model, write_published_folder
+from fastvl_lab.families import FAMILIES, qwen3_vl
 
 
 @pytest.fixture
@@ -124,24 +126,24 @@ def test_a_cache_that_cannot_be_written_is_one_sentence(tmp_path: Path, monkeypa
         Lab("tiny-qwen3-vl")
 
 
-@pytest.fixture
-def shrunken_geometry(own_cache: Path, monkeypatch: pytest.MonkeyPatch) -> str:
+def test_random_weights_of_a_geometry_run_like_any_checkpoint(own_cache: Path, picture: bytes) -> None:
     """A published geometry, with fewer and narrower layers, under a name of its own."""
-    facts = json.loads(json.dumps(random_weights._geometry()))
-    model = facts["Test/Small-VL"] = facts["Qwen/Qwen3-VL-2B-Instruct"]
-    model["text"] |= {"hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 3, "num_attention_heads": 4}
-    model["text"] |= {"num_key_value_heads": 2}
-    model["vision"] |= {"depth": 4, "hidden_size": 64, "intermediate_size": 128, "num_heads": 4, "out_hidden_size": 128}
-    model["vision"] |= {"deepstack_visual_indexes": [0, 1, 2]}
-    monkeypatch.setattr(random_weights, "_geometry", lambda: facts)
-    return "random:Test/Small-VL"
-
-
-def test_random_weights_of_a_geometry_run_like_any_checkpoint(shrunken_geometry: str, own_cache: Path, picture: bytes) -> None:
-    lab = Lab(shrunken_geometry, device="cpu")
+    whole = qwen3_vl.FAMILY.published["Qwen/Qwen3-VL-2B-Instruct"]
+    text = {
+        "hidden_size": 128,
+        "intermediate_size": 256,
+        "num_hidden_layers": 3,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+    }
+    vision = {"depth": 4, "hidden_size": 64, "intermediate_size": 128, "num_heads": 4, "out_hidden_size": 128}
+    vision |= {"deepstack_visual_indexes": [0, 1, 2]}
+    small = dataclasses.replace(whole, text={**whole.text, **text}, vision={**whole.vision, **vision})
+    families = [dataclasses.replace(qwen3_vl.FAMILY, published={"Test/Small-VL": small})]
+    lab = Lab("random:Test/Small-VL", device="cpu", families=families)
     request = Request(images=[picture], prompt="What is this?", max_new_tokens=8, ignore_eos=True)
     expected, run = lab.run(request, "transformers"), lab.run(request, "fastest")
-    assert run.tokens == expected.tokens == Lab(shrunken_geometry, device="cpu").run(request).tokens
+    assert run.tokens == expected.tokens == Lab("random:Test/Small-VL", device="cpu", families=families).run(request).tokens
     assert len(set(run.tokens)) > 2
     assert run.text
     assert sum(path.stat().st_size for path in own_cache.rglob("*") if path.is_file()) < 50e6
@@ -165,9 +167,9 @@ def test_random_models_keep_the_rotary_frequencies_of_stock_ones() -> None:
     """`to_empty` blanks buffers; they must come back as the stock model has them."""
     from transformers import AutoConfig, AutoModelForImageTextToText
 
-    for name in tiny.NAMES:
+    for name, family in zip(tiny.NAMES, FAMILIES, strict=True):
         config = AutoConfig.from_pretrained(tiny.folder(name))
-        made = random_model(config, device=torch.device("cpu"), dtype=torch.float32, seed=1)
+        made = random_model(family, config, device=torch.device("cpu"), dtype=torch.float32, seed=1)
         stock = dict(AutoModelForImageTextToText.from_config(config).named_buffers())
         assert stock
         assert all(torch.equal(buffer, stock[key]) for key, buffer in made.named_buffers())

@@ -1,9 +1,9 @@
 """Compiles the package's Triton kernels for an NVIDIA GPU that need not be there, and prints as JSON what became of them.
 
-    python tests/kernels/native.py CAPABILITY[,CARD] CALL...
+    python tests/kernels/native.py CAPABILITY[,CARD] CALL... [--every-launch]
 
 Each call of a kernel's function is made on tensors of the host; compiling is real, down to machine code, and nothing is launched.
-The launch settings that are tuned are compiled all, and the last of them is made out to be the fastest.
+Of the launch settings that are tuned the least and the largest are compiled, or all; the last is made out to be the fastest.
 """
 
 from __future__ import annotations
@@ -58,6 +58,8 @@ def compile_only(
     seen: Callable[[JITFunction, Any, dict[str, Any]], None],
     measure: Callable[[Callable[[], Any]], float],
     card: str = "a card",
+    *,
+    every_launch: bool = False,
 ) -> None:
     """From now on this process compiles for a GPU of that capability and launches nothing.
 
@@ -75,6 +77,9 @@ def compile_only(
     JITFunction.run = run
     tuned.do_bench = lambda launch, return_mode: measure(launch)
     tuned.card_of = lambda device: card
+    if not every_launch:
+        launches_of = tuned.launches_of
+        tuned.launches_of = lambda dtype: (min(launches_of(dtype)), max(launches_of(dtype)))
 
 
 def _segments(head_dim: int, length: int, dtype: torch.dtype) -> None:
@@ -144,7 +149,7 @@ def _resources(kernel: Any) -> dict[str, int]:
     return {"registers": int(words["REG"]), "stack": int(words["STACK"]), "shared": kernel.metadata.shared}
 
 
-def main(capability: int, card: str, names: list[str]) -> dict[str, Any]:
+def main(capability: int, card: str, names: list[str], *, every_launch: bool) -> dict[str, Any]:
     compiled: list[dict[str, Any]] = []
     measured: list[float] = []
     call = ""
@@ -159,7 +164,7 @@ def main(capability: int, card: str, names: list[str]) -> dict[str, Any]:
         measured.append(-len(measured))
         return measured[-1]
 
-    compile_only(capability, note, measure, card)
+    compile_only(capability, note, measure, card, every_launch=every_launch)
     for name in names:
         for dtype in (torch.bfloat16, torch.float32) if name == "rest" else (torch.bfloat16,):
             call = f"{name} {dtype}"
@@ -169,4 +174,6 @@ def main(capability: int, card: str, names: list[str]) -> dict[str, Any]:
 
 if __name__ == "__main__":
     capability, _, card = sys.argv[1].partition(",")
-    print(json.dumps(main(int(capability), card or f"a card of {capability}", sys.argv[2:] or list(CALLS))))
+    names = [name for name in sys.argv[2:] if name in CALLS]
+    every_launch = "--every-launch" in sys.argv
+    print(json.dumps(main(int(capability), card or f"a card of {capability}", names, every_launch=every_launch)))

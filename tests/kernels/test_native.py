@@ -35,10 +35,23 @@ def _native(cache: Path, gpu: int | str, *calls: str) -> dict[str, Any]:
     return found
 
 
-@pytest.mark.parametrize("capability", CALLS)
-def test_every_kernel_compiles_and_has_a_launch_that_fits(capability: int, tmp_path: Path) -> None:
+@pytest.fixture(scope="session")
+def shared_cache() -> Path:
+    """What one of these scripts has compiled no other compiles again."""
+    return Path(os.environ["XDG_CACHE_HOME"]) / "native"
+
+
+EVERY = "--every-launch"
+
+
+@pytest.mark.parametrize(
+    ("capability", "options"),
+    [(90, ()), *(pytest.param(capability, (EVERY,), marks=pytest.mark.native) for capability in CALLS)],
+    ids=lambda value: str(value) if isinstance(value, int) else "".join(value) or "extremes",
+)
+def test_every_kernel_compiles_and_has_a_launch_that_fits(capability: int, options: tuple[str, ...], shared_cache: Path) -> None:
     """On cards from Ampere to Blackwell: into shared memory and registers, and onto the card's tensor cores."""
-    compiled = _native(tmp_path, capability, *CALLS[capability])["compiled"]
+    compiled = _native(shared_cache, capability, *CALLS[capability], *options)["compiled"]
     for call in [call for call in CALLS[capability] if call != "rest"]:
         launches = [kernel for kernel in compiled if kernel["call"].startswith(call) and kernel["block_k"]]
         assert [kernel for kernel in launches if kernel["shared"] <= SHARED_MEMORY[capability] and kernel["stack"] == 0], launches
@@ -48,9 +61,9 @@ def test_every_kernel_compiles_and_has_a_launch_that_fits(capability: int, tmp_p
     assert [kernel for kernel in compiled if kernel["call"].startswith("rest") and kernel["stack"] > 0] == []
 
 
-def test_torch_compile_reads_every_kernel_and_leaves_none_out(tmp_path: Path) -> None:
+def test_torch_compile_reads_every_kernel_and_leaves_none_out(shared_cache: Path) -> None:
     """What it must read where a stage is compiled on a device."""
-    kernels = _script("traced.py", tmp_path)
+    kernels = _script("traced.py", shared_cache)
     assert set(kernels) >= set(CALLS[90])
     assert kernels["prefill"] == ["prefill_attention_kernel"]
     assert kernels["decode"] == ["decode_share_kernel", "_gather_kernel"]
@@ -68,10 +81,10 @@ COMPILED = tuple(f"capture.{stage}=compile" for stage in ("vit", "prefill", "dec
     ],
 )
 def test_another_size_of_image_is_no_reason_to_compile(
-    checkpoint: str, choices: tuple[str, ...], stages: list[str], tmp_path: Path
+    checkpoint: str, choices: tuple[str, ...], stages: list[str], shared_cache: Path
 ) -> None:
     """Whatever can be is Triton's: all of it is compiled for the first request, and a stage again where it is another program."""
-    first, *others = _script("dry_run.py", tmp_path, checkpoint, *choices)
+    first, *others = _script("dry_run.py", shared_cache, checkpoint, *choices)
     assert {"_patchify_kernel", "segment_attention_kernel", "prefill_attention_kernel", "decode_share_kernel"} <= {
         *first["kernels"]
     }

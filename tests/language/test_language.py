@@ -89,7 +89,7 @@ def _prompt(n_tokens: int, seed: int = 1, visual: Sequence[int] = (2, 3, 5)) -> 
 
 def _vision(checkpoint: Checkpoint, n: int, seed: int = 2) -> VisionTokens:
     generator, width = torch.Generator().manual_seed(seed), checkpoint.config.text_config.hidden_size
-    levels = 2 if checkpoint.family == "qwen3_vl" else 0
+    levels = 2 if checkpoint.name == "tiny-qwen3-vl" else 0
     features = [torch.randn(n, width, generator=generator) for _ in range(1 + levels)]
     return VisionTokens(embeds=features[0], deepstack=tuple(features[1:]))
 

@@ -25,7 +25,6 @@ from fastvl_lab.measure.statistics import Interval
 from fastvl_lab.measure.towers import Cost, fit_cost, grids_of, time_towers
 from fastvl_lab.request import Grid
 from fastvl_lab.vit import attention
-from fastvl_lab.vit.positions import window_side
 
 
 @pytest.mark.parametrize("name", tiny.NAMES)
@@ -70,13 +69,13 @@ def test_what_the_notebook_draws(labs: dict[str, Lab]) -> None:
     assert blocks == [f"vit.block.{i}" for i in range(4)]
     assert sum(x for name, x in zip(bars.data[0].y, bars.data[0].x, strict=True) if "block" in name) <= bars.data[0].x[0]
 
-    side = window_side(lab.checkpoint.config.vision_config)
+    side = lab.checkpoint.vision.window
     assert side == 4
     layout = view.window_layout(picture, grid, side, lab.checkpoint.merge_size)
     drawn = {int(trace.name.split()[2]): int(trace.name.split()[0]) for trace in layout.data[1:]}
     assert sum(length * number for length, number in drawn.items()) == grid.n_patches
     assert max(drawn) == (side * 2) ** 2
-    whole = view.window_layout(picture, grid, window_side(labs["tiny-qwen3-vl"].checkpoint.config.vision_config), 2)
+    whole = view.window_layout(picture, grid, labs["tiny-qwen3-vl"].checkpoint.vision.window, 2)
     assert whole.data[1].name.startswith(f"1 × {grid.n_patches} patches")
 
     rounds = time_towers(lab, request, {"stock": Recipe.baseline(), "lean": Recipe.fastest()}, repeats=2, warm_up=1)
@@ -111,8 +110,8 @@ def test_the_lean_tower_is_faster_at_real_width(assert_reaches: Callable[[Callab
     config = AutoConfig.from_pretrained(folder)
     config.vision_config.depth, config.vision_config.fullatt_block_indexes = 4, [3]
     config.text_config.num_hidden_layers, config.text_config.vocab_size = 1, 152000
-    model = random_model(config, device=torch.device("cpu"), dtype=torch.float32, seed=0)
     lab = Lab("tiny-qwen2.5-vl", device="cpu")
+    model = random_model(lab.checkpoint.family, config, device=torch.device("cpu"), dtype=torch.float32, seed=0)
     lab.checkpoint = dataclasses.replace(lab.checkpoint, model=model)
     assert_reaches(partial(_ratio, lab, (448, 448)), 1.1)
 

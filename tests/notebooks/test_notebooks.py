@@ -1,4 +1,8 @@
-"""Every notebook runs headless, and what it publishes holds together."""
+"""Every notebook runs headless, and what it publishes holds together.
+
+The sweep and the panel run as users run them, by papermill in a kernel of their own; the others cell by cell in this process, which
+has loaded torch already.
+"""
 
 from __future__ import annotations
 
@@ -6,13 +10,17 @@ import ast
 import dataclasses
 import html
 import json
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import nbformat
 import papermill
 import pytest
+from IPython.core.interactiveshell import InteractiveShell
+from IPython.utils.capture import capture_output
 from papermill.exceptions import PapermillExecutionError
+from traitlets.config import Config
 
 from fastvl_lab import SweepSettings
 from fastvl_lab.measure.publish import MIME_TYPE
@@ -51,28 +59,54 @@ def _execute(path: Path, out: Path, parameters: dict[str, Any]) -> nbformat.Note
     )
 
 
-def _published(notebook: nbformat.NotebookNode) -> dict[str, Any]:
-    bundles = [output["data"] for cell in notebook.cells for output in cell.get("outputs", []) if "data" in output]
-    results = [bundle[MIME_TYPE] for bundle in bundles if MIME_TYPE in bundle]
+def _shown(notebook: nbformat.NotebookNode) -> list[dict[str, Any]]:
+    return [output["data"] for cell in notebook.cells for output in cell.get("outputs", []) if "data" in output]
+
+
+def _published(shown: list[dict[str, Any]]) -> dict[str, Any]:
+    results = [bundle[MIME_TYPE] for bundle in shown if MIME_TYPE in bundle]
     assert len(results) == 1, "a notebook publishes one result"
     return results[0]
 
 
-# The sweep has both families by itself, streaming's own test below runs it in both, and the panel alone publishes nothing.
-IN_BOTH_FAMILIES = [
-    (path, checkpoint)
-    for path in NOTEBOOKS
-    if path.stem not in ("streaming", "workbench")
-    for checkpoint in (("",) if path.stem == "ttft_sweep" else ("tiny-qwen2.5-vl", "tiny-qwen3-vl"))
-]
+@pytest.fixture
+def run_cells(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[Path, dict[str, Any]], list[dict[str, Any]]]]:
+    """Run a notebook's cells in this process, the parameters after their cell as papermill does; what they showed comes back."""
+    monkeypatch.setenv("IPYTHONDIR", str(tmp_path / "ipython"))
+    monkeypatch.chdir(tmp_path)
+    shell = InteractiveShell.instance(config=Config({"HistoryManager": {"enabled": False}}))
+
+    def run(path: Path, parameters: dict[str, Any]) -> list[dict[str, Any]]:
+        assert set(parameters) <= set(papermill.inspect_notebook(str(path)))
+        with capture_output() as captured:
+            for cell in (cell for cell in nbformat.read(path, 4).cells if cell.cell_type == "code"):
+                shell.run_cell(cell.source, store_history=False).raise_error()
+                if "parameters" in cell.metadata.get("tags", []):
+                    shell.push(parameters)
+        return [output.data for output in captured.outputs]
+
+    yield run
+    shell.reset(new_session=False)
+    InteractiveShell.clear_instance()
 
 
-@pytest.mark.parametrize(
-    ("path", "checkpoint"), IN_BOTH_FAMILIES, ids=lambda value: value.stem if isinstance(value, Path) else value
-)
-def test_a_notebook_runs_headless_and_its_result_is_consistent(path: Path, checkpoint: str, tmp_path: Path) -> None:
-    parameters = SMALL[path.stem] | ({"checkpoint": checkpoint} if checkpoint else {})
-    _check(_published(_execute(path, tmp_path / path.name, parameters)))
+# Streaming's own test below runs it in both, and panels are a page of their own.
+IN_BOTH_FAMILIES = [path for path in NOTEBOOKS if path.stem not in ("streaming", "workbench", "workbench_from_cells", "ttft_sweep")]
+
+
+@pytest.mark.parametrize("checkpoint", ["tiny-qwen2.5-vl", "tiny-qwen3-vl"])
+@pytest.mark.parametrize("path", IN_BOTH_FAMILIES, ids=lambda path: path.stem)
+def test_a_notebook_runs_headless_and_its_result_is_consistent(
+    path: Path, checkpoint: str, run_cells: Callable[[Path, dict[str, Any]], list[dict[str, Any]]]
+) -> None:
+    _check(_published(run_cells(path, SMALL[path.stem] | {"checkpoint": checkpoint})))
+
+
+@pytest.mark.parametrize("name", ["ttft_sweep", "workbench_from_cells"])
+def test_papermill_runs_it_in_a_kernel_of_its_own(name: str, tmp_path: Path) -> None:
+    """The sweep has both families by itself."""
+    path = REPOSITORY / "notebooks" / f"{name}.ipynb"
+    _check(_published(_shown(_execute(path, tmp_path / path.name, SMALL[name]))))
 
 
 def _check(result: dict[str, Any]) -> None:
@@ -109,11 +143,12 @@ def test_the_panels_notebook_runs_headless(tmp_path: Path) -> None:
 
 @pytest.mark.alone
 @pytest.mark.parametrize("checkpoint", ["tiny-qwen2.5-vl", "tiny-qwen3-vl"])
-def test_the_report_is_reproduced_named_and_cured_in_a_notebook(checkpoint: str, tmp_path: Path) -> None:
+def test_the_report_is_reproduced_named_and_cured_in_a_notebook(
+    checkpoint: str, run_cells: Callable[[Path, dict[str, Any]], list[dict[str, Any]]]
+) -> None:
     """128 tokens; in process, and from outside through a server."""
-    path = REPOSITORY / "notebooks" / "streaming.ipynb"
     parameters = {"checkpoint": checkpoint, "image_size": [168, 140], "repeats": 6}
-    result = _published(_execute(path, tmp_path / path.name, parameters))
+    result = _published(run_cells(REPOSITORY / "notebooks" / "streaming.ipynb", parameters))
     _check(result)
     answers = result["answers"]
     assert all(answer["same_tokens"] for answer in answers.values())

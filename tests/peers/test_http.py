@@ -16,8 +16,6 @@ from fastvl_lab import EndpointError, Lab, Request, compare
 from fastvl_lab.peers.http import HttpPeer
 from fastvl_lab.request import UNNAMED
 
-pytestmark = pytest.mark.alone
-
 Make = Callable[..., dict[str, Any]]
 DONE = b"data: [DONE]\n\n"
 STEP = 0.06
@@ -34,6 +32,7 @@ def request_() -> Request:
     return Request(prompt="hi", max_new_tokens=8, ignore_eos=True)
 
 
+@pytest.mark.alone
 @pytest.mark.parametrize(
     "deltas",
     [
@@ -55,6 +54,7 @@ def test_the_first_text_of_any_channel_ends_ttft(
     assert run.tpot == pytest.approx(STEP, rel=0.4)
 
 
+@pytest.mark.alone
 @pytest.mark.parametrize(
     ("texts", "total", "n_chunks"),
     [

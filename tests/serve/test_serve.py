@@ -38,7 +38,6 @@ from fastvl_lab.serve.settings import Settings
 
 httpx = pytest.importorskip("httpx", reason="tests of the server need httpx (extra dev)")
 openai = pytest.importorskip("openai", reason="tests of the server need the openai client (extra dev)")
-pytestmark = pytest.mark.alone
 
 MODEL = "tiny-qwen2.5-vl"
 
@@ -402,6 +401,7 @@ def test_a_key_is_asked_for_where_one_is_set(serve: Callable[..., Any], monkeypa
         assert httpx.get(f"{running.url}/health").status_code == 200  # for load balancers, which have none
 
 
+@pytest.mark.alone
 def test_a_full_queue_is_said_at_once_and_who_leaves_makes_room(serve: Callable[..., Any]) -> None:
     body = {"model": MODEL, "messages": _messages(None), "max_tokens": 20_000, "ignore_eos": True, "stream": True}
     with serve(max_queue=2) as running:
@@ -433,6 +433,7 @@ def _post_and_wait(running: Any, body: dict[str, Any], *, unsent: int = 0) -> so
     return connection
 
 
+@pytest.mark.alone
 def test_a_body_is_read_once_there_is_a_place_for_it(serve: Callable[..., Any]) -> None:
     """One that is on its way in holds its place; without one, no body is waited for; and who leaves while sending gives it back."""
     body = {"messages": _messages(None), "max_tokens": 2}
@@ -453,6 +454,7 @@ def test_a_body_is_read_once_there_is_a_place_for_it(serve: Callable[..., Any]) 
         assert running.queue._reserved == 0
 
 
+@pytest.mark.alone
 def test_images_are_counted_before_any_is_fetched_and_fetched_within_the_requests_time(serve: Callable[..., Any]) -> None:
     def asked(n: int, where: str = "one.example") -> dict[str, Any]:
         parts = [{"type": "image_url", "image_url": {"url": f"http://{where}/{i}.jpg"}} for i in range(n)]
@@ -498,6 +500,7 @@ def _until(condition: Callable[[], object], seconds: float = 10) -> None:
         time.sleep(0.01)
 
 
+@pytest.mark.alone
 def test_a_request_that_takes_too_long_is_ended(serve: Callable[..., Any]) -> None:
     body = {"model": MODEL, "messages": _messages(None), "max_tokens": 20_000, "ignore_eos": True}
     with serve(timeout=0.5) as running:
@@ -605,6 +608,7 @@ def test_a_server_runs_a_recipe_that_can_run_here(labs: dict[str, Lab]) -> None:
 STORM = 200
 
 
+@pytest.mark.alone
 def test_a_storm_leaves_nothing_behind(server: Any, picture: bytes) -> None:
     """Clients that vanish, send rubbish or read slowly, among others that must not notice."""
     request = Request(messages=_messages(picture), max_new_tokens=12, ignore_eos=True)
@@ -684,6 +688,7 @@ async def _storm(server: Any, picture: bytes, expected: str, number: int, longes
     return outcomes
 
 
+@pytest.mark.alone
 def test_a_termination_finishes_what_is_running(labs: dict[str, Lab], tmp_path: Path) -> None:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))

@@ -18,8 +18,6 @@ from fastvl_lab.streaming.gate import CountingGate
 from fastvl_lab.streaming.launch import _Sent
 from fastvl_lab.trace import Tracer
 
-pytestmark = pytest.mark.alone
-
 CHOICES = {toggle.name: toggle.values for toggle in toggles() if toggle.slot == "streaming"}
 SETTINGS = [dict(zip(CHOICES, values, strict=True)) for values in product(*CHOICES.values())]
 THREADS = ("fastvl-launch", "fastvl-receive", "fastvl-respond", "fastvl-stream")
@@ -75,6 +73,7 @@ def test_a_token_that_ends_the_answer_ends_it_within_a_round(
     assert run.tokens == plain[: number + 1]
 
 
+@pytest.mark.alone
 def test_the_reported_settings_hold_the_answer_to_its_end_and_each_undone_alone_lets_it_go(
     lab: Lab, answer_of: Callable[..., Request]
 ) -> None:
@@ -94,6 +93,7 @@ def test_the_reported_settings_hold_the_answer_to_its_end_and_each_undone_alone_
     assert warm(REPORTED | {"steps_per_round": 2}).ttft < 0.5 * reported.ttft  # the cure in the affected versions
 
 
+@pytest.mark.alone
 @pytest.mark.parametrize("steps", CHOICES["steps_per_round"])
 def test_an_open_gate_costs_the_first_token_nothing(lab: Lab, answer_of: Callable[..., Request], steps: int) -> None:
     """Of the reported settings with an open gate: within a quarter of the plain TTFT, in pairs, which fails if three say no."""
@@ -108,6 +108,7 @@ def test_an_open_gate_costs_the_first_token_nothing(lab: Lab, answer_of: Callabl
     pytest.fail(f"TTFT is {ratios} of the plain one's")
 
 
+@pytest.mark.alone
 def test_steps_are_launched_ahead_of_their_results_and_in_lockstep_with_host_sync(
     labs: dict[str, Lab], answer_of: Callable[..., Request]
 ) -> None:
@@ -127,6 +128,7 @@ def test_steps_are_launched_ahead_of_their_results_and_in_lockstep_with_host_syn
         assert launched[number][1] > done[number - 1][1]
 
 
+@pytest.mark.alone
 @pytest.mark.parametrize("settings", SETTINGS, ids=_label)
 def test_a_request_that_is_given_up_ends_at_its_next_step(
     labs: dict[str, Lab], answer_of: Callable[..., Request], settings: dict
@@ -188,6 +190,7 @@ def keyboard() -> Iterator[None]:
     signal.signal(signal.SIGINT, before)
 
 
+@pytest.mark.alone
 @pytest.mark.usefixtures("keyboard")
 @pytest.mark.parametrize("settings", SETTINGS, ids=_label)
 def test_an_interruption_by_the_keyboard_leaves_nothing_running(
@@ -204,6 +207,7 @@ def test_an_interruption_by_the_keyboard_leaves_nothing_running(
     assert lab.run(answer_of(3), recipe).tokens == lab.run(answer_of(3), "fastest").tokens
 
 
+@pytest.mark.alone
 @pytest.mark.parametrize("name", THREADS)
 def test_an_interruption_while_a_thread_starts_leaves_nothing_running(
     labs: dict[str, Lab], answer_of: Callable[..., Request], monkeypatch: pytest.MonkeyPatch, name: str

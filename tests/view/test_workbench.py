@@ -26,7 +26,6 @@ from fastvl_lab.vit import attention
 from fastvl_lab.vit.attention import Prepared, SegmentAttention
 
 pytest.importorskip("ipywidgets")
-pytestmark = pytest.mark.alone
 
 
 @pytest.fixture
@@ -219,6 +218,7 @@ def test_a_panel_that_could_not_run_says_why_when_asked_for_its_result() -> None
     bench.close()
 
 
+@pytest.mark.alone
 def test_a_long_run_is_stopped_and_a_newer_wish_takes_its_place(bench: Workbench) -> None:
     bench.ask(max_new_tokens=20_000)
     deadline = time.monotonic() + 20

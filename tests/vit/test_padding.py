@@ -69,7 +69,7 @@ def _other(lab: Lab, changes: dict[str, Any]) -> Checkpoint:
     for field, value in changes.items():
         setattr(config.vision_config, field, value)
     model = AutoModelForImageTextToText.from_config(config, dtype=torch.float32, attn_implementation="sdpa").eval()
-    randomise(model, seed=3)
+    randomise(lab.checkpoint.family, model, seed=3)
     pad_widths(model.model.visual)
     only = SimpleNamespace(model=SimpleNamespace(visual=model.model.visual), config=config)
     return dataclasses.replace(lab.checkpoint, model=only)

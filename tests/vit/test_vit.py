@@ -23,6 +23,7 @@ from transformers.vision_utils import (
 from fastvl_lab import Lab, Recipe, Request, photo, toggles
 from fastvl_lab.catalogue import OptionValue, Target
 from fastvl_lab.checkpoint import Checkpoint, tiny
+from fastvl_lab.checkpoint.padded import pad_widths
 from fastvl_lab.checkpoint.random_weights import randomise
 from fastvl_lab.request import Grid, ImageShape, Pixels
 from fastvl_lab.trace import Tracer
@@ -70,10 +71,10 @@ def _combinations() -> list[dict[str, OptionValue]]:
 COMBINATIONS = _combinations()
 
 
-def _checkpoint_of(checkpoint: Checkpoint, visual: torch.nn.Module, family: str) -> Checkpoint:
+def _checkpoint_of(checkpoint: Checkpoint, visual: torch.nn.Module) -> Checkpoint:
     """A checkpoint that has this tower and nothing else that matters here."""
     model = SimpleNamespace(model=SimpleNamespace(visual=visual), config=SimpleNamespace(vision_config=visual.config))
-    return dataclasses.replace(checkpoint, model=model, family=family)
+    return dataclasses.replace(checkpoint, model=model)
 
 
 @torch.inference_mode()
@@ -125,8 +126,9 @@ def test_lean_equals_stock_on_other_geometries(labs: dict[str, Lab], name: str, 
     for field, value in changes.items():
         setattr(config.vision_config, field, value)
     model = AutoModelForImageTextToText.from_config(config, dtype=torch.float32, attn_implementation="sdpa").eval()
-    randomise(model, seed=3)
-    checkpoint = _checkpoint_of(labs[name].checkpoint, model.model.visual, config.model_type)
+    randomise(labs[name].checkpoint.family, model, seed=3)
+    pad_widths(model.model.visual)
+    checkpoint = _checkpoint_of(labs[name].checkpoint, model.model.visual)
     _assert_lean_equals_stock(checkpoint, [Grid(1, 10, 14), Grid(1, 2, 30), Grid(1, 8, 8)], COMBINATIONS[::3])
 
 
@@ -222,10 +224,10 @@ def test_segments_see_only_themselves(option: Callable[[torch.dtype], SegmentAtt
 
 def test_the_lean_tower_copies_no_parameter(lab: Lab) -> None:
     visual = lab.checkpoint.model.model.visual
-    tower = lean.tower_of(visual, lab.checkpoint.family, OPERATIONS)
+    tower = lean.tower_of(lab.checkpoint, OPERATIONS)
     assert tower.blocks[0].qkv.weight is visual.blocks[0].attn.qkv.weight  # type: ignore[attr-defined]
-    if tower.learned_positions is not None:
-        assert tower.learned_positions is visual.pos_embed.weight
+    if tower.vision.learned_positions is not None:
+        assert tower.vision.learned_positions is visual.pos_embed.weight
 
 
 @pytest.mark.parametrize("positions_option", ["recomputed", "cached"])
@@ -288,7 +290,8 @@ class _OnlyOnMeta(TorchDispatchMode):
 def test_the_lean_tower_reads_nothing_back_and_makes_nothing_on_the_host(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """On a device that has no values at all, where reading one is an error; and without the words that read."""
     checkpoint = Lab(name, device="cpu", dtype="float32").checkpoint
-    visual = checkpoint.model.model.visual.to("meta")
+    visual = checkpoint.model.model.visual.to("meta")  # which loses the padding
+    pad_widths(visual)
     pixels = _pixels([Grid(1, 10, 14), Grid(2, 6, 18)], _patch_dim(visual))
     on_meta = Pixels(patches=pixels.patches.to("meta"), shapes=pixels.shapes)
     encoders = []

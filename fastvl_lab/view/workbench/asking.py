@@ -16,9 +16,9 @@ from huggingface_hub import scan_cache_dir
 from huggingface_hub.errors import CacheNotFound
 
 from fastvl_lab.checkpoint import tiny
-from fastvl_lab.checkpoint.loading import FAMILIES
 from fastvl_lab.checkpoint.random_weights import RANDOM_PREFIX, published
 from fastvl_lab.errors import RequestError, require
+from fastvl_lab.families import family_of
 from fastvl_lab.measure.photo import PHOTOGRAPHS
 from fastvl_lab.view.workbench.session import Question
 
@@ -27,7 +27,7 @@ _AS_IT_IS, _EXACTLY = "as it is", "exactly W×H"
 
 
 def known_checkpoints() -> list[str]:
-    """What can be loaded by its name and no network: built in, random:<hub id>, and what the hub's cache holds of both families."""
+    """What can be loaded by its name and no network: built in, random:<hub id>, and what the hub's cache holds of the families."""
     return [*tiny.NAMES, *(RANDOM_PREFIX + name for name in published()), *sorted(_cached())]
 
 
@@ -47,7 +47,8 @@ def _can_be_loaded(revision: Any) -> bool:
     if "config.json" not in files or not any(name.endswith(".safetensors") for name in files):
         return False
     try:
-        return json.loads(files["config.json"].read_text(encoding="utf-8")).get("model_type") in FAMILIES
+        config = json.loads(files["config.json"].read_text(encoding="utf-8"))
+        return family_of(config.get("model_type")) is not None
     except (OSError, ValueError, AttributeError):  # a download that was broken off
         return False
 
