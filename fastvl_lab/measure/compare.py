@@ -195,7 +195,7 @@ def compare(
 
     engines: label -> recipe, recipe text, or peer. Transformers answers for all of them, and runs for that where it is none of
     them. on_run is called after each run with its label. keep_going records any error of an engine in `failures` and goes on
-    without it; otherwise errors are raised. checks: label -> a check of this request that was made before, and is not made again.
+    without it; otherwise errors are raised. checks: label -> a check that was made before, and is not made again.
     stop: as `Lab.run` has it.
     """
     if not isinstance(engines, Mapping) or not engines:

@@ -283,17 +283,17 @@ def _request_rows(
     yield [_ceilings_row(bench), *floors.values()]
     known = [_oracles(bench, case, steps) for case in cases]
     _free()
-    right: list[frozenset[str]] = []
+    right: list[dict[str, Parity]] = []
     for case, oracles in zip(cases, known, strict=True):
-        rows = _first_token_rows(bench, case, oracles, steps, floors[case.image]["patches_floor_ms"])
-        right.append(frozenset(row["recipe"] for row in rows if row["parity"]))
+        rows, checks = _first_token_rows(bench, case, oracles, steps, floors[case.image]["patches_floor_ms"])
+        right.append({row["recipe"]: checks[row["recipe"]] for row in rows if row["parity"]})
         yield rows
-    for case, labels in zip(cases, right, strict=True):
-        if case.part == "main" and labels:
-            yield _decode_rows(bench, case, labels, new_tokens, floors[case.image]["tokens_per_second"])
+    for case, checks in zip(cases, right, strict=True):
+        if case.part == "main" and checks:
+            yield _decode_rows(bench, case, checks, new_tokens, floors[case.image]["tokens_per_second"])
     if bench.last and on_cuda:
-        for case, labels in zip(cases, right, strict=True):
-            yield _kernel_rows(bench, case, labels)
+        for case, checks in zip(cases, right, strict=True):
+            yield _kernel_rows(bench, case, checks)
         yield [bench.row({"part": "launches"} | found) for found in tuned_launches()]
 
 
@@ -335,7 +335,9 @@ def _oracles(bench: Bench, case: Case, steps: int) -> Oracles | str:
     return oracles
 
 
-def _first_token_rows(bench: Bench, case: Case, oracles: Oracles | str, steps: int, floor_ms: float) -> list[Row]:
+def _first_token_rows(
+    bench: Bench, case: Case, oracles: Oracles | str, steps: int, floor_ms: float
+) -> tuple[list[Row], dict[str, Parity]]:
     """Parity of every engine first, with its first run and its memory; then those that are right side by side."""
     found: dict[str, Row] = {}
     checks: dict[str, Parity] = {}
@@ -364,7 +366,7 @@ def _first_token_rows(bench: Bench, case: Case, oracles: Oracles | str, steps: i
         for label in good:
             found[label] |= {"parity": None, "error": f"within its budget of errors; {bench.deadline.skipped()}"}
     place: dict[str, Row] = {k: {"part": case.part, "image": case.image, "settings": str(e)} for k, e in case.engines.items()}
-    return [bench.row(place[label] | row, label) for label, row in found.items()]
+    return [bench.row(place[label] | row, label) for label, row in found.items()], checks
 
 
 def _checked(lab: Lab, engine: EngineLike, oracles: Oracles, steps: int) -> tuple[Row, Parity]:
@@ -435,8 +437,8 @@ def pays_after(row: Row, eager: Row) -> int | None:
     return break_even(captures, eager=eager["ttft_ms"] / 1e3, captured=row["ttft_ms"] / 1e3)
 
 
-def _decode_rows(bench: Bench, case: Case, right: frozenset[str], new_tokens: int, ceiling: float) -> list[Row]:
-    """TPOT of the engines that were right, once for those whose decode steps are the same; ceiling: tokens a second at most."""
+def _decode_rows(bench: Bench, case: Case, right: Mapping[str, Parity], new_tokens: int, ceiling: float) -> list[Row]:
+    """TPOT of the engines that were right along forced steps, once for those whose steps are the same; ceiling: tokens a second."""
     lab, deadline, request = bench.lab, bench.deadline, dataclasses.replace(case.request, max_new_tokens=new_tokens)
     same = recipes.same_steps({label: engine for label, engine in case.engines.items() if label in right})
     found: dict[str, Row] = {label: {"error": deadline.skipped()} for label in same.values()}
@@ -450,8 +452,7 @@ def _decode_rows(bench: Bench, case: Case, right: frozenset[str], new_tokens: in
     rounds = deadline.rounds(_DECODE_ROUNDS, 1, sum(seconds.values()), warm_up=1)
     if seconds and rounds:
         good = {label: case.engines[label] for label in seconds}
-        held = {label: Parity(oracle=STOCK, holds=True) for label in good}  # along forced steps, before TTFT was timed
-        comparison = compare(lab, request, good, repeats=rounds, warm_up=1, keep_going=True, checks=held)
+        comparison = compare(lab, request, good, repeats=rounds, warm_up=1, keep_going=True, checks=right)
         for label in good:
             tpots = [run.tpot for run in comparison.runs(label) if run.tpot is not None]
             if label in comparison.failures or not tpots:
@@ -466,7 +467,7 @@ def _decode_rows(bench: Bench, case: Case, right: frozenset[str], new_tokens: in
     return [bench.row(place | of_same[label] | row, label) for label, row in found.items()]
 
 
-def _kernel_rows(bench: Bench, case: Case, right: frozenset[str]) -> list[Row]:
+def _kernel_rows(bench: Bench, case: Case, right: Mapping[str, Parity]) -> list[Row]:
     """In how much of a request the device does anything, and with what; a box that forbids profiling says so."""
     rows = []
     for label in [label for label in case.engines if label in right]:
