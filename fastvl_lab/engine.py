@@ -42,14 +42,14 @@ class Engine:
 
     name: a text that `find` reads as this engine on every device. bind: makes it run over a checkpoint, within a lab's memory and
     CUDA graphs; raises `FastvlError`s. recipe: the lab's own recipe, None for a peer. remote: it computes behind an address, and
-    shows neither pixels nor logits. stands_for: the peer that a peer is held against, itself where it is None.
+    shows neither pixels nor logits. held_against: the peer that a peer is checked by, itself where it is None.
     """
 
     name: str
     bind: Callable[[Checkpoint, Memory, GraphStore | None], BoundEngine] = field(compare=False, repr=False)
     recipe: Recipe | None = field(default=None, compare=False, repr=False)
     remote: bool = field(default=False, compare=False, repr=False)
-    stands_for: str | None = field(default=None, compare=False, repr=False)
+    held_against: str | None = field(default=None, compare=False, repr=False)
 
     def __str__(self) -> str:
         return self.name
@@ -61,7 +61,7 @@ class Engine:
 
     def oracle(self, image_backend: ImageBackend) -> str:
         """The name of the engine that it is held against; image_backend: that of Transformers here."""
-        return self.recipe.oracle(image_backend) if self.recipe else self.stands_for or self.name
+        return self.recipe.oracle(image_backend) if self.recipe else self.held_against or self.name
 
     def within(self, image_backend: ImageBackend) -> int | None:
         """How many levels of 255 its pixels may be from the stock ones; None where it promises nothing of the kind."""

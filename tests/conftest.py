@@ -58,6 +58,12 @@ def lab(request: pytest.FixtureRequest, labs: dict[str, Lab]) -> Lab:
 
 
 @pytest.fixture(scope="session")
+def stock_resize(labs: dict[str, Lab]) -> str:
+    """The option of preprocessor.resize whose pixels are those of Transformers' default image processor here."""
+    return {"pillow": "pillow", "torchvision": "torch"}[labs[TINY[0]].checkpoint.image_backend]
+
+
+@pytest.fixture(scope="session")
 def picture() -> bytes:
     """A small photograph as JPEG bytes."""
     return photo("astronaut", (168, 140))

@@ -101,7 +101,7 @@ def echo() -> Iterator[str]:
         def bind(checkpoint: Checkpoint, memory: Memory, graphs: GraphStore | None) -> BoundEngine:
             return find("transformers").bind(checkpoint, memory, graphs)
 
-        return Engine(name=text.strip(), bind=bind, stands_for="transformers")
+        return Engine(name=text.strip(), bind=bind, held_against="transformers")
 
     yield "echo"
     del engines._PEERS["echo"]

@@ -22,8 +22,8 @@ SLOTS = ("preprocessor", "vit", "attention", "cache", "capture", "streaming")
 
 # Lowest first; a module imports from its own layer or below. Parts of the package that do not exist yet have their place too.
 LAYERS = (
-    ("errors", "image_input", "messages", "request", "trace", "kernels", "catalogue", "recipe", "engine_thread"),
-    ("families",),
+    ("errors", "image_input", "messages", "request", "trace", "kernels", "catalogue", "engine_thread"),
+    ("recipe", "families"),
     ("checkpoint",),
     ("tokenizer", "language", *SLOTS),
     ("pipeline",),

@@ -13,29 +13,29 @@ import torch
 import torch.nn.functional as F
 
 from fastvl_lab.catalogue import Attention
+from fastvl_lab.kernels.choices import SiluMul, add_rms_norm, after_add, native_rms_norm, silu_mul
 from fastvl_lab.kernels.plain import rms_norm, rms_norm_by_length, rotate_half
 from fastvl_lab.language.decoder import KvCache, Operations
 from fastvl_lab.language.weights import DecoderWeights, Layer
 
 Norm = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
-AddNorm = Callable[[torch.Tensor, torch.Tensor | None, torch.Tensor], tuple[torch.Tensor, torch.Tensor]]
 Qkv = Callable[[torch.Tensor, Layer], tuple[torch.Tensor, torch.Tensor, torch.Tensor]]
 Rotate = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, Layer, Any, KvCache, int], torch.Tensor]
-SiluMul = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 
 
 def bind_operations(slot: Attention, weights: DecoderWeights) -> Operations:
     """The operations by the values of the slot's toggles."""
-    norms: dict[str, Callable[[DecoderWeights], Norm]] = {
-        "eager": _eager_norm,
-        "native": _native_norm,
-        "by_length": _norm_by_length,
-        "fused": _native_norm,
+    eps, device = weights.eps, weights.norm.device
+    native, eps_there = partial(native_rms_norm, eps=eps), torch.full((1,), eps, dtype=torch.float32, device=device)
+    norms: dict[str, Norm] = {
+        "eager": partial(rms_norm, eps=eps),
+        "native": native,
+        "by_length": partial(rms_norm_by_length, eps=eps_there),
+        "fused": native,  # of heads
     }
-    norm = norms[slot.norms](weights)
-    add_norm = _fused_add_norm(weights.eps) if slot.norms == "fused" else _after_add(norm)
+    norm = norms[slot.norms]
+    add_norm = partial(add_rms_norm("fused"), eps=eps) if slot.norms == "fused" else after_add(norm)
     angles, rotate = {"eager": _eager_rope, "rolled": _rolled_rope, "fused": _fused_rope}[slot.rope](weights, norm)
-    silu_mul = {"eager": lambda: _silu_mul, "fused": _fused_silu_mul}[slot.activation]()
     qkv = {"separate": _separate_qkv, "fused": _fused_qkv}[slot.projections](weights)
     mlp = {"separate": _separate_mlp, "fused": _fused_mlp}[slot.projections]
     return Operations(
@@ -43,37 +43,10 @@ def bind_operations(slot: Attention, weights: DecoderWeights) -> Operations:
         qkv=qkv,
         angles=angles,
         rotate=rotate,
-        mlp=partial(mlp, silu_mul),
+        mlp=partial(mlp, silu_mul(slot.activation)),
         argmax={"eager": lambda: _argmax, "fused": _fused_argmax}[slot.argmax](),
         last_token_alone={"all_tokens": False, "last_token": True}[slot.last_layer],
     )
-
-
-def _eager_norm(weights: DecoderWeights) -> Norm:
-    return lambda x, weight: rms_norm(x, weight, weights.eps)
-
-
-def _native_norm(weights: DecoderWeights) -> Norm:
-    return lambda x, weight: F.rms_norm(x, weight.shape, weight, weights.eps)
-
-
-def _norm_by_length(weights: DecoderWeights) -> Norm:
-    eps = torch.full((1,), weights.eps, dtype=torch.float32, device=weights.norm.device)
-    return lambda x, weight: rms_norm_by_length(x, weight, eps)
-
-
-def _after_add(norm: Norm) -> AddNorm:
-    def add_norm(hidden: torch.Tensor, added: torch.Tensor | None, weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        hidden = hidden if added is None else hidden.add_(added)
-        return hidden, norm(hidden, weight)
-
-    return add_norm
-
-
-def _fused_add_norm(eps: float) -> AddNorm:
-    from fastvl_lab.kernels.add_norm import add_rms_norm
-
-    return lambda hidden, added, weight: add_rms_norm(hidden, added, weight, eps)
 
 
 def _separate_qkv(weights: DecoderWeights) -> Qkv:
@@ -103,16 +76,6 @@ def _separate_mlp(silu_mul: SiluMul, x: torch.Tensor, layer: Layer) -> torch.Ten
 
 def _fused_mlp(silu_mul: SiluMul, x: torch.Tensor, layer: Layer) -> torch.Tensor:
     return F.linear(silu_mul(*F.linear(x, *layer.gate_up).chunk(2, dim=-1)), *layer.down)
-
-
-def _silu_mul(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
-    return F.silu(gate, inplace=True).mul_(up)
-
-
-def _fused_silu_mul() -> SiluMul:
-    from fastvl_lab.kernels.silu_mul import silu_mul
-
-    return silu_mul
 
 
 def _normalised(q: torch.Tensor, k: torch.Tensor, layer: Layer, norm: Norm) -> tuple[torch.Tensor, torch.Tensor]:

@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 
 from fastvl_lab.checkpoint import Checkpoint
+from fastvl_lab.families.text import head_dim
 from fastvl_lab.language.decoder import Slots
 from fastvl_lab.language.segments import Segments
 
@@ -31,7 +32,7 @@ class KvShape:
         return cls(
             n_layers=config.num_hidden_layers,
             n_kv_heads=config.num_key_value_heads,
-            head_dim=getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads,
+            head_dim=head_dim(config),
             dtype=checkpoint.dtype,
             device=checkpoint.device,
         )

@@ -17,6 +17,7 @@ from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 from fastvl_lab.checkpoint.reading import DTYPES, File, read_json
 from fastvl_lab.errors import CheckpointError, quoted, shortened
 from fastvl_lab.families.family import Family, whole_number
+from fastvl_lab.families.text import head_dim
 
 
 def check_files(name: str, source: str) -> None:
@@ -73,9 +74,8 @@ def check_model(model: Any, family: Family, file: File) -> None:
     for fault in family.model_faults(model):
         raise file.refused(*fault)
     text, half = model.config.get_text_config(), len(family.text(model).inv_freq)
-    head_dim = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
-    if 2 * half != head_dim:
-        raise file.refused("rope_parameters", text.rope_parameters, f"such that all {head_dim} values of a head are rotated")
+    if 2 * half != (width := head_dim(text)):
+        raise file.refused("rope_parameters", text.rope_parameters, f"such that all {width} values of a head are rotated")
 
 
 def default_dtype(config: Any, device: torch.device, file: File) -> torch.dtype:

@@ -39,7 +39,7 @@ from fastvl_lab.checkpoint.random_weights import RANDOM_PREFIX, published, rando
 from fastvl_lab.checkpoint.reading import DTYPES, File, read_json
 from fastvl_lab.errors import CheckpointError, DeviceError, FastvlError
 from fastvl_lab.families import FAMILIES, Family, Patches, family_of, names
-from fastvl_lab.families.text import Text
+from fastvl_lab.families.text import Text, head_dim
 from fastvl_lab.families.vision import Vision
 
 # Transformers changes torch for the whole process while it loads: a load beside another finds weights missing.
@@ -75,12 +75,11 @@ class Checkpoint:
     @property
     def target(self) -> Target:
         """What options are to run on."""
-        text = self.config.get_text_config()
         return Target(
             device=self.device,
             dtype=self.dtype,
             tower_head_dim=self.vision.hidden_size // self.vision.n_heads,
-            decoder_head_dim=getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads,
+            decoder_head_dim=head_dim(self.config.get_text_config()),
         )
 
     @property

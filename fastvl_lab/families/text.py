@@ -54,6 +54,11 @@ class Text:
     axis: torch.Tensor
 
 
+def head_dim(config: Any) -> int:
+    """Values of a head, by a decoder's config."""
+    return int(getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads)
+
+
 def read_text(module: Any, head: Any, *, head_norms: bool, axis: torch.Tensor) -> Text:
     """Read a decoder whose modules have the names of Transformers' Llama, as most decoders since do.
 

@@ -10,7 +10,7 @@ from fastvl_lab.checkpoint import Checkpoint
 from fastvl_lab.checkpoint.fused import side_by_side
 from fastvl_lab.errors import CheckpointError
 from fastvl_lab.families.text import Layer as StockLayer
-from fastvl_lab.families.text import Linear
+from fastvl_lab.families.text import Linear, head_dim
 from fastvl_lab.language.rope import MRope
 
 
@@ -57,7 +57,7 @@ def decoder_weights(checkpoint: Checkpoint) -> DecoderWeights:
         eps=config.rms_norm_eps,
         n_heads=config.num_attention_heads,
         n_kv_heads=config.num_key_value_heads,
-        head_dim=getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads,
+        head_dim=head_dim(config),
         rope=MRope(inv_freq=text.inv_freq, scaling=text.scaling, axis=text.axis),
     )
 

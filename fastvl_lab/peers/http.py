@@ -52,7 +52,7 @@ def endpoint(text: str) -> Engine:
         name=", ".join([address, *([model] if comma else [])]),
         bind=lambda checkpoint, memory, graphs: HttpPeer(address, name, checkpoint.tokenizer),
         remote=True,
-        stands_for="transformers",
+        held_against="transformers",
     )
 
 

@@ -5,61 +5,23 @@ Each is plain PyTorch, or a Triton kernel that is imported where it is chosen. S
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import torch
-import torch.nn.functional as F
 
-from fastvl_lab.families.vision import AddNorm, Interpolate, Operations, Rotate
-from fastvl_lab.kernels.plain import interpolate, rms_norm, rotate_half
+from fastvl_lab.families.vision import Interpolate, Operations, Rotate
+from fastvl_lab.kernels import choices
+from fastvl_lab.kernels.plain import interpolate, rotate_half
 
 
 def bind_operations(*, norms: str, rope: str, activation: str, interpolation: str) -> Operations:
     """The operations by the values of the slot's toggles."""
-    rms_norm, layer_norm = {
-        "eager": (_eager_rms_norm, _native_layer_norm),
-        "native": (_native_rms_norm, _native_layer_norm),
-        "fused": (_fused_rms_norm, _fused_layer_norm),
-    }[norms]
+    add_rms_norm, add_layer_norm = choices.add_rms_norm(norms), choices.add_layer_norm(norms)
     return Operations(
-        rms_norm=rms_norm,
-        layer_norm=layer_norm,
+        rms_norm=lambda weight, eps: lambda hidden, added: add_rms_norm(hidden, added, weight, eps),
+        layer_norm=lambda weight, bias, eps: lambda hidden, added: add_layer_norm(hidden, added, weight, bias, eps),
         rotate={"eager": lambda: _rotate, "halves": lambda: _rotate_halves, "fused": _fused_rotate}[rope](),
-        silu_mul={"eager": lambda: _silu_mul, "fused": _fused_silu_mul}[activation](),
+        silu_mul=choices.silu_mul(activation),
         interpolate={"eager": lambda: interpolate, "fused": _fused_interpolate}[interpolation](),
     )
-
-
-def _after_add(norm: Callable[[torch.Tensor], torch.Tensor]) -> AddNorm:
-    def add_norm(hidden: torch.Tensor, added: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
-        hidden = hidden if added is None else hidden.add_(added)
-        return hidden, norm(hidden)
-
-    return add_norm
-
-
-def _eager_rms_norm(weight: torch.Tensor, eps: float) -> AddNorm:
-    return _after_add(lambda x: rms_norm(x, weight, eps))
-
-
-def _native_rms_norm(weight: torch.Tensor, eps: float) -> AddNorm:
-    return _after_add(lambda x: F.rms_norm(x, weight.shape, weight, eps))
-
-
-def _native_layer_norm(weight: torch.Tensor, bias: torch.Tensor, eps: float) -> AddNorm:
-    return _after_add(lambda x: F.layer_norm(x, weight.shape, weight, bias, eps))
-
-
-def _fused_rms_norm(weight: torch.Tensor, eps: float) -> AddNorm:
-    from fastvl_lab.kernels.add_norm import add_rms_norm
-
-    return lambda hidden, added: add_rms_norm(hidden, added, weight, eps)
-
-
-def _fused_layer_norm(weight: torch.Tensor, bias: torch.Tensor, eps: float) -> AddNorm:
-    from fastvl_lab.kernels.add_norm import add_layer_norm
-
-    return lambda hidden, added: add_layer_norm(hidden, added, weight, bias, eps)
 
 
 def _rotate(
@@ -99,16 +61,6 @@ def _fused_rotate() -> Rotate:
         return q, k, v
 
     return rotate
-
-
-def _silu_mul(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
-    return F.silu(gate, inplace=True).mul_(up)
-
-
-def _fused_silu_mul() -> Callable[[torch.Tensor, torch.Tensor], torch.Tensor]:
-    from fastvl_lab.kernels.silu_mul import silu_mul
-
-    return silu_mul
 
 
 def _fused_interpolate() -> Interpolate:
