@@ -124,6 +124,8 @@ def find(given: EngineLike, device: torch.device | str = "cpu") -> Engine:
 
 def find_recipe(given: EngineLike, device: torch.device | str = "cpu") -> Recipe:
     """As `find`, where nothing but a recipe will do."""
+    if isinstance(given, str) and _word(given) not in _peers():
+        return Recipe.parse(given, device)
     recipe = find(given, device).recipe
     if recipe is None:
         raise RecipeError(f"{str(given)!r} is a peer, which has no toggles; give a recipe")

@@ -92,6 +92,13 @@ def test_where_only_a_recipe_will_do_a_peer_is_refused(text: str) -> None:
             find_recipe(given)
 
 
+@pytest.mark.parametrize("text", ["quickest", "vllm, model=x", "baselin, vit.tower=lean"])
+def test_where_only_a_recipe_will_do_no_peer_is_a_choice(text: str) -> None:
+    with pytest.raises(RecipeError, match="the choices are baseline, fastest") as raised:
+        find_recipe(text)
+    assert "peer" not in str(raised.value)
+
+
 @pytest.fixture
 def echo() -> Iterator[str]:
     """A peer that somebody adds: Transformers under another name."""

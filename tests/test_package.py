@@ -235,3 +235,14 @@ def test_the_oldest_constraints_are_the_lower_bounds_and_the_newest_lie_within_a
     assert pinned["constraints-oldest.txt"] == {name: limits.split(",")[0].removeprefix(">=") for name, limits in wanted.items()}
     for name, version in pinned["constraints.txt"].items():
         assert version in SpecifierSet(wanted.get(name, "")), name
+
+
+def test_pages_name_files_and_links_that_there_are(repository: Path) -> None:
+    package = repository / "fastvl_lab"
+    for page in (repository / "README.md", *(repository / "docs").glob("*.md")):
+        text = page.read_text()
+        for link in re.findall(r"\]\(([^)#:]+)\)", text):
+            assert (page.parent / link).exists(), (page.name, link)
+        for file in re.findall(r"`((?:[a-z_]+/)*[a-z_0-9]+(?:\.py|/))`", text):
+            assert (package / file).exists() or (repository / file).exists(), (page.name, file)
+    assert len((repository / "README.md").read_text().splitlines()) < 200

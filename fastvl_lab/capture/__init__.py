@@ -12,7 +12,7 @@ import torch
 from fastvl_lab.capture.compiled import Compiled
 from fastvl_lab.capture.execute import Capture, Eager, Execute, Program
 from fastvl_lab.capture.graphs import Graphs, GraphStore
-from fastvl_lab.capture.shapes import Size, keys_of_a_step, power_of_two, size_of, sizes_up_to
+from fastvl_lab.capture.shapes import Size, keys_of_a_step, size_of, sizes_up_to
 from fastvl_lab.capture.stages import (
     Encoder,
     Layers,
@@ -25,6 +25,7 @@ from fastvl_lab.capture.stages import (
     with_rows,
 )
 from fastvl_lab.catalogue import Capture as Slot
+from fastvl_lab.kernels.plain import power_of_two
 from fastvl_lab.language.decode import Step, decode
 from fastvl_lab.language.decoder import Decoder, KvCache
 from fastvl_lab.language.prefill import prefill

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+from fastvl_lab.kernels.plain import power_of_two
+
 Size = Callable[[int], int]
 
 _LEAST = 64
@@ -35,8 +37,3 @@ def sizes_up_to(longest: int, size: Size, most: int) -> list[int]:
         sizes.append(min(size(n), most))
         n = size(n) + 1
     return sizes
-
-
-def power_of_two(n: int) -> int:
-    """The least that is not below n."""
-    return 1 << (n - 1).bit_length()

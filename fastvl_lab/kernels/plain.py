@@ -1,4 +1,4 @@
-"""Tensor operations that several slots share, in plain PyTorch; they know tensors, never models."""
+"""What several slots share, in plain PyTorch; it knows tensors and sizes, never models."""
 
 from __future__ import annotations
 
@@ -30,3 +30,8 @@ def interpolate(table: torch.Tensor, indices: torch.Tensor, weights: torch.Tenso
     """The sum over k of weights[:, k] * table[indices[:, k]]: [n, width] in the table's dtype, from indices and weights [n, k]."""
     rows = F.embedding(indices, table)  # [n, k, width]
     return (rows * weights[:, :, None]).sum(1).to(table.dtype)
+
+
+def power_of_two(n: int) -> int:
+    """The least that is not below n."""
+    return 1 << (n - 1).bit_length()

@@ -44,11 +44,12 @@ def transformers(text: str) -> Engine:
         if path not in _TOGGLES:
             raise RecipeError(f"{text!r} changes {path}, which a peer does not have; the choices are {', '.join(_TOGGLES)}")
 
-    def bind(checkpoint: Checkpoint, memory: Memory, graphs: GraphStore | None) -> TransformersPeer:
+    def over(checkpoint: Checkpoint, memory: Memory, graphs: GraphStore | None) -> TransformersPeer:
         recipe.check(checkpoint.target)
         return TransformersPeer(checkpoint, recipe.preprocessor)
 
-    return Engine(name=", ".join([name.strip(), *(f"{path}={value}" for path, value in recipe.changes().items())]), bind=bind)
+    changed = (f"{path}={value}" for path, value in recipe.changes().items())
+    return Engine(name=", ".join([name.strip(), *changed]), bind=over)
 
 
 class TransformersPeer:

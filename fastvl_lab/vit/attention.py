@@ -19,6 +19,7 @@ import torch.nn.functional as F
 from torch.nn.attention import SDPBackend
 
 from fastvl_lab.kernels.backends import on_kernel
+from fastvl_lab.kernels.plain import power_of_two
 from fastvl_lab.vit.positions import Group, Groups
 
 
@@ -118,7 +119,7 @@ def varlen(_: torch.dtype) -> SegmentAttention:
 
     def room(boundaries: torch.Tensor) -> torch.Tensor:
         """Empty segments at the end."""
-        return torch.cat([boundaries, boundaries[-1:].expand(_power_of_two(len(boundaries)) - len(boundaries))])
+        return torch.cat([boundaries, boundaries[-1:].expand(power_of_two(len(boundaries)) - len(boundaries))])
 
     return SegmentAttention(prepare=prepare, attend=attend, room=room, operator="own")
 
@@ -138,7 +139,7 @@ def triton(dtype: torch.dtype) -> SegmentAttention:
 
     def room(blocks: torch.Tensor) -> torch.Tensor:
         """Blocks without queries at the end."""
-        return F.pad(blocks, (0, 0, 0, _power_of_two(len(blocks)) - len(blocks)))
+        return F.pad(blocks, (0, 0, 0, power_of_two(len(blocks)) - len(blocks)))
 
     return SegmentAttention(prepare=prepare, attend=attend, room=room, operator="table")
 
@@ -191,11 +192,6 @@ def _operator(option: str) -> Callable[..., torch.Tensor]:
 
     operator.register_fake(like)
     return operator
-
-
-def _power_of_two(n: int) -> int:
-    """The least that is not below n."""
-    return 1 << (n - 1).bit_length()
 
 
 def _query_blocks(start: int, number: int, length: int, block: int, device: torch.device) -> torch.Tensor:

@@ -18,13 +18,14 @@ from fastvl_lab.cache.memory import Memory
 from fastvl_lab.capture.execute import Program, Tensors
 from fastvl_lab.capture.shapes import size_of
 from fastvl_lab.capture.stages import Programs, prompt_inputs, step_inputs, vit_inputs, with_rows
-from fastvl_lab.catalogue import toggles
+from fastvl_lab.catalogue import Target, toggles
 from fastvl_lab.language.merge import merge
 from fastvl_lab.language.weights import decoder_weights
 from fastvl_lab.tokenizer import tokenize
 from fastvl_lab.trace import Tracer
 
-OFF = Tracer(torch.device("cpu"), "off")
+CPU = Target(device=torch.device("cpu"))
+OFF = Tracer(CPU.device, "off")
 PLAIN = Recipe.parse("baseline, vit.tower=lean, cache.kv=static, preprocessor.resize=pillow, preprocessor.patchify=torch")
 BYTES = PLAIN.replace({"preprocessor.temporal": "folded", "preprocessor.payload": "uint8_folded"})
 
@@ -32,14 +33,14 @@ BYTES = PLAIN.replace({"preprocessor.temporal": "folded", "preprocessor.payload"
 def _ways(slot: str) -> Iterator[tuple[Recipe, str, str]]:
     """Every option of a slot alone, and the last of all its toggles together, each with a padding and a kind of slots.
 
-    torch's variable-length attention needs a device, and the stock tower is no program. Triton's kernels run in its interpreter,
-    without padding, which would take long.
+    But for the stock tower, which is no program, and what needs a device. Triton's kernels run in its interpreter, without padding,
+    which would take long.
     """
     paddings, kinds = itertools.cycle(("exact", "multiples_of_64")), itertools.cycle(("static", "static", "paged"))
     recipes, last = [(PLAIN, False)], PLAIN
     for toggle in toggles():
         if toggle.slot == slot and toggle.path != "vit.tower":
-            options = [option for option in toggle.options if option.value != "varlen"]
+            options = [o for o in toggle.options if o.needs.package == "triton" or o.needs.unmet(CPU) is None]
             recipes += [(PLAIN.choose(toggle.path, option.value), option.needs.package == "triton") for option in options[1:]]
             last = last.choose(toggle.path, options[-1].value)
     for recipe, interpreted in [*recipes, (BYTES, False), (last, True)]:

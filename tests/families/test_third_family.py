@@ -22,7 +22,7 @@ from transformers import AutoConfig, AutoModelForImageTextToText, LlamaConfig, L
 from transformers.generation import GenerationMixin
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
-from fastvl_lab import CheckpointError, Lab, Request, families
+from fastvl_lab import CheckpointError, Lab, Recipe, Request, families, toggles
 from fastvl_lab.checkpoint import tiny
 from fastvl_lab.families import Family, Fault, Geometry, Patches
 from fastvl_lab.families.family import not_counts
@@ -318,6 +318,21 @@ def test_every_engine_equals_the_models_own_forward(toy: Lab, case: str) -> None
     along = [toy.logits_along(request, engine, tokens[:5]) for engine in ("transformers", "fastest")]
     assert (along[0] - along[1]).abs().max() < 1e-4
     assert _plainly(toy, images[1:], prompt, 1)[0].allclose(logits, atol=1e-2) == (not images)
+
+
+def test_every_exact_option_equals_it_too(toy: Lab) -> None:
+    """Each alone on the lean baseline, but for torch.compile, which takes its time."""
+    images, prompt = REQUESTS["three images"]
+    logits, tokens = _plainly(toy, images, prompt, 4)
+    request = Request(images=images, prompt=prompt, max_new_tokens=4, ignore_eos=True)
+    lean, target = Recipe.parse("baseline, preprocessor.resize=pillow, vit.tower=lean"), toy.checkpoint.target
+    options = [(toggle.path, option) for toggle in toggles() for option in toggle.options if option.exact]
+    recipes = {lean.choose(path, o.value) for path, o in options if o.needs.unmet(target) is None and o.value != "compile"}
+    assert len(recipes) > 20
+    for recipe in recipes:
+        run = toy.run(request, recipe)
+        assert (run.logits - logits).abs().max() < 1e-4, recipe
+        assert list(run.tokens) == tokens, recipe
 
 
 def test_operations_are_counted_from_what_the_family_says(toy: Lab) -> None:
