@@ -3,8 +3,8 @@
     python -m fastvl_lab.measure.report [--task request|decoder|tower] [--tiny] [--out rows.json]
 
 request: TTFT by stage, TPOT and memory by engine, and one recipe executed in every way by image size. decoder, tower: each option
-of that slot. Without `--tiny` it needs a GPU: the published 3B and 4B geometries with random weights in bfloat16. It needs torch,
-Transformers and Triton alone.
+of that slot. Without `--tiny` it needs a GPU: the published 3B and 4B geometries with random weights in bfloat16. Of packages it
+needs torch, Transformers and Triton alone.
 
 Nothing is timed before its check held: logits, or visual tokens, are within twice Transformers' own error in the same dtype. First
 runs come before and apart. TTFT is of requests for one token, with 32 tokens of text; TPOT of requests for 64.
@@ -490,7 +490,9 @@ _OF_TASK: dict[str, Callable[..., Iterator[list[Row]]]] = {
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Rows to a file as they come, tables to the terminal, status 1 if a check failed; arguments: by default the process's."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        prog="python -m fastvl_lab.measure.report", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--task", choices=tuple(_OF_TASK), default="request", help="what is timed (default request)")
     parser.add_argument("--tiny", action="store_true", help="the built-in checkpoints and small inputs, on any device")
     parser.add_argument("--out", type=Path, help="a file for the rows as JSON")
