@@ -112,8 +112,9 @@ def of_the_tower(device: torch.device, dtype: torch.dtype, family: Family) -> di
                 recipes[label] = lean.choose(toggle.path, option.value)
             last[toggle.path] = option.value
     recipes["last of each"] = lean.replace(last)
-    if last["vit.attention"] == "triton" and dtype != torch.float32:
-        recipes["last of each, varlen"] = lean.replace(last | {"vit.attention": "varlen"})
+    varlen = lean.replace(last | {"vit.attention": "varlen"})
+    if last["vit.attention"] == "triton" and cannot_run(varlen, device, dtype) is None:
+        recipes["last of each, varlen"] = varlen
     recipes["fastest"] = Recipe.fastest(device)
     return recipes
 
@@ -134,8 +135,9 @@ def of_the_decoder(device: torch.device, dtype: torch.dtype) -> dict[str, Engine
     engines["last of each"] = last
     if last.attention.prefill == "triton":
         engines["last of each, sdpa"] = last.replace({"attention.prefill": sdpa, "attention.decode": sdpa})
-        if dtype != torch.float32:
-            engines["last of each, varlen"] = last.replace("attention.prefill", "varlen")
+        varlen = last.replace("attention.prefill", "varlen")
+        if cannot_run(varlen, device, dtype) is None:
+            engines["last of each, varlen"] = varlen
     engines["fastest"] = Recipe.fastest(device)
     return engines
 
