@@ -40,11 +40,8 @@ def test_stages_come_in_the_corridors_order(lab: Lab, picture: bytes) -> None:
     for engine in ("transformers", "baseline", "fastest"):
         run = lab.run(Request(images=[picture], prompt="What is this?", max_new_tokens=4, ignore_eos=True), engine)
         stages = [stage for stage in run.trace.stages() if stage != "decode"]
-        if engine == "transformers":  # it makes patches before it writes the prompt, and has no cache to be admitted to
-            assert stages[:3] == ["decode_image", "preprocess", "tokenize"]
-            assert set(stages) == set(expected) - {"admit"}
-        else:
-            assert stages == expected, engine
+        # Transformers has no cache to be admitted to.
+        assert stages == [stage for stage in expected if engine != "transformers" or stage != "admit"], engine
         steps = [span for span in run.trace.spans if span.name == "decode" and span.depth == 0]
         assert len(steps) == 3, engine
 

@@ -517,8 +517,16 @@ def test_a_graph_that_a_short_request_recorded_serves_a_longer_one(played: Lab, 
     assert run.tokens == played.run(request, recipe.oracle(played.checkpoint.image_backend)).tokens
 
 
-@pytest.mark.parametrize("kv", ["static", "paged"])
-@pytest.mark.parametrize("choices", ["capture.decode=graph", "capture.decode=compile", "capture.shapes=multiples_of_64"])
+@pytest.mark.parametrize(
+    ("choices", "kv"),
+    [
+        ("capture.decode=graph", "static"),
+        ("capture.decode=graph", "paged"),
+        ("capture.decode=compile", "static"),
+        ("capture.shapes=multiples_of_64", "static"),
+        ("capture.shapes=multiples_of_64", "paged"),
+    ],
+)
 def test_a_steps_program_chooses_its_token_and_gives_the_logits_that_it_chose_from(played: Lab, choices: str, kv: str) -> None:
     plain, made = (
         Pipeline(played.checkpoint, Recipe.parse(f"fastest, cache.kv={kv}{more}"), Memory(played.checkpoint), played.graphs)
