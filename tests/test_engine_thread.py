@@ -88,6 +88,21 @@ def test_an_interruption_ends_the_work_and_not_the_thread(thread: EngineThread, 
         assert thread.call(lambda: "alive") == "alive"
 
 
+def test_an_interruption_while_the_thread_starts_leaves_it_ready(thread: EngineThread, monkeypatch: pytest.MonkeyPatch) -> None:
+    start, done = threading.Thread.start, []
+
+    def is_interrupted(starting: threading.Thread) -> None:
+        start(starting)
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr(threading.Thread, "start", is_interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            thread.call(lambda: done.append("never asked for"))
+    assert thread.call(lambda: 7) == 7
+    assert done == []
+
+
 def test_work_that_is_given_up_before_its_turn_is_not_done(thread: EngineThread, keyboard: None) -> None:
     begun, go, done = threading.Event(), threading.Event(), []
 

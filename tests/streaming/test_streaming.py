@@ -20,7 +20,7 @@ from fastvl_lab.trace import Tracer
 
 CHOICES = {toggle.name: toggle.values for toggle in toggles() if toggle.slot == "streaming"}
 SETTINGS = [dict(zip(CHOICES, values, strict=True)) for values in product(*CHOICES.values())]
-THREADS = ("fastvl-launch", "fastvl-receive", "fastvl-respond", "fastvl-stream")
+THREADS = ("fastvl-launch", "fastvl-receive", "fastvl-respond")
 REPORTED = {"steps_per_round": 16, "gate": "round", "positions": "host_sync"}
 
 
@@ -222,9 +222,8 @@ def test_an_interruption_while_a_thread_starts_leaves_nothing_running(
 
     with monkeypatch.context() as patched:
         patched.setattr(threading.Thread, "start", is_interrupted)
-        answer = lab.run if name != "fastvl-stream" else lambda *asked: next(lab.stream(*asked))
         with pytest.raises(KeyboardInterrupt):
-            answer(answer_of(20_000), _recipe(REPORTED))
+            lab.run(answer_of(20_000), _recipe(REPORTED))
     assert len(interrupted) == 1
     assert _threads_end(seconds=2)
     assert lab.run(answer_of(3), _recipe(REPORTED)).tokens == lab.run(answer_of(3), "fastest").tokens
