@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -46,6 +47,7 @@ class ImageSettings:
         """Pixels along one side of a visual token; resized sides are multiples of it."""
         return self.patch_size * self.merge_size
 
+    @cached_property
     def scale_shift(self) -> tuple[torch.Tensor, torch.Tensor]:
         """Rescale and normalise in one: a byte x of a channel becomes x * scale - shift; float64 [channels] each, on the host."""
         mean, std = (torch.tensor(x, dtype=torch.float64) for x in (self.mean, self.std))

@@ -129,7 +129,7 @@ class Checkpoint:
 
     def scale_shift(self) -> tuple[torch.Tensor, torch.Tensor]:
         """Rescale and normalise in one: a byte x of a channel becomes x * scale - shift; float64 [channels] each, on the host."""
-        return self.image_settings.scale_shift()
+        return self.image_settings.scale_shift
 
 
 def load(

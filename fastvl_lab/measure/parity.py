@@ -27,7 +27,7 @@ from fastvl_lab.engine import Engine, EngineLike, find, find_recipe
 from fastvl_lab.errors import sentence
 from fastvl_lab.lab import Lab
 from fastvl_lab.measure.tasks import BoundDecoder, Decoding, Tower, bound_preprocessor, text_prompt, text_tokens
-from fastvl_lab.preprocessor.layout import PatchLayout
+from fastvl_lab.preprocessor.layout import own_settings
 from fastvl_lab.preprocessor.patchify import to_picture
 from fastvl_lab.recipe import Recipe
 from fastvl_lab.request import UNNAMED, Prompt, Request
@@ -342,7 +342,7 @@ def model_pictures(lab: Lab, request: Request, recipe: Recipe) -> tuple[np.ndarr
     """The request's images as the model sees them: resized, before normalisation; uint8 [height, width, 3] each."""
     if recipe.preprocessor.patchify == "triton":  # which changes no pixel, but writes them in the model's dtype
         recipe = recipe.replace("preprocessor.patchify", "torch")
-    bound, layout = bound_preprocessor(lab, request, recipe), PatchLayout.of(lab.checkpoint)
+    bound, layout = bound_preprocessor(lab, request, recipe), own_settings(lab.checkpoint)
     pixels = lab.compute(lambda: bound.patches(request))
     parts = pixels.patches.cpu().split([grid.n_patches for grid in pixels.grids])
     return tuple(to_picture(part, grid, layout).numpy() for part, grid in zip(parts, pixels.grids, strict=True))

@@ -12,10 +12,11 @@ import torch
 
 from fastvl_lab.catalogue import Preprocessor
 from fastvl_lab.checkpoint import Checkpoint
+from fastvl_lab.checkpoint.image_settings import ImageSettings
 from fastvl_lab.errors import RequestError
 from fastvl_lab.preprocessor import decode_image, patchify, resize, stock, upload
 from fastvl_lab.preprocessor.decode_image import Decoder, Opened, as_image, as_tensor, content_of, open_image, read_orientation
-from fastvl_lab.preprocessor.layout import AreaLimits, PatchLayout, area_limits, shapes_of
+from fastvl_lab.preprocessor.layout import AreaLimits, area_limits, own_settings, shapes_of
 from fastvl_lab.preprocessor.resize import Each, Resize
 from fastvl_lab.preprocessor.upload import Copy, PatchUpload
 from fastvl_lab.request import MAX_REQUEST_PIXELS, Grid, ImageShape, PatchFormat, Picture, Pixels, Request
@@ -148,17 +149,17 @@ def bind(slot: Preprocessor, checkpoint: Checkpoint) -> BoundPreprocessor:
             patch_format=PatchFormat(frames=stock_frames, normalised=True),
             at_once=n_threads,
         )
-    layout = PatchLayout.of(checkpoint)
+    settings = own_settings(checkpoint)
     frames = {"duplicated": stock_frames, "folded": 1}[slot.temporal]
     resize_to = _resize(slot, checkpoint, copy, each, n_threads)
-    to_patches = _to_patches(slot, checkpoint, copy, layout, frames)
+    to_patches = _to_patches(slot, checkpoint, copy, settings, frames)
     return BoundPreprocessor(
         open=open_all,
         decode=decode,
         preprocess=lambda picture, one: to_patches(resize_to(picture, one.shape)),
         upload={
             "float32": upload.normalised(copy, dtype),
-            "uint8": upload.normalising(copy, device, dtype, layout, frames),
+            "uint8": upload.normalising(copy, device, dtype, settings, frames),
             "uint8_folded": copy,
         }[slot.payload],
         copy=copy,
@@ -211,18 +212,18 @@ def _resize(slot: Preprocessor, checkpoint: Checkpoint, copy: Copy, each: Each, 
     return options[slot.resize]()
 
 
-def _to_patches(slot: Preprocessor, checkpoint: Checkpoint, copy: Copy, layout: PatchLayout, frames: int) -> ToPatches:
+def _to_patches(slot: Preprocessor, checkpoint: Checkpoint, copy: Copy, settings: ImageSettings, frames: int) -> ToPatches:
     if slot.patchify == "triton":
         from fastvl_lab.preprocessor.patchify_triton import with_triton  # triton is loaded where it is asked for
 
-        return with_triton(layout, frames, copy, checkpoint.device, checkpoint.dtype)
+        return with_triton(settings, frames, copy, checkpoint.device, checkpoint.dtype)
     normalised = slot.payload == "float32"
     options: dict[str, Callable[..., torch.Tensor]] = {
         "numpy": patchify.with_numpy,
         "torch": partial(patchify.with_torch, pinned=slot.upload == "pinned" and slot.resize != "device"),
     }
     to_patches = options[slot.patchify]
-    return lambda resized: to_patches([resized[None]], layout, frames=frames, normalised=normalised)
+    return lambda resized: to_patches([resized[None]], settings, frames=frames, normalised=normalised)
 
 
 def _n_cores() -> int:

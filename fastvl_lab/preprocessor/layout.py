@@ -4,10 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import NamedTuple
-
-import torch
 
 from fastvl_lab.checkpoint import Checkpoint
 from fastvl_lab.checkpoint.image_settings import ImageSettings
@@ -25,41 +22,15 @@ class AreaLimits(NamedTuple):
     asked: tuple[int, int] | None = None
 
 
-@dataclass(frozen=True, kw_only=True)
-class PatchLayout:
-    """How a checkpoint cuts and normalises pixels (preprocessor_config.json)."""
-
-    patch_size: int
-    merge_size: int
-    temporal_patch_size: int
-    rescale: float
-    mean: tuple[float, ...]
-    std: tuple[float, ...]
-    scale_shift: tuple[torch.Tensor, torch.Tensor]
-
-    @classmethod
-    def of(cls, checkpoint: Checkpoint) -> PatchLayout:
-        """Read a checkpoint's settings; raises `CheckpointError` for those that the lab's own preprocessing has not."""
-        settings = checkpoint.image_settings
-        if settings.unlike:
-            raise CheckpointError(
-                f"{checkpoint.image_processor_file} has {settings.unlike[0]}; the lab's own preprocessing rescales, normalises and "
-                f"has resample=3 (bicubic): choose preprocessor.resize=transformers"
-            )
-        return cls(
-            patch_size=settings.patch_size,
-            merge_size=settings.merge_size,
-            temporal_patch_size=settings.temporal_patch_size,
-            rescale=settings.rescale,
-            mean=settings.mean,
-            std=settings.std,
-            scale_shift=settings.scale_shift(),
+def own_settings(checkpoint: Checkpoint) -> ImageSettings:
+    """The checkpoint's image settings; raises `CheckpointError` for those that the lab's own preprocessing has not."""
+    settings = checkpoint.image_settings
+    if settings.unlike:
+        raise CheckpointError(
+            f"{checkpoint.image_processor_file} has {settings.unlike[0]}; the lab's own preprocessing rescales, normalises and "
+            f"has resample=3 (bicubic): choose preprocessor.resize=transformers"
         )
-
-    @property
-    def factor(self) -> int:
-        """Pixels along one side of a visual token; resized sides are multiples of it."""
-        return self.patch_size * self.merge_size
+    return settings
 
 
 def smart_resize(height: int, width: int, *, factor: int, min_pixels: int, max_pixels: int) -> tuple[int, int]:

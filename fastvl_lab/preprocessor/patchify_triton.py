@@ -6,19 +6,19 @@ from collections.abc import Callable
 
 import torch
 
+from fastvl_lab.checkpoint.image_settings import ImageSettings
 from fastvl_lab.kernels.patchify import patchify
-from fastvl_lab.preprocessor.layout import PatchLayout
 from fastvl_lab.preprocessor.upload import Copy
 
 
 def with_triton(
-    layout: PatchLayout, frames: int, copy: Copy, device: torch.device, dtype: torch.dtype
+    settings: ImageSettings, frames: int, copy: Copy, device: torch.device, dtype: torch.dtype
 ) -> Callable[[torch.Tensor], torch.Tensor]:
     """An image, uint8 [height, width, 3] on the host or the device, to normalised patches in the model's dtype on the device."""
-    scale, shift = (x.float().to(device) for x in layout.scale_shift)
+    scale, shift = (x.float().to(device) for x in settings.scale_shift)
 
     def to_patches(image: torch.Tensor) -> torch.Tensor:
-        patch, merge = layout.patch_size, layout.merge_size
+        patch, merge = settings.patch_size, settings.merge_size
         return patchify(copy(image)[None], scale, shift, patch_size=patch, merge_size=merge, frames=frames, dtype=dtype)
 
     return to_patches

@@ -7,7 +7,7 @@ from collections.abc import Callable
 
 import torch
 
-from fastvl_lab.preprocessor.layout import PatchLayout
+from fastvl_lab.checkpoint.image_settings import ImageSettings
 from fastvl_lab.request import Prompt
 
 PatchUpload = Callable[[torch.Tensor], torch.Tensor]
@@ -45,8 +45,8 @@ def normalised(copy: Copy, dtype: torch.dtype) -> PatchUpload:
     return lambda patches: copy(patches).to(dtype)
 
 
-def normalising(copy: Copy, device: torch.device, dtype: torch.dtype, layout: PatchLayout, frames: int) -> PatchUpload:
+def normalising(copy: Copy, device: torch.device, dtype: torch.dtype, settings: ImageSettings, frames: int) -> PatchUpload:
     """uint8 patches, normalised in float32 on the device and then in the model's dtype."""
-    per_channel = frames * layout.patch_size**2
-    scale, shift = (x.float().repeat_interleave(per_channel).to(device) for x in layout.scale_shift)  # [C * F * p * p]
+    per_channel = frames * settings.patch_size**2
+    scale, shift = (x.float().repeat_interleave(per_channel).to(device) for x in settings.scale_shift)  # [C * F * p * p]
     return lambda patches: torch.mul(copy(patches), scale).sub_(shift).to(dtype)

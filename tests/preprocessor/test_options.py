@@ -18,7 +18,7 @@ from PIL import Image, ImageDraw, ImageOps
 
 from fastvl_lab import Lab, MissingExtraError, Recipe, RecipeError, Request, photo
 from fastvl_lab.preprocessor import BoundPreprocessor, bind, decode_image, patchify, resize
-from fastvl_lab.preprocessor.layout import PatchLayout, smart_resize
+from fastvl_lab.preprocessor.layout import own_settings, smart_resize
 from fastvl_lab.preprocessor.patchify_triton import with_triton
 from fastvl_lab.request import Grid, ImageInput, ImageShape, Picture
 
@@ -289,7 +289,7 @@ def test_what_headers_say_is_refused_before_any_pixel_is_decoded(lab: Lab, monke
 
 def test_video_frames_keep_their_own_time_axis(lab: Lab) -> None:
     """Against the permutation of Transformers' processors, [T/F, F, C, G, m, p, H, m, p] -> [T/F, G, H, m, m, C, F, p, p]."""
-    layout, side = PatchLayout.of(lab.checkpoint), PatchLayout.of(lab.checkpoint).factor
+    layout, side = own_settings(lab.checkpoint), own_settings(lab.checkpoint).factor
     clip = torch.from_numpy(np.random.default_rng(0).integers(256, size=(6, 2 * side, 3 * side, 3), dtype=np.uint8))
     m, p, frames = layout.merge_size, layout.patch_size, 2
     planar = clip.permute(0, 3, 1, 2).reshape(3, frames, 3, 2, m, p, 3, m, p)
@@ -307,7 +307,7 @@ def test_the_triton_option_makes_the_patches_that_the_others_upload(lab: Lab, te
     frames = {"duplicated": 2, "folded": 1}[temporal]
     recipe = Recipe.parse(f"baseline, preprocessor.resize=pillow, vit.tower=lean, preprocessor.temporal={temporal}")
     request = Request(images=[_noise(90, 61), _noise(40, 80, seed=1)], prompt="?")
-    bound, layout = bind(recipe.preprocessor, lab.checkpoint), PatchLayout.of(lab.checkpoint)
+    bound, layout = bind(recipe.preprocessor, lab.checkpoint), own_settings(lab.checkpoint)
     expected, opened = bound.pixels(request).patches, bound.open(request)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     to_patches = with_triton(layout, frames, lambda x: x.to(device), device, torch.float32)
