@@ -29,6 +29,7 @@ from fastvl_lab.preprocessor import bind
 FILE = File(checkpoint="mine", name="preprocessor_config.json")
 IMAGE = np.random.default_rng(0).integers(256, size=(61, 90, 3), dtype=np.uint8)
 SIZE = {"shortest_edge": 3136, "longest_edge": 8000}
+REQUEST = Request(images=[IMAGE], prompt="?")
 OWN = ("baseline, preprocessor.resize=pillow", "baseline, preprocessor.resize=pillow, preprocessor.patchify=torch")
 
 
@@ -41,6 +42,15 @@ def _settings(**values: Any) -> tuple[Any, ImageSettings]:
 
 def _with(checkpoint: Checkpoint, processor: Any) -> Checkpoint:
     return dataclasses.replace(checkpoint, image_processor=processor)
+
+
+def _as_the_stock_processor_runs_it(checkpoint: Checkpoint, values: dict[str, Any]) -> tuple[Checkpoint, torch.Tensor]:
+    """A checkpoint with these settings, whose baseline makes the stock processor's patches of the image; and those patches."""
+    processor, _ = _settings(**values)
+    changed = _with(checkpoint, processor)
+    stock = processor([Image.fromarray(IMAGE)], return_tensors="pt")["pixel_values"]
+    assert torch.equal(bind(Recipe.baseline().preprocessor, changed).pixels(REQUEST).patches, stock)
+    return changed, stock
 
 
 @pytest.mark.parametrize(
@@ -66,15 +76,12 @@ def _with(checkpoint: Checkpoint, processor: Any) -> Checkpoint:
     ids=str,
 )
 def test_forms_that_the_stock_processor_runs_give_its_pixels(labs: dict[str, Lab], values: dict[str, Any]) -> None:
-    processor, _ = _settings(**values)
-    checkpoint, request = _with(labs["tiny-qwen2.5-vl"].checkpoint, processor), Request(images=[IMAGE], prompt="?")
-    stock = processor([Image.fromarray(IMAGE)], return_tensors="pt")["pixel_values"]
-    assert torch.equal(bind(Recipe.baseline().preprocessor, checkpoint).pixels(request).patches, stock)
+    checkpoint, stock = _as_the_stock_processor_runs_it(labs["tiny-qwen2.5-vl"].checkpoint, values)
     for recipe in OWN:
-        patches = bind(Recipe.parse(recipe).preprocessor, checkpoint).pixels(request).patches
+        patches = bind(Recipe.parse(recipe).preprocessor, checkpoint).pixels(REQUEST).patches
         assert patches.shape == stock.shape
         assert (patches - stock).abs().max() <= 1e-6 * stock.abs().max().clamp(min=1)
-    limited = dataclasses.replace(request, max_pixels=6000)  # with a limit of the request's in place of one of the two
+    limited = dataclasses.replace(REQUEST, max_pixels=6000)  # with a limit of the request's in place of one of the two
     assert bind(Recipe.fastest().preprocessor, checkpoint).pixels(limited).shapes[0].resized_width > 0
 
 
@@ -92,10 +99,7 @@ def test_forms_that_the_stock_processor_runs_give_its_pixels(labs: dict[str, Lab
     ids=str,
 )
 def test_forms_that_only_the_stock_processor_has_are_left_to_it(labs: dict[str, Lab], values: dict[str, Any]) -> None:
-    processor, _ = _settings(**values)
-    checkpoint, request = _with(labs["tiny-qwen2.5-vl"].checkpoint, processor), Request(images=[IMAGE], prompt="?")
-    stock = processor([Image.fromarray(IMAGE)], return_tensors="pt")["pixel_values"]
-    assert torch.equal(bind(Recipe.baseline().preprocessor, checkpoint).pixels(request).patches, stock)
+    checkpoint, _ = _as_the_stock_processor_runs_it(labs["tiny-qwen2.5-vl"].checkpoint, values)
     key, value = next(iter(values.items()))
     for recipe in (*OWN, "fastest"):
         with pytest.raises(
@@ -148,10 +152,10 @@ def test_limits_inside_size_are_read_by_their_older_names(labs: dict[str, Lab]) 
     """Transformers' processor does not take them from there by itself."""
     processor, settings = _settings(size={"min_pixels": 3136, "max_pixels": 8000})
     assert (settings.min_pixels, settings.max_pixels) == (3136, 8000)
-    checkpoint, request = _with(labs["tiny-qwen2.5-vl"].checkpoint, processor), Request(images=[IMAGE], prompt="?")
+    checkpoint = _with(labs["tiny-qwen2.5-vl"].checkpoint, processor)
     expected = processor([Image.fromarray(IMAGE)], size=SIZE, return_tensors="pt")["pixel_values"]
     for recipe in ("baseline", OWN[0]):
-        assert torch.equal(bind(Recipe.parse(recipe).preprocessor, checkpoint).pixels(request).patches, expected)
+        assert torch.equal(bind(Recipe.parse(recipe).preprocessor, checkpoint).pixels(REQUEST).patches, expected)
 
 
 def _edit(path: Path, **changes: Any) -> None:
