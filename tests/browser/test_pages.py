@@ -40,11 +40,12 @@ def _run_all(page: Any, jupyterlab: Any, name: str) -> int:
 
 def test_the_workbench_runs_in_jupyterlab_and_shows_its_waterfalls(jupyterlab: Any, page: Any) -> None:
     _run_all(page, jupyterlab, "workbench.ipynb")
-    page.wait_for_selector(".fl-bench .js-plotly-plot .barlayer", state="attached", timeout=60_000)
+    # A figure is there before the first answer is; a click before that would end the run under way.
+    page.wait_for_function("() => document.querySelectorAll('.fl-history tbody tr').length === 1", timeout=120_000)
     panel = page.locator(".fl-bench")
     assert 0 <= panel.bounding_box()["y"] < 400  # who has pressed Run All looks at it
     panel.get_by_role("button", name="per_window", exact=True).click()
-    page.wait_for_function("() => document.querySelectorAll('.fl-history tbody tr').length === 2", timeout=60_000)
+    page.wait_for_function("() => document.querySelectorAll('.fl-history tbody tr').length === 2", timeout=120_000)
 
     cells = _run_all(page, jupyterlab, "workbench_from_cells.ipynb")
     page.wait_for_function(FINISHED, arg=cells - 2, timeout=120_000)
