@@ -374,12 +374,13 @@ def check_tower(lab: Lab, task: Tower, engines: Mapping[str, EngineLike]) -> dic
     @torch.inference_mode()
     def checked() -> dict[str, StageCheck]:
         one = partial(_tower_error, lab, task.request, copy.deepcopy(lab.checkpoint.vision.module).to(wider(lab.dtype)))
-        return {label: _without_failing(partial(one, find_recipe(engine, lab.device))) for label, engine in engines.items()}
+        return {label: _without_failing(partial(one, engine)) for label, engine in engines.items()}
 
     return lab.compute(checked)
 
 
-def _tower_error(lab: Lab, request: Request, visual: Any, recipe: Recipe) -> StageCheck:
+def _tower_error(lab: Lab, request: Request, visual: Any, engine: EngineLike) -> StageCheck:
+    recipe = find_recipe(engine, lab.device)
     sent = bound_preprocessor(lab, request, recipe)
     stock_form = dataclasses.replace(recipe.preprocessor, payload="float32", temporal="duplicated")
     pixels, whole = sent.pixels(request), preprocessor.bind(stock_form, lab.checkpoint).patches(request)
