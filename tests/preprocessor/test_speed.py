@@ -47,7 +47,7 @@ bound = bind(recipe.preprocessor, lab.checkpoint)
 def peak(size, max_pixels):
     request = fl.Request(images=[fl.photo("coffee", size)], prompt="?", max_pixels=max_pixels)
     (one,) = bound.open(request).images
-    (picture,) = bound.decode([one])
+    (picture,) = bound.unpack([one])
     open("/proc/self/clear_refs", "w").write("5")  # the high-water mark starts again
     before = status("VmRSS")
     bound.upload(bound.preprocess(picture, one))
