@@ -30,10 +30,14 @@ class Interval(NamedTuple):
     low: float
     high: float
 
+    @property
+    def known(self) -> str:
+        """The interval in words."""
+        return f"95% CI {self.low:.2f} to {self.high:.2f}" if self.low == self.low else "too few rounds for an interval"
+
     def times(self) -> str:
         """A ratio in words, such as "1.62× (95% CI 1.59 to 1.66)"."""
-        known = f"95% CI {self.low:.2f} to {self.high:.2f}" if self.low == self.low else "too few rounds for an interval"
-        return f"{self.median:.2f}× ({known})"
+        return f"{self.median:.2f}× ({self.known})"
 
 
 def median_interval(samples: Sequence[float]) -> Interval:
