@@ -16,9 +16,10 @@ from fastvl_lab import EndpointError, Lab, Recipe, Request, audit, compare, phot
 from fastvl_lab.attention import eager, sdpa
 from fastvl_lab.catalogue import Target
 from fastvl_lab.checkpoint import tiny
+from fastvl_lab.checkpoint.wider import in_wider_dtype
 from fastvl_lab.language.decoder import KvCache
 from fastvl_lab.language.rope import MRope
-from fastvl_lab.measure.parity import Oracles, Parity, Truth, check, in_wider_dtype, truth_along, within_budget
+from fastvl_lab.measure.parity import Oracles, Parity, Truth, check, truth_along, within_budget
 from fastvl_lab.measure.report import Case
 from fastvl_lab.measure.tasks import text_tokens
 
