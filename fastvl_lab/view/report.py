@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from fastvl_lab.errors import require
 from fastvl_lab.view import style
-from fastvl_lab.view.charts import ttft_against_visual_tokens
+from fastvl_lab.view.figures import ttft_against_visual_tokens
 from fastvl_lab.view.tables import stage_frame, summary_frame
 from fastvl_lab.view.waterfall import waterfall
 
