@@ -18,6 +18,7 @@ from fastvl_lab.view.figures import (
     turn_bars,
 )
 from fastvl_lab.view.pictures import difference_maps, window_layout
+from fastvl_lab.view.report import report_html
 from fastvl_lab.view.tables import (
     attribution_frame,
     break_even_frame,
@@ -62,6 +63,7 @@ __all__ = [
     "operation_frame",
     "operation_timeline",
     "padding_by_size",
+    "report_html",
     "reported_frame",
     "reported_rates",
     "rounds_frame",

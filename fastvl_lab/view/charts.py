@@ -44,11 +44,15 @@ class Axis:
 
 @dataclass(frozen=True, kw_only=True)
 class Panel:
-    """Traces on axes of their own. notes: (x, row, text) behind the ends of bars."""
+    """Traces on axes of their own. rows: from the top down, the labels of a y axis without a scale.
+
+    notes: (x, row, text) behind the ends of bars.
+    """
 
     traces: Sequence[Any]
     x: Axis
     y: Axis = Axis()
+    rows: Sequence[str] = ()
     title: str = ""
     notes: Sequence[tuple[float, str, str]] = ()
 
@@ -61,53 +65,55 @@ def panels(
     right: int = 30,
     top: int = 90,
     bottom: int = 60,
-    rows: Iterable[str] | None = None,
     down: bool = False,
     gap: float = 0.04,
     own_scales: bool = False,
     bars: Literal["stack", "group", "overlay"] | None = None,
-    legend: float | None = 1.12,
+    legend: float | Mapping[str, Any] | None = 1.12,
     title: str = "",
     **layout: Any,
 ) -> go.Figure:
     """Panels side by side, which share a y axis, or with `down` under one another, which share an x axis.
 
-    height: pixels. left, right, top, bottom: those of the margins. rows: the labels of a y axis without a scale, from the top down.
-    gap: between panels, as a share of the figure. own_scales: panels side by side do not share their y axis. bars: what those of
-    one row do. legend: where it begins above the panels, whose height is 1; None puts it beside them. It has each name once.
+    height: pixels. left, right, top, bottom: those of the margins. gap: between panels, as a share of the figure. own_scales: side
+    by side without sharing. bars: what those of one row do. legend: where it begins above the panels, whose height is 1, or how
+    plotly describes it; None puts it beside them. It has each name once.
     """
     titles = [said(part.title) for part in parts]
-    across = {"rows": len(parts), "cols": 1, "shared_xaxes": True, "vertical_spacing": gap}
-    if not down:
-        across = {"rows": 1, "cols": max(len(parts), 1), "shared_yaxes": not own_scales, "horizontal_spacing": gap}
-    subplots = require("plotly.subplots", "notebooks")
-    figure = subplots.make_subplots(**across, subplot_titles=titles if any(titles) else None)
+    grid: dict[str, Any] = {"cols": max(len(parts), 1), "shared_yaxes": not own_scales, "horizontal_spacing": gap}
+    if down:
+        grid = {
+            "rows": len(parts),
+            "row_heights": [len(part.rows) for part in parts],
+            "shared_xaxes": True,
+            "vertical_spacing": gap,
+        }
+    figure = require("plotly.subplots", "notebooks").make_subplots(**grid, subplot_titles=titles if any(titles) else None)
     named: set[str] = set()
     for number, part in enumerate(parts, start=1):
         place = {"row": number, "col": 1} if down else {"row": 1, "col": number}
         for trace in part.traces:
             trace.showlegend = bool(trace.name) and trace.name not in named
             if trace.name:
-                trace.legendgroup = trace.name if len(parts) > 1 else None
+                trace.legendgroup = trace.legendgroup or (trace.name if len(parts) > 1 else None)
                 named.add(trace.name)
             figure.add_trace(trace, **place)
         for x, row, text in part.notes:
-            beside = {"xanchor": "left", "xshift": 4, "showarrow": False, "font": {"size": 11}, "bgcolor": style.PAPER}
-            figure.add_annotation(x=x, y=said(row), text=said(text), borderpad=0, **beside, **place)
+            look = {"xanchor": "left", "xshift": 5, "showarrow": False, "font": {"size": 12 if down else 11}, "borderpad": 0}
+            figure.add_annotation(x=x, y=said(row), text=said(text), bgcolor=style.PAPER, **look, **place)  # over what crosses it
         figure.update_xaxes(**part.x.look(titled=not down or number == len(parts)), **place)
-        if rows is None:
-            figure.update_yaxes(**part.y.look(titled=down or number == 1), **place)
-    if rows is not None:
-        labels = [said(row) for row in dict.fromkeys(rows)]
-        order = {"categoryorder": "array", "categoryarray": labels, "range": [len(labels) - 0.5, -0.5]}
-        figure.update_yaxes(**order, ticklabelstandoff=8)
+        y = part.y.look(titled=down or number == 1)
+        if part.rows:
+            y = {"categoryorder": "array", "categoryarray": [said(row) for row in part.rows], "ticklabelstandoff": 8}
+            y["range"] = [len(part.rows) - 0.5, -0.5]
+        figure.update_yaxes(**y, **place)
     if title:
         layout["title"] = {"text": said(title), "x": 0.01, "y": 0.98, "yanchor": "top", "yref": "container", "font": {"size": 15}}
     if legend is not None and named:
-        layout["legend"] = {"orientation": "h", "x": 0, "y": legend, "yanchor": "bottom", "traceorder": "normal"}
-    figure.update_layout(
-        **style.layout(height=height, margin={"l": left, "r": right, "t": top, "b": bottom}), **layout, barmode=bars
-    )
+        above = {"orientation": "h", "x": 0, "y": legend, "yanchor": "bottom", "traceorder": "normal"}
+        layout["legend"] = legend if isinstance(legend, Mapping) else above
+    margin = {"l": left, "r": right, "t": top, "b": bottom}
+    figure.update_layout(**style.layout(height=height, margin=margin, **layout), barmode=bars)
     return figure
 
 

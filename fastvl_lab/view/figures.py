@@ -69,8 +69,8 @@ def step_bars(rounds: Samples[StageSample], title: str) -> go.Figure:
     totals = dict(zip(rounds.engines, _medians(rounds), strict=True))
     notes = [(total, label, f"{total:.1f} ms") for label, total in totals.items()]
     x = Axis(title="milliseconds (medians)", until=max(totals.values()) * 1.15)
-    parts, height = [Panel(traces=traces, x=x, notes=notes)], 130 + 34 * len(totals)
-    return panels(parts, height=height, rows=totals, left=220, bottom=55, bars="stack", legend=1.02, title=title)
+    parts, height = [Panel(traces=traces, x=x, rows=rounds.engines, notes=notes)], 130 + 34 * len(totals)
+    return panels(parts, height=height, left=220, bottom=55, bars="stack", legend=1.02, title=title)
 
 
 def step_panels(rounds: Samples[StageSample], titles: Mapping[str, str]) -> go.Figure:
@@ -80,8 +80,9 @@ def step_panels(rounds: Samples[StageSample], titles: Mapping[str, str]) -> go.F
         medians = _medians(rounds, step)
         colour, told = style.STAGE_COLOURS.get(step, style.SERIES_COLOURS[0]), f"%{{y}}, {step}: %{{x:.3f}} ms"
         trace = bars(rounds.engines, medians, colour, texts=[f"{median:.2f}" for median in medians], told=told)
-        parts.append(Panel(title=title, traces=[trace], x=Axis(title="milliseconds (medians)", until=max(medians) * 1.25)))
-    return panels(parts, height=130 + 26 * len(rounds.engines), rows=rounds.engines, left=190, top=50, bottom=55)
+        x = Axis(title="milliseconds (medians)", until=max(medians) * 1.25)
+        parts.append(Panel(title=title, traces=[trace], x=x, rows=rounds.engines))
+    return panels(parts, height=130 + 26 * len(rounds.engines), left=190, top=50, bottom=55)
 
 
 def _medians(rounds: Samples[StageSample], *steps: str) -> list[float]:
@@ -268,7 +269,7 @@ def step_down(found: Attribution) -> go.Figure:
     longest = max(start + length for start, length in zip(starts, lengths, strict=True))
     x = Axis(title="TTFT, ms; each step against the one before; pale: no difference shown", until=1.15 * longest)
     left = 40 + 7 * min(max(map(len, labels)), 40)
-    return panels([Panel(traces=[trace], x=x)], height=110 + 27 * len(labels), rows=labels, left=left, right=40, top=30, bottom=55)
+    return panels([Panel(traces=[trace], x=x, rows=labels)], height=110 + 27 * len(labels), left=left, right=40, top=30, bottom=55)
 
 
 def floor_bars(runs: Mapping[str, Run], floors: Mapping[str, float]) -> go.Figure:
@@ -286,7 +287,7 @@ def floor_bars(runs: Mapping[str, Run], floors: Mapping[str, float]) -> go.Figur
     x = Axis(title="ms (medians' runs); the line is the floor", until=1.35 * (longest or 1.0))
     height = 150 + 34 * len(stages) * len(runs)
     look: dict[str, Any] = {"left": 130, "right": 40, "top": 60, "bottom": 55, "legend": 1.02, "bars": "group"}
-    figure = panels([Panel(traces=traces, x=x)], height=height, rows=rows, **look)
+    figure = panels([Panel(traces=traces, x=x, rows=rows)], height=height, **look)
     for number, stage in enumerate(stages):
         floor, drawn = floors[stage] * 1e3, {"color": style.INK, "width": 3}
         figure.add_shape(type="line", x0=floor, x1=floor, y0=number - 0.42, y1=number + 0.42, line=drawn)
@@ -297,8 +298,10 @@ def memory_bars(held: Mapping[str, int]) -> go.Figure:
     """Megabytes that are held, by what holds them."""
     shown = {name: n_bytes / 1e6 for name, n_bytes in held.items() if n_bytes}
     trace = bars(shown, shown.values(), style.SERIES_COLOURS[0], texts=[f"{size:.1f} MB" for size in shown.values()])
-    part = Panel(traces=[trace], x=Axis(title="MB held after the run", until=1.2 * max(shown.values(), default=1e-6)))
-    return panels([part], height=120 + 30 * len(shown), rows=shown, left=230, right=60, top=30, bottom=55)
+    x = Axis(title="MB held after the run", until=1.2 * max(shown.values(), default=1e-6))
+    return panels(
+        [Panel(traces=[trace], x=x, rows=list(shown))], height=120 + 30 * len(shown), left=230, right=60, top=30, bottom=55
+    )
 
 
 def reported_rates(rows: Sequence[Mapping[str, Any]], hardware: str) -> go.Figure:
@@ -315,5 +318,6 @@ def reported_rates(rows: Sequence[Mapping[str, Any]], hardware: str) -> go.Figur
     part = Panel(
         traces=[bars(labels, rates, colours, marker=hatched, texts=texts)],
         x=Axis(title=f"tokens a second, one request, {hardware}", zero=True),
+        rows=labels,
     )
-    return panels([part], height=120 + 58 * len(rows), rows=labels, left=210, right=130, top=30, bottom=55)
+    return panels([part], height=120 + 58 * len(rows), left=210, right=130, top=30, bottom=55)

@@ -34,6 +34,7 @@ def ttft_by_engine(rows: Sequence[Row], checkpoint: str) -> go.Figure:
     upright line in a bar is where it would end if all that follows the upload took no longer than its floor.
     """
     mine = _timed(rows, "main", checkpoint)
+    engines = list(_by(mine, "recipe"))
     stages = [stage for stage in STAGES if any(stage in _parts(row) for row in mine)]
     parts = []
     for image, here in _by(mine, "image").items():
@@ -48,8 +49,8 @@ def ttft_by_engine(rows: Sequence[Row], checkpoint: str) -> go.Figure:
         traces.append(line("the end, at the floor", ends, map(said, labels), look, told=told))
         x = Axis(title=f"ms; floor after the upload {_ms(floor)}", until=max(row["ttft_ms"] for row in here) * 1.22)
         notes = [(row["ttft_ms"], row["recipe"], _ms(row["ttft_ms"])) for row in here]
-        parts.append(Panel(title=image, traces=traces, x=x, notes=notes))
-    return _figure(parts, mine, "TTFT by stage", by_row=True, height=170, left=190, bars="stack")
+        parts.append(Panel(title=image, traces=traces, x=x, rows=engines, notes=notes))
+    return _figure(parts, mine, "TTFT by stage", height=170 + 24 * len(engines), left=190, bars="stack")
 
 
 def ttft_by_size(rows: Sequence[Row], *, patches: bool = True) -> go.Figure:
@@ -79,6 +80,7 @@ def ttft_by_size(rows: Sequence[Row], *, patches: bool = True) -> go.Figure:
 def decode_speed(rows: Sequence[Row], checkpoint: str) -> go.Figure:
     """Tokens a second of part "decode", one bar an engine with steps of its own, one panel an image size; dotted: the ceiling."""
     mine = _timed(rows, "decode", checkpoint)
+    engines = list(_by(mine, "recipe"))
     parts, ceilings = [], []
     for image, here in _by(mine, "image").items():
         speeds, ceiling = [row["tokens_per_second"] for row in here], here[0]["ceiling"]
@@ -87,9 +89,9 @@ def decode_speed(rows: Sequence[Row], checkpoint: str) -> go.Figure:
         notes = [(row["tokens_per_second"], row["recipe"], f"{row['tokens_per_second']:.0f} · {row['share']:.0%}") for row in here]
         x = Axis(title=f"tokens/s; ceiling {ceiling:.0f}", until=1.3 * max(ceiling, *speeds))
         traces = [bars(labels, speeds, style.STAGE_COLOURS["decode"], customdata=same, told=told)]
-        parts.append(Panel(title=image, traces=traces, x=x, notes=notes))
+        parts.append(Panel(title=image, traces=traces, x=x, rows=engines, notes=notes))
         ceilings.append(ceiling)
-    figure = _figure(parts, mine, "decode steps, and share of the ceiling", by_row=True, height=120, left=190, top=80)
+    figure = _figure(parts, mine, "decode steps, and share of the ceiling", height=120 + 26 * len(engines), left=190, top=80)
     for column, ceiling in enumerate(ceilings, start=1):
         figure.add_vline(x=ceiling, line=_FLOOR, row=1, col=column)
     return figure
@@ -129,12 +131,9 @@ def _ms(milliseconds: float) -> str:
     return f"{milliseconds:.3g} ms" if milliseconds < 100 else f"{milliseconds:.0f} ms"
 
 
-def _figure(parts: Sequence[Panel], rows: Sequence[Row], what: str, *, height: int, by_row: bool = False, **look: Any) -> go.Figure:
-    """The panels under what ran where; without rows, the heading says that nothing was timed. by_row: a row an engine."""
+def _figure(parts: Sequence[Panel], rows: Sequence[Row], what: str, *, height: int, **look: Any) -> go.Figure:
+    """The panels under what ran where; without rows, the heading says that nothing was timed."""
     names, places = ({row["checkpoint"] for row in rows}, {f"{row['device']} {row['dtype']}" for row in rows})
     where = ", ".join([*(names if len(names) == 1 else ()), *sorted(places)])  # of several, each has a panel
-    if by_row:
-        look["rows"] = list(_by(rows, "recipe"))
-        height += 25 * len(look["rows"])
     shape: dict[str, Any] = {"top": 110, "bottom": 55, "gap": 0.05, "legend": 1 + 34 / max(height - 165, 1)} | look
     return panels(parts, height=height, title=f"{what}: {where or 'nothing was timed'}", **shape)

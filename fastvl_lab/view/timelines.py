@@ -25,6 +25,8 @@ def block_waterfall(runs: Sequence[Run], stage: str = "vit", number: int = 0) ->
     """
     inside = [_inside(run, stage, number) for run in runs]
     longest = max(spans[0][2] for spans in inside)
+    rows = list(dict.fromkeys(name for spans in inside for name, _, _ in spans))
+    rows.sort(key=lambda name: name.rpartition(".")[2].isdigit())  # blocks and layers below what has no number
     parts = []
     for run, spans in zip(runs, inside, strict=True):
         names, starts, lengths = zip(*spans, strict=True)
@@ -35,11 +37,10 @@ def block_waterfall(runs: Sequence[Run], stage: str = "vit", number: int = 0) ->
                 title=f"{run.engine[: 90 // len(runs)]}: {lengths[0]:.2f} ms",
                 traces=[timeline(names, starts, lengths, marker, **texts)],
                 x=Axis(title=f"ms since {stage} began", until=longest * 1.25),
+                rows=rows,
             )
         )
-    rows = list(dict.fromkeys(name for spans in inside for name, _, _ in spans))
-    rows.sort(key=lambda name: name.rpartition(".")[2].isdigit())  # blocks and layers below what has no number
-    return panels(parts, height=160 + 24 * len(rows), rows=rows, left=120, top=60, bottom=55, gap=0.03)
+    return panels(parts, height=160 + 24 * len(rows), left=120, top=60, bottom=55, gap=0.03)
 
 
 def _inside(run: Run, stage: str, number: int) -> list[tuple[str, float, float]]:
@@ -70,9 +71,9 @@ def chunk_timeline(runs: Mapping[str, Run]) -> go.Figure:
         }
         times = [chunk.time * 1e3 for chunk in run.chunks]
         traces.append(line("", times, [said(label)] * len(counts), look, told="%{x:.2f} ms: %{customdata} tokens"))
-    part = Panel(traces=traces, x=Axis(title="milliseconds since the request's bytes; a mark is a chunk", zero=True))
+    x = Axis(title="milliseconds since the request's bytes; a mark is a chunk", zero=True)
     height, left = 120 + 52 * len(runs), 40 + 7 * max(map(len, runs))
-    return panels([part], height=height, rows=runs, left=left, right=50, top=30, bottom=55)
+    return panels([Panel(traces=traces, x=x, rows=list(runs))], height=height, left=left, right=50, top=30, bottom=55)
 
 
 def launches_and_steps(runs: Mapping[str, Run], n_steps: int = 34) -> go.Figure:
@@ -92,9 +93,10 @@ def launches_and_steps(runs: Mapping[str, Run], n_steps: int = 34) -> go.Figure:
             marker["line"] = {"color": style.INK, "width": 0.5}
             starts, lengths = [(span.start_ns - began) / 1e6 for span in mine], [span.duration_ns / 1e6 for span in mine]
             traces.append(timeline([rows[lane]] * len(mine), starts, lengths, marker))
-        parts.append(Panel(title=label, traces=traces, x=Axis(title="milliseconds since the first step was launched")))
+        x = Axis(title="milliseconds since the first step was launched")
+        parts.append(Panel(title=label, traces=traces, x=x, rows=list(rows.values())))
     look: dict[str, Any] = {"left": 130, "top": 50, "bottom": 55, "gap": 0.5 / len(runs) ** 2, "bars": "overlay"}
-    return panels(parts, height=110 + 130 * len(runs), rows=rows.values(), down=True, **look)
+    return panels(parts, height=110 + 130 * len(runs), down=True, **look)
 
 
 def operation_timeline(ways: Mapping[str, Profile]) -> go.Figure:
@@ -117,9 +119,9 @@ def operation_timeline(ways: Mapping[str, Profile]) -> go.Figure:
             telling["texts"] = [[said(operation.name[:80]), operation.stage] for operation in mine]
             traces.append(timeline([lane] * len(mine), starts, lengths, marker, width=0.7, **telling))
         x = Axis(title="milliseconds; a bar is an operation that Python called", zero=True)
-        parts.append(Panel(title=f"{label}: {_in_words(seen)}", traces=traces, x=x))
+        parts.append(Panel(title=f"{label}: {_in_words(seen)}", traces=traces, x=x, rows=lanes))
     look: dict[str, Any] = {"left": 90, "top": 50, "bottom": 55, "gap": 0.5 / len(ways) ** 2, "bars": "overlay"}
-    return panels(parts, height=120 + (50 + 45 * len(lanes)) * len(ways), rows=lanes, down=True, **look)
+    return panels(parts, height=120 + (50 + 45 * len(lanes)) * len(ways), down=True, **look)
 
 
 def _in_words(seen: Profile) -> str:
