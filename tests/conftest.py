@@ -143,5 +143,13 @@ def add_option() -> Iterator[Callable[[str, Option], None]]:
 
 
 @pytest.fixture
+def without_inductor(monkeypatch: pytest.MonkeyPatch) -> None:
+    """torch.compile reads, guards and splits programs as ever, and runs them by ATen: the minutes are in Inductor and its C++."""
+    from torch._dynamo.backends.debugging import aot_eager  # seconds to import
+
+    monkeypatch.setattr("torch._inductor.compile_fx.compile_fx", aot_eager)
+
+
+@pytest.fixture
 def repository() -> Path:
     return Path(__file__).parent.parent
