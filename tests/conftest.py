@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import atexit
+import dataclasses
 import os
 import shutil
 import tempfile
@@ -29,7 +30,7 @@ from fastvl_lab.catalogue import SLOTS, Option, toggles
 from fastvl_lab.checkpoint import Checkpoint, tiny
 from fastvl_lab.checkpoint.fused import fuse_projections
 from fastvl_lab.checkpoint.random_weights import randomise
-from fastvl_lab.families import family_of
+from fastvl_lab.families import FAMILIES, family_of
 from fastvl_lab.measure.samples import Interval
 from fastvl_lab.preprocessor.decode_image import rgb_of
 from fastvl_lab.request import ImageInput, ImageSource
@@ -55,6 +56,28 @@ def labs() -> dict[str, Lab]:
 def lab(request: pytest.FixtureRequest, labs: dict[str, Lab]) -> Lab:
     """Each built-in checkpoint in turn."""
     return labs[request.param]
+
+
+@pytest.fixture(scope="session")
+def shallow_labs() -> dict[str, Lab]:
+    """The built-in checkpoints with two blocks and two layers, for what takes as long as a model is deep, such as compilers."""
+    cut = {
+        "qwen2_5_vl": {"depth": 2, "fullatt_block_indexes": [1]},
+        "qwen3_vl": {"depth": 2, "deepstack_visual_indexes": [0]},
+    }
+    labs = {}
+    for family in FAMILIES:
+        for name, tall in family.tiny.items():
+            vision, text = {**tall.vision, **cut[family.model_type]}, {**tall.text, "num_hidden_layers": 2}
+            mine = dataclasses.replace(family, tiny={f"shallow-{name}": dataclasses.replace(tall, vision=vision, text=text)})
+            labs[name] = Lab(f"shallow-{name}", device="cpu", dtype="float32", families=[mine])
+    return labs
+
+
+@pytest.fixture(params=TINY)
+def shallow(request: pytest.FixtureRequest, shallow_labs: dict[str, Lab]) -> Lab:
+    """Each of them in turn."""
+    return shallow_labs[request.param]
 
 
 @pytest.fixture(scope="session")
@@ -140,6 +163,14 @@ def add_option() -> Iterator[Callable[[str, Option], None]]:
 
         yield add
     toggles.cache_clear()
+
+
+@pytest.fixture
+def without_inductor(monkeypatch: pytest.MonkeyPatch) -> None:
+    """torch.compile reads, guards and splits programs as ever, and runs them by ATen: the minutes are in Inductor and its C++."""
+    from torch._dynamo.backends.debugging import aot_eager  # seconds to import
+
+    monkeypatch.setattr("torch._inductor.compile_fx.compile_fx", aot_eager)
 
 
 @pytest.fixture

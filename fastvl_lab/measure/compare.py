@@ -11,6 +11,7 @@ from typing import Any, Literal
 
 import torch
 
+from fastvl_lab import shown
 from fastvl_lab.capture.execute import Capture
 from fastvl_lab.engine import Engine, EngineLike, find_recipe
 from fastvl_lab.errors import RecipeError, RequestCancelledError, RequestError, require, sentence
@@ -164,11 +165,9 @@ class Comparison:
 
     def waterfall(self) -> Any:
         """The representative runs under one another on one axis, as a plotly figure; needs the extra "notebooks"."""
-        from fastvl_lab.view import waterfall
-
         if not self.engines:
             raise RequestError(f"no engine has run, so there is no waterfall; what failed: {dict(self.failures)}")
-        return waterfall([self.representative(engine) for engine in self.engines])
+        return shown.figure(self)
 
 
 def compare(

@@ -13,6 +13,7 @@ from typing import Any
 
 from tqdm import tqdm
 
+from fastvl_lab import shown
 from fastvl_lab.checkpoint import tiny
 from fastvl_lab.checkpoint.loading import resolve_device, resolve_dtype
 from fastvl_lab.engine import find
@@ -164,15 +165,13 @@ class SweepResult:
 
         results.parquet has the raw samples, result.json what is published. Needs the extra "notebooks".
         """
-        from fastvl_lab.view.report import report_html
-
         if not self.settings.output_dir:
             raise RequestError("output_dir is empty; name the folder to write into")
         folder = Path(self.settings.output_dir)
         (folder / "traces").mkdir(parents=True, exist_ok=True)
         result, report = folder / "result.json", folder / "report.html"
         result.write_text(json.dumps(self.published(), indent=1), encoding="utf-8")
-        report.write_text(report_html(self), encoding="utf-8")
+        report.write_text(shown.page(self), encoding="utf-8")
         written = [self.write_samples(), result, report]
         runs = [(point, sample) for point in self.points for sample in point.comparison.samples]
         for number, (point, sample) in enumerate(runs):

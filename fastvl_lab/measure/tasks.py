@@ -10,16 +10,15 @@ from typing import Any, Protocol, TypeVar
 
 import torch
 
-from fastvl_lab import attention, preprocessor, vit
+from fastvl_lab import preprocessor, vit
 from fastvl_lab.cache import BoundCache, Place
+from fastvl_lab.decoder import bind_decoder
+from fastvl_lab.decoder.layers import Decoder
+from fastvl_lab.decoder.steps import decode, merge, prefill
+from fastvl_lab.decoder.weights import decoder_weights
 from fastvl_lab.engine import Engine, EngineLike, find_recipe
 from fastvl_lab.errors import RequestError
 from fastvl_lab.lab import Lab
-from fastvl_lab.language.decode import decode
-from fastvl_lab.language.decoder import Decoder
-from fastvl_lab.language.merge import merge
-from fastvl_lab.language.prefill import prefill
-from fastvl_lab.language.weights import decoder_weights
 from fastvl_lab.measure.recipes import cannot_run
 from fastvl_lab.measure.samples import Samples, StageSample, Timed, now, time_rounds
 from fastvl_lab.recipe import Recipe
@@ -218,7 +217,7 @@ class BoundDecoder:
         """Bind a recipe's slots 3 and 4; raises `RecipeError` where it cannot run."""
         recipe.check(lab.checkpoint.target)
         return cls(
-            decoder=attention.bind(recipe.attention, decoder_weights(lab.checkpoint)),
+            decoder=bind_decoder(recipe.attention, decoder_weights(lab.checkpoint)),
             cache=BoundCache(recipe.cache, lab.memory, family=str(recipe), images_by=str(recipe)),
         )
 

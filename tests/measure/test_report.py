@@ -17,12 +17,12 @@ import pytest
 import torch
 
 from fastvl_lab import DeviceError, Lab, Recipe
-from fastvl_lab.attention import eager, sdpa
 from fastvl_lab.cache.slotted import SlottedKv
 from fastvl_lab.capture.execute import Capture
 from fastvl_lab.capture.graphs import GraphStore, Recording
 from fastvl_lab.checkpoint import tiny
-from fastvl_lab.language.decoder import KvCache
+from fastvl_lab.decoder import eager, sdpa
+from fastvl_lab.decoder.layers import KvCache
 from fastvl_lab.measure import parity, recipes, report
 from fastvl_lab.measure.floors import Ceilings
 from fastvl_lab.measure.parity import StageCheck
@@ -287,7 +287,7 @@ def test_an_engine_that_is_right_up_to_its_first_token_alone_is_red(
     if wrong == "a step":
         monkeypatch.setattr(sdpa, "decode", lambda q, cache, layer: eager.decode(q, cache, layer) * 1.01)
     else:
-        monkeypatch.setattr("fastvl_lab.pipeline.greedy", lambda logits, decoder: logits.argmin(keepdim=True))
+        monkeypatch.setattr("fastvl_lab.pipeline.sample", lambda logits, decoder: logits.argmin(keepdim=True))
     rows, printed = _run(tmp_path, "request", "--part", "main", red=True)
     assert [row["recipe"] for row in rows if "ttft_ms" in row or "tpot_ms" in row] == ["transformers"] * 2
     assert ("parity failed: error" if wrong == "a step" else "failed: its tokens differ from those of transformers") in printed

@@ -103,8 +103,10 @@ def test_a_line_has_the_times_of_every_size(rows: Rows, patches: bool, key: str)
 
 def test_decode_stands_against_its_ceiling(rows: Rows) -> None:
     figure = decode_speed(rows, "a<b>")
-    assert [list(panel.x) for panel in figure.data] == [[200.0, 100.0]] * 2  # the first engine on top
-    assert figure.data[0].customdata[1] == "transformers, other"
+    assert [list(panel.x) for panel in figure.data] == [[100.0, 200.0]] * 2
+    assert figure.data[0].customdata[0] == "transformers, other"
+    assert list(figure.layout.yaxis.categoryarray) == ["transformers", "&lt;b&gt;ours&lt;/b&gt;"]  # from the top down
+    assert figure.layout.yaxis.range[0] > figure.layout.yaxis.range[1]
     assert [line.x0 for line in figure.layout.shapes] == [400.0] * 2
     assert figure.layout.xaxis.range[1] > 400
     assert "100 · 25%" in [note.text for note in figure.layout.annotations]

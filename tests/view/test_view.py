@@ -17,6 +17,7 @@ from fastvl_lab.measure.profile import Operation, Profile
 from fastvl_lab.measure.samples import Samples, StageSample
 from fastvl_lab.trace import Span, Trace
 from fastvl_lab.view import style
+from fastvl_lab.view.report import run_html
 from fastvl_lab.view.workbench.figures import so_far, with_ghost
 
 
@@ -162,7 +163,7 @@ def test_hostile_names_do_not_become_markup(runs: list[Run]) -> None:
     run = dataclasses.replace(runs[0], engine="<img src=x>", checkpoint="a<b>&")
     texts = [annotation.text for annotation in view.waterfall([run]).layout.annotations]
     assert not any("<img" in text for text in texts)
-    assert "<img" not in run._html()
+    assert "<img" not in run_html(run)
 
 
 def test_tables_stand_beside_the_charts(labs: dict[str, Lab], runs: list[Run], picture: bytes) -> None:
