@@ -19,14 +19,15 @@ from fastvl_lab.families import FAMILIES
 from fastvl_lab.trace import STAGES
 
 PACKAGE = Path(fastvl_lab.__file__).parent
-SLOTS = ("preprocessor", "vit", "attention", "cache", "capture", "streaming")
+SLOTS = ("preprocessor", "vit", "cache", "capture", "streaming")
 
 # Lowest first; a module imports from its own layer or below. Parts of the package that do not exist yet have their place too.
 LAYERS = (
     ("errors", "image_input", "messages", "request", "shown", "trace", "kernels", "catalogue", "engine_thread"),
     ("recipe", "families"),
     ("checkpoint",),
-    ("tokenizer", "language", *SLOTS),
+    ("decoder",),
+    ("tokenizer", *SLOTS),
     ("pipeline",),
     ("engine", "peers", "run"),  # a peer registers with the engine, which knows of `peers` its folder alone
     ("lab",),
@@ -181,7 +182,7 @@ def test_options_of_a_slot_do_not_import_each_other() -> None:
     options = {
         "preprocessor": {"stock", "resize", "patchify", "patchify_triton"},
         "vit": {"stock", "lean"},
-        "attention": {"eager", "sdpa", "varlen", "slotted"},
+        "decoder": {"eager", "sdpa", "varlen", "slotted"},
         "cache": {"concat", "slotted"},
         "capture": {"compiled", "graphs"},
         "streaming": {"one_by_one", "rounds"},

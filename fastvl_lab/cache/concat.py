@@ -7,8 +7,8 @@ from typing import Any
 
 import torch
 
-from fastvl_lab.language.decoder import Slots
-from fastvl_lab.language.segments import Segments
+from fastvl_lab.decoder.layers import Slots
+from fastvl_lab.decoder.segments import Segments
 
 
 class ConcatKv:

@@ -11,9 +11,9 @@ import torch
 import torch.nn.functional as F
 
 from fastvl_lab.checkpoint import Checkpoint
+from fastvl_lab.decoder.layers import Slots
+from fastvl_lab.decoder.segments import Segments
 from fastvl_lab.families.text import head_dim
-from fastvl_lab.language.decoder import Slots
-from fastvl_lab.language.segments import Segments
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)

@@ -14,11 +14,9 @@ import torch.nn.functional as F
 
 from fastvl_lab.capture.execute import Program, Tensors
 from fastvl_lab.capture.shapes import Size
-from fastvl_lab.language.decode import decode
-from fastvl_lab.language.decoder import Decoder, KvCache
-from fastvl_lab.language.fixed_kv import FixedKv
-from fastvl_lab.language.merge import merge
-from fastvl_lab.language.prefill import prefill
+from fastvl_lab.decoder.fixed_kv import FixedKv
+from fastvl_lab.decoder.layers import Decoder, KvCache
+from fastvl_lab.decoder.steps import decode, merge, prefill
 from fastvl_lab.request import Pixels, Prompt, VisionTokens
 from fastvl_lab.trace import COMPUTED, OF_PADDING, Inner, Tracer, no_inner
 

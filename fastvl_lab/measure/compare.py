@@ -13,7 +13,7 @@ import torch
 
 from fastvl_lab import shown
 from fastvl_lab.capture.execute import Capture
-from fastvl_lab.engine import EngineLike, find_recipe
+from fastvl_lab.engine import Engine, EngineLike, find_recipe
 from fastvl_lab.errors import RecipeError, RequestCancelledError, RequestError, require, sentence
 from fastvl_lab.lab import Lab
 from fastvl_lab.measure.parity import Oracles, Parity, check
@@ -203,7 +203,7 @@ def compare(
         check_whole_number(name, value, least=0)
     if repeats + warm_up < 1:
         raise RequestError(f"repeats is {repeats} and warm_up {warm_up}; one of them must be at least 1")
-    keys = {label: lab.engine(engine) for label, engine in engines.items()}
+    keys: dict[str, Engine] = {}
     made: list[RunSample] = []
     failures: dict[str, str] = {}
     logits: dict[str, torch.Tensor] = {}
@@ -214,6 +214,11 @@ def compare(
         failures[label] = f"{what}{sentence(error)}"
         return failures[label]
 
+    for label, engine in engines.items():
+        try:
+            keys[label] = lab.engine(engine)
+        except RecipeError as error:
+            gave_up(label, error)
     with lab.hold(keys.values()):
         for number, _, order in interleaved(engines, repeats=repeats, warm_up=warm_up, seed=seed):
             for label in [name for name in order if name not in failures]:

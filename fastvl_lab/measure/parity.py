@@ -19,14 +19,21 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 
 from fastvl_lab import preprocessor, vit
 from fastvl_lab.checkpoint import Checkpoint
 from fastvl_lab.engine import Engine, EngineLike, find, find_recipe
 from fastvl_lab.errors import sentence
 from fastvl_lab.lab import Lab
-from fastvl_lab.measure.tasks import BoundDecoder, Decoding, Tower, bound_preprocessor, text_prompt, text_tokens
+from fastvl_lab.measure.tasks import (
+    Decoding,
+    Tower,
+    bound_forward,
+    bound_preprocessor,
+    stock_forward,
+    text_prompt,
+    text_tokens,
+)
 from fastvl_lab.preprocessor.layout import own_settings
 from fastvl_lab.preprocessor.patchify import to_picture
 from fastvl_lab.recipe import Recipe
@@ -370,31 +377,19 @@ class StageCheck:
 
 def check_tower(lab: Lab, task: Tower, engines: Mapping[str, EngineLike]) -> dict[str, StageCheck]:
     """Every recipe's visual tokens, DeepStack features included, against the stock tower in a wider dtype on the same pixels."""
+    stock, request = in_wider_dtype(lab.checkpoint).vision.module, task.request
 
-    @torch.inference_mode()
-    def checked() -> dict[str, StageCheck]:
-        one = partial(_tower_error, lab, task.request, copy.deepcopy(lab.checkpoint.vision.module).to(wider(lab.dtype)))
-        return {label: _without_failing(partial(one, find_recipe(engine, lab.device))) for label, engine in engines.items()}
+    def one(engine: EngineLike) -> StageCheck:
+        recipe = find_recipe(engine, lab.device)
+        sent = bound_preprocessor(lab, request, recipe)
+        stock_form = dataclasses.replace(recipe.preprocessor, payload="float32", temporal="duplicated")
+        pixels, whole = sent.pixels(request), preprocessor.bind(stock_form, lab.checkpoint).patches(request)
+        patches, grids = whole.patches.to(lab.device, wider(lab.dtype)), torch.tensor(whole.grids, device=lab.device)
+        truth = lab.checkpoint.family.stock_vision(stock, patches, grids)
+        made = vit.bind(recipe.vit, lab.checkpoint, sent.patch_format)(pixels, Tracer(lab.device, "off"))
+        return StageCheck(error=worst_error(zip(made.parts, truth.parts, strict=True)))
 
-    return lab.compute(checked)
-
-
-def _tower_error(lab: Lab, request: Request, visual: Any, recipe: Recipe) -> StageCheck:
-    sent = bound_preprocessor(lab, request, recipe)
-    stock_form = dataclasses.replace(recipe.preprocessor, payload="float32", temporal="duplicated")
-    pixels, whole = sent.pixels(request), preprocessor.bind(stock_form, lab.checkpoint).patches(request)
-    patches, grids = whole.patches.to(lab.device, wider(lab.dtype)), torch.tensor(whole.grids, device=lab.device)
-    truth = lab.checkpoint.family.stock_vision(visual, patches, grids)
-    made = vit.bind(recipe.vit, lab.checkpoint, sent.patch_format)(pixels, Tracer(lab.device, "off"))
-    return StageCheck(error=worst_error(zip(made.parts, truth.parts, strict=True)))
-
-
-def _without_failing(check: Callable[[], StageCheck]) -> StageCheck:
-    """One option that a device cannot run must not cost the others their rows."""
-    try:
-        return check()
-    except Exception as error:
-        return StageCheck(error=sentence(error))
+    return _each(lab, engines, one)
 
 
 # The truth takes its prompt in pieces, because in float32 torch may write the scores of all of it out.
@@ -406,25 +401,37 @@ def check_decoder(lab: Lab, task: Decoding, engines: Mapping[str, EngineLike]) -
 
     Against the stock decoder in a wider dtype. Positions are those of a prompt with an image in it, so that each axis counts.
     """
+    prompt = _with_places_of_an_image(text_prompt(lab, task.length, task.n_steps))
+    forced = torch.tensor(text_tokens(lab, task.n_steps), device=lab.device)
+    truth = lab.compute(partial(_decoder_truth, lab, prompt, forced))
+
+    def one(engine: EngineLike) -> StageCheck:
+        with bound_forward(lab, lab.engine(engine))(prompt, len(forced), forced) as forward:
+            logits = torch.stack(list(forward.logits))
+            return StageCheck(error=worst_error([(logits, truth)]), kv_bytes=forward.n_bytes())
+
+    return _each(lab, engines, one)
+
+
+@torch.inference_mode()
+def _decoder_truth(lab: Lab, prompt: Prompt, forced: torch.Tensor) -> torch.Tensor:
+    """The stock decoder's logits [1 + forced, vocab] in a wider dtype."""
+    text = in_wider_dtype(lab.checkpoint).text
+    with stock_forward(text.module, text.head, prompt, len(forced), forced, piece=_PIECE) as forward:
+        return torch.stack(list(forward.logits))
+
+
+def _each(lab: Lab, engines: Mapping[str, EngineLike], one: Callable[[EngineLike], StageCheck]) -> dict[str, StageCheck]:
+    """One option that a device cannot run must not cost the others their rows."""
 
     @torch.inference_mode()
-    def checked() -> dict[str, StageCheck]:
-        prompt = _with_places_of_an_image(text_prompt(lab, task.length, task.n_steps))
-        forced = torch.tensor(text_tokens(lab, task.n_steps), device=lab.device)
-        truth = _decoder_truth(lab, prompt, forced)
-        one = partial(_decoder_error, lab, prompt, forced, truth)
-        return {label: _without_failing(partial(one, engine)) for label, engine in engines.items()}
+    def checked(engine: EngineLike) -> StageCheck:
+        try:
+            return one(engine)
+        except Exception as error:
+            return StageCheck(error=sentence(error))
 
-    return lab.compute(checked)
-
-
-def _decoder_error(lab: Lab, prompt: Prompt, forced: torch.Tensor, truth: torch.Tensor, given: EngineLike) -> StageCheck:
-    if (recipe := lab.engine(given).recipe) is not None:
-        logits, kv_bytes = _ours(lab, recipe, prompt, forced)
-    else:
-        stock = lab.checkpoint.text
-        logits, kv_bytes = _stock(stock.module, stock.head.weight, prompt, forced, prompt.n_tokens)
-    return StageCheck(error=worst_error([(logits, truth)]), kv_bytes=kv_bytes)
+    return {label: lab.compute(partial(checked, engine)) for label, engine in engines.items()}
 
 
 def _with_places_of_an_image(prompt: Prompt) -> Prompt:
@@ -437,38 +444,3 @@ def _with_places_of_an_image(prompt: Prompt) -> Prompt:
     rest = first + side + torch.arange(n - first - side * side, device=device)
     positions = torch.cat([prompt.positions[:, :first], image, rest.expand(3, -1)], dim=1)
     return dataclasses.replace(prompt, positions=positions, next_position=first + side + len(rest))
-
-
-def _decoder_truth(lab: Lab, prompt: Prompt, forced: torch.Tensor) -> torch.Tensor:
-    """The stock decoder's logits in a wider dtype; the copy of its weights is gone on return."""
-    stock, wide = lab.checkpoint.text, wider(lab.dtype)
-    return _stock(copy.deepcopy(stock.module).to(wide), stock.head.weight.to(wide), prompt, forced, _PIECE)[0]
-
-
-def _stock(text: Any, head: torch.Tensor, prompt: Prompt, forced: torch.Tensor, piece: int) -> tuple[torch.Tensor, int]:
-    """Logits [1 + forced, vocab] by stock modules, the prompt in pieces of up to `piece` tokens, and bytes of their cache."""
-    n, ids = prompt.n_tokens, torch.cat([prompt.input_ids, forced])
-    positions = torch.cat([prompt.positions, _positions_after(prompt, len(forced)).expand(3, -1)], dim=1)
-    starts, kept, logits = [*range(0, n, piece), *range(n, len(ids))], None, []
-    for start, end in zip(starts, [*starts[1:], len(ids)], strict=True):
-        embeds, at = text.embed_tokens(ids[None, start:end]), positions[:, None, start:end]
-        out = text(inputs_embeds=embeds, position_ids=at, past_key_values=kept, use_cache=True)
-        kept = out.past_key_values
-        if end >= n:
-            logits.append(F.linear(out.last_hidden_state[0, -1], head))
-    assert kept is not None
-    return torch.stack(logits), sum(x.nbytes for layer in kept.layers for x in (layer.keys, layer.values))
-
-
-def _ours(lab: Lab, recipe: Recipe, prompt: Prompt, forced: torch.Tensor) -> tuple[torch.Tensor, int]:
-    """The same by a recipe's decoder."""
-    bound = BoundDecoder.of(lab, recipe)
-    with bound.admitted(prompt, len(forced)) as place:
-        logits = [bound.prefill(prompt, place)]
-        for token, position in zip(forced.split(1), _positions_after(prompt, len(forced)).split(1), strict=True):
-            logits.append(bound.step(token, position, place))
-        return torch.stack(logits), place.n_bytes
-
-
-def _positions_after(prompt: Prompt, n: int) -> torch.Tensor:
-    return prompt.next_position + torch.arange(n, device=prompt.positions.device)

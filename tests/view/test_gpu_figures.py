@@ -126,12 +126,13 @@ def test_the_command_draws_a_page_from_the_records(
     main([str(tmp_path / "gpu.json")])
     printed, page = capsys.readouterr().out, (tmp_path / "gpu.html").read_text()
     assert printed == f"{text(rows)}\n\nreport: {tmp_path / 'gpu.html'}\n"
-    assert "captured in 2.00 s, 64.0 MB; pays after 41 requests" in printed
+    (single,) = [line.split() for line in printed.splitlines() if line.startswith("  single graph") and "64.000" in line][:1]
+    assert single[-5:] == ["2.000", "64.000", "no", "41", "1.0e-02"]  # s, MB, for an earlier size, requests until it pays, error
     with pytest.raises(SystemExit, match="is neither the folder of a sweep"):
         main([str(tmp_path)])
     assert "parity failed: error 5.0e-01; not timed" in printed
-    assert f"6.25 ms\n{' ' * 30}    4.125 ms    32 x  {'k' * 79}…" in printed
-    assert "some_kernel                dtype bfloat16, head_dim 80: block_k 64, num_warps 8" in printed
+    assert f"longest: name {'k' * 100}…, times 32, ms 4.125" in printed
+    assert "some_kernel\n        tuned_for: dtype bfloat16, head_dim 80\n        launch: block_k 64, num_warps 8" in printed
     assert "elsewhere" in printed.partition("it needs a GPU")[2]
     assert page.count('class="plotly-graph-div"') == 4
     assert "GPU report</title>" in page

@@ -11,13 +11,12 @@ from torch.nn.attention import SDPBackend
 from torch.nn.attention.bias import CausalBias
 
 from fastvl_lab import Lab, attention, toggles
-from fastvl_lab.attention import eager, sdpa
 from fastvl_lab.cache.concat import ConcatKv
 from fastvl_lab.catalogue import Attention
-from fastvl_lab.language.decode import decode
-from fastvl_lab.language.fixed_kv import FixedKv
-from fastvl_lab.language.prefill import prefill
-from fastvl_lab.language.weights import decoder_weights
+from fastvl_lab.decoder import eager, sdpa
+from fastvl_lab.decoder.fixed_kv import FixedKv
+from fastvl_lab.decoder.steps import decode, prefill
+from fastvl_lab.decoder.weights import decoder_weights
 from fastvl_lab.request import Prompt
 from fastvl_lab.trace import no_inner
 from fastvl_lab.vit import attention as tower_attention

@@ -15,8 +15,8 @@ import torch.nn.functional as F
 from torch.nn.attention import SDPBackend
 from torch.nn.attention.bias import causal_lower_right
 
-from fastvl_lab.language.decoder import Attend, KvCache, once_a_forward
-from fastvl_lab.language.segments import Segments
+from fastvl_lab.decoder.layers import Attend, KvCache, once_a_forward
+from fastvl_lab.decoder.segments import Segments
 
 # An option of the catalogue -> the kernel that it names. "sdpa" is a CPU's, where there is no choice.
 BACKENDS: dict[str, SDPBackend | None] = {

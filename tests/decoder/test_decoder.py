@@ -12,19 +12,16 @@ import pytest
 import torch
 
 from fastvl_lab import CheckpointError, Lab, Recipe, RecipeError, toggles
-from fastvl_lab.attention import bind
 from fastvl_lab.cache.blocks import BlockPool
 from fastvl_lab.cache.concat import ConcatKv
 from fastvl_lab.cache.slotted import KvShape, SlottedKv
 from fastvl_lab.catalogue import Attention, Target
 from fastvl_lab.checkpoint import Checkpoint
-from fastvl_lab.language.decode import decode
-from fastvl_lab.language.decoder import Decoder
-from fastvl_lab.language.merge import merge
-from fastvl_lab.language.prefill import prefill
-from fastvl_lab.language.sample import greedy
-from fastvl_lab.language.segments import Segments
-from fastvl_lab.language.weights import decoder_weights
+from fastvl_lab.decoder import bind_decoder
+from fastvl_lab.decoder.layers import Decoder
+from fastvl_lab.decoder.segments import Segments
+from fastvl_lab.decoder.steps import decode, merge, prefill, sample
+from fastvl_lab.decoder.weights import decoder_weights
 from fastvl_lab.request import Prompt, VisionTokens
 
 KINDS = ("concat", "static", "paged")
@@ -150,7 +147,7 @@ def test_every_combination_of_options_equals_the_stock_decoder(
     combinations = list(_attention() if not changes else _attention(prefill=["sdpa"], norms=["eager", "by_length"]))
     assert len(combinations) >= 16
     for slot in combinations:
-        ours = _ours(bind(slot, weights), _Kv(kind, checkpoint), prompt, vision, tokens)
+        ours = _ours(bind_decoder(slot, weights), _Kv(kind, checkpoint), prompt, vision, tokens)
         for step, (one, other) in enumerate(zip(ours, expected, strict=True)):
             assert (one - other).abs().max() < 1e-4, (slot, step)
 
@@ -163,7 +160,7 @@ def test_the_shortest_prompts(other_checkpoint: Callable[..., Checkpoint], n_tok
         prompt, vision = _prompt(n_tokens, visual=()), _vision(checkpoint, 0)
         expected = _stock(checkpoint, prompt, VisionTokens(embeds=vision.embeds), (9, 8))
         for slot in _attention(norms=["eager"], rope=["eager", "rolled"], projections=["fused"]):
-            ours = _ours(bind(slot, decoder_weights(checkpoint)), _Kv("paged", checkpoint), prompt, None, (9, 8))
+            ours = _ours(bind_decoder(slot, decoder_weights(checkpoint)), _Kv("paged", checkpoint), prompt, None, (9, 8))
             assert max((a - b).abs().max() for a, b in zip(ours, expected, strict=True)) < 1e-4
 
 
@@ -183,10 +180,10 @@ def test_the_triton_options_equal_the_stock_decoder(
     prompt, vision = _prompt(11), _vision(checkpoint, 3)
     expected, weights = _stock(checkpoint, prompt, vision, tokens), decoder_weights(checkpoint)
     (slot,) = _attention(**TRITON, prefill=["triton"], decode=["triton"], projections=[projections], last_layer=[last_layer])
-    decoder = bind(slot, weights)
+    decoder = bind_decoder(slot, weights)
     ours = _ours(decoder, _Kv(kind, checkpoint), prompt, vision, tokens)
     assert max((a - b).abs().max() for a, b in zip(ours, expected, strict=True)) < 1e-4
-    assert [int(greedy(logits, decoder)) for logits in ours] == [int(logits.argmax()) for logits in expected]
+    assert [int(sample(logits, decoder)) for logits in ours] == [int(logits.argmax()) for logits in expected]
 
 
 PACKED = [
@@ -207,7 +204,7 @@ def test_packed_sequences_do_not_see_each_other(
     if slot.prefill == "triton" and (kind == "concat" or torch.cuda.is_available()):
         pytest.skip("the kernels read slots" if kind == "concat" else "runs the kernels in Triton's interpreter")
     checkpoint = other_checkpoint(name, num_hidden_layers=2)
-    decoder, lengths = bind(slot, decoder_weights(checkpoint)), (5, 9, 1)
+    decoder, lengths = bind_decoder(slot, decoder_weights(checkpoint)), (5, 9, 1)
     wholes = [_prompt(n + 6, seed=n, visual=()) for n in lengths]
     alone = []
     for whole in wholes:
@@ -240,7 +237,7 @@ def test_decode_steps_of_packed_sequences(other_checkpoint: Callable[..., Checkp
     """`decode` takes one token of each sequence, at one position for all three axes."""
     checkpoint = other_checkpoint("tiny-qwen2.5-vl")
     for slot, kind in itertools.product(PACKED[:2], KINDS):
-        decoder, kv = bind(slot, decoder_weights(checkpoint)), _Kv(kind, checkpoint, n=2)
+        decoder, kv = bind_decoder(slot, decoder_weights(checkpoint)), _Kv(kind, checkpoint, n=2)
         prompts = [_prompt(n, seed=n, visual=()) for n in (8, 11)]
         expected = [_ours(decoder, _Kv(kind, checkpoint), prompt, None, (5,))[1] for prompt in prompts]
         packed = Prompt(
