@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import html
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal
 
 from fastvl_lab.errors import require
@@ -27,10 +27,10 @@ class Axis:
     zero: bool = False
     form: str = ""
 
-    def look(self, *, titled: bool = True) -> dict[str, Any]:
-        """What plotly calls it. titled: whether the title is written."""
+    def look(self) -> dict[str, Any]:
+        """What plotly calls it."""
         made: dict[str, Any] = {"gridcolor": style.GRID}
-        if self.title and titled:
+        if self.title:
             made["title"] = {"text": said(self.title)}
         if self.until is not None:
             made["range"] = [0, self.until]
@@ -77,18 +77,17 @@ def panels(
     once, stands beside the panels instead of above. above: pixels that are left free there.
     """
     titles = [said(part.title) for part in parts]
-    across: dict[str, Any] = {"cols": max(len(parts), 1), "shared_yaxes": not own_scales, "horizontal_spacing": gap or 0.04}
     heights = [row * len(part.rows) + 20 if part.rows else height for part in parts]
     body = max(heights, default=height)
+    grid: dict[str, Any] = {"cols": max(len(parts), 1), "shared_yaxes": not own_scales, "horizontal_spacing": gap or 0.04}
     if down:
         body = sum(heights) + round(gap or 40) * (len(parts) - 1)
-        across = {"rows": len(parts), "row_heights": heights, "shared_xaxes": True, "vertical_spacing": (gap or 40) / body}
-    figure = require("plotly.subplots", "notebooks").make_subplots(**across, subplot_titles=titles if any(titles) else None)
+        grid = {"rows": len(parts), "row_heights": heights, "shared_xaxes": True, "vertical_spacing": (gap or 40) / body}
+    figure = require("plotly.subplots", "notebooks").make_subplots(**grid, subplot_titles=titles if any(titles) else None)
     for number, part in enumerate(parts, start=1):
-        first, last = number == 1, number == len(parts)
-        _fill(
-            figure, part, {"row": number, "col": 1} if down else {"row": 1, "col": number}, titled=(last or not down, first or down)
-        )
+        x = replace(part.x, title="") if down and number < len(parts) else part.x
+        y = replace(part.y, title="") if not down and number > 1 else part.y
+        _fill(figure, replace(part, x=x, y=y), {"row": number, "col": 1} if down else {"row": 1, "col": number})
     shown: set[str] = set()
     for trace in figure.data:
         trace.showlegend = bool(trace.name) and trace.name not in shown
@@ -107,15 +106,14 @@ def panels(
     return figure.update_layout(**style.layout(**look))
 
 
-def _fill(figure: go.Figure, part: Panel, place: Mapping[str, int], titled: tuple[bool, bool]) -> None:
-    """Draw a panel at its place. titled: whether the titles of its x and y axis are written."""
+def _fill(figure: go.Figure, part: Panel, place: Mapping[str, int]) -> None:
     for trace in part.traces:
         figure.add_trace(trace, **place)
     for x, row, text in part.notes:
         look = {"xanchor": "left", "xshift": 5, "showarrow": False, "font": {"size": 12}, "borderpad": 0}
         figure.add_annotation(x=x, y=said(row), text=said(text), bgcolor=style.PAPER, **look, **place)  # over what crosses it
-    figure.update_xaxes(**part.x.look(titled=titled[0]), **place)
-    y = part.y.look(titled=titled[1])
+    figure.update_xaxes(**part.x.look(), **place)
+    y = part.y.look()
     if part.rows:
         y = {"categoryorder": "array", "categoryarray": [said(row) for row in part.rows], "ticklabelstandoff": 8}
         y["range"] = [len(part.rows) - 0.5, -0.5]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -20,7 +21,6 @@ from fastvl_lab.view.tables import floored, share_of, spent_ms
 if TYPE_CHECKING:
     import plotly.graph_objects as go
 
-_MEBIBYTE = 2**20
 _PATTERNS = ("", "/", ".", "x", "-")
 
 
@@ -166,7 +166,7 @@ def bytes_over_steps(held: Mapping[str, Sequence[int]], length: int) -> go.Figur
         for number, (label, values) in enumerate(held.items()):
             colour = style.series(number)["line"]["color"]
             drawn = {"color": colour, "shape": "hv", "width": 3, "dash": ("solid", "dash", "dot")[number % 3]}
-            mebibytes = [value / _MEBIBYTE for value in values]
+            mebibytes = [value / 2**20 for value in values]
             if label in shown:
                 told = "%{y:.3f} MiB after step %{x}"
                 traces.append(line(label, range(len(values)), mebibytes, {"mode": "lines", "line": drawn}, told=told))
@@ -237,36 +237,51 @@ def step_down(found: Attribution) -> go.Figure:
 
     Pale steps are those of which no saving or loss is shown: their interval holds zero, or there are too few rounds for one.
     """
-    comparison, first, last = found.comparison, found.steps[0], found.steps[-1]
-    # label, start, length, colour, pattern, text and strength of each bar
-    drawn: list[tuple[str, float, float, str, str, str, float]] = []
-
-    def whole(label: str, engine: str, colour: str) -> float:
-        ttft = comparison.representative(engine).ttft * 1e3
-        drawn.append((label, 0.0, ttft, colour, "", f"{ttft:.1f} ms", 1.0))
-        return ttft
-
-    for label in dict.fromkeys((STOCK, first)):
-        reached = whole(label, label, style.SERIES_COLOURS[6])
+    comparison, reached = found.comparison, 0.0
+    drawn = []
+    for label in dict.fromkeys((STOCK, found.steps[0])):
+        reached = comparison.representative(label).ttft * 1e3
+        drawn.append(_Bar(label=label, length=reached, colour=style.SERIES_COLOURS[6], text=f"{reached:.1f} ms"))
     for step in found.steps[1:]:
         saved = found.saved(step)
         amount = saved.median if saved else 0.0
         lost = amount < 0
-        colour, pattern = style.SERIES_COLOURS[4 if lost else 2], "x" if lost else ""
         text = f"{'+' if lost else '−'}{abs(amount):.2f} ms"
         if not saved:
             text = "never warm" if comparison.parity(step) else "no parity: not compared"
-        shown = saves(saved) or (saved is not None and saved.high < 0)
-        start = min(reached, reached - amount)
-        drawn.append((step, start, abs(amount), colour, pattern, text, 1.0 if shown else 0.35))
+        look: dict[str, Any] = {"colour": style.SERIES_COLOURS[4 if lost else 2], "pattern": "x" if lost else ""}
+        look["strength"] = 1.0 if saves(saved) or (saved is not None and saved.high < 0) else 0.35
+        drawn.append(_Bar(label=step, start=min(reached, reached - amount), length=abs(amount), text=text, **look))
         reached -= amount
-    whole("in the end", last, style.SERIES_COLOURS[0])
-    labels, starts, lengths, colours, patterns, texts, strengths = zip(*drawn, strict=True)
-    told, marker = "%{y}: %{text}", {"opacity": strengths}
-    trace = bars(labels, lengths, colours, base=starts, pattern=patterns, texts=texts, marker=marker, told=told)
-    longest = max(start + length for start, length in zip(starts, lengths, strict=True))
+    last = comparison.representative(found.steps[-1]).ttft * 1e3
+    drawn.append(_Bar(label="in the end", length=last, colour=style.SERIES_COLOURS[0], text=f"{last:.1f} ms"))
+    labels = [bar.label for bar in drawn]
+    trace = bars(
+        labels,
+        [bar.length for bar in drawn],
+        [bar.colour for bar in drawn],
+        base=[bar.start for bar in drawn],
+        pattern=[bar.pattern for bar in drawn],
+        texts=[bar.text for bar in drawn],
+        marker={"opacity": [bar.strength for bar in drawn]},
+        told="%{y}: %{text}",
+    )
+    longest = max(bar.start + bar.length for bar in drawn)
     x = Axis(title="TTFT, ms; each step against the one before; pale: no difference shown", until=1.15 * longest)
     return panels([Panel(traces=[trace], x=x, rows=labels)])
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Bar:
+    """start, length: ms. strength: how opaque it is."""
+
+    label: str
+    length: float
+    colour: str
+    text: str
+    start: float = 0.0
+    pattern: str = ""
+    strength: float = 1.0
 
 
 def floor_bars(runs: Mapping[str, Run], floors: Mapping[str, float]) -> go.Figure:
@@ -280,7 +295,7 @@ def floor_bars(runs: Mapping[str, Run], floors: Mapping[str, float]) -> go.Figur
         spent = [spent_ms(run, stage) for stage in stages]
         texts = [f"{ms:.2f} ms, floor {share_of(floors[stage], ms)}" for stage, ms in zip(stages, spent, strict=True)]
         traces.append(bars(rows, spent, style.SERIES_COLOURS[number], name=label, pattern=_PATTERNS[number % 3], texts=texts))
-        longest = max(longest, *spent)
+        longest = max([longest, *spent])
     x = Axis(title="ms (medians' runs); the line is the floor", until=1.35 * (longest or 1.0))
     figure = panels([Panel(traces=traces, x=x, rows=rows)], row=34 * len(runs), bars="group")
     for number, stage in enumerate(stages):
