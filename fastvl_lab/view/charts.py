@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import html
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal
 
 from fastvl_lab.errors import require
@@ -27,10 +27,10 @@ class Axis:
     zero: bool = False
     form: str = ""
 
-    def look(self, *, titled: bool = True) -> dict[str, Any]:
-        """What plotly calls it. titled: whether the title is written."""
+    def look(self) -> dict[str, Any]:
+        """What plotly calls it."""
         made: dict[str, Any] = {"gridcolor": style.GRID}
-        if self.title and titled:
+        if self.title:
             made["title"] = {"text": said(self.title)}
         if self.until is not None:
             made["range"] = [0, self.until]
@@ -60,61 +60,64 @@ class Panel:
 def panels(
     parts: Sequence[Panel],
     *,
-    height: int,
-    left: int = 80,
-    right: int = 30,
-    top: int = 90,
-    bottom: int = 60,
+    height: int = 280,
+    row: int = 26,
+    gap: float | None = None,
     down: bool = False,
-    gap: float = 0.04,
     own_scales: bool = False,
     bars: Literal["stack", "group", "overlay"] | None = None,
-    legend: float | Mapping[str, Any] | None = 1.12,
     title: str = "",
-    **layout: Any,
+    beside: bool = False,
+    above: int = 0,
 ) -> go.Figure:
     """Panels side by side, which share a y axis, or with `down` under one another, which share an x axis.
 
-    height: pixels. left, right, top, bottom: those of the margins. gap: between panels, as a share of the figure. own_scales: side
-    by side without sharing. bars: what those of one row do. legend: where it begins above the panels, whose height is 1, or how
-    plotly describes it; None puts it beside them. It has each name once.
+    height: pixels of each; of a panel with rows, `row` for each of them. gap: between panels, in pixels if `down`, else a share of
+    the figure. own_scales: side by side without sharing. bars: what those of one row do. beside: the legend, which has each name
+    once, stands beside the panels instead of above. above: pixels that are left free there.
     """
     titles = [said(part.title) for part in parts]
-    grid: dict[str, Any] = {"cols": max(len(parts), 1), "shared_yaxes": not own_scales, "horizontal_spacing": gap}
+    heights = [row * len(part.rows) + 20 if part.rows else height for part in parts]
+    body = max(heights, default=height)
+    grid: dict[str, Any] = {"cols": max(len(parts), 1), "shared_yaxes": not own_scales, "horizontal_spacing": gap or 0.04}
     if down:
-        grid = {
-            "rows": len(parts),
-            "row_heights": [len(part.rows) for part in parts],
-            "shared_xaxes": True,
-            "vertical_spacing": gap,
-        }
+        body = sum(heights) + round(gap or 40) * (len(parts) - 1)
+        grid = {"rows": len(parts), "row_heights": heights, "shared_xaxes": True, "vertical_spacing": (gap or 40) / body}
     figure = require("plotly.subplots", "notebooks").make_subplots(**grid, subplot_titles=titles if any(titles) else None)
-    named: set[str] = set()
     for number, part in enumerate(parts, start=1):
-        place = {"row": number, "col": 1} if down else {"row": 1, "col": number}
-        for trace in part.traces:
-            trace.showlegend = bool(trace.name) and trace.name not in named
-            if trace.name:
-                trace.legendgroup = trace.legendgroup or (trace.name if len(parts) > 1 else None)
-                named.add(trace.name)
-            figure.add_trace(trace, **place)
-        for x, row, text in part.notes:
-            look = {"xanchor": "left", "xshift": 5, "showarrow": False, "font": {"size": 12 if down else 11}, "borderpad": 0}
-            figure.add_annotation(x=x, y=said(row), text=said(text), bgcolor=style.PAPER, **look, **place)  # over what crosses it
-        figure.update_xaxes(**part.x.look(titled=not down or number == len(parts)), **place)
-        y = part.y.look(titled=down or number == 1)
-        if part.rows:
-            y = {"categoryorder": "array", "categoryarray": [said(row) for row in part.rows], "ticklabelstandoff": 8}
-            y["range"] = [len(part.rows) - 0.5, -0.5]
-        figure.update_yaxes(**y, **place)
+        x = replace(part.x, title="") if down and number < len(parts) else part.x
+        y = replace(part.y, title="") if not down and number > 1 else part.y
+        _fill(figure, replace(part, x=x, y=y), {"row": number, "col": 1} if down else {"row": 1, "col": number})
+    shown: set[str] = set()
+    for trace in figure.data:
+        trace.showlegend = bool(trace.name) and trace.name not in shown
+        if trace.name:
+            trace.legendgroup = trace.legendgroup or (trace.name if len(parts) > 1 else None)
+            shown.add(trace.name)
+    labels = [line for part in parts for label in part.rows for line in label.split("\n")]
+    left = 40 + 7 * min(max(map(len, labels)), 40) if labels else 80
+    over = 8 + 26 * any(titles)  # the panels, in pixels
+    top = 22 + over + (32 if shown and not beside else 0) + (25 if title else 0) + above
+    look: dict[str, Any] = {"height": body + top + 60, "margin": {"l": left, "r": 30, "t": top, "b": 60}, "barmode": bars}
     if title:
-        layout["title"] = {"text": said(title), "x": 0.01, "y": 0.98, "yanchor": "top", "yref": "container", "font": {"size": 15}}
-    if legend is not None and named:
-        above = {"orientation": "h", "x": 0, "y": legend, "yanchor": "bottom", "traceorder": "normal"}
-        layout["legend"] = legend if isinstance(legend, Mapping) else above
-    margin = {"l": left, "r": right, "t": top, "b": bottom}
-    figure.update_layout(**style.layout(height=height, margin=margin, **layout), barmode=bars)
-    return figure
+        look["title"] = {"text": said(title), "x": 0.01, "y": 0.98, "yanchor": "top", "yref": "container", "font": {"size": 15}}
+    if not beside:
+        look["legend"] = {"orientation": "h", "x": 0, "y": 1 + over / body, "yanchor": "bottom", "traceorder": "normal"}
+    return figure.update_layout(**style.layout(**look))
+
+
+def _fill(figure: go.Figure, part: Panel, place: Mapping[str, int]) -> None:
+    for trace in part.traces:
+        figure.add_trace(trace, **place)
+    for x, row, text in part.notes:
+        look = {"xanchor": "left", "xshift": 5, "showarrow": False, "font": {"size": 12}, "borderpad": 0}
+        figure.add_annotation(x=x, y=said(row), text=said(text), bgcolor=style.PAPER, **look, **place)  # over what crosses it
+    figure.update_xaxes(**part.x.look(), **place)
+    y = part.y.look()
+    if part.rows:
+        y = {"categoryorder": "array", "categoryarray": [said(row) for row in part.rows], "ticklabelstandoff": 8}
+        y["range"] = [len(part.rows) - 0.5, -0.5]
+    figure.update_yaxes(**y, **place)
 
 
 def bars(

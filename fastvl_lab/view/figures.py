@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from fastvl_lab.measure.audit import audit_reported
+from fastvl_lab.measure.audit import Audit
 from fastvl_lab.measure.compare import Attribution, Conversation
 from fastvl_lab.measure.floors import Cost
 from fastvl_lab.measure.recipes import STOCK
@@ -20,7 +21,6 @@ from fastvl_lab.view.tables import floored, share_of, spent_ms
 if TYPE_CHECKING:
     import plotly.graph_objects as go
 
-_MEBIBYTE = 2**20
 _PATTERNS = ("", "/", ".", "x", "-")
 
 
@@ -45,7 +45,7 @@ def ttft_against_visual_tokens(rows: Sequence[Mapping[str, Any]]) -> go.Figure:
             tokens = [row["visual_tokens"] for row in mine]
             lines.append(line(name, tokens, medians, style.series(number), told=told, error_y=arms))
         parts.append(Panel(title=checkpoint, traces=lines, x=x, y=y))
-    return panels(parts, height=420, top=80)
+    return panels(parts)
 
 
 def _reach(high: float, low: float) -> float:
@@ -69,8 +69,7 @@ def step_bars(rounds: Samples[StageSample], title: str) -> go.Figure:
     totals = dict(zip(rounds.engines, _medians(rounds), strict=True))
     notes = [(total, label, f"{total:.1f} ms") for label, total in totals.items()]
     x = Axis(title="milliseconds (medians)", until=max(totals.values()) * 1.15)
-    parts, height = [Panel(traces=traces, x=x, rows=rounds.engines, notes=notes)], 130 + 34 * len(totals)
-    return panels(parts, height=height, left=220, bottom=55, bars="stack", legend=1.02, title=title)
+    return panels([Panel(traces=traces, x=x, rows=rounds.engines, notes=notes)], row=32, bars="stack", title=title)
 
 
 def step_panels(rounds: Samples[StageSample], titles: Mapping[str, str]) -> go.Figure:
@@ -82,7 +81,7 @@ def step_panels(rounds: Samples[StageSample], titles: Mapping[str, str]) -> go.F
         trace = bars(rounds.engines, medians, colour, texts=[f"{median:.2f}" for median in medians], told=told)
         x = Axis(title="milliseconds (medians)", until=max(medians) * 1.25)
         parts.append(Panel(title=title, traces=[trace], x=x, rows=rounds.engines))
-    return panels(parts, height=130 + 26 * len(rounds.engines), left=190, top=50, bottom=55)
+    return panels(parts)
 
 
 def _medians(rounds: Samples[StageSample], *steps: str) -> list[float]:
@@ -94,7 +93,7 @@ def cost_against_size(points: Mapping[float, Samples[StageSample]], *, x_title: 
     """Median milliseconds of all steps against a size, one line a variant, on logarithmic axes."""
     traces, ticks = _against_size(points, told="%{x:.2f}: %{y:.2f} ms"), decades(1, 2, 5)
     part = Panel(traces=traces, x=Axis(title=x_title, ticks=ticks), y=Axis(title=y_title, ticks=ticks))
-    return panels([part], height=480, top=30, legend=None)
+    return panels([part], height=390, beside=True)
 
 
 def steps_against_length(points: Mapping[int, Samples[StageSample]], titles: Mapping[str, str]) -> go.Figure:
@@ -109,7 +108,7 @@ def steps_against_length(points: Mapping[int, Samples[StageSample]], titles: Map
         ticks = decades(1, 2, 5) if max(drawn) > 10 * min(drawn) else decades(1, 1.5, 2, 3, 4, 5, 7)
         y = Axis(title="milliseconds (medians)", ticks=ticks)
         parts.append(Panel(title=title, traces=traces, x=Axis(title="tokens of the prompt", ticks=sorted(points)), y=y))
-    return panels(parts, height=440, gap=0.08, own_scales=True)
+    return panels(parts, gap=0.08, own_scales=True)
 
 
 def _against_size(points: Mapping[Any, Samples[StageSample]], *steps: str, told: str) -> list[Any]:
@@ -151,7 +150,7 @@ def cost_parts(
         marks = {"mode": "markers", "marker": {"color": style.INK, "size": 9, "symbol": "diamond"}}
         traces.append(line("measured (medians)", sizes, medians, marks, told=f"%{{y:.2f}} ms at %{{x}} {unit}"))
         parts.append(Panel(title=label, traces=traces, x=Axis(title=unit, zero=True), y=Axis(title=y_title, zero=True)))
-    return panels(parts, height=440, gap=0.03)
+    return panels(parts)
 
 
 def bytes_over_steps(held: Mapping[str, Sequence[int]], length: int) -> go.Figure:
@@ -167,14 +166,14 @@ def bytes_over_steps(held: Mapping[str, Sequence[int]], length: int) -> go.Figur
         for number, (label, values) in enumerate(held.items()):
             colour = style.series(number)["line"]["color"]
             drawn = {"color": colour, "shape": "hv", "width": 3, "dash": ("solid", "dash", "dot")[number % 3]}
-            mebibytes = [value / _MEBIBYTE for value in values]
+            mebibytes = [value / 2**20 for value in values]
             if label in shown:
                 told = "%{y:.3f} MiB after step %{x}"
                 traces.append(line(label, range(len(values)), mebibytes, {"mode": "lines", "line": drawn}, told=told))
         y = Axis(title="keys and values, MiB", zero=not parts)
         if shown:
             parts.append(Panel(title=title, traces=traces, x=Axis(title=f"decode steps after {length} tokens"), y=y))
-    return panels(parts, height=420, gap=0.09, own_scales=True)
+    return panels(parts, gap=0.09, own_scales=True)
 
 
 def padding_by_size(padding: Mapping[str, Mapping[int, Mapping[str, float]]], programs: Mapping[str, int]) -> go.Figure:
@@ -196,7 +195,7 @@ def padding_by_size(padding: Mapping[str, Mapping[int, Mapping[str, float]]], pr
         ]
         y = Axis(title="padding's share of the work", zero=True, form=".0%")
         parts.append(Panel(title=stage, traces=traces, x=Axis(title="visual tokens", zero=True), y=y))
-    return panels(parts, height=400, gap=0.05)
+    return panels(parts)
 
 
 def turn_bars(chat: Conversation) -> go.Figure:
@@ -230,8 +229,7 @@ def turn_bars(chat: Conversation) -> go.Figure:
     marker = {"color": style.SERIES_COLOURS[-1], "pattern": {"shape": "/"} | hatch}
     traces.append(upright(x=[None], y=[None], name="hatched: what was kept is used", marker=marker, offsetgroup="0"))
     part = Panel(traces=traces, x=Axis(), y=Axis(title="TTFT, ms (medians)", until=highest * 1.12))
-    figure = panels([part], height=460, bars="group", legend=1.04, bargap=0.2)
-    return figure.update_xaxes(showgrid=False)
+    return panels([part], height=310, bars="group").update_layout(bargap=0.2, xaxis_showgrid=False)
 
 
 def step_down(found: Attribution) -> go.Figure:
@@ -239,37 +237,51 @@ def step_down(found: Attribution) -> go.Figure:
 
     Pale steps are those of which no saving or loss is shown: their interval holds zero, or there are too few rounds for one.
     """
-    comparison, first, last = found.comparison, found.steps[0], found.steps[-1]
-    # label, start, length, colour, pattern, text and strength of each bar
-    drawn: list[tuple[str, float, float, str, str, str, float]] = []
-
-    def whole(label: str, engine: str, colour: str) -> float:
-        ttft = comparison.representative(engine).ttft * 1e3
-        drawn.append((label, 0.0, ttft, colour, "", f"{ttft:.1f} ms", 1.0))
-        return ttft
-
-    for label in dict.fromkeys((STOCK, first)):
-        reached = whole(label, label, style.SERIES_COLOURS[6])
+    comparison, reached = found.comparison, 0.0
+    drawn = []
+    for label in dict.fromkeys((STOCK, found.steps[0])):
+        reached = comparison.representative(label).ttft * 1e3
+        drawn.append(_Bar(label=label, length=reached, colour=style.SERIES_COLOURS[6], text=f"{reached:.1f} ms"))
     for step in found.steps[1:]:
         saved = found.saved(step)
         amount = saved.median if saved else 0.0
         lost = amount < 0
-        colour, pattern = style.SERIES_COLOURS[4 if lost else 2], "x" if lost else ""
         text = f"{'+' if lost else '−'}{abs(amount):.2f} ms"
         if not saved:
             text = "never warm" if comparison.parity(step) else "no parity: not compared"
-        shown = saves(saved) or (saved is not None and saved.high < 0)
-        start = min(reached, reached - amount)
-        drawn.append((step, start, abs(amount), colour, pattern, text, 1.0 if shown else 0.35))
+        look: dict[str, Any] = {"colour": style.SERIES_COLOURS[4 if lost else 2], "pattern": "x" if lost else ""}
+        look["strength"] = 1.0 if saves(saved) or (saved is not None and saved.high < 0) else 0.35
+        drawn.append(_Bar(label=step, start=min(reached, reached - amount), length=abs(amount), text=text, **look))
         reached -= amount
-    whole("in the end", last, style.SERIES_COLOURS[0])
-    labels, starts, lengths, colours, patterns, texts, strengths = zip(*drawn, strict=True)
-    told, marker = "%{y}: %{text}", {"opacity": strengths}
-    trace = bars(labels, lengths, colours, base=starts, pattern=patterns, texts=texts, marker=marker, told=told)
-    longest = max(start + length for start, length in zip(starts, lengths, strict=True))
+    last = comparison.representative(found.steps[-1]).ttft * 1e3
+    drawn.append(_Bar(label="in the end", length=last, colour=style.SERIES_COLOURS[0], text=f"{last:.1f} ms"))
+    labels = [bar.label for bar in drawn]
+    trace = bars(
+        labels,
+        [bar.length for bar in drawn],
+        [bar.colour for bar in drawn],
+        base=[bar.start for bar in drawn],
+        pattern=[bar.pattern for bar in drawn],
+        texts=[bar.text for bar in drawn],
+        marker={"opacity": [bar.strength for bar in drawn]},
+        told="%{y}: %{text}",
+    )
+    longest = max(bar.start + bar.length for bar in drawn)
     x = Axis(title="TTFT, ms; each step against the one before; pale: no difference shown", until=1.15 * longest)
-    left = 40 + 7 * min(max(map(len, labels)), 40)
-    return panels([Panel(traces=[trace], x=x, rows=labels)], height=110 + 27 * len(labels), left=left, right=40, top=30, bottom=55)
+    return panels([Panel(traces=[trace], x=x, rows=labels)])
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Bar:
+    """start, length: ms. strength: how opaque it is."""
+
+    label: str
+    length: float
+    colour: str
+    text: str
+    start: float = 0.0
+    pattern: str = ""
+    strength: float = 1.0
 
 
 def floor_bars(runs: Mapping[str, Run], floors: Mapping[str, float]) -> go.Figure:
@@ -283,11 +295,9 @@ def floor_bars(runs: Mapping[str, Run], floors: Mapping[str, float]) -> go.Figur
         spent = [spent_ms(run, stage) for stage in stages]
         texts = [f"{ms:.2f} ms, floor {share_of(floors[stage], ms)}" for stage, ms in zip(stages, spent, strict=True)]
         traces.append(bars(rows, spent, style.SERIES_COLOURS[number], name=label, pattern=_PATTERNS[number % 3], texts=texts))
-        longest = max(longest, *spent)
+        longest = max([longest, *spent])
     x = Axis(title="ms (medians' runs); the line is the floor", until=1.35 * (longest or 1.0))
-    height = 150 + 34 * len(stages) * len(runs)
-    look: dict[str, Any] = {"left": 130, "right": 40, "top": 60, "bottom": 55, "legend": 1.02, "bars": "group"}
-    figure = panels([Panel(traces=traces, x=x, rows=rows)], height=height, **look)
+    figure = panels([Panel(traces=traces, x=x, rows=rows)], row=34 * len(runs), bars="group")
     for number, stage in enumerate(stages):
         floor, drawn = floors[stage] * 1e3, {"color": style.INK, "width": 3}
         figure.add_shape(type="line", x0=floor, x1=floor, y0=number - 0.42, y1=number + 0.42, line=drawn)
@@ -299,25 +309,19 @@ def memory_bars(held: Mapping[str, int]) -> go.Figure:
     shown = {name: n_bytes / 1e6 for name, n_bytes in held.items() if n_bytes}
     trace = bars(shown, shown.values(), style.SERIES_COLOURS[0], texts=[f"{size:.1f} MB" for size in shown.values()])
     x = Axis(title="MB held after the run", until=1.2 * max(shown.values(), default=1e-6))
-    return panels(
-        [Panel(traces=[trace], x=x, rows=list(shown))], height=120 + 30 * len(shown), left=230, right=60, top=30, bottom=55
-    )
+    return panels([Panel(traces=[trace], x=x, rows=list(shown))])
 
 
-def reported_rates(rows: Sequence[Mapping[str, Any]], hardware: str) -> go.Figure:
+def reported_rates(rows: Sequence[Mapping[str, Any]], audits: Sequence[Audit], hardware: str) -> go.Figure:
     """Others' tokens a second as shares of what the memory of a GPU allows their model; those above it are hatched.
 
-    rows: "engine", "model", "ttft" (seconds) and "tokens_per_second" each.
+    rows: "engine", "model", "ttft" (seconds) and "tokens_per_second" each. audits: one of each (`measure.audit.audit_reported`).
     """
-    bad = [not found.ok for found in audit_reported(rows, hardware)]
+    bad = [not found.ok for found in audits]
     rates = [row["tokens_per_second"] for row in rows]
     texts = [f"{rate:.0f} tokens/s{', impossible' if wrong else ''}" for rate, wrong in zip(rates, bad, strict=True)]
     colours = [style.SERIES_COLOURS[4 if wrong else 0] for wrong in bad]
     hatched = {"pattern": {"shape": ["x" if wrong else "" for wrong in bad], "fillmode": "replace", "size": 6}}
     labels = [f"{row['engine']}\n{row['model']}" for row in rows]
-    part = Panel(
-        traces=[bars(labels, rates, colours, marker=hatched, texts=texts)],
-        x=Axis(title=f"tokens a second, one request, {hardware}", zero=True),
-        rows=labels,
-    )
-    return panels([part], height=120 + 58 * len(rows), left=210, right=130, top=30, bottom=55)
+    x = Axis(title=f"tokens a second, one request, {hardware}", until=1.3 * max(rates))
+    return panels([Panel(traces=[bars(labels, rates, colours, marker=hatched, texts=texts)], x=x, rows=labels)], row=58)

@@ -50,7 +50,7 @@ def ttft_by_engine(rows: Sequence[Row], checkpoint: str) -> go.Figure:
         x = Axis(title=f"ms; floor after the upload {_ms(floor)}", until=max(row["ttft_ms"] for row in here) * 1.22)
         notes = [(row["ttft_ms"], row["recipe"], _ms(row["ttft_ms"])) for row in here]
         parts.append(Panel(title=image, traces=traces, x=x, rows=engines, notes=notes))
-    return _figure(parts, mine, "TTFT by stage", height=170 + 24 * len(engines), left=190, bars="stack")
+    return _figure(parts, mine, "TTFT by stage", bars="stack", above=20)
 
 
 def ttft_by_size(rows: Sequence[Row], *, patches: bool = True) -> go.Figure:
@@ -74,7 +74,7 @@ def ttft_by_size(rows: Sequence[Row], *, patches: bool = True) -> go.Figure:
         floors = {_side(row): row["floor_ms"] for row in here}
         traces.append(line("floor, from patches", floors, floors.values(), {"mode": "lines", "line": _FLOOR}, told=told))
         parts.append(Panel(title=checkpoint, traces=traces, x=x, y=y))
-    return _figure(parts, mine, "TTFT by image size, medians", height=480)
+    return _figure(parts, mine, "TTFT by image size, medians", height=315)
 
 
 def decode_speed(rows: Sequence[Row], checkpoint: str) -> go.Figure:
@@ -91,7 +91,7 @@ def decode_speed(rows: Sequence[Row], checkpoint: str) -> go.Figure:
         traces = [bars(labels, speeds, style.STAGE_COLOURS["decode"], customdata=same, told=told)]
         parts.append(Panel(title=image, traces=traces, x=x, rows=engines, notes=notes))
         ceilings.append(ceiling)
-    figure = _figure(parts, mine, "decode steps, and share of the ceiling", height=120 + 26 * len(engines), left=190, top=80)
+    figure = _figure(parts, mine, "decode steps, and share of the ceiling")
     for column, ceiling in enumerate(ceilings, start=1):
         figure.add_vline(x=ceiling, line=_FLOOR, row=1, col=column)
     return figure
@@ -131,9 +131,8 @@ def _ms(milliseconds: float) -> str:
     return f"{milliseconds:.3g} ms" if milliseconds < 100 else f"{milliseconds:.0f} ms"
 
 
-def _figure(parts: Sequence[Panel], rows: Sequence[Row], what: str, *, height: int, **look: Any) -> go.Figure:
+def _figure(parts: Sequence[Panel], rows: Sequence[Row], what: str, **look: Any) -> go.Figure:
     """The panels under what ran where; without rows, the heading says that nothing was timed."""
     names, places = ({row["checkpoint"] for row in rows}, {f"{row['device']} {row['dtype']}" for row in rows})
     where = ", ".join([*(names if len(names) == 1 else ()), *sorted(places)])  # of several, each has a panel
-    shape: dict[str, Any] = {"top": 110, "bottom": 55, "gap": 0.05, "legend": 1 + 34 / max(height - 165, 1)} | look
-    return panels(parts, height=height, title=f"{what}: {where or 'nothing was timed'}", **shape)
+    return panels(parts, title=f"{what}: {where or 'nothing was timed'}", **look)

@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 from fastvl_lab.capture.execute import Capture
 from fastvl_lab.catalogue import toggles
 from fastvl_lab.errors import require
-from fastvl_lab.measure.audit import audit, audit_reported
+from fastvl_lab.measure.audit import Audit
 from fastvl_lab.measure.compare import Attribution, Comparison, Conversation, break_even
 from fastvl_lab.measure.profile import Profile
 from fastvl_lab.measure.recipes import STOCK
@@ -165,11 +165,11 @@ def turn_frame(chat: Conversation, over: str) -> Any:
     return frame(chat.summary(over), columns)
 
 
-def streaming_frame(runs: Mapping[str, Run], expected: Run) -> Any:
-    """A line a setting: TTFT, the whole answer, chunks, whether its tokens are those of `expected`, and what the audit says."""
+def streaming_frame(runs: Mapping[str, Run], expected: Run, audits: Mapping[str, Audit]) -> Any:
+    """A line a setting: TTFT, the whole answer, chunks, whether its tokens are those of `expected`, and what its audit says."""
 
     def wrong(label: str) -> str:
-        said = [finding.verdict for finding in audit(runs[label]).findings if finding.severity != "note"]
+        said = [finding.verdict for finding in audits[label].findings if finding.severity != "note"]
         return ", ".join(said) or "clear"
 
     columns: dict[str, Callable[[str], object]] = {
@@ -185,11 +185,9 @@ def streaming_frame(runs: Mapping[str, Run], expected: Run) -> Any:
     return frame(runs, columns)
 
 
-def reported_frame(rows: Sequence[Mapping[str, Any]], hardware: str) -> Any:
+def reported_frame(rows: Sequence[Mapping[str, Any]], audits: Sequence[Audit]) -> Any:
     """The numbers of `reported_rates`, the verdict on each, and the arithmetic behind it."""
-    found = [
-        (row, (one.cleared if one.ok else one.findings)[0]) for row, one in zip(rows, audit_reported(rows, hardware), strict=True)
-    ]
+    found = [(row, (one.cleared if one.ok else one.findings)[0]) for row, one in zip(rows, audits, strict=True)]
     columns: dict[str, Callable[[Any], object]] = {
         "engine": lambda pair: pair[0]["engine"],
         "model": lambda pair: pair[0]["model"],

@@ -40,7 +40,7 @@ def block_waterfall(runs: Sequence[Run], stage: str = "vit", number: int = 0) ->
                 rows=rows,
             )
         )
-    return panels(parts, height=160 + 24 * len(rows), left=120, top=60, bottom=55, gap=0.03)
+    return panels(parts)
 
 
 def _inside(run: Run, stage: str, number: int) -> list[tuple[str, float, float]]:
@@ -71,9 +71,9 @@ def chunk_timeline(runs: Mapping[str, Run]) -> go.Figure:
         }
         times = [chunk.time * 1e3 for chunk in run.chunks]
         traces.append(line("", times, [said(label)] * len(counts), look, told="%{x:.2f} ms: %{customdata} tokens"))
-    x = Axis(title="milliseconds since the request's bytes; a mark is a chunk", zero=True)
-    height, left = 120 + 52 * len(runs), 40 + 7 * max(map(len, runs))
-    return panels([Panel(traces=traces, x=x, rows=list(runs))], height=height, left=left, right=50, top=30, bottom=55)
+    last = max((run.chunks[-1].time * 1e3 for run in runs.values() if run.chunks), default=1.0)
+    x = Axis(title="milliseconds since the request's bytes; a mark is a chunk", until=1.08 * last)
+    return panels([Panel(traces=traces, x=x, rows=list(runs))], row=52)
 
 
 def launches_and_steps(runs: Mapping[str, Run], n_steps: int = 34) -> go.Figure:
@@ -95,8 +95,7 @@ def launches_and_steps(runs: Mapping[str, Run], n_steps: int = 34) -> go.Figure:
             traces.append(timeline([rows[lane]] * len(mine), starts, lengths, marker))
         x = Axis(title="milliseconds since the first step was launched")
         parts.append(Panel(title=label, traces=traces, x=x, rows=list(rows.values())))
-    look: dict[str, Any] = {"left": 130, "top": 50, "bottom": 55, "gap": 0.5 / len(runs) ** 2, "bars": "overlay"}
-    return panels(parts, height=110 + 130 * len(runs), down=True, **look)
+    return panels(parts, row=45, down=True, bars="overlay")
 
 
 def operation_timeline(ways: Mapping[str, Profile]) -> go.Figure:
@@ -120,8 +119,7 @@ def operation_timeline(ways: Mapping[str, Profile]) -> go.Figure:
             traces.append(timeline([lane] * len(mine), starts, lengths, marker, width=0.7, **telling))
         x = Axis(title="milliseconds; a bar is an operation that Python called", zero=True)
         parts.append(Panel(title=f"{label}: {_in_words(seen)}", traces=traces, x=x, rows=lanes))
-    look: dict[str, Any] = {"left": 90, "top": 50, "bottom": 55, "gap": 0.5 / len(ways) ** 2, "bars": "overlay"}
-    return panels(parts, height=120 + (50 + 45 * len(lanes)) * len(ways), down=True, **look)
+    return panels(parts, row=45, down=True, bars="overlay")
 
 
 def _in_words(seen: Profile) -> str:

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     import plotly.graph_objects as go
 
 _ROW_PIXELS = 24
-_PANEL_PIXELS = 66
+_HEADING_PIXELS = 66
 _NAMES = {"host": "host (solid)", "device": "device (hatched)", "unaccounted": "unaccounted"}
 
 
@@ -40,19 +40,9 @@ def waterfall(runs: Sequence[Run]) -> go.Figure:
     until = max(run.ttft for run in runs) * 1e3 * 1.24
     x = Axis(title="milliseconds since the request's bytes (dotted line: TTFT)", until=until)
     parts = [_panel(run, x) for run in runs]
-    total = sum(len(part.rows) for part in parts) * _ROW_PIXELS + _PANEL_PIXELS * len(runs)
-    figure = panels(
-        parts,
-        height=total + 90,
-        left=120,
-        top=_PANEL_PIXELS + 24,
-        bottom=55,
-        down=True,
-        gap=_PANEL_PIXELS / total if len(runs) > 1 else 0,
-        bars="overlay",
-        bargap=0.25,
-        legend={"orientation": "h", "x": 1, "xanchor": "right", "y": 0.995, "yanchor": "top", "yref": "container"},
-    )
+    figure = panels(parts, row=_ROW_PIXELS, gap=_HEADING_PIXELS, down=True, bars="overlay", above=_HEADING_PIXELS - 40)
+    legend = {"orientation": "h", "x": 1, "xanchor": "right", "y": 0.995, "yanchor": "top", "yref": "container"}
+    figure.update_layout(bargap=0.25, legend=legend, margin_l=120)  # one place for the rows of every run
     figure.update_xaxes(zeroline=False, title_font_size=13)
     for number, run in enumerate(runs, start=1):
         figure.add_vline(x=run.ttft * 1e3, line={"color": style.INK, "width": 1.5, "dash": "dot"}, row=number, col=1)
