@@ -140,7 +140,7 @@ class Pipeline:
                 place.extend(rest.n_tokens)
                 first_logits = stages.prefill(hidden, rest, vision, kv, tracer)
             with span("sample"):
-                first = sample(first_logits[0], decoder)
+                first = sample(first_logits, decoder)
 
         def decode(token: torch.Tensor, position: torch.Tensor) -> Step:
             place.extend(1)
@@ -150,7 +150,7 @@ class Pipeline:
             first=first,
             next_position=prompt.next_position,
             decode=decode if forced is None else forced.steps(decode),
-            sample=lambda step: sample(step.logits[0], decoder) if step.token is None else step.token,
+            sample=lambda step: sample(step.logits, decoder) if step.token is None else step.token,
             max_new_tokens=n_new,
             ends=() if request.ignore_eos else self.checkpoint.eos_token_ids,
             emitter=Emitter(self.token_bytes, deliver),

@@ -9,6 +9,7 @@ import shutil
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -60,8 +61,8 @@ def lab(request: pytest.FixtureRequest, labs: dict[str, Lab]) -> Lab:
 
 @pytest.fixture(scope="session")
 def shallow_labs() -> dict[str, Lab]:
-    """The built-in checkpoints with two blocks and two layers, for what takes as long as a model is deep: compilers, interpreters."""
-    cut = {
+    """The built-in checkpoints with two blocks and two layers: compilers and interpreters take as long as a model is deep."""
+    cut: dict[str, dict[str, Any]] = {
         "qwen2_5_vl": {"depth": 2, "fullatt_block_indexes": [1]},
         "qwen3_vl": {"depth": 2, "deepstack_visual_indexes": [0]},
     }

@@ -68,5 +68,6 @@ def decode(tokens: torch.Tensor, positions: torch.Tensor, decoder: Decoder, cach
 
 
 def sample(logits: torch.Tensor, decoder: Decoder) -> torch.Tensor:
-    """The likeliest token of float32 [vocab]: int64 [1] on the device, where it stays until somebody reads it."""
-    return decoder.operations.argmax(logits)
+    """The likeliest tokens of float32 [B, vocab]: int64 [B] on the device, where they stay until somebody reads them."""
+    argmax = decoder.operations.argmax
+    return argmax(logits[0]) if len(logits) == 1 else torch.cat([argmax(row) for row in logits])

@@ -342,7 +342,7 @@ def _oracles(bench: Bench, case: Case, steps: int) -> Oracles | str:
     if bench.deadline.passed:
         return bench.deadline.skipped()
     lab, oracles = bench.lab, Oracles(bench.lab, case.request)
-    able = [engine for engine in case.engines.values() if cannot_run(engine, lab.device, lab.dtype) is None]
+    able = [engine for engine in case.engines.values() if cannot_run(engine, lab.checkpoint.target) is None]
     try:
         for oracle in dict.fromkeys(map(oracles.of, able)):
             oracles.truth(oracle, text_tokens(lab, steps))
@@ -361,7 +361,7 @@ def _first_token_rows(
     found: dict[str, Row] = {}
     checks: dict[str, Parity] = {}
     for label, engine in case.engines.items():
-        if (reason := cannot_run(engine, bench.lab.device, bench.lab.dtype)) is not None:
+        if (reason := cannot_run(engine, bench.lab.checkpoint.target)) is not None:
             found[label] = {"error": reason}
         elif isinstance(oracles, str):
             found[label] = bench.attempt(lambda: {"error": oracles, "parity": False})

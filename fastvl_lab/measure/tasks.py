@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 import torch
 
@@ -17,12 +17,15 @@ from fastvl_lab.decoder.layers import Decoder
 from fastvl_lab.decoder.steps import decode, merge, prefill
 from fastvl_lab.decoder.weights import decoder_weights
 from fastvl_lab.engine import Engine, EngineLike, find_recipe
-from fastvl_lab.errors import FastvlError, RequestError, sentence
+from fastvl_lab.errors import RequestError
 from fastvl_lab.lab import Lab
+from fastvl_lab.measure.recipes import cannot_run
 from fastvl_lab.measure.samples import Samples, StageSample, Timed, now, time_rounds
 from fastvl_lab.recipe import Recipe
 from fastvl_lab.request import Grid, Prompt, Request
 from fastvl_lab.trace import Tracer, no_inner
+
+T = TypeVar("T")
 
 
 class Task(Protocol):
@@ -53,7 +56,6 @@ class Preprocessing:
     def bind(self, lab: Lab, engine: Engine) -> Timed:
         bound = bound_preprocessor(lab, self.request, engine)
 
-        @torch.inference_mode()
         def run() -> dict[str, float]:
             seconds = dict.fromkeys(self.steps, 0.0)
 
@@ -68,7 +70,7 @@ class Preprocessing:
             bound.make(opened, span)
             return seconds
 
-        return partial(lab.compute, run)
+        return _on_thread(lab, run)
 
 
 @dataclass(frozen=True)
@@ -81,43 +83,42 @@ class Tower:
     def bind(self, lab: Lab, engine: Engine) -> Timed:
         images = bound_preprocessor(lab, self.request, engine)
         encode = vit.bind(find_recipe(engine).vit, lab.checkpoint, images.patch_format)
-        pixels = lab.compute(torch.inference_mode()(lambda: images.pixels(self.request)))
-        off = Tracer(lab.device, "off")
+        pixels, off = _on_thread(lab, lambda: images.pixels(self.request))(), Tracer(lab.device, "off")
 
-        @torch.inference_mode()
         def run() -> dict[str, float]:
             started = now(lab.device)
             encode(pixels, off)
             return {"vit": now(lab.device) - started}
 
-        return partial(lab.compute, run)
+        return _on_thread(lab, run)
 
 
 @dataclass(frozen=True)
 class Decoding:
-    """Prefill of a text prompt of `length` random tokens, and the mean of `n_steps` decode steps, each of which chooses its token.
-
-    "transformers" is the stock decoder, called layer by layer as `generate` calls it, with its dynamic cache.
-    """
+    """Prefill of a text prompt of `length` random tokens, and the mean of `n_steps` decode steps that choose their own tokens."""
 
     length: int
     n_steps: int = 8
     steps = ("prefill", "decode")
 
     def bind(self, lab: Lab, engine: Engine) -> Timed:
-        prompt, begin, device = text_prompt(lab, self.length, self.n_steps), bound_forward(lab, engine), lab.device
+        prompt, begin = text_prompt(lab, self.length, self.n_steps), bound_forward(lab, engine)
 
-        @torch.inference_mode()
         def run() -> dict[str, float]:
             with begin(prompt, self.n_steps) as forward:
-                started = now(device)
+                started = now(lab.device)
                 next(forward.logits)
-                prefilled = now(device)
+                prefilled = now(lab.device)
                 for _ in forward.logits:
                     pass
-                return {"prefill": prefilled - started, "decode": (now(device) - prefilled) / self.n_steps}
+                return {"prefill": prefilled - started, "decode": (now(lab.device) - prefilled) / self.n_steps}
 
-        return partial(lab.compute, run)
+        return _on_thread(lab, run)
+
+
+def _on_thread(lab: Lab, work: Callable[[], T]) -> Callable[[], T]:
+    """Work that is done on the lab's thread, without gradients."""
+    return partial(lab.compute, torch.inference_mode()(work))
 
 
 def bound_preprocessor(lab: Lab, request: Request, engine: EngineLike) -> preprocessor.BoundPreprocessor:
@@ -158,10 +159,8 @@ def text_prompt(lab: Lab, length: int, steps: int) -> Prompt:
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Forward:
-    """A text prompt on its way through a decoder, and the bytes that its keys and values take so far.
-
-    logits: [vocab], of the prompt's last token, then after each decode step; each is computed when it is asked for.
-    """
+    """A text prompt on its way through a decoder. logits: [vocab], of its last token, then after each decode step, computed when
+    they are asked for; n_bytes: what its keys and values take so far."""
 
     logits: Iterator[torch.Tensor]
     n_bytes: Callable[[], int]
@@ -172,7 +171,7 @@ Begin = Callable[..., AbstractContextManager[Forward]]
 
 
 def bound_forward(lab: Lab, engine: Engine) -> Begin:
-    """An engine's decoder; raises `RecipeError` where it cannot run. A peer is the stock decoder, called layer by layer."""
+    """An engine's decoder, "transformers" being the stock one called layer by layer; raises `RecipeError` where it cannot run."""
     text = lab.checkpoint.text
     return partial(stock_forward, text.module, text.head) if engine.recipe is None else BoundDecoder.of(lab, engine.recipe).forward
 
@@ -260,29 +259,21 @@ class BoundDecoder:
 
 
 def bindable(lab: Lab, recipes: Mapping[str, Recipe]) -> tuple[dict[str, Recipe], dict[str, str]]:
-    """The recipes whose decoder can run on this lab, and of each of the others the sentence that says why it cannot."""
-    can: dict[str, Recipe] = {}
-    cannot: dict[str, str] = {}
-    for label, recipe in recipes.items():
-        try:
-            BoundDecoder.of(lab, recipe)
-            can[label] = recipe
-        except FastvlError as error:
-            cannot[label] = sentence(error)
-    return can, cannot
+    """The recipes that can run on this lab, and of each of the others the sentence that says why it cannot."""
+    reasons = {label: cannot_run(recipe, lab.checkpoint.target) for label, recipe in recipes.items()}
+    can = {label: recipe for label, recipe in recipes.items() if reasons[label] is None}
+    return can, {label: reason for label, reason in reasons.items() if reason is not None}
 
 
 def kv_bytes_over_steps(lab: Lab, length: int, steps: int, recipe: Recipe) -> list[int]:
     """Bytes that hold the keys and values of a text prompt of `length` tokens: after prefill, then after each of the decode steps.
 
-    Of kv=concat, the elements of its tensors (while a layer's are concatenated, the old and the new stand side by side, which is
-    not counted); of static, the room of a whole session; of paged, the blocks taken. Raises `RequestError` as `text_prompt` does.
+    Of kv=static they are the room of a whole session, of paged the blocks taken. Raises `RequestError` as `text_prompt` does.
     """
     prompt, bound = text_prompt(lab, length, steps), BoundDecoder.of(lab, recipe)
 
-    @torch.inference_mode()
     def run() -> list[int]:
         with bound.forward(prompt, steps) as forward:
             return [forward.n_bytes() for _ in forward.logits]
 
-    return lab.compute(run)
+    return _on_thread(lab, run)()

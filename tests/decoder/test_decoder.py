@@ -7,14 +7,16 @@ import itertools
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
 
 from fastvl_lab import CheckpointError, Lab, Recipe, RecipeError, toggles
+from fastvl_lab.cache import together
 from fastvl_lab.cache.blocks import BlockPool
-from fastvl_lab.cache.concat import ConcatKv
-from fastvl_lab.cache.slotted import KvShape, SlottedKv
+from fastvl_lab.cache.concat import ConcatSequence
+from fastvl_lab.cache.slotted import KvShape, SlottedSequence
 from fastvl_lab.catalogue import Attention, Target
 from fastvl_lab.checkpoint import Checkpoint
 from fastvl_lab.decoder import bind_decoder
@@ -39,25 +41,24 @@ class _Kv:
     def __init__(self, kind: str, checkpoint: Checkpoint, n: int = 1, longest: int = 96) -> None:
         self.pool, self.tables = BlockPool(n * longest, BLOCK), []
         if kind == "concat":
-            self.kv: ConcatKv | SlottedKv = ConcatKv(checkpoint.config.text_config.num_hidden_layers, n)
-            return
-        store = KvShape.of(checkpoint).allocate(n * longest * BLOCK)
-        for pair in store.layers:
-            for side in pair:
-                side.fill_(float("nan"))  # nothing may be read that was not written
-        self.kv = SlottedKv(store, block_size=BLOCK, longest=longest, reused=[0] * n)
-        if kind == "static":
-            for sequence in range(n):
-                self.kv.add_blocks(sequence, range(sequence * longest // BLOCK, (sequence + 1) * longest // BLOCK))
+            self.sequences: list[Any] = [ConcatSequence(checkpoint.config.text_config.num_hidden_layers) for _ in range(n)]
         else:
+            store = KvShape.of(checkpoint).allocate(n * longest * BLOCK)
+            for pair in store.layers:
+                for side in pair:
+                    side.fill_(float("nan"))  # nothing may be read that was not written
+            self.sequences = [SlottedSequence(store, block_size=BLOCK, longest=longest) for _ in range(n)]
+        if kind == "static":
+            for number, sequence in enumerate(self.sequences):
+                sequence.add_blocks(range(number * longest // BLOCK, (number + 1) * longest // BLOCK))
+        elif kind == "paged":
             self.tables = [self.pool.admit([], longest) for _ in range(n)]
+        self.kv = together(self.sequences)
 
     def extend(self, new: Sequence[int]) -> None:
-        lengths = self.kv.segments.lengths
-        for number, table in enumerate(self.tables):  # block by block in turn, so that no sequence lies in one piece
-            while len(table.blocks) * BLOCK < lengths[number] + new[number]:
-                grown = self.pool.extend(table, len(table.blocks) * BLOCK + 1)
-                self.kv.add_blocks(number, grown)  # type: ignore[union-attr]
+        for sequence, table, n in zip(self.sequences, self.tables, new, strict=False):
+            while len(table.blocks) * BLOCK < sequence.length + n:  # block by block in turn: no sequence lies in one piece
+                sequence.add_blocks(self.pool.extend(table, len(table.blocks) * BLOCK + 1))
                 self.pool.extend(self.pool.admit([], BLOCK), 1)
         self.kv.extend(new)
 
@@ -183,7 +184,7 @@ def test_the_triton_options_equal_the_stock_decoder(
     decoder = bind_decoder(slot, weights)
     ours = _ours(decoder, _Kv(kind, checkpoint), prompt, vision, tokens)
     assert max((a - b).abs().max() for a, b in zip(ours, expected, strict=True)) < 1e-4
-    assert [int(sample(logits, decoder)) for logits in ours] == [int(logits.argmax()) for logits in expected]
+    assert sample(torch.stack(ours), decoder).tolist() == [int(logits.argmax()) for logits in expected]
 
 
 PACKED = [
