@@ -8,7 +8,6 @@ import pytest
 
 from fastvl_lab import Lab, Request, Run, photo, view
 from fastvl_lab.measure.profile import Operation, Profile
-from fastvl_lab.view.workbench.figures import so_far, with_ghost
 
 
 @pytest.fixture(scope="module")
@@ -40,8 +39,6 @@ def test_pointing_at_a_bar_tells_its_own_length(labs: dict[str, Lab], runs: list
     stage = Operation(name="vit", lane="host", stage="vit", start_us=500.0, end_us=2000.0)
     figures = {
         "waterfall": view.waterfall(runs),
-        "ghost": with_ghost(runs[0], runs[1], runs[0]),
-        "so far": so_far(runs[1].trace.within_ttft()),
         "blocks": view.block_waterfall([layers]),
         "launches": view.launches_and_steps({"rounds": rounds}),
         "operations": view.operation_timeline({"eager": Profile(stages=(stage,), operations=(operation,))}),
