@@ -31,7 +31,7 @@ class Axis:
         """What plotly calls it."""
         made: dict[str, Any] = {"gridcolor": style.GRID}
         if self.title:
-            made["title"] = {"text": said(self.title)}
+            made["title"] = {"text": said(self.title), "font": {"size": 13}}
         if self.until is not None:
             made["range"] = [0, self.until]
         elif self.zero:
@@ -46,7 +46,7 @@ class Axis:
 class Panel:
     """Traces on axes of their own. rows: from the top down, the labels of a y axis without a scale.
 
-    notes: (x, row, text) behind the ends of bars.
+    notes: (x, row, text) behind the ends of bars. limit: where on the x axis a dotted line stands.
     """
 
     traces: Sequence[Any]
@@ -55,6 +55,7 @@ class Panel:
     rows: Sequence[str] = ()
     title: str = ""
     notes: Sequence[tuple[float, str, str]] = ()
+    limit: float | None = None
 
 
 def panels(
@@ -112,6 +113,8 @@ def _fill(figure: go.Figure, part: Panel, place: Mapping[str, int]) -> None:
     for x, row, text in part.notes:
         look = {"xanchor": "left", "xshift": 5, "showarrow": False, "font": {"size": 12}, "borderpad": 0}
         figure.add_annotation(x=x, y=said(row), text=said(text), bgcolor=style.PAPER, **look, **place)  # over what crosses it
+    if part.limit is not None:
+        figure.add_vline(x=part.limit, line={"color": style.INK, "width": 1.5, "dash": "dot"}, **place)
     figure.update_xaxes(**part.x.look(), **place)
     y = part.y.look()
     if part.rows:
