@@ -18,14 +18,14 @@ if TYPE_CHECKING:
 class Axis:
     """How a scale is drawn. ticks: it is logarithmic, and labelled there. until: it runs from 0 to there. zero: it begins at 0.
 
-    form: of the labels, as D3 writes formats.
+    number_format: of the labels, as D3 writes it.
     """
 
     title: str = ""
     ticks: Sequence[float] = ()
     until: float | None = None
     zero: bool = False
-    form: str = ""
+    number_format: str = ""
 
     def look(self) -> dict[str, Any]:
         """What plotly calls it."""
@@ -39,7 +39,7 @@ class Axis:
         if self.ticks:
             made |= {"type": "log", "minor": {"ticks": ""}, "tickvals": self.ticks}
             made["ticktext"] = [f"{tick:.6g}" for tick in self.ticks]
-        return made | ({"tickformat": self.form} if self.form else {})
+        return made | ({"tickformat": self.number_format} if self.number_format else {})
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,7 +66,7 @@ def panels(
     gap: float | None = None,
     down: bool = False,
     own_scales: bool = False,
-    bars: Literal["stack", "group", "overlay"] | None = None,
+    barmode: Literal["stack", "group", "overlay"] | None = None,
     title: str = "",
     beside: bool = False,
     above: int = 0,
@@ -74,7 +74,7 @@ def panels(
     """Panels side by side, which share a y axis, or with `down` under one another, which share an x axis.
 
     height: pixels of each; of a panel with rows, `row` for each of them. gap: between panels, in pixels if `down`, else a share of
-    the figure. own_scales: side by side without sharing. bars: what those of one row do. beside: the legend, which has each name
+    the figure. own_scales: side by side without sharing. barmode: what bars of one row do. beside: the legend, which has each name
     once, stands beside the panels instead of above. above: pixels that are left free there.
     """
     titles = [said(part.title) for part in parts]
@@ -95,11 +95,11 @@ def panels(
         if trace.name:
             trace.legendgroup = trace.legendgroup or (trace.name if len(parts) > 1 else None)
             shown.add(trace.name)
-    labels = [line for part in parts for label in part.rows for line in label.split("\n")]
+    labels = [text for part in parts for row_label in part.rows for text in row_label.split("\n")]
     left = 40 + 7 * min(max(map(len, labels)), 40) if labels else 80
     over = 8 + 26 * any(titles)  # the panels, in pixels
     top = 22 + over + (32 if shown and not beside else 0) + (25 if title else 0) + above
-    look: dict[str, Any] = {"height": body + top + 60, "margin": {"l": left, "r": 30, "t": top, "b": 60}, "barmode": bars}
+    look: dict[str, Any] = {"height": body + top + 60, "margin": {"l": left, "r": 30, "t": top, "b": 60}, "barmode": barmode}
     if title:
         look["title"] = {"text": said(title), "x": 0.01, "y": 0.98, "yanchor": "top", "yref": "container", "font": {"size": 15}}
     if not beside:

@@ -49,7 +49,7 @@ def ttft_by_engine(rows: Sequence[Row], checkpoint: str) -> go.Figure:
         x = Axis(title=f"ms; floor after the upload {_ms(floor)}", until=max(row["ttft_ms"] for row in here) * 1.22)
         notes = [(row["ttft_ms"], row["recipe"], _ms(row["ttft_ms"])) for row in here]
         parts.append(Panel(title=image, traces=traces, x=x, rows=engines, notes=notes))
-    return _figure(parts, mine, "TTFT by stage", bars="stack", above=20)
+    return _figure(parts, mine, "TTFT by stage", barmode="stack", above=20)
 
 
 def ttft_by_size(rows: Sequence[Row], *, patches: bool = True) -> go.Figure:

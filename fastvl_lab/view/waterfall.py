@@ -40,7 +40,7 @@ def waterfall(runs: Sequence[Run]) -> go.Figure:
     until = max(run.ttft for run in runs) * 1e3 * 1.24
     x = Axis(title="milliseconds since the request's bytes (dotted line: TTFT)", until=until)
     parts = [_panel(run, x) for run in runs]
-    figure = panels(parts, row=_ROW_PIXELS, gap=_HEADING_PIXELS, down=True, bars="overlay", above=_HEADING_PIXELS - 40)
+    figure = panels(parts, row=_ROW_PIXELS, gap=_HEADING_PIXELS, down=True, barmode="overlay", above=_HEADING_PIXELS - 40)
     legend = {"orientation": "h", "x": 1, "xanchor": "right", "y": 0.995, "yanchor": "top", "yref": "container"}
     figure.update_layout(bargap=0.25, legend=legend)
     figure.update_xaxes(zeroline=False)
