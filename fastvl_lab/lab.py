@@ -99,7 +99,7 @@ class Lab:
         return self.checkpoint.dtype
 
     def __repr__(self) -> str:
-        return f"Lab({self.checkpoint.name!r}, device={str(self.device)!r}, dtype={_dtype_name(self.dtype)!r})"
+        return f"Lab({self.checkpoint.name!r}, device={str(self.device)!r}, dtype={dtype_name(self.dtype)!r})"
 
     def run(
         self,
@@ -142,7 +142,7 @@ class Lab:
             recipe=key.recipe,
             checkpoint=outcome.model or self.checkpoint.name,
             device=ELSEWHERE if key.remote else device_name(self.device),
-            dtype="unknown" if key.remote else _dtype_name(self.dtype),
+            dtype="unknown" if key.remote else dtype_name(self.dtype),
             kind=kind,
             n_prompt=outcome.n_prompt,
             shapes=outcome.shapes,
@@ -188,7 +188,7 @@ class Lab:
     ) -> tuple[Capture, ...]:
         """Serve a request of each shape: what is built, tuned, compiled and captured for it is there before the first that counts.
 
-        shapes: (width, height) of an image, or a `Request` as it will come. Everything that a request does is done, from decoding
+        shapes: (width, height) of an image, or a `Request` as it will come. Everything that a request does is done, from unpacking
         its image to its `max_new_tokens`, and caches keep of it what they keep of any request. Decode steps are made ready first,
         for answers of any length that a session has room for. The largest shape had best come first: graphs captured later then
         find memory that they can share. progress: whether to show a bar. Returns what was compiled and captured. Raises
@@ -380,5 +380,5 @@ def device_name(device: torch.device) -> str:
     return f"CPU ({torch.get_num_threads()} threads)"
 
 
-def _dtype_name(dtype: torch.dtype) -> str:
+def dtype_name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")

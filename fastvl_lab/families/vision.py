@@ -12,7 +12,7 @@ import torch
 AddNorm = Callable[[torch.Tensor, torch.Tensor | None], tuple[torch.Tensor, torch.Tensor]]
 
 # (qkv [N, 3 * H * D], H, cos, sin [N, D / 2]) -> q and k rotated, and v; [H, N, D] each. qkv may be overwritten.
-Rotate = Callable[[torch.Tensor, int, torch.Tensor, torch.Tensor], tuple[torch.Tensor, torch.Tensor, torch.Tensor]]
+TowerRotate = Callable[[torch.Tensor, int, torch.Tensor, torch.Tensor], tuple[torch.Tensor, torch.Tensor, torch.Tensor]]
 
 # (table [rows, width], indices, weights [N, k]) -> [N, width] in the table's dtype.
 Interpolate = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
@@ -24,7 +24,7 @@ Between = Callable[[Sequence[Any], Any], tuple[Sequence[Function], Function]]
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
-class Operations:
+class TowerOperations:
     """The operations that the toggles chose; rms_norm(weight, eps) and layer_norm(weight, bias, eps) make norms.
 
     silu_mul maps gate and up, which it may overwrite, to silu(gate) * up.
@@ -32,7 +32,7 @@ class Operations:
 
     rms_norm: Callable[[torch.Tensor, float], AddNorm]
     layer_norm: Callable[[torch.Tensor, torch.Tensor, float], AddNorm]
-    rotate: Rotate
+    rotate: TowerRotate
     silu_mul: Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
     interpolate: Interpolate
 

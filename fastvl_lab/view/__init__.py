@@ -1,68 +1,47 @@
 """Figures, tables and reports, drawn from finished runs; needs the extra "notebooks"."""
 
-from fastvl_lab.measure.recipes import undone_alone
-from fastvl_lab.measure.samples import gains, saves
-from fastvl_lab.view.breakdown import attribution_frame, floor_bars, floor_frame, memory_bars, memory_frame, step_down
-from fastvl_lab.view.capture import break_even_frame, capture_frame, operation_frame, operation_timeline, padding_by_size
-from fastvl_lab.view.charts import ttft_against_visual_tokens
-from fastvl_lab.view.decoder import bytes_over_steps, step_frame, step_panels, steps_against_length, turn_bars, turn_frame
-from fastvl_lab.view.slots import (
-    block_waterfall,
-    cost_against_size,
-    cost_parts,
-    difference_maps,
-    rounds_frame,
-    step_bars,
-    window_layout,
+from fastvl_lab.measure.recipes import undone_alone as undone_alone
+from fastvl_lab.measure.samples import gains as gains, saves as saves
+from fastvl_lab.view.figures import (
+    bytes_over_steps as bytes_over_steps,
+    cost_against_size as cost_against_size,
+    cost_parts as cost_parts,
+    floor_bars as floor_bars,
+    memory_bars as memory_bars,
+    padding_by_size as padding_by_size,
+    reported_rates as reported_rates,
+    step_bars as step_bars,
+    step_down as step_down,
+    step_panels as step_panels,
+    steps_against_length as steps_against_length,
+    ttft_against_visual_tokens as ttft_against_visual_tokens,
+    turn_bars as turn_bars,
 )
-from fastvl_lab.view.streaming import (
-    chunk_timeline,
-    launches_and_steps,
-    reported_frame,
-    reported_rates,
-    streaming_frame,
+from fastvl_lab.view.pictures import difference_maps as difference_maps, window_layout as window_layout
+from fastvl_lab.view.report import report_html as report_html
+from fastvl_lab.view.tables import (
+    attribution_frame as attribution_frame,
+    break_even_frame as break_even_frame,
+    capture_frame as capture_frame,
+    catalogue_frame as catalogue_frame,
+    floor_frame as floor_frame,
+    frame as frame,
+    layer_frame as layer_frame,
+    memory_frame as memory_frame,
+    operation_frame as operation_frame,
+    reported_frame as reported_frame,
+    rounds_frame as rounds_frame,
+    show as show,
+    stage_frame as stage_frame,
+    step_frame as step_frame,
+    streaming_frame as streaming_frame,
+    summary_frame as summary_frame,
+    turn_frame as turn_frame,
 )
-from fastvl_lab.view.tables import catalogue_frame, layer_frame, show, stage_frame, summary_frame
-from fastvl_lab.view.waterfall import waterfall
-
-__all__ = [
-    "attribution_frame",
-    "block_waterfall",
-    "break_even_frame",
-    "bytes_over_steps",
-    "capture_frame",
-    "catalogue_frame",
-    "chunk_timeline",
-    "cost_against_size",
-    "cost_parts",
-    "difference_maps",
-    "floor_bars",
-    "floor_frame",
-    "gains",
-    "launches_and_steps",
-    "layer_frame",
-    "memory_bars",
-    "memory_frame",
-    "operation_frame",
-    "operation_timeline",
-    "padding_by_size",
-    "reported_frame",
-    "reported_rates",
-    "rounds_frame",
-    "saves",
-    "show",
-    "stage_frame",
-    "step_bars",
-    "step_down",
-    "step_frame",
-    "step_panels",
-    "steps_against_length",
-    "streaming_frame",
-    "summary_frame",
-    "ttft_against_visual_tokens",
-    "turn_bars",
-    "turn_frame",
-    "undone_alone",
-    "waterfall",
-    "window_layout",
-]
+from fastvl_lab.view.timelines import (
+    block_waterfall as block_waterfall,
+    chunk_timeline as chunk_timeline,
+    launches_and_steps as launches_and_steps,
+    operation_timeline as operation_timeline,
+)
+from fastvl_lab.view.waterfall import waterfall as waterfall

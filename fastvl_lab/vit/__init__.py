@@ -33,7 +33,7 @@ class TowerInputs:
 class LeanEncoder:
     """The lean tower, to be called as it is, or in its two halves: what follows from the grids, and the forward itself."""
 
-    tower: lean.Tower
+    tower: lean.LeanTower
     patch_embed: PatchEmbed
     attention: attention.SegmentAttention
     planner: Planner

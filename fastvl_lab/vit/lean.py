@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 
 from fastvl_lab.checkpoint import Checkpoint
-from fastvl_lab.families.vision import Between, Block, Function, Interpolate, Operations, Rotate, Vision
+from fastvl_lab.families.vision import Between, Block, Function, Interpolate, TowerOperations, TowerRotate, Vision
 from fastvl_lab.request import Grid, VisionTokens
 from fastvl_lab.trace import Inner
 from fastvl_lab.vit import positions
@@ -23,7 +23,7 @@ from fastvl_lab.vit.plan import Plan
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
-class Tower:
+class LeanTower:
     """A tower as functions over the stock module's parameters.
 
     deepstack: block index -> merger. rotate, interpolate: the operations of the toggles that are no block's own.
@@ -34,17 +34,17 @@ class Tower:
     blocks: tuple[Block, ...]
     merger: Function
     deepstack: dict[int, Function]
-    rotate: Rotate
+    rotate: TowerRotate
     interpolate: Interpolate
 
 
-def tower_of(checkpoint: Checkpoint, operations: Operations, between: Between = as_they_are) -> Tower:
+def tower_of(checkpoint: Checkpoint, operations: TowerOperations, between: Between = as_they_are) -> LeanTower:
     """The checkpoint's tower, of which no parameter is copied but by `between`, which makes the products of MLPs.
 
     Raises `CheckpointError` for what the lean tower has not.
     """
     family, vision = checkpoint.family, checkpoint.vision
-    return Tower(
+    return LeanTower(
         vision=vision,
         merge_size=checkpoint.merge_size,
         blocks=family.blocks(vision, operations, between),
@@ -55,7 +55,7 @@ def tower_of(checkpoint: Checkpoint, operations: Operations, between: Between = 
     )
 
 
-def build_plan(tower: Tower, attention: SegmentAttention, grids: Sequence[Grid], n_patches: int | None) -> Plan:
+def build_plan(tower: LeanTower, attention: SegmentAttention, grids: Sequence[Grid], n_patches: int | None) -> Plan:
     """Orders, tables and segments for these grids, computed on the tower's device.
 
     n_patches: None, or theirs and more to be shared with other grids. The rest is padding, which stays last, at position 0, in
@@ -93,7 +93,7 @@ def _followed(order: torch.Tensor | None, n: int) -> torch.Tensor | None:
 def encode(
     patches: torch.Tensor,
     plan: Plan,
-    tower: Tower,
+    tower: LeanTower,
     patch_embed: PatchEmbed,
     attention: SegmentAttention,
     inner: Inner,

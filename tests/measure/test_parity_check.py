@@ -15,10 +15,11 @@ from safetensors.torch import load_file, save_file
 from fastvl_lab import EndpointError, Lab, Recipe, Request, audit, compare, photo, pipeline, toggles
 from fastvl_lab.catalogue import Target
 from fastvl_lab.checkpoint import tiny
+from fastvl_lab.checkpoint.wider import in_wider_dtype
 from fastvl_lab.decoder import eager, sdpa
 from fastvl_lab.decoder.layers import KvCache
 from fastvl_lab.decoder.rope import MRope
-from fastvl_lab.measure.parity import Oracles, Parity, Truth, check, in_wider_dtype, truth_along, within_budget
+from fastvl_lab.measure.parity import Oracles, Parity, Truth, check, truth_along, within_budget
 from fastvl_lab.measure.report import Case
 from fastvl_lab.measure.tasks import text_tokens
 

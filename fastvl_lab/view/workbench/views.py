@@ -8,10 +8,9 @@ from typing import TYPE_CHECKING, Any
 
 from fastvl_lab.errors import require
 from fastvl_lab.run import Run
-from fastvl_lab.view import breakdown
-from fastvl_lab.view.slots import block_waterfall
-from fastvl_lab.view.streaming import chunk_timeline
+from fastvl_lab.view import figures, tables
 from fastvl_lab.view.tables import layer_frame, stage_frame
+from fastvl_lab.view.timelines import block_waterfall, chunk_timeline
 from fastvl_lab.view.workbench.figures import with_ghost
 from fastvl_lab.view.workbench.session import BEFORE, RECIPE, STOCK, Result, Session
 
@@ -92,13 +91,13 @@ def _layers(result: Result, stage: str) -> tuple[go.Figure, Any]:
 
 def _attribution(result: Result, _: Run | None) -> tuple[go.Figure, Any]:
     assert result.attribution is not None
-    return breakdown.step_down(result.attribution), breakdown.attribution_frame(result.attribution)
+    return figures.step_down(result.attribution), tables.attribution_frame(result.attribution)
 
 
 def _floors(result: Result, _: Run | None) -> tuple[go.Figure, Any]:
     assert result.floors is not None
     runs = _runs(result, None)
-    return breakdown.floor_bars(runs, result.floors), breakdown.floor_frame(runs, result.floors)
+    return figures.floor_bars(runs, result.floors), tables.floor_frame(runs, result.floors)
 
 
 def _tokens(result: Result, against: Run | None) -> tuple[go.Figure, Any]:
@@ -120,4 +119,4 @@ def _tokens(result: Result, against: Run | None) -> tuple[go.Figure, Any]:
 
 
 def _memory(result: Result, _: Run | None) -> tuple[go.Figure, Any]:
-    return breakdown.memory_bars(result.held), breakdown.memory_frame(result.held)
+    return figures.memory_bars(result.held), tables.memory_frame(result.held)
