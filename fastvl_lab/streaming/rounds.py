@@ -16,7 +16,7 @@ from typing import Any, Protocol
 
 import torch
 
-from fastvl_lab.streaming.answer import Answer, Positions, no_wait
+from fastvl_lab.streaming.answer import Answer, Positions, Steps, no_wait
 
 
 class CountingGate:
@@ -86,26 +86,26 @@ class Stream(Protocol):
         """Do what the function launches; on return it has returned, and all that it launched is done or has failed."""
 
 
-# A new stream for an answer.
-NewStream = Callable[[Answer, Positions], Stream]
+# A new stream for an answer's steps.
+NewStream = Callable[[Steps, Positions], Stream]
 
 
 class CudaStream:
     """The current CUDA stream; ids come to the host by copies that are launched with the steps."""
 
-    def __init__(self, answer: Answer, positions: Positions) -> None:
-        self._answer, self._position = answer, positions(answer, no_wait)
-        self._cuda = torch.cuda.current_stream(answer.first.device)
-        self._ids = torch.empty(answer.max_new_tokens, dtype=torch.int64, pin_memory=True)
-        self._token = answer.first
+    def __init__(self, steps: Steps, positions: Positions) -> None:
+        self._steps, self._position = steps, positions(steps, no_wait)
+        self._cuda = torch.cuda.current_stream(steps.first.device)
+        self._ids = torch.empty(steps.most, dtype=torch.int64, pin_memory=True)
+        self._token = steps.first
         self.first: Launched = self._sent(0)
 
     def launch(self, number: int) -> Launched:
-        answer, span = self._answer, self._answer.tracer.span
+        steps, span = self._steps, self._steps.tracer.span
         with span("decode"):
-            step = answer.decode(self._token, self._position(number))
+            step = steps.decode(self._token, self._position(number))
         with span("sample"):
-            self._token = answer.sample(step)
+            self._token = steps.sample(step)
             return self._sent(number + 1)
 
     def carry_out(self, launches: Callable[[], None]) -> None:
@@ -148,17 +148,17 @@ class PlayedStream:
     two of them slow each other down. A step's work is on the device lane of the trace, its launch on the host's.
     """
 
-    def __init__(self, answer: Answer, positions: Positions) -> None:
-        self._answer, self._position = answer, positions(answer, self.wait)
+    def __init__(self, steps: Steps, positions: Positions) -> None:
+        self._steps, self._position = steps, positions(steps, self.wait)
         self._work: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
         self._failure: BaseException | None = None
         self._last = _Made()
-        self._last.make(answer.first)
+        self._last.make(steps.first)
         self._under_way: deque[_Made] = deque()
         self.first: Launched = self._last
 
     def launch(self, number: int) -> Launched:
-        with self._answer.tracer.span("decode"):
+        with self._steps.tracer.span("decode"):
             before, position, made = self._last, self._position(number), _Made()
             self._last = made
             self._under_way.append(made)
@@ -174,7 +174,7 @@ class PlayedStream:
         launcher = threading.Thread(target=self._launch_all, args=(launches,), name="fastvl-launch", daemon=True)
         try:
             launcher.start()
-            with self._answer.tracer.on_device():
+            with self._steps.tracer.on_device():
                 while (work := self._work.get()) is not None:
                     work()
                     self._under_way.popleft()
@@ -194,11 +194,11 @@ class PlayedStream:
             self._work.put(None)
 
     def _step(self, before: _Made, position: torch.Tensor) -> torch.Tensor:
-        answer, span, token = self._answer, self._answer.tracer.span, before.token()
+        steps, span, token = self._steps, self._steps.tracer.span, before.token()
         with span("decode"):
-            step = answer.decode(token, position)
+            step = steps.decode(token, position)
         with span("sample"):
-            return answer.sample(step)
+            return steps.sample(step)
 
 
 class _Made:
@@ -236,6 +236,7 @@ class _Made:
 
 
 def in_rounds(
+    steps: Steps,
     answer: Answer,
     *,
     new_stream: NewStream,
@@ -244,7 +245,7 @@ def in_rounds(
     new_gate: Callable[[], CountingGate] | None,
 ) -> None:
     """Make the answer; it is complete, and nothing of it still runs, on return. Raises what any of the threads raised."""
-    rounds = _Rounds(answer, new_stream(answer, positions), steps_per_round, new_gate and new_gate())
+    rounds = _Rounds(answer, new_stream(steps, positions), steps_per_round, new_gate and new_gate())
     threads = [threading.Thread(target=rounds.receive, name="fastvl-receive", daemon=True)]
     if new_gate is not None:
         threads.append(threading.Thread(target=rounds.respond, name="fastvl-respond", daemon=True))
@@ -268,7 +269,7 @@ class _Rounds:
 
     def __init__(self, answer: Answer, stream: Stream, steps_per_round: int, gate: CountingGate | None) -> None:
         self._answer, self.stream, self._gate = answer, stream, gate
-        whole, rest = divmod(answer.max_new_tokens - 1, steps_per_round)
+        whole, rest = divmod(answer.most - 1, steps_per_round)
         self._sizes = [steps_per_round] * whole + [rest] * (rest > 0)
         self.errors: list[BaseException] = []
         self._over = threading.Event()
@@ -372,20 +373,16 @@ class _Rounds:
                 tokens = [item for item in waiting if item is not None]
                 more = len(tokens) == len(waiting)  # None comes when nothing more will
                 if tokens:
-                    self._emit([token for token, _ in tokens], tokens[-1][1])
+                    self._answer.emit([token for token, _ in tokens], last=tokens[-1][1])
         except BaseException as error:  # raised again by the caller
             self.errors.append(error)
             self.end()
 
     def _pass_on(self, token: int, last: bool) -> None:
         if self._gate is None:
-            self._emit([token], last)
+            self._answer.emit([token], last=last)
         else:
             self._received.put((token, last))
-
-    def _emit(self, tokens: list[int], last: bool) -> None:
-        with self._answer.tracer.span("emit"):
-            self._answer.emitter.emit(tokens, last=last)
 
     def _raise(self) -> None:
         if self._gate is not None:

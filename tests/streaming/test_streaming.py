@@ -14,6 +14,7 @@ import torch
 
 from fastvl_lab import Chunk, Lab, Recipe, Request, RequestCancelledError, Run
 from fastvl_lab.catalogue import toggles
+from fastvl_lab.streaming.answer import Positions, Steps, host_sync, on_device
 from fastvl_lab.streaming.rounds import CountingGate, _Sent
 from fastvl_lab.trace import Tracer
 
@@ -306,3 +307,17 @@ def test_spans_of_several_threads_nest_by_thread() -> None:
         thread.join()
     spans = [(s.name, s.lane, s.depth) for s in tracer.finish().spans]
     assert spans == [("emit", "host", 0), ("decode", "device", 0), ("language.layer.0", "device", 1)]
+
+
+@pytest.mark.parametrize("positions", [on_device, host_sync])
+def test_each_answer_of_several_has_positions_of_its_own(positions: Positions) -> None:
+    steps = Steps(
+        first=torch.tensor([7, 8]),
+        next_positions=(3, 10),
+        most=4,
+        decode=lambda tokens, at: pytest.fail("nothing is decoded"),
+        sample=lambda step: pytest.fail("nothing is sampled"),
+        tracer=Tracer(torch.device("cpu"), "off"),
+    )
+    position = positions(steps, lambda: None)
+    assert [position(number).tolist() for number in range(4)] == [[3, 10], [4, 11], [5, 12], [6, 13]]
