@@ -61,7 +61,7 @@ test-oldest:
 	$(MAKE) test VENV=.venv-oldest LIMITS=constraints-oldest.txt TESTS='$(addprefix tests/,$(OLDEST))'
 
 benchmark: $(STAMP)
-	$(BIN)/python -m pytest $(TESTS) -m benchmark
+	$(BIN)/python -m pytest $(TESTS) -m benchmark -rP
 
 lab: $(STAMP)
 	$(BIN)/jupyter lab notebooks/workbench.ipynb $(if $(filter 0,$(shell id -u)),--allow-root)

@@ -6,7 +6,7 @@ Nothing here waits for the device or reads from it: what the host must know is i
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
@@ -16,7 +16,7 @@ from fastvl_lab.families.vision import Between, Block, Function, Interpolate, To
 from fastvl_lab.request import Grid, VisionTokens
 from fastvl_lab.trace import Inner
 from fastvl_lab.vit import positions
-from fastvl_lab.vit.attention import Prepared, SegmentAttention
+from fastvl_lab.vit.attention import SegmentAttention
 from fastvl_lab.vit.padding import as_they_are
 from fastvl_lab.vit.patch_embed import PatchEmbed
 from fastvl_lab.vit.plan import Plan
@@ -81,7 +81,7 @@ def build_plan(tower: LeanTower, attention: SegmentAttention, grids: Sequence[Gr
     if n_patches is not None:
         order, rank = _followed(order, n_patches), _followed(rank, n_patches // merge**2)
         learned = None if learned is None else F.pad(learned, (0, 0, 0, padding))
-        prepared = [p if p.table is None else Prepared(attention.room(p.table), p.fixed) for p in prepared]
+        prepared = [p if p.table is None else replace(p, table=attention.room(p.table)) for p in prepared]
     return Plan(order=order, rank=rank, cos=cos, sin=sin, learned=learned, windows=prepared[0], frames=prepared[1])
 
 
