@@ -65,7 +65,7 @@ class Pipeline:
             recipe.capture,
             encode,
             self.decoder,
-            self.cache,
+            self.cache.store,
             merge_size=checkpoint.merge_size,
             graphs=graphs,
         )

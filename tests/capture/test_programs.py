@@ -91,7 +91,7 @@ class _Bound:
         self.encoder, self.decoder = encoder, bind_decoder(self.recipe.attention, decoder_weights(checkpoint))
         cache = BoundCache(dataclasses.replace(self.recipe.cache, kv=self.kv), Memory(checkpoint), family="", images_by="")
         slot = Capture(shapes=self.padding, prefill="compile", decode="compile")  # by tables, however they are run
-        self.stages = Stages(slot, encoder, self.decoder, cache, merge_size=2, graphs=None)
+        self.stages = Stages(slot, encoder, self.decoder, cache.store, merge_size=2, graphs=None)
         self.programs = {
             "vit": vit_program(encoder),
             "prefill": prefill_program(self.decoder),

@@ -14,8 +14,7 @@ import torch
 
 from fastvl_lab import Chunk, Lab, Recipe, Request, RequestCancelledError, Run
 from fastvl_lab.catalogue import toggles
-from fastvl_lab.streaming.gate import CountingGate
-from fastvl_lab.streaming.launch import _Sent
+from fastvl_lab.streaming.rounds import CountingGate, _Sent
 from fastvl_lab.trace import Tracer
 
 CHOICES = {toggle.name: toggle.values for toggle in toggles() if toggle.slot == "streaming"}
@@ -285,7 +284,7 @@ class _Event:
 def test_a_token_is_asked_for_a_moment_before_the_thread_sleeps(asked: float, slept: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Waking up takes tens of microseconds, which would be part of a token that is there by then."""
     now = iter(range(10_000))
-    monkeypatch.setattr("fastvl_lab.streaming.launch.time.perf_counter", lambda: next(now) * 10e-6)  # 10 us pass with each look
+    monkeypatch.setattr("fastvl_lab.streaming.rounds.time.perf_counter", lambda: next(now) * 10e-6)  # 10 us pass with each look
     event = _Event(asked)
     assert _Sent(torch.tensor([7]), event).read() == 7
     assert event.slept == slept
