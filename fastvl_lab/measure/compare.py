@@ -187,6 +187,7 @@ def compare(
     warm_up: int = 1,
     seed: int = 0,
     on_run: Callable[[str], object] | None = None,
+    on_sample: Callable[[RunSample], object] | None = None,
     keep_going: bool = False,
     checks: Mapping[str, Parity] | None = None,
     stop: threading.Event | None = None,
@@ -194,9 +195,9 @@ def compare(
     """Run every engine on the request `warm_up + repeats` times, in rounds whose order is shuffled by `seed`; then check parity.
 
     engines: label -> recipe, recipe text, or peer. Transformers answers for all of them, and runs for that where it is none of
-    them. on_run is called after each run with its label. keep_going records any error of an engine in `failures` and goes on
-    without it; otherwise errors are raised. checks: label -> a check that was made before, and is not made again.
-    stop: as `Lab.run` has it.
+    them. on_run is called after each run with its label, on_sample with what was measured. keep_going records any error of an
+    engine in `failures` and goes on without it; otherwise errors are raised. checks: label -> a check that was made before, and is
+    not made again. stop: as `Lab.run` has it.
     """
     if not isinstance(engines, Mapping) or not engines:
         raise RequestError(f"engines is {engines!r}; give at least one recipe or peer, as label -> engine")
@@ -226,6 +227,8 @@ def compare(
                     if label not in logits or not run.finite:
                         logits[label] = run.logits
                     made.append(RunSample(engine=label, round=number, run=_without_logits(run, label)))
+                    if on_sample is not None:
+                        on_sample(made[-1])
                 if on_run is not None:
                     on_run(label)
         samples = tuple(sample for label in engines for sample in made if sample.engine == label)
@@ -274,15 +277,16 @@ def attribute(
     *,
     start: Recipe | str | None = None,
     repeats: int = 6,
+    on_sample: Callable[[RunSample], object] | None = None,
     stop: threading.Event | None = None,
 ) -> Attribution:
     """Measure Transformers, the recipe `start` (the baseline, if none is given), and every step from it to `recipe`.
 
-    A step's saving depends on the steps before it: in another order it would be another one. Runs (steps + 2) engines. Raises what
-    `compare` raises.
+    A step's saving depends on the steps before it: in another order it would be another one. Runs (steps + 2) engines. on_sample
+    and stop are those of `compare`, which says what is raised.
     """
     ways = steps_between(find_recipe(START if start is None else start, lab.device), find_recipe(recipe, lab.device))
-    comparison = compare(lab, request, {STOCK: STOCK, **ways}, repeats=repeats, stop=stop)
+    comparison = compare(lab, request, {STOCK: STOCK, **ways}, repeats=repeats, on_sample=on_sample, stop=stop)
     return Attribution(comparison=comparison, steps=tuple(step for step in ways if step in comparison.engines))
 
 

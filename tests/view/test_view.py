@@ -17,7 +17,6 @@ from fastvl_lab.measure.profile import Operation, Profile
 from fastvl_lab.measure.samples import Samples, StageSample
 from fastvl_lab.trace import Span, Trace
 from fastvl_lab.view import style
-from fastvl_lab.view.workbench.figures import so_far, with_ghost
 
 
 @pytest.fixture(scope="module")
@@ -80,8 +79,6 @@ def test_pointing_at_a_bar_tells_its_own_length(labs: dict[str, Lab], runs: list
     stage = Operation(name="vit", lane="host", stage="vit", start_us=500.0, end_us=2000.0)
     figures = {
         "waterfall": view.waterfall(runs),
-        "ghost": with_ghost(runs[0], runs[1], runs[0]),
-        "so far": so_far(runs[1].trace.within_ttft()),
         "blocks": view.block_waterfall([layers]),
         "launches": view.launches_and_steps({"rounds": rounds}),
         "operations": view.operation_timeline({"eager": Profile(stages=(stage,), operations=(operation,))}),
@@ -124,22 +121,6 @@ def test_the_device_lane_differs_by_pattern_and_place(runs: list[Run]) -> None:
     assert lanes["host"].marker.pattern.shape is None
     assert lanes["host"].offset + lanes["host"].width <= lanes["device"].offset
     assert any("· device" in annotation.text for annotation in figure.layout.annotations)
-
-
-def test_a_ghost_lies_behind_the_lane_that_it_is_of(runs: list[Run]) -> None:
-    before, run = (_on_two_lanes(run) for run in runs)
-    ghost, *bars = with_ghost(None, run, before).data
-    lanes = {lane.legendgroup: lane for lane in bars}
-    spans = [span for lane in ("host", "device") for span in before.trace.within_ttft(lane) if span.name in run.trace.stages()]
-    assert list(ghost.x) == [span.duration_ns / 1e6 for span in spans]
-    for span, low, height in zip(spans, ghost.offset, ghost.width, strict=True):
-        bar = lanes[span.lane]
-        assert low < bar.offset
-        assert bar.offset + bar.width <= low + height
-    # A run with one lane is held against the host of the other alone.
-    ghost, *bars = with_ghost(None, runs[1], before).data
-    assert len(ghost.x) == len(spans) / 2
-    assert set(ghost.offset) == {-ghost.width[0] / 2}
 
 
 def test_stages_with_names_of_their_own_are_drawn_and_tabled(runs: list[Run]) -> None:

@@ -12,14 +12,14 @@ from fastvl_lab.view import breakdown
 from fastvl_lab.view.slots import block_waterfall
 from fastvl_lab.view.streaming import chunk_timeline
 from fastvl_lab.view.tables import layer_frame, stage_frame
-from fastvl_lab.view.workbench.figures import with_ghost
+from fastvl_lab.view.waterfall import waterfall
 from fastvl_lab.view.workbench.session import BEFORE, RECIPE, STOCK, Result, Session
 
 if TYPE_CHECKING:
     import plotly.graph_objects as go
 
-# A result and the run to hold against it -> a figure, and the table that says the same.
-Draw = Callable[[Result, Run | None], tuple["go.Figure", Any]]
+# A result and the one to hold against it -> a figure, and the table that says the same.
+Draw = Callable[[Result, Result | None], tuple["go.Figure", Any]]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -69,13 +69,20 @@ def _layers_of(name: str, stage: str, parts: str) -> View:
     )
 
 
-def _runs(result: Result, against: Run | None) -> dict[str, Run]:
-    every = {STOCK: result.reference, RECIPE: result.shown, BEFORE: against}
+def _runs(result: Result, other: Result | None) -> dict[str, Run]:
+    """The bar to beat, the result's own, and the run before where it was asked the same."""
+    against = None
+    if other is not None and other.question == result.question:
+        beside = result.comparison is not None and result.before == other.recipe
+        against = result.comparison.representative(BEFORE) if result.comparison is not None and beside else other.shown
+    reference = result.reference
+    every = {reference.engine if reference else STOCK: reference, RECIPE: result.shown, BEFORE: against}
     return {label: run for label, run in every.items() if run is not None}
 
 
-def _waterfall(result: Result, against: Run | None) -> tuple[go.Figure, Any]:
-    return with_ghost(result.reference, result.shown, against), stage_frame(list(_named(_runs(result, against)).values()))
+def _waterfall(result: Result, other: Result | None) -> tuple[go.Figure, Any]:
+    runs = list(_named(_runs(result, other)).values())
+    return waterfall(runs), stage_frame(runs)
 
 
 def _named(runs: dict[str, Run]) -> dict[str, Run]:
@@ -90,19 +97,19 @@ def _layers(result: Result, stage: str) -> tuple[go.Figure, Any]:
     return block_waterfall(list(result.layers.values()), stage), pandas.concat(frames)[["run", *frames[0].columns[:-1]]]
 
 
-def _attribution(result: Result, _: Run | None) -> tuple[go.Figure, Any]:
+def _attribution(result: Result, _: Result | None) -> tuple[go.Figure, Any]:
     assert result.attribution is not None
     return breakdown.step_down(result.attribution), breakdown.attribution_frame(result.attribution)
 
 
-def _floors(result: Result, _: Run | None) -> tuple[go.Figure, Any]:
+def _floors(result: Result, _: Result | None) -> tuple[go.Figure, Any]:
     assert result.floors is not None
     runs = _runs(result, None)
     return breakdown.floor_bars(runs, result.floors), breakdown.floor_frame(runs, result.floors)
 
 
-def _tokens(result: Result, against: Run | None) -> tuple[go.Figure, Any]:
-    runs = _runs(result, against)
+def _tokens(result: Result, other: Result | None) -> tuple[go.Figure, Any]:
+    runs = _runs(result, other)
     table = [
         {
             "run": label,
@@ -119,5 +126,5 @@ def _tokens(result: Result, against: Run | None) -> tuple[go.Figure, Any]:
     return chunk_timeline(runs), require("pandas", "notebooks").DataFrame(table)
 
 
-def _memory(result: Result, _: Run | None) -> tuple[go.Figure, Any]:
+def _memory(result: Result, _: Result | None) -> tuple[go.Figure, Any]:
     return breakdown.memory_bars(result.held), breakdown.memory_frame(result.held)
