@@ -4,6 +4,7 @@
 #              [RECIPES='["transformers", "fastest, vit.tower=transformers"]']
 #   make test  [TESTS=tests/test_recipe.py]
 #   make test-native  (every launch setting of every kernel, compiled for GPUs from Ampere to Blackwell)
+#   make test-nightly (those, and cases that take minutes beside one that `make test` runs)
 #   make test-oldest  (what rests on torch, triton and Transformers, on the oldest versions allowed; Python 3.11 or 3.12, 6 GB)
 #   make benchmark    (the bars that speed-ups are held to; on an idle machine)
 #   make lab
@@ -23,7 +24,7 @@ given  = $(if $(findstring command,$(origin $1)),$($1))
 quote  = '$(subst ','\'',$1)'
 FOLDER := $(or $(call given,RUN),runs/$(shell date +%Y%m%d-%H%M%S))
 
-.PHONY: sweep test test-native test-oldest benchmark lab lint figures toggles
+.PHONY: sweep test test-native test-nightly test-oldest benchmark lab lint figures toggles
 .DELETE_ON_ERROR:
 
 $(STAMP): pyproject.toml $(LIMITS)
@@ -45,12 +46,15 @@ sweep: $(STAMP)
 
 # First what can share the machine, a test a core; then what waits on clocks and browsers. pytest's exit 5 is "none of these here".
 test: $(STAMP)
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(TESTS) -n auto -m "not alone and not native and not benchmark" || [ $$? -eq 5 ]
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(TESTS) -n auto -m "not alone and not native and not nightly and not benchmark" || [ $$? -eq 5 ]
 	$(BIN)/python -m pytest $(TESTS) -m "alone and not benchmark" || [ $$? -eq 5 ]
 
 # All launch settings of all kernels, for GPUs from Ampere to Blackwell: minutes of compiling.
 test-native: $(STAMP)
 	$(BIN)/python -m pytest tests/kernels -n auto -m native
+
+test-nightly: $(STAMP)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(TESTS) -n auto -m "native or nightly"
 
 OLDEST := kernels capture attention language vit cache test_parity.py
 test-oldest:

@@ -8,6 +8,8 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
+from fastvl_lab import shown
+
 if TYPE_CHECKING:
     from fastvl_lab.catalogue import toggles
     from fastvl_lab.errors import (
@@ -66,6 +68,9 @@ _PUBLIC = {
 }
 
 __all__ = list(_PUBLIC)
+
+
+shown.drawn_by(lambda: importlib.import_module("fastvl_lab.view"))  # when a result is first shown
 
 
 def __getattr__(name: str) -> Any:

@@ -40,9 +40,9 @@ class BoundEngine(Protocol):
 class Engine:
     """What can answer a request; engines of one name are equal.
 
-    name: a text that `find` reads as this engine on every device. bind: makes it run over a checkpoint, within a lab's memory and
-    CUDA graphs; raises `FastvlError`s. recipe: the lab's own recipe, None for a peer. remote: it computes behind an address, and
-    shows neither pixels nor logits. held_against: the peer that a peer is checked by, itself where it is None.
+    name: a text that `find` reads as this engine where no device is given. bind: makes it run over a checkpoint, within a lab's
+    memory and CUDA graphs; raises `FastvlError`s. recipe: the lab's own recipe, None for a peer. remote: it computes behind an
+    address, and shows neither pixels nor logits. held_against: the peer that a peer is checked by, itself where it is None.
     """
 
     name: str
@@ -101,8 +101,8 @@ def engine(*words: str, said: str | None = None) -> Callable[[Read], Read]:
     return register
 
 
-def find(given: EngineLike, device: torch.device | str = "cpu") -> Engine:
-    """The engine that is given as itself, as its recipe, or as a text; the device is what "fastest" depends on.
+def find(given: EngineLike, device: torch.device | str | None = None) -> Engine:
+    """The engine that is given as itself, as its recipe, or as a text, which is read for the device (`Recipe.parse`).
 
     Raises `RecipeError` naming the choices.
     """
@@ -122,7 +122,7 @@ def find(given: EngineLike, device: torch.device | str = "cpu") -> Engine:
         raise RecipeError(f"{error}; or a peer: {', '.join(names)}") from None
 
 
-def find_recipe(given: EngineLike, device: torch.device | str = "cpu") -> Recipe:
+def find_recipe(given: EngineLike, device: torch.device | str | None = None) -> Recipe:
     """As `find`, where nothing but a recipe will do."""
     if isinstance(given, str) and _word(given) not in _peers():
         return Recipe.parse(given, device)

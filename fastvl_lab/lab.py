@@ -99,7 +99,7 @@ class Lab:
         return self.checkpoint.dtype
 
     def __repr__(self) -> str:
-        return f"Lab({self.checkpoint.name!r}, device={str(self.device)!r}, dtype={_dtype_name(self.dtype)!r})"
+        return f"Lab({self.checkpoint.name!r}, device={str(self.device)!r}, dtype={dtype_name(self.dtype)!r})"
 
     def run(
         self,
@@ -144,7 +144,7 @@ class Lab:
             recipe=key.recipe,
             checkpoint=outcome.model or self.checkpoint.name,
             device=ELSEWHERE if key.remote else device_name(self.device),
-            dtype="unknown" if key.remote else _dtype_name(self.dtype),
+            dtype="unknown" if key.remote else dtype_name(self.dtype),
             kind=kind,
             n_prompt=outcome.n_prompt,
             shapes=outcome.shapes,
@@ -382,5 +382,5 @@ def device_name(device: torch.device) -> str:
     return f"CPU ({torch.get_num_threads()} threads)"
 
 
-def _dtype_name(dtype: torch.dtype) -> str:
+def dtype_name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")

@@ -7,17 +7,16 @@ from dataclasses import dataclass
 
 import torch
 
-from fastvl_lab import attention, preprocessor, streaming, vit
+from fastvl_lab import preprocessor, streaming, vit
 from fastvl_lab.cache import BoundCache, Place
 from fastvl_lab.cache.memory import Memory
 from fastvl_lab.capture import Stages
 from fastvl_lab.capture.execute import Capture
 from fastvl_lab.capture.graphs import GraphStore
 from fastvl_lab.checkpoint import Checkpoint
-from fastvl_lab.language.decode import Step
-from fastvl_lab.language.merge import merge
-from fastvl_lab.language.sample import greedy
-from fastvl_lab.language.weights import decoder_weights
+from fastvl_lab.decoder import bind_decoder
+from fastvl_lab.decoder.steps import Step, merge, sample
+from fastvl_lab.decoder.weights import decoder_weights
 from fastvl_lab.preprocessor import OpenedImages
 from fastvl_lab.preprocessor.upload import upload_prompt
 from fastvl_lab.recipe import Recipe
@@ -57,7 +56,7 @@ class Pipeline:
         self.images = images = preprocessor.bind(recipe.preprocessor, checkpoint)
         compiled = recipe.capture.vit == "compile"
         encode = vit.bind(recipe.vit, checkpoint, images.patch_format, compiled=compiled)
-        self.decoder = attention.bind(recipe.attention, decoder_weights(checkpoint))
+        self.decoder = bind_decoder(recipe.attention, decoder_weights(checkpoint))
         images_by = f"{checkpoint.name} {recipe.preprocessor} {recipe.vit} {recipe.capture.vit} {recipe.capture.shapes}"
         self.cache = BoundCache(
             recipe.cache, memory, images_by=images_by, family=f"{images_by} {recipe.attention} {recipe.capture}"
@@ -141,7 +140,7 @@ class Pipeline:
                 place.extend(rest.n_tokens)
                 first_logits = stages.prefill(hidden, rest, vision, kv, tracer)
             with span("sample"):
-                first = greedy(first_logits[0], decoder)
+                first = sample(first_logits, decoder)
 
         def decode(token: torch.Tensor, position: torch.Tensor) -> Step:
             place.extend(1)
@@ -151,7 +150,7 @@ class Pipeline:
             first=first,
             next_position=prompt.next_position,
             decode=decode if forced is None else forced.steps(decode),
-            sample=lambda step: greedy(step.logits[0], decoder) if step.token is None else step.token,
+            sample=lambda step: sample(step.logits, decoder) if step.token is None else step.token,
             max_new_tokens=n_new,
             ends=() if request.ignore_eos else self.checkpoint.eos_token_ids,
             emitter=Emitter(self.token_bytes, deliver),

@@ -112,7 +112,7 @@ class Grid(NamedTuple):
 
 @dataclass(frozen=True, kw_only=True)
 class ImageShape:
-    """What became of one image's size: decoded, resized (pixels), its patch grid, and its visual tokens."""
+    """What became of one image's size: unpacked, resized (pixels), its patch grid, and its visual tokens."""
 
     width: int
     height: int
@@ -155,7 +155,7 @@ class Prompt:
     """The prompt as the decoder reads it, placeholders already expanded to one token per visual token.
 
     input_ids: int64 [n_tokens]; positions: int64 [3, n_tokens], the temporal, height and width rows of M-RoPE;
-    visual_index: int64 [n_visual], where visual tokens stand; next_position: the position of the first decoded token. images: of
+    visual_index: int64 [n_visual], where visual tokens stand; next_position: the position of the first new token. images: of
     each image, in order, its first token and how many it has.
     """
 

@@ -1,16 +1,14 @@
-"""One finished run: what it made, how long each stage took, and how it shows itself."""
+"""One finished run: what it made, and how long each stage took."""
 
 from __future__ import annotations
 
-import html
-import json
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
 
+from fastvl_lab import shown
 from fastvl_lab.capture.execute import Capture
-from fastvl_lab.errors import MissingExtraError
 from fastvl_lab.recipe import Recipe
 from fastvl_lab.request import UNNAMED, Chunk, Grid, ImageShape
 from fastvl_lab.request import Kind as Kind
@@ -112,9 +110,7 @@ class Run:
 
     def waterfall(self) -> go.Figure:
         """The TTFT waterfall as a plotly figure; needs the extra "notebooks"."""
-        from fastvl_lab.view import waterfall
-
-        return waterfall([self])
+        return shown.figure(self)
 
     def to_record(self) -> dict[str, Any]:
         """Everything but the logits as JSON-ready data; `from_record` reads it back."""
@@ -156,7 +152,8 @@ class Run:
                     cells[eighth // 8] += 1
         return "".join("█" if filled >= 8 else _EIGHTHS[filled] for filled in cells)
 
-    def _rows_with_bars(self) -> list[tuple[str, float, float, str]]:
+    def stage_bars(self) -> list[tuple[str, float, float, str]]:
+        """The stage table's names, host ms and shares, each with a bar of text that lies where the stage ran."""
         intervals: dict[str, list[tuple[int, int]]] = {"unaccounted": list(self.trace.gaps())}
         for span in self.trace.within_ttft():
             intervals.setdefault(span.name, []).append((span.start_ns, span.end_ns))
@@ -164,15 +161,16 @@ class Run:
             (row["stage"], row["host_ms"], row["share"], self._bar(intervals.get(row["stage"], []))) for row in self.stage_table()
         ]
 
-    def _summary(self) -> str:
+    def summary(self) -> str:
+        """TTFT, TPOT, and how many tokens in how many chunks."""
         per_token = "" if self.tpot is None else f", TPOT {self.tpot * 1e3:.2f} ms"
         return f"TTFT {self.ttft * 1e3:.1f} ms{per_token}, {len(self.tokens)} tokens in {len(self.chunks)} chunks"
 
     def __repr__(self) -> str:
-        lines = [self.title(), self.subtitle(), self._summary()]
+        lines = [self.title(), self.subtitle(), self.summary()]
         if not self.finite:
             lines.append("its logits are not finite: its tokens mean nothing")
-        lines += [f"{stage:<13} {ms:9.3f} ms {share:6.1%} {bar}".rstrip() for stage, ms, share, bar in self._rows_with_bars()]
+        lines += [f"{stage:<13} {ms:9.3f} ms {share:6.1%} {bar}".rstrip() for stage, ms, share, bar in self.stage_bars()]
         lines += [f"{c.how} of {c.stage}: {c.seconds:.2f} s, {c.n_bytes / 1e6:.1f} MB ({c.shape})" for c in self.captures]
         if self.trace.padding:
             lines.append("padding: " + ", ".join(f"{share:.1%} of {stage}" for stage, share in self.trace.padding.items()))
@@ -180,29 +178,9 @@ class Run:
             lines.append("counted: " + ", ".join(f"{name} {times}" for name, times in self.trace.counts.items()))
         return "\n".join(lines)
 
-    def _html(self) -> str:
-        rows = "".join(
-            f"<tr><td>{stage}</td><td align='right'>{ms:.3f}</td><td align='right'>{share:.1%}</td><td><code>"
-            f"{bar.replace(' ', '&nbsp;')}</code></td></tr>"
-            for stage, ms, share, bar in self._rows_with_bars()
-        )
-        heading = "<br>".join(html.escape(line) for line in (self.title(), self.subtitle(), self._summary()))
-        return (
-            f"<p>{heading}</p><table><thead><tr><th>stage</th><th>ms</th><th>share</th><th>when</th></tr></thead>"
-            f"<tbody>{rows}</tbody></table>"
-        )
-
     def _repr_mimebundle_(self, include: Any = None, exclude: Any = None) -> dict[str, Any]:
         """A figure where plotly can be shown, a table where only HTML can, and text in a terminal."""
-        bundle: dict[str, Any] = {"text/plain": repr(self), "text/html": self._html()}
-        try:
-            figure = self.waterfall()
-        except MissingExtraError:  # without plotly, the table is what there is
-            return bundle
-        from fastvl_lab.view.style import CONFIG
-
-        shown = json.loads(figure.to_json())
-        return bundle | {"application/vnd.plotly.v1+json": shown | {"config": CONFIG}}
+        return shown.bundle(self)
 
 
 def in_words(kind: Kind) -> str:

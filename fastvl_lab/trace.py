@@ -42,12 +42,12 @@ STAGES: dict[str, str] = {
     "preprocess": "preprocessor/",
     "upload": "preprocessor/upload.py",
     "vit": "vit/",
-    "merge": "language/merge.py",
-    "prefill": "language/prefill.py",
+    "merge": "decoder/steps.py",
+    "prefill": "decoder/steps.py",
     "first_token": "capture/stages.py",
-    "sample": "language/sample.py",
+    "sample": "decoder/steps.py",
     "emit": "streaming/text.py",
-    "decode": "language/decode.py",
+    "decode": "decoder/steps.py",
 }
 
 # Stages that always give a GPU work, and those that never do; the others do with some options.

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import atexit
+import dataclasses
 import os
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -29,7 +31,7 @@ from fastvl_lab.catalogue import SLOTS, Option, toggles
 from fastvl_lab.checkpoint import Checkpoint, tiny
 from fastvl_lab.checkpoint.fused import fuse_projections
 from fastvl_lab.checkpoint.random_weights import randomise
-from fastvl_lab.families import family_of
+from fastvl_lab.families import FAMILIES, family_of
 from fastvl_lab.measure.samples import Interval
 from fastvl_lab.preprocessor.decode_image import rgb_of
 from fastvl_lab.request import ImageInput, ImageSource
@@ -58,6 +60,28 @@ def lab(request: pytest.FixtureRequest, labs: dict[str, Lab]) -> Lab:
 
 
 @pytest.fixture(scope="session")
+def shallow_labs() -> dict[str, Lab]:
+    """The built-in checkpoints with two blocks and two layers: compilers and interpreters take as long as a model is deep."""
+    cut: dict[str, dict[str, Any]] = {
+        "qwen2_5_vl": {"depth": 2, "fullatt_block_indexes": [1]},
+        "qwen3_vl": {"depth": 2, "deepstack_visual_indexes": [0]},
+    }
+    labs = {}
+    for family in FAMILIES:
+        for name, tall in family.tiny.items():
+            vision, text = {**tall.vision, **cut[family.model_type]}, {**tall.text, "num_hidden_layers": 2}
+            mine = dataclasses.replace(family, tiny={f"shallow-{name}": dataclasses.replace(tall, vision=vision, text=text)})
+            labs[name] = Lab(f"shallow-{name}", device="cpu", dtype="float32", families=[mine])
+    return labs
+
+
+@pytest.fixture(params=TINY)
+def shallow(request: pytest.FixtureRequest, shallow_labs: dict[str, Lab]) -> Lab:
+    """Each of them in turn."""
+    return shallow_labs[request.param]
+
+
+@pytest.fixture(scope="session")
 def stock_resize(labs: dict[str, Lab]) -> str:
     """The option of preprocessor.resize whose pixels are those of Transformers' default image processor here."""
     return {"pillow": "pillow", "torchvision": "torch"}[labs[TINY[0]].checkpoint.image_backend]
@@ -77,7 +101,7 @@ def decode() -> Callable[[Sequence[ImageSource | ImageInput]], list[Image.Image]
 
 @pytest.fixture(scope="session")
 def assert_reaches() -> Callable[[Callable[[], Interval], float], None]:
-    """Assert that a ratio measured side by side can be as high as a bar: it fails if three intervals in a row lie below.
+    """Assert that a ratio measured side by side is shown to be above a bar: the low end of one of three intervals is.
 
     A pause of the machine hides a speed-up once; code that has become slower hides it always.
     """
@@ -86,9 +110,9 @@ def assert_reaches() -> Callable[[Callable[[], Interval], float], None]:
         seen = []
         for _ in range(3):
             seen.append(measure())
-            if seen[-1].high >= bar:
+            if seen[-1].low >= bar:
                 return
-        raise AssertionError(f"{seen} are all below {bar}")
+        raise AssertionError(f"none of {seen} is shown to be above {bar}")
 
     return check
 
@@ -140,6 +164,14 @@ def add_option() -> Iterator[Callable[[str, Option], None]]:
 
         yield add
     toggles.cache_clear()
+
+
+@pytest.fixture
+def without_inductor(monkeypatch: pytest.MonkeyPatch) -> None:
+    """torch.compile reads, guards and splits programs as ever, and runs them by ATen: the minutes are in Inductor and its C++."""
+    from torch._dynamo.backends.debugging import aot_eager  # seconds to import
+
+    monkeypatch.setattr("torch._inductor.compile_fx.compile_fx", aot_eager)
 
 
 @pytest.fixture

@@ -130,7 +130,7 @@ def test_a_kernel_is_named_where_torch_has_a_choice_and_half_precision_is_asked_
     for path in ("attention.prefill", "attention.decode"):
         why = "it needs a CPU, and the lab runs on cuda; the choices here are 'eager', 'sdpa_efficient', 'sdpa_flash'"
         with pytest.raises(RecipeError, match=f"{path}=sdpa cannot run here: {why}"):
-            Recipe.baseline().replace(path, "sdpa").check(CUDA)
+            Recipe.parse(f"baseline, {path}=sdpa", "cuda")
         for kernel, in_float32 in (("flash", False), ("cudnn", False), ("efficient", True), ("math", True)):
             recipe = Recipe.baseline().choose(path, f"sdpa_{kernel}")
             recipe.check(half)
@@ -183,16 +183,22 @@ def test_a_checkpoint_is_a_target_of_which_all_is_known(lab: Lab) -> None:
 def test_an_options_needs_are_a_word_in_the_catalogue(
     add_option: Callable[[str, Option], None], monkeypatch: pytest.MonkeyPatch, needs: Needs, why: str
 ) -> None:
-    """Added here while everything runs, as a line of the catalogue and a function: panel, check and binding refuse it alike."""
+    """Added here while everything runs, as a line of the catalogue and a function: panel, parse and binding refuse it alike."""
     pytest.importorskip("ipywidgets")
     add_option("vit.attention", Option(value="new", does="something new; nobody yet", needs=needs))
     monkeypatch.setitem(attention.OPTIONS, "new", attention.grouped)
     lab, request = Lab("tiny-qwen2.5-vl", device="cpu"), Request(prompt="Hello.", max_new_tokens=1)
     refused = re.escape(f"vit.attention=new cannot run here: {why}")
 
-    recipe = Recipe.parse("fastest, vit.attention=new")
+    text = "fastest, vit.attention=new"
+    recipe = Recipe.parse(text)  # for any device
     with pytest.raises(RecipeError, match=refused):
-        recipe.check(lab.checkpoint.target)
+        Recipe.parse(text, lab.checkpoint.target)
+    if needs.device is None and needs.package is None:
+        assert Recipe.parse(text, "cpu") == recipe  # of which dtype and heads are not known
+    else:
+        with pytest.raises(RecipeError, match=refused):
+            Recipe.parse(text, "cpu")
     with pytest.raises(RecipeError, match=refused):
         lab.run(request, recipe)
     with pytest.raises(RecipeError, match=refused):

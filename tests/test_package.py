@@ -7,7 +7,8 @@ import re
 import subprocess
 import sys
 import tomllib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 
 import pytest
@@ -18,14 +19,15 @@ from fastvl_lab.families import FAMILIES
 from fastvl_lab.trace import STAGES
 
 PACKAGE = Path(fastvl_lab.__file__).parent
-SLOTS = ("preprocessor", "vit", "attention", "cache", "capture", "streaming")
+SLOTS = ("preprocessor", "vit", "cache", "capture", "streaming")
 
 # Lowest first; a module imports from its own layer or below. Parts of the package that do not exist yet have their place too.
 LAYERS = (
-    ("errors", "image_input", "messages", "request", "trace", "kernels", "catalogue", "engine_thread"),
+    ("errors", "image_input", "messages", "request", "shown", "trace", "kernels", "catalogue", "engine_thread"),
     ("recipe", "families"),
     ("checkpoint",),
-    ("tokenizer", "language", *SLOTS),
+    ("decoder",),
+    ("tokenizer", *SLOTS),
     ("pipeline",),
     ("engine", "peers", "run"),  # a peer registers with the engine, which knows of `peers` its folder alone
     ("lab",),
@@ -33,9 +35,6 @@ LAYERS = (
     ("view", "serve"),
 )
 LAYER_OF = {part: number for number, layer in enumerate(LAYERS) for part in layer}
-
-# A run and a comparison draw themselves, and a sweep writes its report: these imports stand inside the function that draws.
-DRAWN_ON_REQUEST = {("run", "view"), ("measure", "view")}
 
 OPTIONAL = (
     "plotly",
@@ -61,45 +60,78 @@ def _modules() -> Iterator[tuple[Path, str]]:
             yield path, relative.parts[0].removesuffix(".py")
 
 
-def _imports(path: Path) -> Iterator[tuple[str, bool]]:
-    """(module path inside the package, whether at the top of the file) of every import of our own."""
+def _name(path: Path) -> str:
+    """The module of a file as imports name it, without the package's own name; "" for the package itself."""
+    return ".".join(path.relative_to(PACKAGE).with_suffix("").parts).removesuffix("__init__").removesuffix(".")
+
+
+FILE_OF = {_name(path): path for path in sorted(PACKAGE.rglob("*.py"))}
+
+
+def _imports(path: Path, *, for_types: bool = True) -> set[str]:
+    """Our own modules that a file imports, anywhere in it; for_types: also those that only a type checker imports."""
     tree = ast.parse(path.read_text())
+    checked = [node for node in ast.walk(tree) if isinstance(node, ast.If) and ast.unparse(node.test).endswith("TYPE_CHECKING")]
+    skipped = set() if for_types else {inside for block in checked for node in block.body for inside in ast.walk(node)}
+    found = set()
     for node in ast.walk(tree):
-        top = node in tree.body
-        if isinstance(node, ast.ImportFrom) and node.module and node.module.split(".")[0] == "fastvl_lab":
-            if node.module == "fastvl_lab":
-                yield from ((alias.name, top) for alias in node.names)
-            else:
-                yield node.module.removeprefix("fastvl_lab."), top
+        if node in skipped:
+            continue
+        if isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path} imports relatively"
+            names = [(node.module or "", alias.name) for alias in node.names]
+            # What is imported of a package may be a module of it.
+            found |= {f"{module}.{name}" if _ours(f"{module}.{name}") in FILE_OF else module for module, name in names}
         elif isinstance(node, ast.Import):
-            yield from ((a.name.removeprefix("fastvl_lab."), top) for a in node.names if a.name.startswith("fastvl_lab."))
+            found |= {alias.name for alias in node.names}
+    return {_ours(name) for name in found if name.split(".")[0] == "fastvl_lab"}
+
+
+def _ours(name: str) -> str:
+    return name.removeprefix("fastvl_lab").removeprefix(".")
 
 
 @pytest.mark.parametrize(("path", "part"), list(_modules()), ids=lambda value: str(value).removeprefix(str(PACKAGE)))
 def test_imports_point_one_way(path: Path, part: str) -> None:
-    for module, top in _imports(path):
-        other = module.split(".")[0]
-        if (part, other) in DRAWN_ON_REQUEST:
-            assert not top or _type_checking_only(path, module), f"{path.name} imports {module} at its top"
-        else:
-            assert LAYER_OF[other] <= LAYER_OF[part], f"{path.name} imports {module}"
+    for module in _imports(path) - {""}:
+        assert LAYER_OF[module.split(".")[0]] <= LAYER_OF[part], f"{path.name} imports {module}"
 
 
-def _type_checking_only(path: Path, module: str) -> bool:
-    blocks = [node for node in ast.parse(path.read_text()).body if isinstance(node, ast.If)]
-    return any(f"fastvl_lab.{module}" in ast.unparse(block) for block in blocks)
+def _circle(imported: Mapping[str, set[str]]) -> list[str]:
+    try:
+        TopologicalSorter(imported).prepare()
+    except CycleError as error:
+        return list(error.args[1])
+    return []
+
+
+def test_no_modules_import_each_other_in_a_circle() -> None:
+    """Not inside a function either: there a circle waits for the first call."""
+    imported = {name: _imports(path, for_types=False) for name, path in FILE_OF.items()}
+    assert imported["view"] > {"view.figures", "view.tables"}
+    assert _circle(imported) == []
+
+
+def test_a_circle_is_found_inside_a_function(tmp_path: Path) -> None:
+    inside = tmp_path / "run.py"
+    inside.write_text("def draw():\n    from fastvl_lab.view import waterfall\n")
+    assert _imports(inside, for_types=False) == {"view.waterfall"}
+    imported = {name: _imports(path, for_types=False) for name, path in FILE_OF.items()} | {"run": {"view.waterfall"}}
+    assert {"run", "view.waterfall"} <= set(_circle(imported))
+    inside.write_text("from typing import TYPE_CHECKING\nif TYPE_CHECKING:\n    from fastvl_lab.view import waterfall\n")
+    assert _imports(inside, for_types=False) == set()
 
 
 def test_the_registry_of_engines_imports_no_engine_of_others() -> None:
-    found = {module for module, _ in _imports(PACKAGE / "engine.py") if module.startswith("peers")}
+    found = {module for module in _imports(PACKAGE / "engine.py") if module.startswith("peers")}
     assert found == {"peers"}
-    assert not list(_imports(PACKAGE / "peers" / "__init__.py"))
+    assert not _imports(PACKAGE / "peers" / "__init__.py")
 
 
 def test_slots_do_not_import_each_other() -> None:
     for path, part in _modules():
         if part in SLOTS:
-            others = {module.split(".")[0] for module, _ in _imports(path)} & set(SLOTS) - {part}
+            others = {module.split(".")[0] for module in _imports(path)} & set(SLOTS) - {part}
             assert not others, f"{path} imports {others}"
 
 
@@ -150,14 +182,14 @@ def test_options_of_a_slot_do_not_import_each_other() -> None:
     options = {
         "preprocessor": {"stock", "resize", "patchify", "patchify_triton"},
         "vit": {"stock", "lean"},
-        "attention": {"eager", "sdpa", "varlen", "slotted"},
+        "decoder": {"eager", "sdpa", "varlen", "slotted"},
         "cache": {"concat", "slotted"},
         "capture": {"compiled", "graphs"},
         "streaming": {"one_by_one", "rounds"},
     }
     for slot, names in options.items():
         for name in names:
-            imported = {module.removeprefix(f"{slot}.") for module, _ in _imports(PACKAGE / slot / f"{name}.py")}
+            imported = {module.removeprefix(f"{slot}.") for module in _imports(PACKAGE / slot / f"{name}.py")}
             assert not imported & (names - {name}), f"{slot}/{name}.py"
 
 
@@ -206,7 +238,8 @@ lab = fl.Lab("tiny-qwen3-vl", device="cpu")
 request = fl.Request(images=[numpy.full((64, 96, 3), 127, numpy.uint8)], prompt="Hello.", max_new_tokens=2, ignore_eos=True)
 run = lab.run(request, "fastest")
 assert run.tokens == lab.run(request, "transformers").tokens
-assert "prefill" in repr(run) and "application/vnd.plotly.v1+json" not in run._repr_mimebundle_()
+assert "prefill" in repr(run) and "fastvl_lab.view" not in sys.modules
+assert set(run._repr_mimebundle_()) == {{"text/plain", "text/html"}} and "fastvl_lab.view" in sys.modules
 comparison = fl.compare(lab, request, {{"a": "baseline", "b": "fastest"}}, repeats=1)
 assert len(comparison.summary()) == 2
 for need in (run.waterfall, comparison.frame, lambda: fl.photo("coffee")):

@@ -5,8 +5,6 @@ from __future__ import annotations
 import base64
 import dataclasses
 import itertools
-from collections.abc import Iterator
-from contextlib import ExitStack
 
 import numpy as np
 import pytest
@@ -71,22 +69,12 @@ def _oracle(lab: Lab, recipe: Recipe) -> str:
     return recipe.oracle(lab.checkpoint.image_backend)
 
 
-@pytest.fixture(scope="module", autouse=True)
-def _held(labs: dict[str, Lab]) -> Iterator[None]:
-    """Every recipe stays bound from test to test: what is compiled for one is compiled once."""
-    with ExitStack() as stack:
-        for lab in labs.values():
-            stack.enter_context(lab.hold(RECIPES.values()))
-        yield
-
-
-@pytest.mark.parametrize("case", REQUESTS)
-def test_every_exact_recipe_equals_transformers(lab: Lab, case: str) -> None:
+def _assert_parity(lab: Lab, case: str, recipes: dict[str, Recipe]) -> None:
     """32 tokens of the presets, and of every recipe after one image; of the others, whose prompts alone differ, the first 4."""
     request = Request(**REQUESTS[case], max_new_tokens=32, ignore_eos=True)
     first = dataclasses.replace(request, max_new_tokens=4)
-    oracles = {name: lab.run(request, name) for name in {_oracle(lab, recipe) for recipe in RECIPES.values()}}
-    for name, recipe in RECIPES.items():
+    oracles = {name: lab.run(request, name) for name in {_oracle(lab, recipe) for recipe in recipes.values()}}
+    for name, recipe in recipes.items():
         asked = request if name in ("baseline", "fastest") or case == "one image" else first
         run, expected = lab.run(asked, recipe), oracles[_oracle(lab, recipe)]
         assert len(expected.tokens) == 32
@@ -94,6 +82,31 @@ def test_every_exact_recipe_equals_transformers(lab: Lab, case: str) -> None:
         assert run.tokens == expected.tokens[: asked.max_new_tokens], name
         assert run.text == expected.text or asked is first, name
         assert run.shapes == expected.shapes, name
+
+
+COMPILED = {name: recipe for name, recipe in RECIPES.items() if name.endswith("=compile")}
+PLAIN = {name: recipe for name, recipe in RECIPES.items() if name not in COMPILED}
+
+
+@pytest.mark.parametrize("case", REQUESTS)
+def test_every_exact_recipe_equals_transformers(lab: Lab, case: str) -> None:
+    with lab.hold(PLAIN.values()):
+        _assert_parity(lab, case, PLAIN)
+
+
+def test_stages_that_torch_has_read_as_programs_equal_transformers(shallow_labs: dict[str, Lab], without_inductor: None) -> None:
+    """Of the family with DeepStack; a test of capture has Inductor compile the other."""
+    lab = shallow_labs[tiny.NAMES[-1]].apart()
+    for case in ("no image", "one image", "three odd sizes", "text around images"):
+        _assert_parity(lab, case, COMPILED)
+
+
+@pytest.mark.nightly
+@pytest.mark.parametrize("name", tiny.NAMES)
+def test_compiled_stages_equal_transformers(labs: dict[str, Lab], name: str) -> None:
+    lab = labs[name].apart()
+    for case in REQUESTS:
+        _assert_parity(lab, case, COMPILED)
 
 
 def test_tokens_depend_on_the_picture_and_on_the_words(lab: Lab) -> None:
@@ -129,19 +142,17 @@ def test_the_same_request_gives_the_same_tokens(lab: Lab, picture: bytes) -> Non
     assert len({lab.run(request, "fastest").tokens for _ in range(3)}) == 1
 
 
+@pytest.mark.parametrize("recipes", [PLAIN, pytest.param(COMPILED, marks=pytest.mark.nightly)], ids=["plain", "compiled"])
 @pytest.mark.parametrize("name", tiny.NAMES)
-def test_in_bfloat16_every_recipe_stays_near_transformers_own_error(labs: dict[str, Lab], name: str) -> None:
-    """On a picture that is nearly flat around the mean, where folded weights would show a loss of digits first.
-
-    Compiled stages, which take a minute, in one family.
-    """
+def test_in_bfloat16_every_recipe_stays_near_transformers_own_error(
+    labs: dict[str, Lab], name: str, recipes: dict[str, Recipe]
+) -> None:
+    """On a picture that is nearly flat around the mean, where folded weights would show a loss of digits first."""
     noise = np.random.default_rng(0).integers(-5, 6, size=(140, 168, 3))
     picture = (noise + np.array([123, 117, 104])).astype(np.uint8)
     request = Request(images=[picture], prompt="What is this?", max_new_tokens=1)
     high, low = labs[name], Lab(name, device="cpu", dtype="bfloat16")
-    for engine, recipe in RECIPES.items():
-        if "compile" in engine and name != tiny.NAMES[-1]:
-            continue
+    for engine, recipe in recipes.items():
         oracle = _oracle(high, recipe)
         truth = high.run(request, oracle).logits
         stock = (low.run(request, oracle).logits - truth).norm()

@@ -110,6 +110,17 @@ def test_recipe_texts_are_read_strictly(text: str, says: str) -> None:
         Recipe.parse(text)
 
 
+def test_a_text_is_read_for_the_device_that_is_given() -> None:
+    """Which need not be there."""
+    captured = "fastest, capture.vit=graph"
+    assert Recipe.parse(captured).changes() == Recipe.fastest("cpu").replace("capture.vit", "graph").changes()
+    assert Recipe.parse(captured, "cuda") == Recipe.fastest("cuda").replace("capture.vit", "graph")
+    with pytest.raises(RecipeError, match=r"capture.vit=graph cannot run here: it needs a CUDA device, and the lab runs on cpu"):
+        Recipe.parse(captured, CPU)
+    with pytest.raises(RecipeError, match="device 'nowhere'; the choices are 'cpu' and 'cuda'"):
+        Recipe.parse("baseline", "nowhere")
+
+
 def test_presets_hold_exact_options_only() -> None:
     for device in ("cpu", "cuda"):
         assert Recipe.fastest(device).exact

@@ -10,11 +10,11 @@ from collections.abc import Callable, Iterable, Sequence
 
 import torch
 
-from fastvl_lab.cache.blocks import BlockPool, Table, Token
-from fastvl_lab.cache.concat import ConcatKv
+from fastvl_lab.cache.blocks import Token
+from fastvl_lab.cache.concat import ConcatKv, ConcatSequence
 from fastvl_lab.cache.images import ImageStore, Kept, image_digest, join, split
-from fastvl_lab.cache.memory import BLOCK_SIZE, Memory
-from fastvl_lab.cache.slotted import SlottedKv
+from fastvl_lab.cache.memory import BLOCK_SIZE, Memory, Paged
+from fastvl_lab.cache.slotted import SlottedKv, SlottedSequence
 from fastvl_lab.catalogue import Cache
 from fastvl_lab.request import Prompt, VisionTokens
 
@@ -31,17 +31,15 @@ class Place:
 
     def __init__(
         self,
-        kv: ConcatKv | SlottedKv,
+        sequence: ConcatSequence | SlottedSequence,
         prompt: Prompt,
         *,
-        owner: _Owner | None = None,
         images: ImageStore | None = None,
         digests: Sequence[bytes] = (),
         bytes_per_token: int = 0,
     ) -> None:
-        self.kv = kv
-        self._prompt, self._owner, self._images, self._digests = prompt, owner, images, digests
-        self.reused = owner.table.reused if owner else 0
+        self.sequence, self.kv, self.reused = sequence, together([sequence]), sequence.length
+        self._prompt, self._images, self._digests = prompt, images, digests
         needed = [number for number, (first, length) in enumerate(prompt.images) if first + length > self.reused]
         self._needed = needed
         self._known: dict[int, Kept] = {}
@@ -65,14 +63,10 @@ class Place:
     @property
     def n_bytes(self) -> int:
         """What holds the request's keys and values now: tensors that grow, the blocks it has taken, or a whole session's room."""
-        if isinstance(self.kv, ConcatKv) or self._owner is not None:
-            return self.kv.n_bytes
-        return self.kv.store_bytes
+        return self.sequence.n_bytes
 
     def extend(self, n: int) -> None:
-        """The next forward brings n more tokens."""
-        if self._owner is not None:
-            self._owner.grow(sum(self.kv.segments.lengths) + n)
+        """The next forward brings n more tokens of this request alone."""
         self.kv.extend([n])
 
     def visual_tokens(self, made: VisionTokens | None) -> VisionTokens | None:
@@ -95,38 +89,46 @@ class Place:
 
     def keep(self, generated: Sequence[int]) -> None:
         """Let later requests find this one's prompt and the generated tokens that went through the decoder."""
-        if self._owner is not None:
-            self._owner.keep(generated)
+        if isinstance(self.sequence, PagedSequence):
+            self.sequence.keep(generated)
 
     def close(self) -> None:
         """Give the room back."""
-        if self._owner is not None:
-            self._owner.close()
+        if isinstance(self.sequence, PagedSequence):
+            self.sequence.close()
 
 
-class _Owner:
-    """A request's blocks of the paged cache, and what may be done with them."""
+class PagedSequence(SlottedSequence):
+    """One request's blocks of the paged cache; it takes them as it grows."""
 
-    def __init__(self, pool: BlockPool, table: Table, kv: SlottedKv, tokens: list[Token], family: str, *, reuse: bool) -> None:
-        self.table = table
-        self._pool, self._kv, self._tokens, self._family, self._reuse = pool, kv, tokens, family, reuse
-        kv.add_blocks(0, table.blocks)
+    def __init__(self, paged: Paged, tokens: list[Token], longest: int, family: str, *, reuse: bool) -> None:
+        self._pool, self._tokens, self._family, self._reuse = paged.pool, tokens, family, reuse
+        self._table = paged.pool.admit(tokens, longest, family=family, reuse=reuse)
+        super().__init__(paged.store, self._table.blocks, block_size=BLOCK_SIZE, longest=longest)
+        self.length = self._table.reused
 
     def grow(self, length: int) -> None:
-        """Blocks for that many tokens; the first new one begins with what was found of a block, if that was only a part."""
-        new = self._pool.extend(self.table, length)
-        self._kv.add_blocks(0, new)
-        if self.table.source is not None:
-            source, n = self.table.source
-            self._kv.copy_tokens(source, new[0], n)
-            self._pool.copied(self.table)
+        """The first new block begins with what was found of one, if that was only a part."""
+        new = self._pool.extend(self._table, length)
+        self.add_blocks(new)
+        if self._table.source is not None:
+            source, n = self._table.source
+            self.store.copy_slots(source * BLOCK_SIZE, new[0] * BLOCK_SIZE, n)
+            self._pool.copied(self._table)
 
     def keep(self, generated: Sequence[int]) -> None:
+        """Let later requests find the prompt and the generated tokens that went through the decoder."""
         if self._reuse:
-            self._pool.keep(self.table, [*self._tokens, *generated], family=self._family)
+            self._pool.keep(self._table, [*self._tokens, *generated], family=self._family)
 
     def close(self) -> None:
-        self._pool.free(self.table)
+        self._pool.free(self._table)
+
+
+def together(sequences: Sequence[ConcatSequence | SlottedSequence]) -> ConcatKv | SlottedKv:
+    """One cache for forwards that bring tokens of each of these sequences; all are kept in one way, in slots of one store."""
+    concat = [sequence for sequence in sequences if isinstance(sequence, ConcatSequence)]
+    return ConcatKv(concat) if concat else SlottedKv([s for s in sequences if isinstance(s, SlottedSequence)])
 
 
 class BoundCache:
@@ -160,21 +162,18 @@ class BoundCache:
         if self._image_reuse or self._prefix_reuse:
             digests = [image_digest(self._images_by, size, content) for size, content in contents()]
         images = memory.images if self._image_reuse else None
+        total, shape = prompt.n_tokens + max_new_tokens, memory.shape
+        sequence: ConcatSequence | SlottedSequence
         if self._kv == "concat":
-            return Place(ConcatKv(memory.shape.n_layers), prompt, images=images, digests=digests)
-        total = prompt.n_tokens + max_new_tokens
-        if self._kv == "static":
-            kv = SlottedKv(memory.static, block_size=BLOCK_SIZE, longest=memory.session_len, in_place=True)
-            kv.add_blocks(0, range(-(-total // BLOCK_SIZE)))
-            return Place(kv, prompt, images=images, digests=digests)
-        assert self._kv == "paged"
-        reuse, paged = self._prefix_reuse, memory.paged
-        tokens = _tokens(prompt, digests) if reuse else []
-        table = paged.pool.admit(tokens, total, family=self._family, reuse=reuse)
-        kv = SlottedKv(paged.store, block_size=BLOCK_SIZE, longest=total, reused=[table.reused])
-        owner = _Owner(paged.pool, table, kv, tokens, self._family, reuse=reuse)
-        bytes_per_token = memory.shape.bytes_per_token
-        return Place(kv, prompt, owner=owner, images=images, digests=digests, bytes_per_token=bytes_per_token)
+            sequence = ConcatSequence(shape.n_layers)
+        elif self._kv == "static":
+            blocks = range(-(-total // BLOCK_SIZE))
+            sequence = SlottedSequence(memory.static, blocks, block_size=BLOCK_SIZE, longest=memory.session_len, in_place=True)
+        else:
+            assert self._kv == "paged"
+            tokens = _tokens(prompt, digests) if self._prefix_reuse else []
+            sequence = PagedSequence(memory.paged, tokens, total, self._family, reuse=self._prefix_reuse)
+        return Place(sequence, prompt, images=images, digests=digests, bytes_per_token=shape.bytes_per_token)
 
 
 def _tokens(prompt: Prompt, digests: Sequence[bytes]) -> list[Token]:

@@ -7,39 +7,47 @@ from typing import Any
 
 import torch
 
-from fastvl_lab.language.decoder import Slots
-from fastvl_lab.language.segments import Segments
+from fastvl_lab.decoder.layers import Slots
+from fastvl_lab.decoder.segments import Segments
 
 
-class ConcatKv:
-    """The KV cache of some sequences, a tensor a layer and sequence."""
+class ConcatSequence:
+    """One sequence's keys and values, a tensor a layer each; `length` tokens, those of a forward under way included."""
 
-    def __init__(self, n_layers: int, n_sequences: int = 1) -> None:
-        self._keys: list[list[torch.Tensor | None]] = [[None] * n_sequences for _ in range(n_layers)]
-        self._values: list[list[torch.Tensor | None]] = [[None] * n_sequences for _ in range(n_layers)]
-        self.segments = Segments(new=(0,) * n_sequences, before=(0,) * n_sequences)
-        self.made: dict[Any, Any] = {}
-        self.visible = None  # all keys that `read` gives are the sequence's
+    def __init__(self, n_layers: int) -> None:
+        self.keys: list[torch.Tensor | None] = [None] * n_layers
+        self.values: list[torch.Tensor | None] = [None] * n_layers
+        self.length = 0
 
     @property
     def n_bytes(self) -> int:
         """What the tensors take now."""
-        stored = [x for side in (self._keys, self._values) for layer in side for x in layer if x is not None]
-        return sum(x.numel() * x.element_size() for x in stored)
+        return sum(x.nbytes for x in (*self.keys, *self.values) if x is not None)
+
+
+class ConcatKv:
+    """The KV cache of some sequences."""
+
+    def __init__(self, sequences: Sequence[ConcatSequence]) -> None:
+        self._sequences = sequences
+        self.segments = Segments.before_any(sequences)
+        self.made: dict[Any, Any] = {}
+        self.visible = None  # all keys that `read` gives are the sequence's
 
     def extend(self, new: Sequence[int]) -> None:
         """The next forward brings this many tokens of each sequence."""
-        self.segments, self.made = Segments.of(new, self.segments.lengths), {}
+        self.segments, self.made = Segments.extending(self._sequences, new), {}
 
     def write(self, layer: int, k: torch.Tensor, v: torch.Tensor) -> None:
-        for stored, packed in ((self._keys[layer], k), (self._values[layer], v)):
-            for number, part in enumerate(packed.split(self.segments.new)):
-                old = stored[number]
+        new = self.segments.new
+        for sequence, k_part, v_part in zip(self._sequences, k.split(new), v.split(new), strict=True):
+            for stored, part in ((sequence.keys, k_part), (sequence.values, v_part)):
+                old = stored[layer]
                 # The first part may be a view of a fused projection, all of which it would keep alive.
-                stored[number] = part.clone(memory_format=torch.contiguous_format) if old is None else torch.cat([old, part])
+                stored[layer] = part.clone(memory_format=torch.contiguous_format) if old is None else torch.cat([old, part])
 
     def read(self, layer: int, sequence: int) -> tuple[torch.Tensor, torch.Tensor]:
-        keys, values = self._keys[layer][sequence], self._values[layer][sequence]
+        keys, values = self._sequences[sequence].keys[layer], self._sequences[sequence].values[layer]
         assert keys is not None
         assert values is not None
         return keys, values

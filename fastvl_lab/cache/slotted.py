@@ -11,9 +11,9 @@ import torch
 import torch.nn.functional as F
 
 from fastvl_lab.checkpoint import Checkpoint
+from fastvl_lab.decoder.layers import Slots
+from fastvl_lab.decoder.segments import Segments
 from fastvl_lab.families.text import head_dim
-from fastvl_lab.language.decoder import Slots
-from fastvl_lab.language.segments import Segments
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -86,90 +86,79 @@ class KvStore:
         torch._foreach_copy_([side[target : target + n] for side in sides], [side[source : source + n] for side in sides])
 
 
-class SlottedKv:
-    """The KV cache of some sequences whose blocks somebody else gives out.
+class SlottedSequence:
+    """One sequence in a store: its blocks in order, and `length` tokens, those of a forward under way included.
 
-    store: as `KvShape.allocate` makes it. longest: how many tokens a sequence may come to have. `add_blocks` says where a sequence
-    goes on; `reused` how many of its tokens are there already. in_place: whether there is one sequence, token i of it in slot i.
+    block_size: in tokens. longest: how many tokens it may come to have. in_place: whether token i is kept in slot i of the store.
     """
 
     def __init__(
-        self, store: KvStore, *, block_size: int, longest: int, reused: Sequence[int] = (0,), in_place: bool = False
+        self, store: KvStore, blocks: Sequence[int] = (), *, block_size: int, longest: int, in_place: bool = False
     ) -> None:
-        self._store, self._block_size, self._longest = store, block_size, longest
-        self.layers = store.layers
-        n_sequences = len(reused)
-        self._blocks: list[list[int]] = [[] for _ in range(n_sequences)]
-        self._in_one_piece = [True] * n_sequences
-        self.segments = Segments(new=(0,) * n_sequences, before=tuple(reused))
-        self.made: dict[Any, Any] = {}
-        self.visible = None  # all keys that `read` gives are the sequence's
-        # int64 [B, longest]; made when it is first asked for, where it is not the store's own.
-        self._slots, self._own_slots = store.places if in_place else None, not in_place
-        self._lengths: torch.Tensor | None = None
-        self._written: torch.Tensor | None = None
+        self.store, self.block_size, self.longest, self.in_place = store, block_size, longest, in_place
+        self.blocks: list[int] = []
+        self.in_one_piece = True
+        self.length = 0
+        self.add_blocks(blocks)
 
     @property
     def n_bytes(self) -> int:
-        """What the sequences' blocks take, filled or not; a block that several share is counted once."""
-        n_blocks = len({block for blocks in self._blocks for block in blocks})
-        return n_blocks * self._block_size * (self.store_bytes // self._store.n_slots)
+        """What its blocks take, filled or not; in place, all of the store."""
+        if self.in_place:
+            return self.store.nbytes
+        return len(self.blocks) * self.block_size * (self.store.nbytes // self.store.n_slots)
 
-    @property
-    def store_bytes(self) -> int:
-        """What the whole store takes."""
-        return self._store.nbytes
-
-    def add_blocks(self, sequence: int, blocks: Sequence[int]) -> None:
+    def add_blocks(self, blocks: Sequence[int]) -> None:
         """The sequence goes on in these blocks of the store."""
-        mine = self._blocks[sequence]
-        before = len(mine)
-        mine.extend(blocks)
-        if any(block != previous + 1 for previous, block in zip(mine[max(before - 1, 0) :], mine[max(before, 1) :], strict=False)):
-            self._in_one_piece[sequence] = False
-        if self._own_slots and self._slots is not None:
-            self._write_slots(sequence, before)
+        for block in blocks:
+            if self.blocks and block != self.blocks[-1] + 1:
+                self.in_one_piece = False
+            self.blocks.append(block)
 
-    def copy_tokens(self, source: int, target: int, n: int) -> None:
-        """Copy the first tokens of one block into another, in every layer."""
-        self._store.copy_slots(source * self._block_size, target * self._block_size, n)
+    def grow(self, length: int) -> None:
+        """Have blocks for that many tokens."""
+        assert length <= len(self.blocks) * self.block_size, "more tokens than slots"
 
-    def _slot_of(self) -> torch.Tensor:
-        if self._slots is None:
-            width = -(-self._longest // self._block_size) * self._block_size
-            self._slots = torch.zeros((len(self._blocks), width), dtype=torch.int64, device=self._store.device)
-            for sequence in range(len(self._blocks)):
-                self._write_slots(sequence, 0)
-        return self._slots
 
-    def _write_slots(self, sequence: int, first: int) -> None:
-        """The slots of a sequence's blocks from one on, a run of neighbours at a time, on the device: nothing is copied there."""
-        assert self._slots is not None
-        blocks, size = self._blocks[sequence], self._block_size
-        while first < len(blocks):
-            end = first + 1
-            while end < len(blocks) and blocks[end] == blocks[end - 1] + 1:
-                end += 1
-            start, n = blocks[first] * size, (end - first) * size
-            torch.arange(start, start + n, out=self._slots[sequence, first * size : first * size + n])
-            first = end
+class SlottedKv:
+    """The KV cache of some sequences of one store.
+
+    Tensors of slots and lengths are made when they are first asked for, and on the device: the host knows what they say.
+    """
+
+    def __init__(self, sequences: Sequence[SlottedSequence]) -> None:
+        self._sequences = sequences
+        self.store = sequences[0].store
+        self.layers = self.store.layers
+        self.segments = Segments.before_any(sequences)
+        self.made: dict[Any, Any] = {}
+        self.visible = None  # all keys that `read` gives are the sequence's
+        self._in_place = len(sequences) == 1 and sequences[0].in_place
+        self._slots: torch.Tensor | None = None  # int64 [B, longest]
+        self._n_blocks = [0] * len(sequences)  # of each sequence, those whose slots are there
+        self._lengths: torch.Tensor | None = None
+        self._written: torch.Tensor | None = None
 
     def extend(self, new: Sequence[int]) -> None:
-        """The next forward brings this many tokens of each sequence, for which there are blocks."""
-        self.segments, self.made = Segments.of(new, self.segments.lengths), {}
-        held = [len(blocks) * self._block_size for blocks in self._blocks]
-        assert all(length <= n for length, n in zip(self.segments.lengths, held, strict=True)), "more tokens than slots"
+        """The next forward brings this many tokens of each sequence."""
+        told = self.segments.lengths
+        self.segments, self.made = Segments.extending(self._sequences, new), {}
+        for sequence in self._sequences:
+            sequence.grow(sequence.length)
+        if self._slots is not None:
+            self._write_slots(self._slots)
         self._written = None
         if self._lengths is not None:
-            if set(new) == {1}:
+            if set(new) == {1} and told == self.segments.before:
                 self._lengths.add_(1)
             else:
                 self._lengths = None
 
     def write(self, layer: int, k: torch.Tensor, v: torch.Tensor) -> None:
         keys, values = self.layers[layer]
-        if len(self._blocks) == 1 and self._in_one_piece[0]:
-            start = self._blocks[0][0] * self._block_size + self.segments.before[0]
+        first = self._sequences[0]
+        if len(self._sequences) == 1 and first.in_one_piece:
+            start = first.blocks[0] * first.block_size + self.segments.before[0]
             keys[start : start + len(k)] = k
             values[start : start + len(v)] = v
         else:
@@ -180,9 +169,9 @@ class SlottedKv:
     def read(self, layer: int, sequence: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Views where the sequence lies in one piece, else a copy."""
         keys, values = self.layers[layer]
-        length = self.segments.lengths[sequence]
-        if self._in_one_piece[sequence]:
-            start = self._blocks[sequence][0] * self._block_size
+        of, length = self._sequences[sequence], self.segments.lengths[sequence]
+        if of.in_one_piece:
+            start = of.blocks[0] * of.block_size
             return keys[start : start + length], values[start : start + length]
         slots = self._slot_of()[sequence, :length]
         return keys.index_select(0, slots), values.index_select(0, slots)
@@ -195,23 +184,45 @@ class SlottedKv:
         return self.segments.last(x)
 
     def table(self, width: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """Of a single sequence: int64 [1, width], the slots of its tokens and then any; and int32 [1], its length."""
+        """int64 [B, width], the slots of each sequence's tokens and then any; and int32 [B], their lengths."""
         slot_of = self._slot_of()
         if width > slot_of.shape[1]:
             slot_of = F.pad(slot_of, (0, width - slot_of.shape[1]))
         return slot_of[:, :width], self._lengths_now()
 
+    def _slot_of(self) -> torch.Tensor:
+        if self._in_place:
+            return self.store.places
+        if self._slots is None:
+            size, longest = self._sequences[0].block_size, max(sequence.longest for sequence in self._sequences)
+            shape = (len(self._sequences), -(-longest // size) * size)
+            self._slots = torch.zeros(shape, dtype=torch.int64, device=self.store.device)
+            self._write_slots(self._slots)
+        return self._slots
+
+    def _write_slots(self, slot_of: torch.Tensor) -> None:
+        """The slots of blocks that are new, a run of neighbours at a time, on the device: nothing is copied there."""
+        for number, sequence in enumerate(self._sequences):
+            blocks, size, first = sequence.blocks, sequence.block_size, self._n_blocks[number]
+            while first < len(blocks):
+                end = first + 1
+                while end < len(blocks) and blocks[end] == blocks[end - 1] + 1:
+                    end += 1
+                start, n = blocks[first] * size, (end - first) * size
+                torch.arange(start, start + n, out=slot_of[number, first * size : first * size + n])
+                first = end
+            self._n_blocks[number] = first
+
     def _lengths_now(self) -> torch.Tensor:
         if self._lengths is None:
-            self._lengths = torch.empty(len(self._blocks), dtype=torch.int32, device=self._store.device)
+            self._lengths = torch.empty(len(self._sequences), dtype=torch.int32, device=self.store.device)
             for number, length in enumerate(self.segments.lengths):
                 self._lengths[number].fill_(length)
         return self._lengths
 
     def _slots_written(self) -> torch.Tensor:
         if self._written is None:
-            segments = self.segments
-            slot_of = self._slot_of()
+            segments, slot_of = self.segments, self._slot_of()
             parts = [
                 slot_of[number, before : before + new]
                 for number, (before, new) in enumerate(zip(segments.before, segments.new, strict=True))

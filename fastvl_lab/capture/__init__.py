@@ -25,10 +25,9 @@ from fastvl_lab.capture.stages import (
     with_rows,
 )
 from fastvl_lab.catalogue import Capture as Slot
+from fastvl_lab.decoder.layers import Decoder, KvCache
+from fastvl_lab.decoder.steps import Step, decode, prefill
 from fastvl_lab.kernels.plain import power_of_two
-from fastvl_lab.language.decode import Step, decode
-from fastvl_lab.language.decoder import Decoder, KvCache
-from fastvl_lab.language.prefill import prefill
 from fastvl_lab.request import Pixels, Prompt, VisionTokens
 from fastvl_lab.trace import Tracer
 

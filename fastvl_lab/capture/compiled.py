@@ -17,7 +17,7 @@ from fastvl_lab.errors import CaptureError, sentence
 from fastvl_lab.trace import Tracer
 
 # Inputs of one size, and those whose second dimension is what varies; of all others it is the first.
-_FIXED = ("token", "position", "length")
+_FIXED = ("token", "position", "lengths")
 _BY_COLUMN = ("positions", "slot_of")
 
 

@@ -14,11 +14,9 @@ import torch.nn.functional as F
 
 from fastvl_lab.capture.execute import Program, Tensors
 from fastvl_lab.capture.shapes import Size
-from fastvl_lab.language.decode import decode
-from fastvl_lab.language.decoder import Decoder, KvCache
-from fastvl_lab.language.fixed_kv import FixedKv
-from fastvl_lab.language.merge import merge
-from fastvl_lab.language.prefill import prefill
+from fastvl_lab.decoder.fixed_kv import FixedKv
+from fastvl_lab.decoder.layers import Decoder, KvCache
+from fastvl_lab.decoder.steps import decode, merge, prefill, sample
 from fastvl_lab.request import Pixels, Prompt, VisionTokens
 from fastvl_lab.trace import COMPUTED, OF_PADDING, Inner, Tracer, no_inner
 
@@ -84,8 +82,10 @@ class Programs:
         decoder = self.decoder
 
         def step(tensors: Tensors, rest: Any) -> tuple[torch.Tensor, ...]:
-            logits = decode(tensors["token"], tensors["position"], decoder, self._kv(tensors, 1, padded), no_inner)
-            return logits, decoder.operations.argmax(logits[0])
+            logits = decode(
+                tensors["token"], tensors["position"], decoder, self._kv(tensors, len(tensors["token"]), padded), no_inner
+            )
+            return logits, sample(logits, decoder)
 
         return step
 
@@ -99,7 +99,7 @@ class Programs:
             prompt = _prompt(tensors)
             hidden = merge(prompt, vision, decoder.weights.embed)
             logits = prefill(hidden, prompt, vision, decoder, self._kv(tensors, len(hidden), padded), no_inner)
-            return logits, decoder.operations.argmax(logits[0])
+            return logits, sample(logits, decoder)
 
         return first_token
 
@@ -107,7 +107,7 @@ class Programs:
         return FixedKv(
             layers=self.layers,
             slot_of=tensors["slot_of"],
-            length=tensors["length"],
+            lengths=tensors["lengths"],
             rows=rows,
             padded=padded,
             in_place=self.in_place,
@@ -141,26 +141,27 @@ def prompt_inputs(prompt: Prompt, rows_of: Tensors, n_visual: int, kv: SlotTable
     rows_of: tensors with a row a token, by name. n_visual: visual tokens, those of padding included. A padded prompt has at least
     one row of padding, the last, which is where visual tokens of padding go.
     """
-    n, before = prompt.n_tokens, kv.segments.before[0]
+    n, (before,) = prompt.n_tokens, kv.segments.before
     rows = n if size is None else min(size(n + 1), kv.layers[0][0].shape[0] - before)
     if size is not None:
         _count_padding(tracer, "prefill: tokens", rows, rows - n)
-    slot_of, length = kv.table(before + rows)
+    slot_of, lengths = kv.table(before + rows)
     tensors = {name: with_rows(tensor, rows) for name, tensor in rows_of.items()}
-    tensors |= {"positions": _padded(prompt.positions, rows), "slot_of": slot_of, "length": length}
+    tensors |= {"positions": _padded(prompt.positions, rows), "slot_of": slot_of, "lengths": lengths}
     if n_visual > 0:
         tensors["visual_index"] = _padded(prompt.visual_index, n_visual, value=rows - 1)
     return tensors
 
 
-def step_inputs(token: torch.Tensor, position: torch.Tensor, kv: SlotTable, size: Size | None, tracer: Tracer) -> Inputs:
-    """What `Programs.decode` takes; where there is a size, it reads that many keys, and sees those of the sequence."""
-    n = kv.segments.lengths[0]
-    width = n if size is None else min(size(n), kv.layers[0][0].shape[0])
+def step_inputs(tokens: torch.Tensor, positions: torch.Tensor, kv: SlotTable, size: Size | None, tracer: Tracer) -> Inputs:
+    """What `Programs.decode` takes; where there is a size, it reads that many keys, and sees those of each sequence."""
+    lengths = kv.segments.lengths
+    longest, n = max(lengths), len(lengths)
+    width = longest if size is None else min(size(longest), kv.layers[0][0].shape[0])
     if size is not None:
-        _count_padding(tracer, "decode: keys", width, width - n)
-    slot_of, length = kv.table(width)
-    return {"token": token, "position": position, "slot_of": slot_of, "length": length}
+        _count_padding(tracer, "decode: keys", n * width, n * width - sum(lengths))
+    slot_of, device_lengths = kv.table(width)
+    return {"token": tokens, "position": positions, "slot_of": slot_of, "lengths": device_lengths}
 
 
 def blank_step(width: int, layers: Layers, *, in_place: bool) -> Inputs:
@@ -172,8 +173,8 @@ def blank_step(width: int, layers: Layers, *, in_place: bool) -> Inputs:
     device, n_slots = keys.device, len(keys)
     slots = torch.arange(n_slots, device=device) if in_place else torch.full((n_slots,), n_slots - 1, device=device)
     token, position = torch.zeros(1, dtype=torch.int64, device=device), torch.full((1,), width - 1, device=device)
-    length = torch.full((1,), width, dtype=torch.int32, device=device)
-    return {"token": token, "position": position, "slot_of": slots[None, :width], "length": length}  # a view, as of a sequence
+    lengths = torch.full((1,), width, dtype=torch.int32, device=device)
+    return {"token": token, "position": position, "slot_of": slots[None, :width], "lengths": lengths}  # a view, as of a sequence
 
 
 def _count_padding(tracer: Tracer, what: str, computed: int, padding: int) -> None:

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 
 from fastvl_lab.families.text import Text
-from fastvl_lab.families.vision import Between, Block, Function, Operations, Vision
+from fastvl_lab.families.vision import Between, Block, Function, TowerOperations, Vision
 from fastvl_lab.request import Grid, VisionTokens
 
 
@@ -79,8 +79,8 @@ class Family:
     text: Callable[[Any], Text]
     stock_vision: Callable[[Any, torch.Tensor, torch.Tensor], VisionTokens]
     stock_inputs: Callable[[torch.Tensor, torch.Tensor, torch.Tensor], dict[str, torch.Tensor]]
-    blocks: Callable[[Vision, Operations, Between], tuple[Block, ...]]
-    merger: Callable[[Any, Operations, Between], Function]
+    blocks: Callable[[Vision, TowerOperations, Between], tuple[Block, ...]]
+    merger: Callable[[Any, TowerOperations, Between], Function]
     positions: Callable[[np.ndarray, Sequence[Grid], int], tuple[np.ndarray, int]]
     chat_template: str
     tiny: Mapping[str, Geometry] = field(default_factory=dict)

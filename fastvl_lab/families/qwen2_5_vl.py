@@ -16,7 +16,7 @@ from fastvl_lab.errors import CheckpointError
 from fastvl_lab.families import qwen
 from fastvl_lab.families.family import Family, Fault, Geometry, not_counts
 from fastvl_lab.families.text import Text
-from fastvl_lab.families.vision import Between, Block, Function, Operations, Vision
+from fastvl_lab.families.vision import Between, Block, Function, TowerOperations, Vision
 from fastvl_lab.request import VisionTokens
 
 
@@ -50,7 +50,7 @@ def stock_vision(module: Any, patches: torch.Tensor, grids: torch.Tensor) -> Vis
     return VisionTokens(embeds=module(patches, grid_thw=grids).pooler_output)
 
 
-def blocks(vision: Vision, operations: Operations, between: Between) -> tuple[Block, ...]:
+def blocks(vision: Vision, operations: TowerOperations, between: Between) -> tuple[Block, ...]:
     if (activation := vision.module.config.hidden_act) != "silu":
         raise CheckpointError(
             f"vision_config has hidden_act={activation!r}; the lean tower has 'silu' only: choose vit.tower=transformers"
@@ -58,7 +58,7 @@ def blocks(vision: Vision, operations: Operations, between: Between) -> tuple[Bl
     return tuple(_block(block, operations, between) for block in vision.blocks)
 
 
-def _block(block: Any, operations: Operations, between: Between) -> Block:
+def _block(block: Any, operations: TowerOperations, between: Between) -> Block:
     (gate, up), down = between((block.mlp.gate_proj, block.mlp.up_proj), block.mlp.down_proj)
     return Block(
         norm1=operations.rms_norm(block.norm1.weight, block.norm1.variance_epsilon),
@@ -69,7 +69,7 @@ def _block(block: Any, operations: Operations, between: Between) -> Block:
     )
 
 
-def merger(merger: Any, operations: Operations, between: Between) -> Function:
+def merger(merger: Any, operations: TowerOperations, between: Between) -> Function:
     (first,), second = between((merger.mlp[0],), merger.mlp[2])
     norm, width = operations.rms_norm(merger.ln_q.weight, merger.ln_q.variance_epsilon), merger.mlp[0].in_features
     return lambda x: second(F.gelu(first(norm(x, None)[1].view(-1, width))))

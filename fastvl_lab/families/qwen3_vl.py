@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from fastvl_lab.families import qwen
 from fastvl_lab.families.family import Family, Fault, Geometry, whole_number
 from fastvl_lab.families.text import Text
-from fastvl_lab.families.vision import Between, Block, Function, Operations, Vision
+from fastvl_lab.families.vision import Between, Block, Function, TowerOperations, Vision
 from fastvl_lab.request import VisionTokens
 
 
@@ -51,11 +51,11 @@ def stock_vision(module: Any, patches: torch.Tensor, grids: torch.Tensor) -> Vis
     return VisionTokens(embeds=output.pooler_output, deepstack=tuple(output.deepstack_features))
 
 
-def blocks(vision: Vision, operations: Operations, between: Between) -> tuple[Block, ...]:
+def blocks(vision: Vision, operations: TowerOperations, between: Between) -> tuple[Block, ...]:
     return tuple(_block(block, operations, between) for block in vision.blocks)
 
 
-def _block(block: Any, operations: Operations, between: Between) -> Block:
+def _block(block: Any, operations: TowerOperations, between: Between) -> Block:
     (first,), second = between((block.mlp.linear_fc1,), block.mlp.linear_fc2)
     norm1, norm2 = (operations.layer_norm(norm.weight, norm.bias, norm.eps) for norm in (block.norm1, block.norm2))
     return Block(
@@ -67,7 +67,7 @@ def _block(block: Any, operations: Operations, between: Between) -> Block:
     )
 
 
-def merger(merger: Any, _: Operations, between: Between) -> Function:
+def merger(merger: Any, _: TowerOperations, between: Between) -> Function:
     """The final merger normalises each patch; a DeepStack merger the patches of a visual token together."""
     (first,), second = between((merger.linear_fc1,), merger.linear_fc2)
     of_norm, width = merger.norm.normalized_shape[0], merger.linear_fc1.in_features

@@ -24,7 +24,7 @@ Between = Callable[[Sequence[Any], Any], tuple[Sequence[Function], Function]]
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
-class Operations:
+class TowerOperations:
     """The operations that the toggles chose; rms_norm(weight, eps) and layer_norm(weight, bias, eps) make norms.
 
     silu_mul maps gate and up, which it may overwrite, to silu(gate) * up.

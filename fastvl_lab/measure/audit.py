@@ -6,7 +6,8 @@ import html
 import math
 import operator
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from contextlib import suppress
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from numbers import Real
 from statistics import median
@@ -16,6 +17,7 @@ from fastvl_lab.checkpoint import Checkpoint
 from fastvl_lab.checkpoint.memory import gigabytes
 from fastvl_lab.checkpoint.shape import without_weights
 from fastvl_lab.errors import FastvlError
+from fastvl_lab.lab import dtype_name
 from fastvl_lab.measure.floors import decode_bytes, prefill_flops, vit_flops
 from fastvl_lab.measure.hardware import find_hardware
 from fastvl_lab.measure.samples import FOR_AN_INTERVAL
@@ -42,34 +44,27 @@ _KNOWN_CAUSE = (
 )
 
 
-class Said(NamedTuple):
-    """What a verdict says. sentence: what is wrong or worth knowing; where nothing could be said, what that would have needed.
+class Finding(NamedTuple):
+    """What one verdict, a function of its name below, says, with the arithmetic behind it.
 
     severity: "impossible" cannot be what it is called on this device; "suspect" is not what it is usually taken for; "note" is
-    worth knowing, and no fault.
+    worth knowing, and no fault. sentence: what that is; where nothing could be said, what it would have needed.
     """
 
     severity: Severity
     sentence: str
     arithmetic: str = ""
+    verdict: str = ""
 
 
-@dataclass(frozen=True, kw_only=True)
-class Finding:
-    """What one verdict, a function of its name below, says (`Said`), with the arithmetic behind it."""
-
-    verdict: str
-    severity: Severity
-    sentence: str
-    arithmetic: str
+def _judged(arithmetic: str, *cases: tuple[object, Severity, str]) -> Finding:
+    """The first case that holds, of (whether it holds, how grave it is, the sentence); clear where none does."""
+    found: Iterator[tuple[Severity, str]] = ((severity, sentence) for holds, severity, sentence in cases if holds)
+    return Finding(*next(found, ("clear", "")), arithmetic)
 
 
-def _clear(arithmetic: str) -> Said:
-    return Said("clear", "", arithmetic)
-
-
-def _needs(what: str) -> Said:
-    return Said("not checked", what)
+def _needs(what: str) -> Finding:
+    return Finding("not checked", what)
 
 
 class Device(NamedTuple):
@@ -134,15 +129,18 @@ class Audit:
     @property
     def findings(self) -> tuple[Finding, ...]:
         """What is impossible, suspect or worth a note, gravest first."""
-        return tuple(one for one in self.said if one.severity not in ("clear", "not checked"))
+        return self._of("impossible", "suspect", "note")
 
     @property
     def cleared(self) -> tuple[Finding, ...]:
-        return tuple(one for one in self.said if one.severity == "clear")
+        return self._of("clear")
 
     @property
     def unchecked(self) -> tuple[Finding, ...]:
-        return tuple(one for one in self.said if one.severity == "not checked")
+        return self._of("not checked")
+
+    def _of(self, *severities: Severity) -> tuple[Finding, ...]:
+        return tuple(one for one in self.said if one.severity in severities)
 
     @property
     def ok(self) -> bool:
@@ -170,7 +168,7 @@ class Audit:
         """As JSON-ready data."""
         return {
             "ok": self.ok,
-            "findings": [asdict(finding) for finding in self.findings],
+            "findings": [finding._asdict() for finding in self.findings],
             "cleared": [{"verdict": one.verdict, "arithmetic": one.arithmetic} for one in self.cleared],
             "unchecked": [{"verdict": one.verdict, "needs": one.sentence} for one in self.unchecked],
         }
@@ -310,8 +308,8 @@ def _verdicts(seen: Seen) -> list[Finding]:
     return [_finding(judge, seen) for judge in (of_all if seen.run is None else of_all + of_runs)]
 
 
-def _finding(judge: Callable[[Any], Said], about: Any) -> Finding:
-    return Finding(verdict=judge.__name__, **judge(about)._asdict())
+def _finding(judge: Callable[[Any], Finding], about: Any) -> Finding:
+    return judge(about)._replace(verdict=judge.__name__)
 
 
 def _verdicts_on_runs(runs: Sequence[Run], device: Device) -> list[Finding]:
@@ -320,29 +318,19 @@ def _verdicts_on_runs(runs: Sequence[Run], device: Device) -> list[Finding]:
     first, *others = (f"{run.engine} · {run.checkpoint} · {run.device} {run.dtype}" for run in runs)
     if other := next((name for name in others if name != first), None):
         raise FastvlError(f"the runs are not samples of one engine: {first}, and {other}; audit each engine's by themselves")
-    device, model = _where(runs[0], device)
-    found = _over_runs([_verdicts(_of_run(Seen(device=device, model=model), run)) for run in runs])
-    of_samples = (too_few_samples,) if len(runs) == 1 else (cold_among_warm, too_few_samples)
-    return [*found, *(_finding(judge, runs) for judge in of_samples)]
-
-
-def _where(run: Run, device: Device) -> tuple[Device, Checkpoint | None]:
-    """The run's device and the shape of its model; None for what is not known of them."""
     if device.memory_bandwidth is None and device.peak_flops is None:
-        try:
-            device = _device(run.device, None, None)
-        except FastvlError:  # a CPU, or a GPU that is not in the table
-            device = Device(run.device, None, None)
-    try:
-        return device, without_weights(run.checkpoint, run.dtype)
-    except FastvlError:
-        return device, None
-
-
-def _of_run(seen: Seen, run: Run) -> Seen:
-    seen = _with_arrivals(seen, tuple((chunk.time, len(chunk.tokens)) for chunk in run.chunks))
-    work = None if seen.model is None else _work(seen.model, [shape.grid for shape in run.shapes], run.n_prompt)
-    return replace(seen, ttft=run.ttft, n_visual=run.visual_tokens, work=work, run=run)
+        with suppress(FastvlError):  # a CPU, or a GPU that is not in the table
+            device = _device(runs[0].device, None, None)
+    model = None
+    with suppress(FastvlError):  # of which nothing is known without its weights
+        model = without_weights(runs[0].checkpoint, runs[0].dtype)
+    found = []
+    for run in runs:
+        seen = _with_arrivals(Seen(device=device, model=model), tuple((chunk.time, len(chunk.tokens)) for chunk in run.chunks))
+        work = None if model is None else _work(model, [shape.grid for shape in run.shapes], run.n_prompt)
+        found.append(_verdicts(replace(seen, ttft=run.ttft, n_visual=run.visual_tokens, work=work, run=run)))
+    of_samples = (too_few_samples,) if len(runs) == 1 else (cold_among_warm, too_few_samples)
+    return [*_over_runs(found), *(_finding(judge, runs) for judge in of_samples)]
 
 
 def _over_runs(per_run: Sequence[Sequence[Finding]]) -> list[Finding]:
@@ -353,7 +341,7 @@ def _over_runs(per_run: Sequence[Sequence[Finding]]) -> list[Finding]:
         same = [number for number, finding in enumerate(of_runs) if finding.severity == gravest.severity]
         if gravest.severity not in ("clear", "not checked") and len(per_run) > 1:
             share = f"{len(same)} of {len(per_run)} runs, first in run {same[0]}, whose arithmetic this is"
-            gravest = replace(gravest, sentence=f"{gravest.sentence}; in {share}")
+            gravest = gravest._replace(sentence=f"{gravest.sentence}; in {share}")
         merged.append(gravest)
     return merged
 
@@ -361,35 +349,33 @@ def _over_runs(per_run: Sequence[Sequence[Finding]]) -> list[Finding]:
 # Verdicts, one a function: of a request, and then of all runs together.
 
 
-def logits_not_finite(seen: Seen) -> Said:
-    if seen.run is None or seen.run.finite:
-        return _clear("all logits of the last prompt token are finite, as far as they are shown")
-    sentence = "its logits are not finite, so its tokens are no answer; half precision has overflowed, or weights are broken"
-    return Said("impossible", sentence, "some logit of the last prompt token is infinite or not a number")
+def logits_not_finite(seen: Seen) -> Finding:
+    finite = seen.run is None or seen.run.finite
+    shown = "all logits of the last prompt token are finite, as far as they are shown" if finite else "some logit is not a number"
+    why = "its logits are not finite, so its tokens are no answer; half precision has overflowed, or weights are broken"
+    return _judged(shown, (not finite, "impossible", why))
 
 
-def decode_faster_than_memory(seen: Seen) -> Said:
-    rate, bandwidth, weights, limit = seen.rate, seen.device.memory_bandwidth, seen.weights, seen.fastest
-    if rate is None or bandwidth is None or seen.model is None or weights is None:
-        return _missing({"tokens_per_second": rate, "model": seen.model, "hardware or memory_bandwidth": bandwidth})
+def decode_faster_than_memory(seen: Seen) -> Finding:
+    rate, bandwidth, model, weights, limit = seen.rate, seen.device.memory_bandwidth, seen.model, seen.weights, seen.fastest
+    if rate is None or bandwidth is None or model is None or weights is None:
+        return _missing({"tokens_per_second": rate, "model": model, "hardware or memory_bandwidth": bandwidth})
     if limit is None:
         return _needs(f"weights that no cache holds; these are {gigabytes(weights)}")
+    made = f"; up to {limit * seen.ttft:.0f} tokens can be made within the TTFT of {seconds(seen.ttft)}" if seen.ttft else ""
+    of_limit = f"{rate / limit:.0%} of that" if rate <= limit else f"{rate / limit:.1f} times that{made}"
     shown = (
         f"{bandwidth / 1e9:.0f} GB/s ({seen.device.name}) / {weights / 1e9:.2f} GB of weights a token "
-        f"({str(seen.model.dtype).removeprefix('torch.')}) = {limit:.0f} tokens/s at most; "
+        f"({dtype_name(model.dtype)}) = {limit:.0f} tokens/s at most; {rate:.0f} is {of_limit}"
     )
-    if rate <= limit:
-        return _clear(f"{shown}{rate:.0f} is {rate / limit:.0%} of that")
-    made = f"; up to {limit * seen.ttft:.0f} tokens can be made within the TTFT of {seconds(seen.ttft)}" if seen.ttft else ""
-    return Said(
-        "impossible",
+    why = (
         f"{rate:.0f} tokens/s is more than memory allows one request, so it is the speed of delivery: the tokens were made before "
-        f"the first chunk left, and their time is inside TTFT{seen.cause}",
-        f"{shown}{rate:.0f} is {rate / limit:.1f} times that{made}",
+        f"the first chunk left, and their time is inside TTFT{seen.cause}"
     )
+    return _judged(shown, (rate > limit, "impossible", why))
 
 
-def ttft_is_the_answer(seen: Seen) -> Said:
+def ttft_is_the_answer(seen: Seen) -> Finding:
     ttft, total, n, run = seen.ttft, seen.total, seen.n_tokens, seen.run
     if ttft is None or total is None or n is None:
         return _missing({"ttft": ttft, "total": total, "output_tokens": n})
@@ -400,23 +386,20 @@ def ttft_is_the_answer(seen: Seen) -> Said:
         lane = "device" if run.trace.has_device_lane else "host"
         steps = [span.start_ns < run.trace.first_chunk_ns for span in run.trace.spans if (span.name, span.lane) == ("decode", lane)]
         shown += f", and {sum(steps)} of {len(steps)} decode steps begun before the first chunk left" if steps else ""
-    if ttft <= _WHOLE * total or (steps and 2 * sum(steps) < len(steps)):
-        return _clear(shown)
-    if not steps and seen.rate is not None and seen.fastest is not None and seen.rate <= seen.fastest:
-        return _clear(f"{shown}; those after the first chunk came no faster than memory allows")
-    if run is not None and not steps and run.kind == "cold":
+    late = ttft > _WHOLE * total and (not steps or 2 * sum(steps) >= len(steps))
+    if late and not steps and seen.rate is not None and seen.fastest is not None and seen.rate <= seen.fastest:
+        return _judged(f"{shown}; those after the first chunk came no faster than memory allows")
+    if late and not steps and run is not None and run.kind == "cold":
         return _needs("a warm run, or a trace: the TTFT of a cold one may be spent on compiling")
     doubt = "" if steps else "unless the prompt takes so long, "
-    sentence = f"TTFT is nearly the time of the whole answer: {doubt}it says when that was done, not when it began{seen.cause}"
-    return Said("suspect", sentence, shown)
+    why = f"TTFT is nearly the time of the whole answer: {doubt}it says when that was done, not when it began{seen.cause}"
+    return _judged(shown, (late, "suspect", why))
 
 
-def bursts(seen: Seen) -> Said:
-    if not seen.arrivals:
-        return _needs("chunks")
+def bursts(seen: Seen) -> Finding:
     n = sum(count for _, count in seen.arrivals)
     if n <= FEW:
-        return _needs(f"more than {FEW} output tokens; there are {n}")
+        return _needs(f"more than {FEW} output tokens; there are {n}" if seen.arrivals else "chunks")
     chunks = _together(seen.arrivals)
     counts, gaps = [count for _, count in chunks], [later - time for (time, _), (later, _) in pairwise(chunks)]
     shown = f"{n} tokens in {len(chunks)} chunks, median {median(counts):g} and at most {max(counts)} a chunk"
@@ -424,18 +407,13 @@ def bursts(seen: Seen) -> Said:
         times = f", {max(gaps) / median(gaps):.1f} times the median" if len(gaps) > 1 and median(gaps) else ""
         shown += f"; the longest gap is {seconds(max(gaps))}{times}"
     held = sum(count for count in counts if count > _A_CHARACTER)
-    if held > n / 10:
-        return Said(
-            "suspect",
-            f"{held} of {n} tokens left in bursts, so they were held back after they had been made, and gaps between chunks are "
-            f"not the engine's own{seen.cause}",
-            shown,
-        )
-    if median(counts) > 1 and len(chunks) >= FEW:
-        return Said(
-            "note", f"tokens leave {median(counts):g} at a time, so a gap between chunks is not the time of one token", shown
-        )
-    return _clear(shown)
+    why = f"{held} of {n} tokens left in bursts, so they were held back after they had been made, and gaps between chunks are not "
+    several = f"tokens leave {median(counts):g} at a time, so a gap between chunks is not the time of one token"
+    return _judged(
+        shown,
+        (held > n / 10, "suspect", f"{why}the engine's own{seen.cause}"),
+        (median(counts) > 1 and len(chunks) >= FEW, "note", several),
+    )
 
 
 def _together(arrivals: tuple[tuple[float, int], ...]) -> list[tuple[float, int]]:
@@ -450,7 +428,7 @@ def _together(arrivals: tuple[tuple[float, int], ...]) -> list[tuple[float, int]
     return joined if len(joined) > 3 else list(arrivals)
 
 
-def faster_than_compute(seen: Seen) -> Said:
+def faster_than_compute(seen: Seen) -> Finding:
     ttft, peak, work = seen.ttft, seen.device.peak_flops, seen.work
     if ttft is None or peak is None or work is None:
         said = _missing({"ttft": ttft, "model": seen.model, "image": work, "hardware or peak_flops": peak})
@@ -462,56 +440,54 @@ def faster_than_compute(seen: Seen) -> Said:
             f"{seconds(ttft)} is {ttft / least:.2f} times that"
         )
         too_fast = "this TTFT is shorter than its work takes, so some of that was not done: a cache hit, or a smaller image"
-        said = _clear(shown) if ttft >= least else Said("impossible", too_fast, shown)
+        said = _judged(shown, (ttft < least, "impossible", too_fast))
     if seen.run is None or seen.run.kind != "cache_hit":
         return said
     sentence = "this run reused something of an earlier request, so its TTFT is a cache hit's and no whole request's"
-    return Said("note", sentence, said.arithmetic or "no limit is known here")
+    return Finding("note", sentence, said.arithmetic or "no limit is known here")
 
 
-def stages_do_not_add_up(seen: Seen) -> Said:
+def stages_do_not_add_up(seen: Seen) -> Finding:
     if seen.run is None or not seen.run.trace.spans:
         return _needs("a run traced with its stages")
     trace = seen.run.trace
     ttft, stages, unaccounted = (ns / 1e9 for ns in (trace.first_chunk_ns, sum(trace.stages().values()), trace.unaccounted_ns))
-    share = (stages + unaccounted) / ttft
-    shown = f"stages {seconds(stages)} + unaccounted {seconds(unaccounted)} = {seconds(stages + unaccounted)}; TTFT {seconds(ttft)}"
-    if abs(share - 1) > _OFF:
-        return Said(
-            "suspect", f"stages and unaccounted are {share:.0%} of TTFT, so spans overlap and no stage's share is its own", shown
-        )
-    if unaccounted > _LARGE * ttft:
-        return Said("note", f"{unaccounted / ttft:.0%} of TTFT is in no stage, so the stages do not explain it", shown)
-    return _clear(shown)
+    whole = stages + unaccounted
+    overlap = f"stages and unaccounted are {whole / ttft:.0%} of TTFT, so spans overlap and no stage's share is its own"
+    unexplained = f"{unaccounted / ttft:.0%} of TTFT is in no stage, so the stages do not explain it"
+    return _judged(
+        f"stages {seconds(stages)} + unaccounted {seconds(unaccounted)} = {seconds(whole)}; TTFT {seconds(ttft)}",
+        (abs(whole / ttft - 1) > _OFF, "suspect", overlap),
+        (unaccounted > _LARGE * ttft, "note", unexplained),
+    )
 
 
-def cold_among_warm(runs: Sequence[Run]) -> Said:
+def cold_among_warm(runs: Sequence[Run]) -> Finding:
     numbers: dict[str, list[int]] = {}
     for number, run in enumerate(runs):
         numbers.setdefault(run.kind, []).append(number)
-    if len(numbers) == 1:
-        return _clear(f"all {len(runs)} runs are {runs[0].kind}")
     usual = max(numbers, key=lambda kind: len(numbers[kind]))
     odd = ", ".join(f"{kind}: {', '.join(map(str, which))}" for kind, which in numbers.items() if kind != usual)
     medians = (f"{len(n)} {kind} {seconds(median(runs[i].ttft for i in n))}" for kind, n in numbers.items())
-    sentence = f"most runs are {usual} and some are not (run numbers of {odd}), so a statistic of all of them describes none"
-    return Said("suspect", sentence, f"median TTFT of {', '.join(medians)}")
+    why = f"most runs are {usual} and some are not (run numbers of {odd}), so a statistic of all of them describes none"
+    return _judged(f"median TTFT of {', '.join(medians)}" if odd else f"all {len(runs)} runs are {usual}", (odd, "suspect", why))
 
 
-def too_few_samples(runs: Sequence[Run]) -> Said:
+def too_few_samples(runs: Sequence[Run]) -> Finding:
     n = len(runs)
-    if n >= FOR_A_P95:
-        return _clear(f"{n} runs, enough for a median's interval and a p95")
     if n == 1:
-        return Said("note", f"one {runs[0].kind} run shows what happens, and not how much it varies", "1 sample")
+        return Finding("note", f"one {runs[0].kind} run shows what happens, and not how much it varies", "1 sample")
     if n < FOR_AN_INTERVAL:
         shown = f"all {n} lie on one side of it with a probability of 2 × 0.5^{n} = {2 * 0.5**n:.1%}, which is over 5%"
-        return Said("note", "too few runs for an interval of their median", shown)
-    sentence = "enough runs for an interval of their median, too few for a p95, which would be their maximum"
-    return Said("note", sentence, f"5% of {n} runs is less than one; of {FOR_A_P95} it is one")
+        return Finding("note", "too few runs for an interval of their median", shown)
+    few = n < FOR_A_P95
+    return _judged(
+        f"5% of {n} runs is less than one; of {FOR_A_P95} it is one" if few else f"{n} runs, enough for an interval and a p95",
+        (few, "note", "enough runs for an interval of their median, too few for a p95, which would be their maximum"),
+    )
 
 
-def _missing(needed: Mapping[str, object]) -> Said:
+def _missing(needed: Mapping[str, object]) -> Finding:
     """The names of what is None."""
     return _needs(", ".join(name for name, value in needed.items() if value is None))
 

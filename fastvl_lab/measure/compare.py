@@ -11,8 +11,9 @@ from typing import Any, Literal
 
 import torch
 
+from fastvl_lab import shown
 from fastvl_lab.capture.execute import Capture
-from fastvl_lab.engine import EngineLike, find_recipe
+from fastvl_lab.engine import Engine, EngineLike, find_recipe
 from fastvl_lab.errors import RecipeError, RequestCancelledError, RequestError, require, sentence
 from fastvl_lab.lab import Lab
 from fastvl_lab.measure.parity import Oracles, Parity, check
@@ -28,8 +29,8 @@ from fastvl_lab.trace import Lane
 class Comparison:
     """What `compare` measured.
 
-    reference: the label that speed-ups refer to (a peer where one ran, else the first engine). checks: label -> how the engine came
-    through its parity check. failures: label -> the sentence of the error that took an engine out.
+    reference: the label that speed-ups refer to, a peer's where one ran, else the first engine's. checks: by label; failures: by
+    label, the error that took the engine out.
     """
 
     samples: tuple[RunSample, ...]
@@ -59,31 +60,29 @@ class Comparison:
         runs = sorted(self.runs(engine, self.compared(engine)) or everything, key=lambda run: run.ttft)
         return runs[(len(runs) - 1) // 2]
 
-    def parity(self, engine: str) -> bool:
-        """Whether the engine computes what Transformers computes, on the pixels that it may make (`measure.parity`)."""
-        return self.checks[engine].holds
+    def parity(self, *engines: str) -> bool:
+        """Whether these engines compute what Transformers computes, on the pixels that they may make (`measure.parity`)."""
+        return all(self.checks[engine].holds for engine in engines)
 
     def as_expected(self, sample: RunSample) -> bool:
-        """Whether a run made the tokens of who answers for its engine."""
+        """Whether a run made its oracle's tokens."""
         checked = self.checks[sample.engine]
         return sample.run.made(checked.expected, checked.expected_text)
 
     def speedup(self, engine: str, over: str | None = None, *, of: Literal["ttft", "tpot", "patches"] = "ttft") -> Interval | None:
-        """The time of the reference, or of the engine `over`, over the engine's, paired by round. of: `RunSample.seconds`.
+        """The time of `over`, by default the reference, over the engine's, paired by round. of: `RunSample.seconds`.
 
         None where either fails parity or no round has a run of each that is `compared`.
         """
         over = self.reference if over is None else over
-        ratio = self._timed(engine, over).ratio(engine, over, of)
-        return ratio if ratio is not None and self.parity(engine) and self.parity(over) else None
+        return self._timed(engine, over).ratio(engine, over, of) if self.parity(engine, over) else None
 
     def saving(self, engine: str, over: str) -> Interval | None:
         """Milliseconds of TTFT that the engine takes less than `over`; None where there is no speed-up."""
-        saved = self._timed(engine, over).saving(engine, over, "ttft")
-        return Interval(*(x * 1e3 for x in saved)) if saved is not None and self.parity(engine) and self.parity(over) else None
+        saved = self._timed(engine, over).saving(engine, over, "ttft") if self.parity(engine, over) else None
+        return None if saved is None else Interval(*(x * 1e3 for x in saved))
 
     def _timed(self, *engines: str) -> Samples[RunSample]:
-        """What is compared of these engines."""
         kinds = {engine: self.compared(engine) for engine in engines}
         return Samples(samples=self.samples).only(lambda sample: kinds.get(sample.engine) == sample.kind)
 
@@ -92,19 +91,18 @@ class Comparison:
         rows = []
         for engine in self.engines:
             kind, cold, hits = self.compared(engine), self.runs(engine, "cold"), self.runs(engine, "cache_hit")
-            timed = self.runs(engine, kind)
-            shown, checked = self.representative(engine), self.checks[engine]
-            ttft = median_interval([run.ttft * 1e3 for run in timed]) if timed else None
+            timed, checked = self.runs(engine, kind), self.checks[engine]
+            ttft, low, high = median_interval([run.ttft * 1e3 for run in timed]) if timed else (None, None, None)
             tpots = [run.tpot * 1e3 for run in timed or hits if run.tpot is not None]
             row = {
                 "engine": engine,
                 "is_reference": engine == self.reference,
-                "visual_tokens": shown.visual_tokens,
+                "visual_tokens": self.representative(engine).visual_tokens,
                 "warm_runs": len(timed) if kind == "warm" else 0,
                 "unknown_runs": len(timed) if kind == "unknown" else 0,
-                "ttft_ms": ttft.median if ttft else None,
-                "ttft_low_ms": ttft.low if ttft else None,
-                "ttft_high_ms": ttft.high if ttft else None,
+                "ttft_ms": ttft,
+                "ttft_low_ms": low,
+                "ttft_high_ms": high,
                 "cold_ttft_ms": cold[0].ttft * 1e3 if cold else None,
                 "hit_runs": len(hits),
                 "hit_ttft_ms": median_interval([run.ttft * 1e3 for run in hits]).median if hits else None,
@@ -137,9 +135,7 @@ class Comparison:
                 line += f"; {len(hits)} runs were cache hits, with a TTFT of {ttft:.1f} ms, and are compared with nothing"
             if self.compared(engine) == "unknown":
                 line += "; the endpoint does not say whether it reused anything of earlier requests, so its runs may be cache hits"
-            if engine != self.reference:
-                line += f"; {self._against(engine)}"
-            lines.append(line)
+            lines.append(line if engine == self.reference else f"{line}; {self._against(engine)}")
         return lines
 
     def _against(self, engine: str) -> str:
@@ -152,12 +148,10 @@ class Comparison:
         if speedup is None:
             return f"no warm rounds to compare with {reference}"
         text = f"{speedup.median:.2f}× as fast as {reference}"
-        if speedup.low != speedup.low:
-            text += " (too few rounds for an interval)"
-        elif speedup.low <= 1 <= speedup.high:
-            text = f"no difference from {reference} shown ({text}, 95% CI {speedup.low:.2f} to {speedup.high:.2f})"
+        if speedup.low <= 1 <= speedup.high:
+            text = f"no difference from {reference} shown ({text}, {speedup.known})"
         else:
-            text += f" (95% CI {speedup.low:.2f} to {speedup.high:.2f})"
+            text += f" ({speedup.known})"
         if checked.moved is None:
             return text
         if checked.moved == 0:
@@ -171,11 +165,9 @@ class Comparison:
 
     def waterfall(self) -> Any:
         """The representative runs under one another on one axis, as a plotly figure; needs the extra "notebooks"."""
-        from fastvl_lab.view import waterfall
-
         if not self.engines:
             raise RequestError(f"no engine has run, so there is no waterfall; what failed: {dict(self.failures)}")
-        return waterfall([self.representative(engine) for engine in self.engines])
+        return shown.figure(self)
 
 
 def compare(
@@ -194,10 +186,9 @@ def compare(
 ) -> Comparison:
     """Run every engine on the request `warm_up + repeats` times, in rounds whose order is shuffled by `seed`; then check parity.
 
-    engines: label -> recipe, recipe text, or peer. Transformers answers for all of them, and runs for that where it is none of
-    them. on_run is called after each run with its label, on_sample with what was measured. keep_going records any error of an
-    engine in `failures` and goes on without it; otherwise errors are raised. checks: label -> a check that was made before, and is
-    not made again. stop: as `Lab.run` has it.
+    engines: label -> recipe, recipe text, or peer. on_run is called after each run with its label, on_sample with what it gave.
+    keep_going: record an engine's error in `failures` and go on without it; otherwise errors are raised. checks: by label, those
+    that were made before. stop: as `Lab.run` has it.
     """
     if not isinstance(engines, Mapping) or not engines:
         raise RequestError(f"engines is {engines!r}; give at least one recipe or peer, as label -> engine")
@@ -205,7 +196,7 @@ def compare(
         check_whole_number(name, value, least=0)
     if repeats + warm_up < 1:
         raise RequestError(f"repeats is {repeats} and warm_up {warm_up}; one of them must be at least 1")
-    keys = {label: lab.engine(engine) for label, engine in engines.items()}
+    keys: dict[str, Engine] = {}
     made: list[RunSample] = []
     failures: dict[str, str] = {}
     logits: dict[str, torch.Tensor] = {}
@@ -216,6 +207,11 @@ def compare(
         failures[label] = f"{what}{sentence(error)}"
         return failures[label]
 
+    for label, engine in engines.items():
+        try:
+            keys[label] = lab.engine(engine)
+        except RecipeError as error:
+            gave_up(label, error)
     with lab.hold(keys.values()):
         for number, _, order in interleaved(engines, repeats=repeats, warm_up=warm_up, seed=seed):
             for label in [name for name in order if name not in failures]:
@@ -231,8 +227,7 @@ def compare(
                         on_sample(made[-1])
                 if on_run is not None:
                     on_run(label)
-        samples = tuple(sample for label in engines for sample in made if sample.engine == label)
-        runs = {label: [s.run for s in samples if s.engine == label] for label in engines if label in logits}
+        runs = {label: [s.run for s in made if s.engine == label] for label in engines if label in logits}
         peers = [label for label in runs if keys[label].recipe is None]
         reference = next(iter([*peers, *runs]), "")
         known = {keys[label].name: dataclasses.replace(runs[label][0], logits=logits[label]) for label in peers}
@@ -244,7 +239,12 @@ def compare(
             except Exception as error:
                 why = gave_up(label, error, "its parity check failed: ")
                 found[label] = Parity(oracle=oracles.of(keys[label]), holds=False, why=why)
-    return Comparison(samples=samples, reference=reference, checks={label: found[label] for label in runs}, failures=failures)
+    checked = {label: found[label] for label in runs}
+    return Comparison(samples=_by_label(made, engines), reference=reference, checks=checked, failures=failures)
+
+
+def _by_label(made: Sequence[RunSample], engines: Iterable[str]) -> tuple[RunSample, ...]:
+    return tuple(sample for label in engines for sample in made if sample.engine == label)
 
 
 def _without_logits(run: Run, label: str) -> Run:
@@ -254,15 +254,15 @@ def _without_logits(run: Run, label: str) -> Run:
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Attribution:
-    """What `attribute` measured. steps: the labels of the recipes on the way, the first being that of the recipe it starts from."""
+    """What `attribute` measured. steps: labels of the recipes on the way, first that of the recipe it starts from."""
 
     comparison: Comparison
     steps: tuple[str, ...]
 
     def saved(self, step: str) -> Interval | None:
-        """Milliseconds of TTFT that a step takes off the step before it, paired by round.
+        """Milliseconds of TTFT that a step takes off the step before it; None for the first, and as `Comparison.saving`.
 
-        None for the first, and where either fails its parity check or nothing is warm in both. Raises `RecipeError` for no step.
+        Raises `RecipeError` for no step.
         """
         if step not in self.steps:
             raise RecipeError(f"step {step!r} is unknown; the steps are {', '.join(map(repr, self.steps))}")
@@ -280,10 +280,9 @@ def attribute(
     on_sample: Callable[[RunSample], object] | None = None,
     stop: threading.Event | None = None,
 ) -> Attribution:
-    """Measure Transformers, the recipe `start` (the baseline, if none is given), and every step from it to `recipe`.
+    """Measure Transformers, the recipe `start` (by default the baseline), and every step from it to `recipe`, as `compare` does.
 
-    A step's saving depends on the steps before it: in another order it would be another one. Runs (steps + 2) engines. on_sample
-    and stop are those of `compare`, which says what is raised.
+    A step's saving depends on the steps before it: in another order it would be another one.
     """
     ways = steps_between(find_recipe(START if start is None else start, lab.device), find_recipe(recipe, lab.device))
     comparison = compare(lab, request, {STOCK: STOCK, **ways}, repeats=repeats, on_sample=on_sample, stop=stop)
@@ -292,10 +291,7 @@ def attribute(
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Conversation:
-    """What `converse` measured.
-
-    texts: what the user says, a text a turn. reference: the engine whose answers are in the history, and whose tokens are expected.
-    """
+    """What `converse` measured. texts: what the user says, turn by turn; reference: the engine whose answers are in the history."""
 
     texts: tuple[str, ...]
     reference: str
@@ -314,7 +310,7 @@ class Conversation:
         return [sample.run for sample in self._timed(turn, engine).samples]
 
     def ttft(self, engine: str, turn: int) -> Interval:
-        """Seconds to the first token, with the interval of the median."""
+        """Seconds."""
         return self._timed(turn, engine).median(engine, "ttft")
 
     def found(self, engine: str, turn: int) -> tuple[int, int]:
@@ -332,15 +328,11 @@ class Conversation:
         return all(s.run.made(expected[s.turn].tokens, expected[s.turn].text) for s in mine)
 
     def speedup(self, engine: str, turn: int, over: str) -> Interval | None:
-        """How many times as fast as another engine a turn's first token comes, paired by round.
-
-        None where either's tokens are not the reference's, or no round has timed both.
-        """
+        """How many times as fast as `over` a turn's first token comes, paired by round; None where either's tokens are others."""
         equal = self.tokens_equal(engine) and self.tokens_equal(over)
         return self._timed(turn, engine, over).ratio(engine, over, "ttft") if equal else None
 
     def _timed(self, turn: int, *engines: str) -> Samples[RunSample]:
-        """The timed runs of these engines at a turn that are of its kind."""
         kinds = {engine: self.kind(engine, turn) for engine in engines}
         of_turn = Samples(samples=self.samples).only(lambda sample: sample.round >= 0 and sample.turn == turn)
         return of_turn.only(lambda sample: kinds.get(sample.engine) == sample.kind)
@@ -381,11 +373,9 @@ def converse(
     """Play a chat `warm_up + repeats` times on every engine: the image and the first text, an answer, the next text, and so on.
 
     engines: label -> recipe, recipe text, or peer. Every turn sends the whole history, with the first engine's answers of the first
-    round, so all engines are asked the same in every round; at each turn all of them run, in an order shuffled by `seed`.
-
-    What a turn finds is what its own engine kept of the turns before it in the same round: every engine has caches of its own
-    (`Lab.apart`), and they forget everything before a round begins (`Memory.forget`). Raises `RequestError` for a turn that no
-    session has room for.
+    round, so all engines are asked the same; at each turn all of them run, in an order shuffled by `seed`. Every engine has caches
+    of its own (`Lab.apart`), which forget everything before a round begins. Raises `RequestError` for a turn that no session has
+    room for.
     """
     if not engines or not texts:
         raise RequestError("engines or texts is empty; a conversation takes at least one of each")
@@ -404,14 +394,10 @@ def converse(
             if label == reference and turn + 1 == len(requests) < len(texts):
                 messages += [{"role": "assistant", "content": run.text}, {"role": "user", "content": texts[turn + 1]}]
                 requests.append(Request(messages=messages, max_new_tokens=max_new_tokens))
-    samples = tuple(sample for label in engines for sample in made if sample.engine == label)
-    return Conversation(texts=tuple(texts), reference=reference, samples=samples)
+    return Conversation(texts=tuple(texts), reference=reference, samples=_by_label(made, engines))
 
 
 def break_even(captures: Iterable[Capture], *, eager: float, captured: float) -> int | None:
-    """After how many requests the captures' own seconds have been saved; None where a request saves nothing.
-
-    eager, captured: seconds a request takes without and with them, medians of runs side by side.
-    """
+    """After how many requests, of so many seconds each, captures have paid for themselves; None where a request saves nothing."""
     saved = eager - captured
     return math.ceil(sum(capture.seconds for capture in captures) / saved) if saved > 0 else None

@@ -13,9 +13,9 @@ from fastvl_lab.cache.slotted import KvShape
 from fastvl_lab.checkpoint import Checkpoint
 from fastvl_lab.engine_thread import EngineThread
 from fastvl_lab.errors import DeviceError
-from fastvl_lab.lab import Lab, device_name
+from fastvl_lab.lab import Lab, device_name, dtype_name
 from fastvl_lab.measure.hardware import find_hardware
-from fastvl_lab.measure.samples import median_interval, now
+from fastvl_lab.measure.samples import now, time_rounds
 from fastvl_lab.measure.tasks import grids_of
 from fastvl_lab.request import Grid, Request
 from fastvl_lab.tokenizer import tokenize
@@ -85,11 +85,8 @@ def decode_bytes(checkpoint: Checkpoint, length: int) -> int:
 
 @dataclass(frozen=True, kw_only=True)
 class Ceilings:
-    """What a device was seen to do per second.
-
-    matmul: operations of matrix products. copied: bytes read and written inside the device. uploaded: bytes from page-locked memory
-    of the host to the device; None on a CPU, which needs no upload.
-    """
+    """What a device was seen to do per second: operations of matrix products; bytes read and written inside the device; bytes
+    from page-locked memory of the host to the device, None on a CPU."""
 
     matmul: float
     copied: float
@@ -97,7 +94,6 @@ class Ceilings:
 
     @classmethod
     def measure(cls, device: torch.device, dtype: torch.dtype) -> Ceilings:
-        """Measure all of them here."""
         uploaded = upload_ceiling(device) if device.type == "cuda" else None
         return cls(matmul=matmul_ceiling(device, dtype), copied=copy_ceiling(device), uploaded=uploaded)
 
@@ -111,7 +107,7 @@ class Work:
     uploaded: int = 0
 
     def seconds(self, ceilings: Ceilings) -> float:
-        """The stage's floor: the time of whichever of them takes longest, as if the others were free."""
+        """The stage's floor: the longest of its `parts`, as if the others were free."""
         return max(self.parts(ceilings).values())
 
     def parts(self, ceilings: Ceilings) -> dict[str, float]:
@@ -193,13 +189,12 @@ def floor(lab: Lab, request: Request, *, ceilings: Ceilings | None = None, hardw
     """The least time of a request's stages on the lab's device, as measured now, or on a GPU that need not be there.
 
     ceilings: measured before (`Ceilings.measure`). hardware: a GPU's name (`measure.hardware`), for what its vendor publishes of
-    half precision, which the lab must then be in; an upload has no floor there. What the host does has none anywhere. Raises
-    `RequestError` and `ImageError` for a request that cannot be served, `DeviceError` for hardware that is unknown, or in float32,
-    or asked for beside ceilings.
+    half precision, which the lab must then be in; an upload has no floor there. Raises `RequestError` and `ImageError` for a
+    request that cannot be served, `DeviceError` for hardware that is unknown, or in float32, or given beside ceilings.
     """
     if ceilings is not None and hardware is not None:
         raise DeviceError(f"hardware is {hardware!r} and ceilings are given too; give one of them, or none to measure here")
-    source = f"measured on {device_name(lab.device)} in {str(lab.dtype).removeprefix('torch.')}"
+    source = f"measured on {device_name(lab.device)} in {dtype_name(lab.dtype)}"
     if hardware is not None:
         known = find_hardware(hardware)
         if lab.dtype not in (torch.bfloat16, torch.float16):
@@ -230,7 +225,7 @@ def _matrix_weights(module: Any) -> int:
 
 
 def matmul_ceiling(device: torch.device, dtype: torch.dtype, *, size: int | None = None, repeats: int = 5) -> float:
-    """Operations a second of a large square matrix product here, the median of some; random values, since zeros run faster.
+    """Operations a second of a square matrix product of random values, since zeros run faster; the median of some.
 
     size: of one side; by default 8192 on CUDA and 2048 on a CPU.
     """
@@ -245,7 +240,7 @@ def matmul_ceiling(device: torch.device, dtype: torch.dtype, *, size: int | None
 
 
 def copy_ceiling(device: torch.device, *, n_bytes: int | None = None, repeats: int = 5) -> float:
-    """Bytes a second that a large copy inside the device reads and writes, both counted; the median of some.
+    """Bytes a second that a copy inside the device reads and writes, both counted; the median of some.
 
     n_bytes: of what is copied; by default 1 GiB on CUDA and 256 MiB on a CPU, more than its caches hold.
     """
@@ -259,19 +254,18 @@ def copy_ceiling(device: torch.device, *, n_bytes: int | None = None, repeats: i
 
 
 def upload_ceiling(device: torch.device, *, n_bytes: int = 2**28, repeats: int = 5) -> float:
-    """Bytes a second of a large copy from page-locked memory of the host to a CUDA device, the median of some."""
+    """Bytes a second of a copy from page-locked memory of the host to a CUDA device, the median of some."""
     source, target = torch.ones(n_bytes, dtype=torch.uint8, pin_memory=True), torch.empty(n_bytes, dtype=torch.uint8, device=device)
     return n_bytes / _median_seconds(device, lambda: target.copy_(source, non_blocking=True), repeats)
 
 
 def _median_seconds(device: torch.device, work: Callable[[], object], repeats: int) -> float:
-    seconds = []
-    for number in range(repeats + 2):
+    def once() -> dict[str, float]:
         started = now(device)
         work()
-        if number >= 2:  # the first ones set libraries up
-            seconds.append(now(device) - started)
-    return median_interval(seconds).median
+        return {"": now(device) - started}
+
+    return time_rounds({"": once}, repeats=repeats).median("").median  # the rounds of warm-up set libraries up
 
 
 @dataclass(frozen=True, kw_only=True)

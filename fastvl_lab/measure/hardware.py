@@ -58,17 +58,14 @@ def find_hardware(name: str, *, instead: str = "") -> Hardware:
     that fits none or several, with the choices, and what else could be given instead.
     """
     asked = _words(str(name))
-    exact = [known for known in HARDWARE if any(asked == _words(own) for own in (known.name, *known.also))]
-    fits = exact or [known for known in HARDWARE if asked and asked <= _all_words(known)]
+    names = {known: [_words(own) for own in (known.name, *known.also)] for known in HARDWARE}
+    exact = [known for known, own in names.items() if asked in own]
+    fits = exact or [known for known, own in names.items() if asked and asked <= frozenset().union(*own)]
     if len(fits) == 1:
         return fits[0]
     choices = ", ".join(known.name for known in fits or HARDWARE)
     what = "may be several" if fits else "is unknown"
     raise DeviceError(f"hardware {name!r} {what}; the choices are {choices}{instead}")
-
-
-def _all_words(known: Hardware) -> frozenset[str]:
-    return _words(" ".join((known.name, *known.also)))
 
 
 def _words(name: str) -> frozenset[str]:

@@ -8,25 +8,31 @@ and each token that it chose itself must be as good as the best one, within thos
 
 from __future__ import annotations
 
-import copy
 import dataclasses
 import math
 import threading
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 
 from fastvl_lab import preprocessor, vit
-from fastvl_lab.checkpoint import Checkpoint
+from fastvl_lab.checkpoint.wider import in_wider_dtype, wider
 from fastvl_lab.engine import Engine, EngineLike, find, find_recipe
 from fastvl_lab.errors import sentence
-from fastvl_lab.lab import Lab
-from fastvl_lab.measure.tasks import BoundDecoder, Decoding, Tower, bound_preprocessor, text_prompt, text_tokens
+from fastvl_lab.lab import Lab, dtype_name
+from fastvl_lab.measure.tasks import (
+    Decoding,
+    Tower,
+    bound_forward,
+    bound_preprocessor,
+    stock_forward,
+    text_prompt,
+    text_tokens,
+)
 from fastvl_lab.preprocessor.layout import own_settings
 from fastvl_lab.preprocessor.patchify import to_picture
 from fastvl_lab.recipe import Recipe
@@ -51,11 +57,11 @@ BUDGET = 2.0
 class Parity:
     """How an engine came through.
 
-    oracle: who answers for it, Transformers on the engine's own pixels. expected, expected_text: the tokens that it made, and their
-    text. why: the sentence where parity does not hold; "" where it does. by: what was held against the oracle. error, budget: of
-    logits, as shares of the oracle's. other_from: the number of the first token that is not the oracle's, None where all are.
-    moved: by how much its pixels alone move one of Transformers' logits at most, None where they are the reference's. in_bounds:
-    whether its pixels are as near to the stock ones as its recipe promises.
+    oracle: who answers for it, Transformers on the engine's own pixels; expected, expected_text: its answer. why: the sentence
+    where parity does not hold, else "". by: what was compared. error, budget: of logits, as shares of the oracle's. other_from: the
+    number of the first token that is not the oracle's, None where all are. moved: by how much the engine's pixels move one of
+    Transformers' logits at most, None where they are the reference's. in_bounds: whether its pixels are as near to the stock ones
+    as its recipe promises.
     """
 
     oracle: str
@@ -71,14 +77,18 @@ class Parity:
     in_bounds: bool = True
 
     @property
+    def _of_own(self) -> str:
+        """The error as a multiple of the dtype's own, or ""; the budget is `BUDGET` of these."""
+        by_logits = self.by == "logits" and self.error is not None and self.budget is not None
+        return f"{BUDGET * self.error / self.budget:.1f}×" if by_logits else ""  # type: ignore[operator]
+
+    @property
     def says(self) -> str:
         """In a few words, for tables."""
         if not self.holds:
             return "NO"
         on_its_pixels = "" if self.moved is None else ", on its pixels"
-        if self.by == "tokens" or self.error is None or self.budget is None:
-            return f"yes{on_its_pixels}"
-        return f"yes{on_its_pixels}, {BUDGET * self.error / self.budget:.1f}× the dtype's own error"
+        return f"yes{on_its_pixels}" + (f", {self._of_own} the dtype's own error" if self._of_own else "")
 
     @property
     def sentence(self) -> str:
@@ -86,10 +96,10 @@ class Parity:
         if not self.holds:
             return f"{self.why}: its time is not compared"
         whose = "Transformers" if self.moved is None else "Transformers on this recipe's pixels"
-        if self.by == "tokens" or self.error is None or self.budget is None:
-            return f"same tokens as {whose}"
         apart = "" if self.other_from is None else f"; tokens differ from number {self.other_from + 1} on"
-        return f"within {BUDGET * self.error / self.budget:.1f}× of this dtype's own error, beside {whose}{apart}"
+        return (
+            f"within {self._of_own} of this dtype's own error, beside {whose}{apart}" if self._of_own else f"same tokens as {whose}"
+        )
 
 
 def worst_error(pairs: Iterable[tuple[torch.Tensor, torch.Tensor]]) -> float:
@@ -103,47 +113,6 @@ def worst_error(pairs: Iterable[tuple[torch.Tensor, torch.Tensor]]) -> float:
 def allowed_error(own: float, dtype: torch.dtype) -> float:
     """What an engine's error may be where plain PyTorch's own in the same dtype is `own`: twice that, plus rounding."""
     return BUDGET * own + torch.finfo(dtype).eps
-
-
-def wider(dtype: torch.dtype) -> torch.dtype:
-    """In what the truth is computed that a dtype's errors are measured against."""
-    return torch.float64 if dtype == torch.float32 else torch.float32
-
-
-def in_wider_dtype(checkpoint: Checkpoint) -> Checkpoint:
-    """The checkpoint with its stock model in the dtype of the truth; a weight is converted while its module computes.
-
-    So no second copy of the weights is held: the largest alone takes twice its room for a while. The live model is not touched.
-    """
-    dtype = wider(checkpoint.dtype)
-    stands_for: dict[int, Any] = {}
-    for parameter in checkpoint.model.parameters():  # of its shape and dtype, without its bytes
-        one = torch.empty((), dtype=dtype, device=parameter.device)
-        stands_for[id(parameter)] = torch.nn.Parameter(one.expand(parameter.shape), requires_grad=False)
-    model = copy.deepcopy(checkpoint.model, dict(stands_for))
-    for buffer in model.buffers():
-        if buffer.is_floating_point():
-            buffer.data = buffer.data.to(dtype)
-    for theirs, ours in zip(checkpoint.model.modules(), model.modules(), strict=True):
-        if own := {name: parameter for name, parameter in theirs._parameters.items() if parameter is not None}:
-            ours.register_forward_pre_hook(_converting(own, dtype))
-            ours.register_forward_hook(_letting_go(dict(ours._parameters)), always_call=True)
-    return dataclasses.replace(checkpoint, model=model, dtype=dtype)
-
-
-def _converting(own: Mapping[str, torch.nn.Parameter], dtype: torch.dtype) -> Callable[..., None]:
-    def convert(module: Any, _: object) -> None:
-        for name, parameter in own.items():
-            module._parameters[name] = torch.nn.Parameter(parameter.data.to(dtype), requires_grad=False)
-
-    return convert
-
-
-def _letting_go(placeholders: Mapping[str, Any]) -> Callable[..., None]:
-    def let_go(module: Any, *_: object) -> None:
-        module._parameters.update(placeholders)
-
-    return let_go
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -226,12 +195,11 @@ def within_budget(found: Mapping[str, float | str], reference: str, dtype: torch
 def check(
     oracles: Oracles, given: EngineLike, runs: Sequence[Run], logits: torch.Tensor, base: str, *, steps: int | None = None
 ) -> Parity:
-    """Hold an engine against its oracle.
+    """Hold an engine against its oracle; raises what the oracle raises.
 
     runs: all of its runs of the request, at least one. logits: float32 [vocab], of the last prompt token of any; empty for an
-    endpoint. base: the oracle of the engine that others are compared with, whose logits `Parity.moved` refers to. steps: how many
-    tokens it is made to go on with; by default none in float32, and in half precision as many as it made, up to `STEPS`. Raises
-    what the oracle raises.
+    endpoint. base: the oracle of the engine that others are compared with, which `Parity.moved` refers to. steps: how many tokens
+    it is made to go on with; by default none in float32, and in half precision as many as it made, up to `STEPS`.
     """
     lab, engine, oracle = oracles.lab, oracles.lab.engine(given), oracles.of(given)
     theirs = oracles.run(oracle)
@@ -241,7 +209,7 @@ def check(
         expected=theirs.tokens,
         expected_text=theirs.text,
         other_from=min((_departs(run.tokens, theirs.tokens) for run in _others(runs, theirs)), default=None),
-        moved=None if oracle == base else _moved(theirs, oracles.run(base)),
+        moved=None if oracle == base else float((theirs.logits - oracles.run(base).logits).abs().max()),
         in_bounds=_in_bounds(lab, oracles.request, engine),
     )
     for who, some in (("its", logits), (f"the {oracle}", theirs.logits)):
@@ -281,7 +249,7 @@ def _by_logits(found: Parity, oracles: Oracles, engine: Engine, steps: int) -> P
     lab, oracle = oracles.lab, found.oracle
     truth = oracles.truth(oracle, text_tokens(lab, steps))
     error, budget = truth.error(lab.logits_along(oracles.request, engine, truth.tokens)), allowed_error(truth.own_error, lab.dtype)
-    off = f"its logits are off by {error:.1%}, over {budget:.1%}, twice the error of {oracle} in {_in_short(lab.dtype)}"
+    off = f"its logits are off by {error:.1%}, over {budget:.1%}, twice the error of {oracle} in {dtype_name(lab.dtype)}"
     return dataclasses.replace(found, by="logits", error=error, budget=budget, why="" if error <= budget else off)
 
 
@@ -296,13 +264,9 @@ def _by_how_good_tokens_are(found: Parity, oracles: Oracles, runs: Sequence[Run]
         # Either of two logits, the chosen one and the best, may be off by twice what Transformers' own are.
         if not truth.shortfall() <= 2 * BUDGET * truth.own_off:
             why = f"a token of its answer falls {truth.shortfall():.2g} short of the best one's logit, and the logits of "
-            why += f"{found.oracle} in {_in_short(oracles.lab.dtype)} are off by {truth.own_off:.2g}"
+            why += f"{found.oracle} in {dtype_name(oracles.lab.dtype)} are off by {truth.own_off:.2g}"
             return dataclasses.replace(found, why=why)
     return found
-
-
-def _in_short(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")
 
 
 def _others(runs: Sequence[Run], theirs: Run) -> list[Run]:
@@ -314,10 +278,6 @@ def _departs(tokens: Sequence[int], others: Sequence[int]) -> int:
     """The number of the first token that is another, or that an endpoint does not name; of two answers that are not the same."""
     pairs = enumerate(zip(tokens, others, strict=False))
     return next((number for number, (one, other) in pairs if one != other), min(len(tokens), len(others)))
-
-
-def _moved(theirs: Run, base: Run) -> float:
-    return float((theirs.logits - base.logits).abs().max())
 
 
 def _in_bounds(lab: Lab, request: Request, engine: Engine) -> bool:
@@ -370,31 +330,19 @@ class StageCheck:
 
 def check_tower(lab: Lab, task: Tower, engines: Mapping[str, EngineLike]) -> dict[str, StageCheck]:
     """Every recipe's visual tokens, DeepStack features included, against the stock tower in a wider dtype on the same pixels."""
+    stock, request = in_wider_dtype(lab.checkpoint).vision.module, task.request
 
-    @torch.inference_mode()
-    def checked() -> dict[str, StageCheck]:
-        one = partial(_tower_error, lab, task.request, copy.deepcopy(lab.checkpoint.vision.module).to(wider(lab.dtype)))
-        return {label: _without_failing(partial(one, find_recipe(engine, lab.device))) for label, engine in engines.items()}
+    def one(engine: EngineLike) -> StageCheck:
+        recipe = find_recipe(engine, lab.device)
+        sent = bound_preprocessor(lab, request, recipe)
+        stock_form = dataclasses.replace(recipe.preprocessor, payload="float32", temporal="duplicated")
+        pixels, whole = sent.pixels(request), preprocessor.bind(stock_form, lab.checkpoint).patches(request)
+        patches, grids = whole.patches.to(lab.device, wider(lab.dtype)), torch.tensor(whole.grids, device=lab.device)
+        truth = lab.checkpoint.family.stock_vision(stock, patches, grids)
+        made = vit.bind(recipe.vit, lab.checkpoint, sent.patch_format)(pixels, Tracer(lab.device, "off"))
+        return StageCheck(error=worst_error(zip(made.parts, truth.parts, strict=True)))
 
-    return lab.compute(checked)
-
-
-def _tower_error(lab: Lab, request: Request, visual: Any, recipe: Recipe) -> StageCheck:
-    sent = bound_preprocessor(lab, request, recipe)
-    stock_form = dataclasses.replace(recipe.preprocessor, payload="float32", temporal="duplicated")
-    pixels, whole = sent.pixels(request), preprocessor.bind(stock_form, lab.checkpoint).patches(request)
-    patches, grids = whole.patches.to(lab.device, wider(lab.dtype)), torch.tensor(whole.grids, device=lab.device)
-    truth = lab.checkpoint.family.stock_vision(visual, patches, grids)
-    made = vit.bind(recipe.vit, lab.checkpoint, sent.patch_format)(pixels, Tracer(lab.device, "off"))
-    return StageCheck(error=worst_error(zip(made.parts, truth.parts, strict=True)))
-
-
-def _without_failing(check: Callable[[], StageCheck]) -> StageCheck:
-    """One option that a device cannot run must not cost the others their rows."""
-    try:
-        return check()
-    except Exception as error:
-        return StageCheck(error=sentence(error))
+    return _each(lab, engines, one)
 
 
 # The truth takes its prompt in pieces, because in float32 torch may write the scores of all of it out.
@@ -406,25 +354,37 @@ def check_decoder(lab: Lab, task: Decoding, engines: Mapping[str, EngineLike]) -
 
     Against the stock decoder in a wider dtype. Positions are those of a prompt with an image in it, so that each axis counts.
     """
+    prompt = _with_places_of_an_image(text_prompt(lab, task.length, task.n_steps))
+    forced = torch.tensor(text_tokens(lab, task.n_steps), device=lab.device)
+    truth = lab.compute(partial(_decoder_truth, lab, prompt, forced))
+
+    def one(engine: EngineLike) -> StageCheck:
+        with bound_forward(lab, lab.engine(engine))(prompt, len(forced), forced) as forward:
+            logits = torch.stack(list(forward.logits))
+            return StageCheck(error=worst_error([(logits, truth)]), kv_bytes=forward.n_bytes())
+
+    return _each(lab, engines, one)
+
+
+@torch.inference_mode()
+def _decoder_truth(lab: Lab, prompt: Prompt, forced: torch.Tensor) -> torch.Tensor:
+    """The stock decoder's logits [1 + forced, vocab] in a wider dtype."""
+    text = in_wider_dtype(lab.checkpoint).text
+    with stock_forward(text.module, text.head, prompt, len(forced), forced, piece=_PIECE) as forward:
+        return torch.stack(list(forward.logits))
+
+
+def _each(lab: Lab, engines: Mapping[str, EngineLike], one: Callable[[EngineLike], StageCheck]) -> dict[str, StageCheck]:
+    """One option that a device cannot run must not cost the others their rows."""
 
     @torch.inference_mode()
-    def checked() -> dict[str, StageCheck]:
-        prompt = _with_places_of_an_image(text_prompt(lab, task.length, task.n_steps))
-        forced = torch.tensor(text_tokens(lab, task.n_steps), device=lab.device)
-        truth = _decoder_truth(lab, prompt, forced)
-        one = partial(_decoder_error, lab, prompt, forced, truth)
-        return {label: _without_failing(partial(one, engine)) for label, engine in engines.items()}
+    def checked(engine: EngineLike) -> StageCheck:
+        try:
+            return one(engine)
+        except Exception as error:
+            return StageCheck(error=sentence(error))
 
-    return lab.compute(checked)
-
-
-def _decoder_error(lab: Lab, prompt: Prompt, forced: torch.Tensor, truth: torch.Tensor, given: EngineLike) -> StageCheck:
-    if (recipe := lab.engine(given).recipe) is not None:
-        logits, kv_bytes = _ours(lab, recipe, prompt, forced)
-    else:
-        stock = lab.checkpoint.text
-        logits, kv_bytes = _stock(stock.module, stock.head.weight, prompt, forced, prompt.n_tokens)
-    return StageCheck(error=worst_error([(logits, truth)]), kv_bytes=kv_bytes)
+    return {label: lab.compute(partial(checked, engine)) for label, engine in engines.items()}
 
 
 def _with_places_of_an_image(prompt: Prompt) -> Prompt:
@@ -437,38 +397,3 @@ def _with_places_of_an_image(prompt: Prompt) -> Prompt:
     rest = first + side + torch.arange(n - first - side * side, device=device)
     positions = torch.cat([prompt.positions[:, :first], image, rest.expand(3, -1)], dim=1)
     return dataclasses.replace(prompt, positions=positions, next_position=first + side + len(rest))
-
-
-def _decoder_truth(lab: Lab, prompt: Prompt, forced: torch.Tensor) -> torch.Tensor:
-    """The stock decoder's logits in a wider dtype; the copy of its weights is gone on return."""
-    stock, wide = lab.checkpoint.text, wider(lab.dtype)
-    return _stock(copy.deepcopy(stock.module).to(wide), stock.head.weight.to(wide), prompt, forced, _PIECE)[0]
-
-
-def _stock(text: Any, head: torch.Tensor, prompt: Prompt, forced: torch.Tensor, piece: int) -> tuple[torch.Tensor, int]:
-    """Logits [1 + forced, vocab] by stock modules, the prompt in pieces of up to `piece` tokens, and bytes of their cache."""
-    n, ids = prompt.n_tokens, torch.cat([prompt.input_ids, forced])
-    positions = torch.cat([prompt.positions, _positions_after(prompt, len(forced)).expand(3, -1)], dim=1)
-    starts, kept, logits = [*range(0, n, piece), *range(n, len(ids))], None, []
-    for start, end in zip(starts, [*starts[1:], len(ids)], strict=True):
-        embeds, at = text.embed_tokens(ids[None, start:end]), positions[:, None, start:end]
-        out = text(inputs_embeds=embeds, position_ids=at, past_key_values=kept, use_cache=True)
-        kept = out.past_key_values
-        if end >= n:
-            logits.append(F.linear(out.last_hidden_state[0, -1], head))
-    assert kept is not None
-    return torch.stack(logits), sum(x.nbytes for layer in kept.layers for x in (layer.keys, layer.values))
-
-
-def _ours(lab: Lab, recipe: Recipe, prompt: Prompt, forced: torch.Tensor) -> tuple[torch.Tensor, int]:
-    """The same by a recipe's decoder."""
-    bound = BoundDecoder.of(lab, recipe)
-    with bound.admitted(prompt, len(forced)) as place:
-        logits = [bound.prefill(prompt, place)]
-        for token, position in zip(forced.split(1), _positions_after(prompt, len(forced)).split(1), strict=True):
-            logits.append(bound.step(token, position, place))
-        return torch.stack(logits), place.n_bytes
-
-
-def _positions_after(prompt: Prompt, n: int) -> torch.Tensor:
-    return prompt.next_position + torch.arange(n, device=prompt.positions.device)

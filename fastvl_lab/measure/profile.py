@@ -23,7 +23,7 @@ _LONGEST = 12  # kernels that are named
 class Operation:
     """One operation: on the host an operator or a compiled program that Python called, on the device a kernel or a copy.
 
-    stage: in which it was called; "" for one in no stage, and for those of the device. Instants in microseconds since the request.
+    stage: in which it was called; "" for none, and on the device. Times are microseconds since the request.
     """
 
     name: str
@@ -42,14 +42,14 @@ class Profile:
 
     def of(self, *stages: str) -> Profile:
         """What was called or ran between the start of the last of the first stage and the end of the last of the last one."""
-        start = max((stage.start_us for stage in self.stages if stage.name == stages[0]), default=None)
-        end = max((stage.end_us for stage in self.stages if stage.name == stages[-1]), default=None)
-        if start is None or end is None:
+        starts = [stage.start_us for stage in self.stages if stage.name == stages[0]]
+        ends = [stage.end_us for stage in self.stages if stage.name == stages[-1]]
+        if not starts or not ends:
             ran = ", ".join(dict.fromkeys(stage.name for stage in self.stages))
             raise RequestError(f"no stage {' or '.join(stages)} ran; those that did are {ran}")
 
         def within(some: Iterable[Operation]) -> tuple[Operation, ...]:
-            return tuple(operation for operation in some if operation.start_us >= start and operation.end_us <= end)
+            return tuple(one for one in some if one.start_us >= max(starts) and one.end_us <= max(ends))
 
         return Profile(stages=within(self.stages), operations=within(self.operations))
 
@@ -87,18 +87,19 @@ def _profile_of(events: Sequence[Any]) -> Profile:
     whole = next(event for event in events if event.name == _WHOLE and event.device_type.name == "CPU")
     stages, operations = [], []
     for event in events:
-        times = {
-            "start_us": event.time_range.start - whole.time_range.start,
-            "end_us": event.time_range.end - whole.time_range.start,
-        }
+
+        def made(lane: Lane, stage: str, event: Any = event) -> Operation:
+            start, end = (at - whole.time_range.start for at in (event.time_range.start, event.time_range.end))
+            return Operation(name=event.name, lane=lane, stage=stage, start_us=start, end_us=end)
+
         if event.device_type.name != "CPU":
             if not event.is_user_annotation:  # the profiler draws ranges on the device too
-                operations.append(Operation(name=event.name, lane="device", stage="", **times))
+                operations.append(made("device", ""))
         elif event.is_user_annotation:
             if event.cpu_parent is whole:
-                stages.append(Operation(name=event.name, lane="host", stage=event.name, **times))
+                stages.append(made("host", event.name))
         elif (stage := _called_in(event, whole)) is not None:
-            operations.append(Operation(name=event.name, lane="host", stage=stage, **times))
+            operations.append(made("host", stage))
     return Profile(stages=tuple(stages), operations=tuple(operations))
 
 

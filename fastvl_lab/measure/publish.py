@@ -17,7 +17,7 @@ import transformers
 from PIL import Image
 
 from fastvl_lab.errors import ImageError, MissingExtraError, RequestError, require
-from fastvl_lab.lab import Lab, device_name
+from fastvl_lab.lab import Lab, device_name, dtype_name
 from fastvl_lab.measure.compare import Comparison
 from fastvl_lab.measure.samples import json_value
 from fastvl_lab.preprocessor.decode_image import rgb_of
@@ -36,19 +36,15 @@ PHOTOGRAPHS = {"coffee": "coffee.png", "astronaut": "astronaut.png", "rocket": "
 def notebook_parameters(namespace: Mapping[str, Any], known: Sequence[str]) -> dict[str, Any]:
     """The values of the `known` parameters in a notebook's `globals()`; raises `RequestError` for one it does not know.
 
-    papermill only warns about a parameter that the notebook does not have, and assigns it all the same. So the cell it injected is
-    looked up in IPython's history (`In`) and every name it assigns must be known. Call this right after the parameters cell.
+    papermill only warns about a parameter that the notebook does not have, and assigns it all the same. So every name that its cell
+    assigns, which IPython's history (`In`) has, must be known. Call this right after the parameters cell.
     """
-    for cell in namespace.get("In", ()):
-        if not cell.startswith(_INJECTED):
-            continue
-        for name in (
-            node.id for node in ast.walk(ast.parse(cell)) if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store)
-        ):
-            if name not in known:
-                close = difflib.get_close_matches(name, known, n=1)
-                hint = f" (did you mean {close[0]!r}?)" if close else ""
-                raise RequestError(f"parameter {name!r} is unknown{hint}; the choices are {', '.join(known)}")
+    injected = [ast.parse(cell) for cell in namespace.get("In", ()) if cell.startswith(_INJECTED)]
+    for node in (node for cell in injected for node in ast.walk(cell)):
+        if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store) and node.id not in known:
+            close = difflib.get_close_matches(node.id, known, n=1)
+            hint = f" (did you mean {close[0]!r}?)" if close else ""
+            raise RequestError(f"parameter {node.id!r} is unknown{hint}; the choices are {', '.join(known)}")
     missing = [name for name in known if name not in namespace]
     if missing:
         raise RequestError(f"parameters {', '.join(missing)} have no value; run the parameters cell first")
@@ -97,7 +93,7 @@ def environment(lab: Lab) -> dict[str, str]:
     """Where something was measured: device, dtype, and the versions that matter."""
     return {
         "device": device_name(lab.device),
-        "dtype": str(lab.dtype).removeprefix("torch."),
+        "dtype": dtype_name(lab.dtype),
         "python": platform.python_version(),
         "torch": str(torch.__version__),
         "transformers": transformers.__version__,

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Container, Mapping
 
 import torch
 
-from fastvl_lab.catalogue import Option, OptionValue, Target, Toggle, toggles
+from fastvl_lab.catalogue import OptionValue, Target, toggles
 from fastvl_lab.engine import EngineLike, find
 from fastvl_lab.errors import RecipeError, sentence
 from fastvl_lab.families import Family
@@ -79,67 +79,65 @@ def attention_variants(recipe: Recipe) -> dict[str, Recipe]:
     return variants
 
 
-def cannot_run(engine: EngineLike, device: torch.device, dtype: torch.dtype) -> str | None:
-    """Why an engine cannot run on the device in the dtype, or None if nothing is known against it."""
+def cannot_run(engine: EngineLike, target: Target) -> str | None:
+    """Why an engine cannot run on the target, or None if nothing is known against it."""
     try:
-        if (recipe := find(engine, device).recipe) is not None:
-            recipe.check(Target(device=device, dtype=dtype))
+        if (recipe := find(engine, target.device).recipe) is not None:
+            recipe.check(target)
     except RecipeError as error:
         return sentence(error)
     return None
 
 
-def _runnable(slot: str, device: torch.device, dtype: torch.dtype) -> Iterator[tuple[Toggle, Option]]:
-    """The exact options of a slot that can run here, toggle by toggle, the first of each among them."""
-    for toggle in toggles():
-        for option in toggle.options if toggle.slot == slot else ():
-            if option.exact and option.needs.unmet(Target(device=device, dtype=dtype)) is None:
-                yield toggle, option
-
-
 # What the report compares of one slot.
+
+
+def _each_option(lean: Recipe, paths: Container[str], target: Target) -> tuple[dict[str, EngineLike], Recipe]:
+    """The recipe with each exact option of these toggles that can run, and what that requires; and the one with all the last."""
+    alone: dict[str, EngineLike] = {}
+    last = lean
+    for toggle in toggles():
+        for option in toggle.options if toggle.path in paths else ():
+            if option.exact and option.needs.unmet(target) is None:
+                if option.value != lean.value(toggle.path):
+                    alone[f"{toggle.name}={option.value}"] = lean.choose(toggle.path, option.value)
+                last = last.choose(toggle.path, option.value)
+    return alone, last
+
+
+def _paths(slot: str) -> list[str]:
+    return [toggle.path for toggle in toggles() if toggle.slot == slot]
 
 
 def of_the_tower(device: torch.device, dtype: torch.dtype, family: Family) -> dict[str, EngineLike]:
     """The stock tower, the lean one, each of its options that can run here alone with what it requires, and all the last ones."""
-    lean = Recipe.parse("baseline, preprocessor.resize=pillow, vit.tower=lean")
-    recipes: dict[str, EngineLike] = {"stock": Recipe.parse("baseline, preprocessor.resize=pillow"), "lean": lean}
-    last: dict[str, OptionValue] = {}
-    for toggle, option in _runnable("vit", device, dtype):
-        if toggle.name != "tower":
-            label = f"{toggle.name}={option.value}"
-            if option.value != lean.value(toggle.path) and label not in family.idle:
-                recipes[label] = lean.choose(toggle.path, option.value)
-            last[toggle.path] = option.value
-    recipes["last of each"] = lean.replace(last)
-    varlen = lean.replace(last | {"vit.attention": "varlen"})
-    if last["vit.attention"] == "triton" and cannot_run(varlen, device, dtype) is None:
-        recipes["last of each, varlen"] = varlen
-    recipes["fastest"] = Recipe.fastest(device)
-    return recipes
+    stock = Recipe.parse("baseline, preprocessor.resize=pillow")
+    lean = stock.replace("vit.tower", "lean")
+    target = Target(device=device, dtype=dtype)
+    alone, last = _each_option(lean, [path for path in _paths("vit") if path != "vit.tower"], target)
+    found: dict[str, EngineLike] = {"stock": stock, "lean": lean}
+    found |= {label: recipe for label, recipe in alone.items() if label not in family.idle} | {"last of each": last}
+    varlen = last.replace("vit.attention", "varlen")
+    if last.vit.attention == "triton" and cannot_run(varlen, target) is None:
+        found["last of each, varlen"] = varlen
+    return found | {"fastest": Recipe.fastest(device)}
 
 
 def of_the_decoder(device: torch.device, dtype: torch.dtype) -> dict[str, EngineLike]:
-    """Transformers, the baseline, and the lean decoder with SDPA: plain; with each other option of its slot that can run here
-    alone, and what that requires; with each KV cache; with the last options of all toggles together. Then the fastest known."""
+    """Transformers, the baseline, and the lean decoder with SDPA: plain, with each option of its slot and each KV cache that can
+    run here alone, and what that requires, and with all the last ones. Then the fastest known."""
     sdpa = "sdpa_efficient" if device.type == "cuda" else "sdpa"
-    lean = last = Recipe.parse(f"baseline, attention.prefill={sdpa}, attention.decode={sdpa}")
-    engines: dict[str, EngineLike] = {STOCK: STOCK, "baseline": Recipe.baseline(), "lean": lean}
-    for toggle, option in _runnable("attention", device, dtype):
-        if option.value != lean.value(toggle.path):
-            engines[f"{toggle.name}={option.value}"] = lean.choose(toggle.path, option.value)
-        last = last.choose(toggle.path, option.value)
-    for toggle, option in _runnable("cache", device, dtype):
-        if toggle.name == "kv" and option.value != lean.cache.kv:
-            engines[f"kv={option.value}"] = lean.choose(toggle.path, option.value)
-    engines["last of each"] = last
+    target = Target(device=device, dtype=dtype)
+    lean = Recipe.parse(f"baseline, attention.prefill={sdpa}, attention.decode={sdpa}")
+    alone, last = _each_option(lean, _paths("attention"), target)
+    found: dict[str, EngineLike] = {STOCK: STOCK, "baseline": Recipe.baseline(), "lean": lean, **alone}
+    found |= _each_option(lean, ["cache.kv"], target)[0] | {"last of each": last}
     if last.attention.prefill == "triton":
-        engines["last of each, sdpa"] = last.replace({"attention.prefill": sdpa, "attention.decode": sdpa})
+        found["last of each, sdpa"] = last.replace({"attention.prefill": sdpa, "attention.decode": sdpa})
         varlen = last.replace("attention.prefill", "varlen")
-        if cannot_run(varlen, device, dtype) is None:
-            engines["last of each, varlen"] = varlen
-    engines["fastest"] = Recipe.fastest(device)
-    return engines
+        if cannot_run(varlen, target) is None:
+            found["last of each, varlen"] = varlen
+    return found | {"fastest": Recipe.fastest(device)}
 
 
 # What the report compares of whole requests.
@@ -220,13 +218,13 @@ def fused(recipe: Recipe, attention: str = "varlen") -> Recipe:
 
 def modes(recipe: Recipe) -> dict[str, Recipe]:
     """One recipe with its stages up to the first token executed in every way of `MODES`, on shapes as they are."""
-    eager = recipe.replace({toggle.path: toggle.values[0] for toggle in toggles() if toggle.slot == "capture"})
+    eager = recipe.replace({path: Recipe.baseline().value(path) for path in _paths("capture")})
     return {name: changed(eager, changes) for name, changes in MODES.items()}
 
 
 def with_slot(recipe: Recipe, slot: str, source: Recipe) -> Recipe:
     """A recipe with one slot as `source` has it, and elsewhere what that slot cannot do without."""
-    paths = [toggle.path for toggle in toggles() if toggle.slot == slot]
+    paths = _paths(slot)
     made = changed(recipe, {path: source.value(path) for path in paths if source.value(path) != recipe.value(path)})
     assert all(made.value(path) == source.value(path) for path in paths)
     return made

@@ -16,30 +16,32 @@ import argparse
 import dataclasses
 import gc
 import json
+import math
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from fastvl_lab.capture.execute import Capture
-from fastvl_lab.engine import EngineLike, find_recipe
+from fastvl_lab.engine import EngineLike
 from fastvl_lab.errors import DeviceError, FastvlError, sentence
 from fastvl_lab.lab import Lab
 from fastvl_lab.measure import recipes
-from fastvl_lab.measure.compare import Comparison, break_even, compare
+from fastvl_lab.measure.compare import Comparison, compare
 from fastvl_lab.measure.floors import Ceilings, decode_bytes, floor, prefill_flops, vit_flops
 from fastvl_lab.measure.parity import Oracles, Parity, StageCheck, check, check_decoder, check_tower, within_budget
 from fastvl_lab.measure.profile import device_idle, kernels_of_request, memory_of_request, tuned_launches
 from fastvl_lab.measure.publish import environment, picture
 from fastvl_lab.measure.recipes import STOCK, cannot_run
-from fastvl_lab.measure.samples import Samples, StageSample, as_row, json_value, median_interval, since_upload
+from fastvl_lab.measure.samples import as_row, json_value, median_interval, since_upload
 from fastvl_lab.measure.tables import Row, text
 from fastvl_lab.measure.tasks import Decoding, Tower, grids_of, text_tokens, time_task
 from fastvl_lab.recipe import Recipe
-from fastvl_lab.request import Request
+from fastvl_lab.request import Grid, Request
 from fastvl_lab.run import Run
 from fastvl_lab.trace import Lane
 
@@ -53,15 +55,9 @@ _BUILT_IN: dict[str, Any] = {"checkpoints": ("tiny-qwen2.5-vl", "tiny-qwen3-vl")
 
 # Task -> what `report` is given without and with `--tiny`. ways: of `recipes.MODES`; new_tokens: of the runs for TPOT; steps: those
 # forced for parity, and of the decoder those timed.
+_REQUEST: dict[str, Any] = {"ways": tuple(recipes.MODES), "new_tokens": 64, "steps": 8}
 FULL: dict[str, dict[str, Any]] = {
-    "request": _PUBLISHED
-    | {
-        "sizes": _SIZES,
-        "sides": (224, 448, 672, 896, 1280, 1536, 2048),
-        "ways": tuple(recipes.MODES),
-        "new_tokens": 64,
-        "steps": 8,
-    },
+    "request": _PUBLISHED | _REQUEST | {"sizes": _SIZES, "sides": (224, 448, 672, 896, 1280, 1536, 2048)},
     "decoder": _PUBLISHED | {"lengths": (300, 1600, 8000), "steps": 32},
     "tower": _PUBLISHED | {"sizes": _SIZES},
 }
@@ -126,6 +122,16 @@ class Bench:
         """Those that are not to be left out."""
         return {k: e for k, e in engines.items() if k == always or not any(word in k for word in self.without)}
 
+    def attempt(self, work: Callable[[], Row], *, parity: bool | None = False) -> Row:
+        """What was found while there is time; parity: what a failure says of it.
+
+        One engine that a device cannot run must not cost the others their rows.
+        """
+        try:
+            return {"error": self.deadline.skipped()} if self.deadline.passed else work()
+        except Exception as error:
+            return {"error": sentence(error), "parity": parity}
+
 
 def report(
     task: str,
@@ -153,8 +159,14 @@ def report(
     for name in names:
         lab = Lab(name, device=device, dtype=dtype, **room)
         ceilings = ceilings or Ceilings.measure(lab.device, lab.dtype)
-        times, last = REPEATS[task] if repeats is None else repeats, name == names[-1]
-        bench = Bench(lab=lab, ceilings=ceilings, repeats=times, deadline=deadline, without=words, last=last)
+        bench = Bench(
+            lab=lab,
+            ceilings=ceilings,
+            repeats=REPEATS[task] if repeats is None else repeats,
+            deadline=deadline,
+            without=words,
+            last=name == names[-1],
+        )
         for more in _OF_TASK[task](bench, **settings):
             rows += more
             on_rows(rows)
@@ -174,43 +186,37 @@ def _free() -> None:
 
 
 def _tower_rows(bench: Bench, sizes: Sequence[tuple[int, int]]) -> Iterator[list[Row]]:
-    """A row a size and recipe: its error, and where that is within twice the stock tower's, ms, ratio and floor."""
+    """A row a size and recipe."""
     lab = bench.lab
     engines = bench.kept(recipes.of_the_tower(lab.device, lab.dtype, lab.checkpoint.family), always="stock")
     for width, height in sizes:
         task = Tower(Request(images=[picture(width, height)], prompt="?"))
-        grids, found = grids_of(lab, task.request), check_tower(lab, task, engines)
-        rows, samples = _stage_rows(bench, task, engines, found, "stock", {"image": f"{width}x{height}"})
-        for row, engine in zip(rows, engines.values(), strict=True):
-            if row["parity"] and samples is not None:
-                recipe = find_recipe(engine, lab.device)
-                frames = 1 if recipe.preprocessor.temporal == "folded" else None
-                least = vit_flops(lab.checkpoint, grids, frames=frames).total / bench.ceilings.matmul
-                times = _step_times(samples, row["recipe"], "stock", "vit", least)
-                row |= {"share_of_ceiling": times.pop("share")} | times
-        yield rows
+        grids = grids_of(lab, task.request)
+
+        def floors(recipe: Recipe | None, grids: Sequence[Grid] = grids) -> dict[str, float]:
+            frames = 1 if recipe is not None and recipe.preprocessor.temporal == "folded" else None
+            return {"": vit_flops(lab.checkpoint, grids, frames=frames).total / bench.ceilings.matmul}
+
+        place = {"image": f"{width}x{height}"}
+        yield _stage_rows(bench, task, engines, check_tower(lab, task, engines), place, floors)
 
 
 def _decoder_rows(bench: Bench, lengths: Sequence[int], steps: int) -> Iterator[list[Row]]:
-    """A row a length and engine: its error, and where that is within twice Transformers' own, times, ratios and floors."""
+    """A row a length and engine."""
     lab = bench.lab
     engines = bench.kept(recipes.of_the_decoder(lab.device, lab.dtype), always=STOCK)
     for length in lengths:
         task = Decoding(length, steps)
-        found = check_decoder(lab, task, engines)
-        rows, samples = _stage_rows(bench, task, engines, found, STOCK, {"length": length, "steps": steps})
-        read = decode_bytes(lab.checkpoint, length + (steps + 1) // 2)  # by the step in the middle
-        for (label, engine), row in zip(engines.items(), rows, strict=True):
-            row |= {"settings": str(engine), "kv_bytes": found[label].kv_bytes}
-            if row["parity"] and samples is not None:
-                recipe = lab.engine(engine).recipe
-                alone = recipe is not None and recipe.attention.last_layer == "last_token"
-                flops = prefill_flops(lab.checkpoint, length, last_token_alone=alone).total
-                for step, least in (("prefill", flops / bench.ceilings.matmul), ("decode", read / bench.ceilings.copied)):
-                    times = _step_times(samples, label, STOCK, step, least)
-                    row |= {f"{step}_{key}": value for key, value in times.items()}
-                row["tokens_per_second"] = 1e3 / row["decode_ms"]
-        yield rows
+
+        def floors(recipe: Recipe | None, length: int = length) -> dict[str, float]:
+            alone = recipe is not None and recipe.attention.last_layer == "last_token"
+            flops = prefill_flops(lab.checkpoint, length, last_token_alone=alone).total
+            read = decode_bytes(lab.checkpoint, length + (steps + 1) // 2)  # by the step in the middle
+            return {"prefill": flops / bench.ceilings.matmul, "decode": read / bench.ceilings.copied}
+
+        place = {"length": length, "steps": steps}
+        rows = _stage_rows(bench, task, engines, check_decoder(lab, task, engines), place, floors)
+        yield [row | ({"tokens_per_second": 1e3 / row["decode_ms"]} if "decode_ms" in row else {}) for row in rows]
 
 
 def _stage_rows(
@@ -218,20 +224,28 @@ def _stage_rows(
     task: Tower | Decoding,
     engines: Mapping[str, EngineLike],
     found: Mapping[str, StageCheck],
-    reference: str,
     place: Row,
-) -> tuple[list[Row], Samples[StageSample] | None]:
-    """A row an engine with how it came through, and the samples of those that came through."""
+    floors: Callable[[Recipe | None], Mapping[str, float]],
+) -> list[Row]:
+    """A row an engine: its error, and where that is within twice the first engine's, times, ratios to that one, and floors.
+
+    floors: by step, "" where there is one, the seconds that the device's ceilings allow a recipe.
+    """
+    reference = next(iter(engines))
     right = within_budget({label: checked.error for label, checked in found.items()}, reference, bench.lab.dtype)
     good = {label: engine for label, engine in engines.items() if label in right}
-    samples = time_task(bench.lab, task, good, repeats=bench.repeats) if good else None
-    return [bench.row(place | {"error": found[k].error, "parity": k in good}, k) for k in engines], samples
-
-
-def _step_times(samples: Samples[StageSample], label: str, reference: str, step: str, least: float) -> Row:
-    """A step's entries in a row; least: the seconds that the device's ceiling allows it."""
-    seconds, ratio = samples.median(label, step).median, as_row("ratio", samples.ratio(label, reference, step))
-    return {"ms": seconds * 1e3, **ratio, "floor_ms": least * 1e3, "share": least / seconds}
+    samples = time_task(bench.lab, task, good, repeats=bench.repeats)
+    rows = []
+    for label, engine in engines.items():
+        known = bench.lab.engine(engine)
+        row = place | {"settings": str(known), "parity": label in good, **vars(found[label])}
+        for step, least in floors(known.recipe).items() if label in good else ():
+            name, steps = (f"{step}_", [step]) if step else ("", [])
+            seconds, ratio = samples.median(label, *steps).median, samples.ratio(label, reference, *steps)
+            row |= {f"{name}ms": seconds * 1e3, **as_row(f"{name}ratio", ratio)}
+            row |= {f"{name}floor_ms": least * 1e3, f"{name}share": least / seconds}
+        rows.append(bench.row(row, label))
+    return rows
 
 
 # Whole requests
@@ -283,17 +297,19 @@ def _request_rows(
     yield [_ceilings_row(bench), *floors.values()]
     known = [_oracles(bench, case, steps) for case in cases]
     _free()
-    right: list[dict[str, Parity]] = []
+    checks: list[dict[str, Parity]] = []
     for case, oracles in zip(cases, known, strict=True):
-        rows, checks = _first_token_rows(bench, case, oracles, steps, floors[case.image]["patches_floor_ms"])
-        right.append({row["recipe"]: checks[row["recipe"]] for row in rows if row["parity"]})
-        yield rows
-    for case, checks in zip(cases, right, strict=True):
-        if case.part == "main" and checks:
-            yield _decode_rows(bench, case, checks, new_tokens, floors[case.image]["tokens_per_second"])
+        checks.append({})
+        yield _first_token_rows(bench, case, oracles, steps, floors[case.image]["patches_floor_ms"], checks[-1])
+    for case, right in zip(cases, checks, strict=True):
+        if case.part == "main" and right:
+            yield _decode_rows(bench, case, right, new_tokens, floors[case.image]["tokens_per_second"])
     if bench.last and on_cuda:
-        for case, checks in zip(cases, right, strict=True):
-            yield _kernel_rows(bench, case, checks)
+        for case, right in zip(cases, checks, strict=True):  # a box that forbids profiling says so
+            place: Row = {"part": "kernels", "of": case.part, "image": case.image}
+            engines = {label: engine for label, engine in case.engines.items() if label in right}
+            kernels = {label: partial(kernels_of_request, lab, case.request, engine) for label, engine in engines.items()}
+            yield [bench.row(place | bench.attempt(work, parity=None), label) for label, work in kernels.items()]
         yield [bench.row({"part": "launches"} | found) for found in tuned_launches()]
 
 
@@ -326,7 +342,7 @@ def _oracles(bench: Bench, case: Case, steps: int) -> Oracles | str:
     if bench.deadline.passed:
         return bench.deadline.skipped()
     lab, oracles = bench.lab, Oracles(bench.lab, case.request)
-    able = [engine for engine in case.engines.values() if cannot_run(engine, lab.device, lab.dtype) is None]
+    able = [engine for engine in case.engines.values() if cannot_run(engine, lab.checkpoint.target) is None]
     try:
         for oracle in dict.fromkeys(map(oracles.of, able)):
             oracles.truth(oracle, text_tokens(lab, steps))
@@ -336,23 +352,21 @@ def _oracles(bench: Bench, case: Case, steps: int) -> Oracles | str:
 
 
 def _first_token_rows(
-    bench: Bench, case: Case, oracles: Oracles | str, steps: int, floor_ms: float
-) -> tuple[list[Row], dict[str, Parity]]:
-    """Parity of every engine first, with its first run and its memory; then those that are right side by side."""
+    bench: Bench, case: Case, oracles: Oracles | str, steps: int, floor_ms: float, right: dict[str, Parity]
+) -> list[Row]:
+    """Parity of every engine first, with its first run and its memory; then those that are right side by side.
+
+    right: where the checks of those that still are at the end go.
+    """
     found: dict[str, Row] = {}
     checks: dict[str, Parity] = {}
     for label, engine in case.engines.items():
-        if (reason := cannot_run(engine, bench.lab.device, bench.lab.dtype)) is not None:
+        if (reason := cannot_run(engine, bench.lab.checkpoint.target)) is not None:
             found[label] = {"error": reason}
-        elif bench.deadline.passed:
-            found[label] = {"error": bench.deadline.skipped()}
         elif isinstance(oracles, str):
-            found[label] = {"error": oracles, "parity": False}
+            found[label] = bench.attempt(lambda: {"error": oracles, "parity": False})
         else:
-            try:
-                found[label], checks[label] = _checked(bench.lab, engine, oracles, steps)
-            except Exception as error:  # one engine that a device cannot run must not cost the others their rows
-                found[label] = {"error": sentence(error), "parity": False}
+            found[label] = bench.attempt(partial(_checked, bench.lab, engine, label, oracles, steps, checks))
     good = {label: engine for label, engine in case.engines.items() if found[label].get("parity")}
     a_round = sum(found[label]["warm_s"] for label in good)
     rounds = bench.deadline.rounds(bench.repeats, min(bench.repeats, _LEAST_ROUNDS), a_round, warm_up=_WARM_UP)
@@ -365,11 +379,12 @@ def _first_token_rows(
     else:
         for label in good:
             found[label] |= {"parity": None, "error": f"within its budget of errors; {bench.deadline.skipped()}"}
-    place: dict[str, Row] = {k: {"part": case.part, "image": case.image, "settings": str(e)} for k, e in case.engines.items()}
-    return [bench.row(place[label] | row, label) for label, row in found.items()], checks
+    right |= {label: checks[label] for label in good if found[label]["parity"]}
+    place: Row = {"part": case.part, "image": case.image}
+    return [bench.row(place | {"settings": str(case.engines[label])} | row, label) for label, row in found.items()]
 
 
-def _checked(lab: Lab, engine: EngineLike, oracles: Oracles, steps: int) -> tuple[Row, Parity]:
+def _checked(lab: Lab, engine: EngineLike, label: str, oracles: Oracles, steps: int, checks: dict[str, Parity]) -> Row:
     """An engine's first run and what was captured for it, seconds of a warm run, its parity, and its memory."""
     if lab.graphs is not None:
         lab.graphs.forget()  # so that what an engine's graphs take is what they take alone
@@ -379,12 +394,12 @@ def _checked(lab: Lab, engine: EngineLike, oracles: Oracles, steps: int) -> tupl
     row |= capture_row(cold.captures, lab.captures(engine))
     warm = lab.run(request, engine)
     row["warm_s"] = warm.trace.end_ns / 1e9
-    parity = check(oracles, engine, [cold, warm], cold.logits, STOCK, steps=steps)
+    checks[label] = parity = check(oracles, engine, [cold, warm], cold.logits, STOCK, steps=steps)
     row |= memory_of_request(lab, request, engine)
     truth = oracles.truth(parity.oracle, text_tokens(lab, steps))
     over_budget = parity.by == "logits" and parity.error is not None and not parity.error <= (parity.budget or 0.0)
     row["error"] = parity.error if parity.holds or over_budget else parity.why
-    return row | {"own_error": truth.own_error, "parity": parity.holds}, parity
+    return row | {"own_error": truth.own_error, "parity": parity.holds}
 
 
 def _timed_row(comparison: Comparison, label: str, floor_ms: float) -> Row:
@@ -431,54 +446,38 @@ def pays_after(row: Row, eager: Row) -> int | None:
     """After how many requests a row's captures have paid; None where it has none, or is not shown to be faster than eager."""
     if not row.get("captures") or "ttft_ms" not in row or "ttft_ms" not in eager:
         return None
-    if not row["ttft_high_ms"] < eager["ttft_low_ms"]:  # NaN where there were too few rounds for an interval
-        return None
-    captures = [Capture(**capture) for capture in row["captures"]]
-    return break_even(captures, eager=eager["ttft_ms"] / 1e3, captured=row["ttft_ms"] / 1e3)
+    shown = row["ttft_high_ms"] < eager["ttft_low_ms"]  # never where NaN says that rounds were too few for an interval
+    return math.ceil(1e3 * row["capture_s"] / (eager["ttft_ms"] - row["ttft_ms"])) if shown else None
 
 
 def _decode_rows(bench: Bench, case: Case, right: Mapping[str, Parity], new_tokens: int, ceiling: float) -> list[Row]:
     """TPOT of the engines that were right along forced steps, once for those whose steps are the same; ceiling: tokens a second."""
-    lab, deadline, request = bench.lab, bench.deadline, dataclasses.replace(case.request, max_new_tokens=new_tokens)
+    request = dataclasses.replace(case.request, max_new_tokens=new_tokens)
     same = recipes.same_steps({label: engine for label, engine in case.engines.items() if label in right})
-    found: dict[str, Row] = {label: {"error": deadline.skipped()} for label in same.values()}
-    seconds: dict[str, float] = {}
-    for label in found:
-        try:  # what is captured for so many tokens is captured here
-            if not deadline.passed:
-                seconds[label] = lab.run(request, case.engines[label], trace="off").trace.end_ns / 1e9
-        except Exception as error:
-            found[label] = {"error": sentence(error), "parity": False}
-    rounds = deadline.rounds(_DECODE_ROUNDS, 1, sum(seconds.values()), warm_up=1)
-    if seconds and rounds:
-        good = {label: case.engines[label] for label in seconds}
-        comparison = compare(lab, request, good, repeats=rounds, warm_up=1, keep_going=True, checks=right)
-        for label in good:
-            tpots = [run.tpot for run in comparison.runs(label) if run.tpot is not None]
-            if label in comparison.failures or not tpots:
-                failure = comparison.failures.get(label)
-                found[label] = {"error": failure or "no run was warm", "parity": None if failure is None else False}
-            else:
-                tpot = median_interval(tpots).median
-                found[label] = {"parity": True, "rounds": len(tpots), "tpot_ms": tpot * 1e3, "tokens_per_second": 1 / tpot}
-                found[label] |= {"ceiling": ceiling, "share": 1 / tpot / ceiling}
-    place = {"part": "decode", "image": case.image, "new_tokens": new_tokens}
+
+    def warmed_up(engine: EngineLike) -> Row:
+        """Seconds of a run; what is captured for so many tokens is captured here."""
+        return {"seconds": bench.lab.run(request, engine, trace="off").trace.end_ns / 1e9}
+
+    found = {label: bench.attempt(partial(warmed_up, case.engines[label])) for label in dict.fromkeys(same.values())}
+    good = {label: case.engines[label] for label, row in found.items() if "error" not in row}
+    rounds = bench.deadline.rounds(_DECODE_ROUNDS, 1, sum(found[label].pop("seconds") for label in good), warm_up=1)
+    if good and rounds:
+        comparison = compare(bench.lab, request, good, repeats=rounds, warm_up=1, keep_going=True, checks=right)
+    for label in good:
+        if not rounds:
+            found[label] = {"error": bench.deadline.skipped()}
+        elif label in comparison.failures:
+            found[label] = {"error": comparison.failures[label], "parity": False}
+        elif not (tpots := [run.tpot for run in comparison.runs(label) if run.tpot is not None]):
+            found[label] = {"error": "no run was warm"}
+        else:
+            rate = 1 / median_interval(tpots).median
+            found[label] = {"parity": True, "rounds": len(tpots), "tpot_ms": 1e3 / rate, "tokens_per_second": rate}
+            found[label] |= {"ceiling": ceiling, "share": rate / ceiling}
+    place: Row = {"part": "decode", "image": case.image, "new_tokens": new_tokens}
     of_same = {label: {"same_steps": [other for other, first in same.items() if first == label]} for label in found}
     return [bench.row(place | of_same[label] | row, label) for label, row in found.items()]
-
-
-def _kernel_rows(bench: Bench, case: Case, right: Mapping[str, Parity]) -> list[Row]:
-    """In how much of a request the device does anything, and with what; a box that forbids profiling says so."""
-    rows = []
-    for label in [label for label in case.engines if label in right]:
-        found: Row = {"error": bench.deadline.skipped()}
-        if not bench.deadline.passed:
-            try:
-                found = kernels_of_request(bench.lab, case.request, case.engines[label])
-            except Exception as error:
-                found = {"error": sentence(error)}
-        rows.append(bench.row({"part": "kernels", "of": case.part, "image": case.image} | found, label))
-    return rows
 
 
 _OF_TASK: dict[str, Callable[..., Iterator[list[Row]]]] = {

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 import random
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -30,10 +31,14 @@ class Interval(NamedTuple):
     low: float
     high: float
 
+    @property
+    def known(self) -> str:
+        """The interval in words."""
+        return f"95% CI {self.low:.2f} to {self.high:.2f}" if self.low == self.low else "too few rounds for an interval"
+
     def times(self) -> str:
         """A ratio in words, such as "1.62× (95% CI 1.59 to 1.66)"."""
-        known = f"95% CI {self.low:.2f} to {self.high:.2f}" if self.low == self.low else "too few rounds for an interval"
-        return f"{self.median:.2f}× ({known})"
+        return f"{self.median:.2f}× ({self.known})"
 
 
 def median_interval(samples: Sequence[float]) -> Interval:
@@ -117,7 +122,7 @@ class RunSample:
 
 
 def since_upload(trace: Trace) -> int:
-    """Nanoseconds from the host's leaving the last upload, when the patches are there or on their way, to the first token."""
+    """Nanoseconds to the first token from the end of the host's last upload, when the patches are there or on their way."""
     return trace.first_chunk_ns - max(s.end_ns for s in trace.within_ttft() if s.name == "upload")
 
 
@@ -126,10 +131,7 @@ S = TypeVar("S", bound=Sample)
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Samples(Generic[S]):
-    """Every sample of a measurement; what is derived from the timed ones, whose round is not negative, is derived when asked for.
-
-    names: what `Sample.seconds` is to read.
-    """
+    """Every sample of a measurement; what is derived is of timed ones, whose round is not negative. names: as `Sample.seconds`."""
 
     samples: tuple[S, ...]
 
@@ -155,18 +157,17 @@ class Samples(Generic[S]):
         return median_interval(self.seconds(engine, *names))
 
     def ratio(self, engine: str, over: str, *names: str) -> Interval | None:
-        """How many times as fast as `over` the engine is: the median of ratios paired by round; None without such a round."""
-        pairs = self._pairs(engine, over, *names)
-        return median_interval([theirs / ours for theirs, ours in pairs]) if pairs else None
+        """How many times as fast as `over` the engine is, paired by round; None without a round of both."""
+        return self._paired(operator.truediv, engine, over, *names)
 
     def saving(self, engine: str, over: str, *names: str) -> Interval | None:
         """The seconds that the engine takes less than `over`, paired in the same way."""
-        pairs = self._pairs(engine, over, *names)
-        return median_interval([theirs - ours for theirs, ours in pairs]) if pairs else None
+        return self._paired(operator.sub, engine, over, *names)
 
-    def _pairs(self, engine: str, over: str, *names: str) -> list[tuple[float, float]]:
+    def _paired(self, by: Callable[[float, float], float], engine: str, over: str, *names: str) -> Interval | None:
         ours, theirs = self.by_round(engine, *names), self.by_round(over, *names)
-        return [(theirs[number], ours[number]) for number in ours if number in theirs]
+        values = [by(theirs[number], ours[number]) for number in ours if number in theirs]
+        return median_interval(values) if values else None
 
 
 def now(device: torch.device) -> float:

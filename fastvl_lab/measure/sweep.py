@@ -13,6 +13,7 @@ from typing import Any
 
 from tqdm import tqdm
 
+from fastvl_lab import shown
 from fastvl_lab.checkpoint import tiny
 from fastvl_lab.checkpoint.loading import resolve_device, resolve_dtype
 from fastvl_lab.engine import find
@@ -62,12 +63,12 @@ class SweepSettings:
                 raise CheckpointError(f"checkpoints has {checkpoint!r}; each is a text: a folder, a hub id or a built-in name")
         for recipe in self.recipes:
             find(recipe)
-        _refuse_twice("recipes", self.recipes, _without_spaces, RecipeError)
-        _refuse_twice("checkpoints", self.checkpoints, _place, CheckpointError)
         for size in self.image_sizes:
             whole = isinstance(size, Sequence) and all(isinstance(side, int) and 0 < side <= _LARGEST_SIDE for side in size)
             if not whole or len(size) != 2:
                 raise RequestError(f"image_sizes has {size!r}; each is [width, height] in whole pixels from 1 to {_LARGEST_SIDE}")
+        _refuse_twice("recipes", self.recipes, lambda recipe: "".join(recipe.split()), RecipeError)
+        _refuse_twice("checkpoints", self.checkpoints, _place, CheckpointError)
         _refuse_twice("image_sizes", self.image_sizes, tuple, RequestError)
         for name, least in (("repeats", 1), ("warm_up", 0), ("max_new_tokens", 1), ("seed", 0)):
             value = getattr(self, name)
@@ -87,8 +88,7 @@ class SweepSettings:
     @classmethod
     def from_notebook(cls, namespace: Mapping[str, Any]) -> SweepSettings:
         """Read a notebook's `globals()`; an unknown parameter or recipe is an error before any work."""
-        names = [field.name for field in dataclasses.fields(cls)]
-        return cls(**notebook_parameters(namespace, names))
+        return cls(**notebook_parameters(namespace, [field.name for field in dataclasses.fields(cls)]))
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -165,15 +165,13 @@ class SweepResult:
 
         results.parquet has the raw samples, result.json what is published. Needs the extra "notebooks".
         """
-        from fastvl_lab.view.report import report_html
-
         if not self.settings.output_dir:
             raise RequestError("output_dir is empty; name the folder to write into")
         folder = Path(self.settings.output_dir)
         (folder / "traces").mkdir(parents=True, exist_ok=True)
         result, report = folder / "result.json", folder / "report.html"
         result.write_text(json.dumps(self.published(), indent=1), encoding="utf-8")
-        report.write_text(report_html(self), encoding="utf-8")
+        report.write_text(shown.page(self), encoding="utf-8")
         written = [self.write_samples(), result, report]
         runs = [(point, sample) for point in self.points for sample in point.comparison.samples]
         for number, (point, sample) in enumerate(runs):
@@ -231,19 +229,10 @@ def sweep(settings: SweepSettings, *, progress: bool = True) -> SweepResult:
 
 
 def _compare_at(lab: Lab, settings: SweepSettings, size: tuple[int, int] | None, on_run: Callable[[str], object]) -> Comparison:
-    request = Request(
-        images=[photo(settings.image, size)], prompt=settings.prompt, max_new_tokens=settings.max_new_tokens, ignore_eos=True
-    )
-    return compare(
-        lab,
-        request,
-        {recipe: recipe for recipe in settings.recipes},
-        repeats=settings.repeats,
-        warm_up=settings.warm_up,
-        seed=settings.seed,
-        on_run=on_run,
-        keep_going=True,
-    )
+    image = photo(settings.image, size)
+    request = Request(images=[image], prompt=settings.prompt, max_new_tokens=settings.max_new_tokens, ignore_eos=True)
+    rounds: dict[str, Any] = {"repeats": settings.repeats, "warm_up": settings.warm_up, "seed": settings.seed}
+    return compare(lab, request, {recipe: recipe for recipe in settings.recipes}, **rounds, on_run=on_run, keep_going=True)
 
 
 def _refuse_twice(name: str, given: Sequence[Any], identity: Callable[[Any], Any], error: type[FastvlError]) -> None:
@@ -254,10 +243,6 @@ def _refuse_twice(name: str, given: Sequence[Any], identity: Callable[[Any], Any
         if key in met:
             raise error(f"{name} names one twice: {met[key]!r} and {value!r}")
         met[key] = value
-
-
-def _without_spaces(recipe: str) -> str:
-    return "".join(recipe.split())
 
 
 def _place(checkpoint: str) -> str:

@@ -2,28 +2,30 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from functools import partial
-from typing import Protocol
+from typing import Any, Protocol, TypeVar
 
 import torch
 
-from fastvl_lab import attention, preprocessor, vit
+from fastvl_lab import preprocessor, vit
 from fastvl_lab.cache import BoundCache, Place
+from fastvl_lab.decoder import bind_decoder
+from fastvl_lab.decoder.layers import Decoder
+from fastvl_lab.decoder.steps import decode, merge, prefill
+from fastvl_lab.decoder.weights import decoder_weights
 from fastvl_lab.engine import Engine, EngineLike, find_recipe
-from fastvl_lab.errors import FastvlError, RequestError, sentence
+from fastvl_lab.errors import RequestError
 from fastvl_lab.lab import Lab
-from fastvl_lab.language.decode import decode
-from fastvl_lab.language.decoder import Decoder
-from fastvl_lab.language.merge import merge
-from fastvl_lab.language.prefill import prefill
-from fastvl_lab.language.weights import decoder_weights
+from fastvl_lab.measure.recipes import cannot_run
 from fastvl_lab.measure.samples import Samples, StageSample, Timed, now, time_rounds
 from fastvl_lab.recipe import Recipe
 from fastvl_lab.request import Grid, Prompt, Request
 from fastvl_lab.trace import Tracer, no_inner
+
+T = TypeVar("T")
 
 
 class Task(Protocol):
@@ -54,7 +56,6 @@ class Preprocessing:
     def bind(self, lab: Lab, engine: Engine) -> Timed:
         bound = bound_preprocessor(lab, self.request, engine)
 
-        @torch.inference_mode()
         def run() -> dict[str, float]:
             seconds = dict.fromkeys(self.steps, 0.0)
 
@@ -69,7 +70,7 @@ class Preprocessing:
             bound.make(opened, span)
             return seconds
 
-        return partial(lab.compute, run)
+        return _on_thread(lab, run)
 
 
 @dataclass(frozen=True)
@@ -82,70 +83,42 @@ class Tower:
     def bind(self, lab: Lab, engine: Engine) -> Timed:
         images = bound_preprocessor(lab, self.request, engine)
         encode = vit.bind(find_recipe(engine).vit, lab.checkpoint, images.patch_format)
-        pixels = lab.compute(torch.inference_mode()(lambda: images.pixels(self.request)))
-        off = Tracer(lab.device, "off")
+        pixels, off = _on_thread(lab, lambda: images.pixels(self.request))(), Tracer(lab.device, "off")
 
-        @torch.inference_mode()
         def run() -> dict[str, float]:
             started = now(lab.device)
             encode(pixels, off)
             return {"vit": now(lab.device) - started}
 
-        return partial(lab.compute, run)
+        return _on_thread(lab, run)
 
 
 @dataclass(frozen=True)
 class Decoding:
-    """Prefill of a text prompt of `length` random tokens, and the mean of `n_steps` decode steps, each of which chooses its token.
-
-    "transformers" is the stock decoder, called layer by layer as `generate` calls it, with its dynamic cache.
-    """
+    """Prefill of a text prompt of `length` random tokens, and the mean of `n_steps` decode steps that choose their own tokens."""
 
     length: int
     n_steps: int = 8
     steps = ("prefill", "decode")
 
     def bind(self, lab: Lab, engine: Engine) -> Timed:
-        prompt = text_prompt(lab, self.length, self.n_steps)
-        return self._stock(lab, prompt) if engine.recipe is None else self._ours(lab, prompt, engine.recipe)
+        prompt, begin = text_prompt(lab, self.length, self.n_steps), bound_forward(lab, engine)
 
-    def _ours(self, lab: Lab, prompt: Prompt, recipe: Recipe) -> Timed:
-        bound, device = BoundDecoder.of(lab, recipe), lab.device
-
-        @torch.inference_mode()
         def run() -> dict[str, float]:
-            with bound.admitted(prompt, self.n_steps) as place:
-                started = now(device)
-                logits = bound.prefill(prompt, place)
-                prefilled = now(device)
-                position = torch.full((1,), prompt.next_position, device=device)
-                for _ in range(self.n_steps):
-                    logits = bound.step(bound.decoder.operations.argmax(logits), position, place)
-                    position += 1
-                return {"prefill": prefilled - started, "decode": (now(device) - prefilled) / self.n_steps}
+            with begin(prompt, self.n_steps) as forward:
+                started = now(lab.device)
+                next(forward.logits)
+                prefilled = now(lab.device)
+                for _ in forward.logits:
+                    pass
+                return {"prefill": prefilled - started, "decode": (now(lab.device) - prefilled) / self.n_steps}
 
-        return partial(lab.compute, run)
+        return _on_thread(lab, run)
 
-    def _stock(self, lab: Lab, prompt: Prompt) -> Timed:
-        text, head, device = lab.checkpoint.text.module, lab.checkpoint.text.head, lab.device
 
-        @torch.inference_mode()
-        def run() -> dict[str, float]:
-            started = now(device)
-            embeds = text.embed_tokens(prompt.input_ids[None])
-            out = text(inputs_embeds=embeds, position_ids=prompt.positions[:, None], use_cache=True)
-            logits = head(out.last_hidden_state[:, -1:])[0, -1].float()
-            prefilled = now(device)
-            position = torch.full((3, 1, 1), prompt.next_position, device=device)
-            for _ in range(self.n_steps):
-                embeds = text.embed_tokens(logits.argmax(keepdim=True)[None])
-                kept = out.past_key_values
-                out = text(inputs_embeds=embeds, position_ids=position, past_key_values=kept, use_cache=True)
-                logits = head(out.last_hidden_state[:, -1:])[0, -1].float()
-                position += 1
-            return {"prefill": prefilled - started, "decode": (now(device) - prefilled) / self.n_steps}
-
-        return partial(lab.compute, run)
+def _on_thread(lab: Lab, work: Callable[[], T]) -> Callable[[], T]:
+    """Work that is done on the lab's thread, without gradients."""
+    return partial(lab.compute, torch.inference_mode()(work))
 
 
 def bound_preprocessor(lab: Lab, request: Request, engine: EngineLike) -> preprocessor.BoundPreprocessor:
@@ -185,6 +158,54 @@ def text_prompt(lab: Lab, length: int, steps: int) -> Prompt:
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
+class Forward:
+    """A text prompt on its way through a decoder. logits: [vocab], of its last token, then after each decode step, computed when
+    they are asked for; n_bytes: what its keys and values take so far."""
+
+    logits: Iterator[torch.Tensor]
+    n_bytes: Callable[[], int]
+
+
+# A prompt, how many decode steps are to follow, and the tokens int64 [steps] that they are given; else each step's own choice.
+Begin = Callable[..., AbstractContextManager[Forward]]
+
+
+def bound_forward(lab: Lab, engine: Engine) -> Begin:
+    """An engine's decoder, "transformers" being the stock one called layer by layer; raises `RecipeError` where it cannot run."""
+    text = lab.checkpoint.text
+    return partial(stock_forward, text.module, text.head) if engine.recipe is None else BoundDecoder.of(lab, engine.recipe).forward
+
+
+@contextmanager
+def stock_forward(
+    text: Any, head: Any, prompt: Prompt, steps: int, forced: torch.Tensor | None = None, *, piece: int | None = None
+) -> Iterator[Forward]:
+    """Stock modules as `generate` calls them, with its dynamic cache; piece: how many of the prompt's tokens go in at once."""
+    kept: Any = None
+
+    def through(ids: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+        nonlocal kept
+        embeds = text.embed_tokens(ids[None])
+        out = text(inputs_embeds=embeds, position_ids=positions[:, None], past_key_values=kept, use_cache=True)
+        kept = out.past_key_values
+        logits: torch.Tensor = head(out.last_hidden_state[:, -1:])[0, -1]
+        return logits.to(torch.promote_types(logits.dtype, torch.float32))
+
+    def each() -> Iterator[torch.Tensor]:
+        size = piece or prompt.n_tokens
+        for ids, positions in zip(prompt.input_ids.split(size), prompt.positions.split(size, dim=1), strict=True):
+            logits = through(ids, positions)
+        yield logits
+        position = torch.full((3, 1), prompt.next_position, device=logits.device)
+        for number in range(steps):
+            logits = through(logits.argmax(keepdim=True) if forced is None else forced[number : number + 1], position)
+            yield logits
+            position += 1
+
+    yield Forward(logits=each(), n_bytes=lambda: sum(x.nbytes for layer in kept.layers for x in (layer.keys, layer.values)))
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
 class BoundDecoder:
     """A recipe's decoder and its cache, outside of any request."""
 
@@ -196,7 +217,7 @@ class BoundDecoder:
         """Bind a recipe's slots 3 and 4; raises `RecipeError` where it cannot run."""
         recipe.check(lab.checkpoint.target)
         return cls(
-            decoder=attention.bind(recipe.attention, decoder_weights(lab.checkpoint)),
+            decoder=bind_decoder(recipe.attention, decoder_weights(lab.checkpoint)),
             cache=BoundCache(recipe.cache, lab.memory, family=str(recipe), images_by=str(recipe)),
         )
 
@@ -208,6 +229,22 @@ class BoundDecoder:
             yield place
         finally:
             place.close()
+
+    @contextmanager
+    def forward(self, prompt: Prompt, steps: int, forced: torch.Tensor | None = None) -> Iterator[Forward]:
+        """As `Begin`."""
+        with self.admitted(prompt, steps) as place:
+            yield Forward(logits=self._each(prompt, place, steps, forced), n_bytes=lambda: place.n_bytes)
+
+    def _each(self, prompt: Prompt, place: Place, steps: int, forced: torch.Tensor | None) -> Iterator[torch.Tensor]:
+        logits = self.prefill(prompt, place)
+        yield logits
+        position = torch.full((1,), prompt.next_position, device=logits.device)
+        for number in range(steps):
+            token = self.decoder.operations.argmax(logits) if forced is None else forced[number : number + 1]
+            logits = self.step(token, position, place)
+            yield logits
+            position += 1
 
     def prefill(self, prompt: Prompt, place: Place) -> torch.Tensor:
         """A text prompt through the decoder: logits of its last token, float32 [vocab]."""
@@ -222,34 +259,21 @@ class BoundDecoder:
 
 
 def bindable(lab: Lab, recipes: Mapping[str, Recipe]) -> tuple[dict[str, Recipe], dict[str, str]]:
-    """The recipes whose decoder can run on this lab, and of each of the others the sentence that says why it cannot."""
-    can: dict[str, Recipe] = {}
-    cannot: dict[str, str] = {}
-    for label, recipe in recipes.items():
-        try:
-            BoundDecoder.of(lab, recipe)
-            can[label] = recipe
-        except FastvlError as error:
-            cannot[label] = sentence(error)
-    return can, cannot
+    """The recipes that can run on this lab, and of each of the others the sentence that says why it cannot."""
+    reasons = {label: cannot_run(recipe, lab.checkpoint.target) for label, recipe in recipes.items()}
+    can = {label: recipe for label, recipe in recipes.items() if reasons[label] is None}
+    return can, {label: reason for label, reason in reasons.items() if reason is not None}
 
 
 def kv_bytes_over_steps(lab: Lab, length: int, steps: int, recipe: Recipe) -> list[int]:
     """Bytes that hold the keys and values of a text prompt of `length` tokens: after prefill, then after each of the decode steps.
 
-    Of kv=concat, the elements of its tensors (while a layer's are concatenated, the old and the new stand side by side, which is
-    not counted); of static, the room of a whole session; of paged, the blocks taken. Raises `RequestError` as `text_prompt` does.
+    Of kv=static they are the room of a whole session, of paged the blocks taken. Raises `RequestError` as `text_prompt` does.
     """
     prompt, bound = text_prompt(lab, length, steps), BoundDecoder.of(lab, recipe)
 
-    @torch.inference_mode()
     def run() -> list[int]:
-        with bound.admitted(prompt, steps) as place:
-            logits, held = bound.prefill(prompt, place), [place.n_bytes]
-            for number in range(steps):
-                position = torch.full((1,), prompt.next_position + number, device=lab.device)
-                logits = bound.step(bound.decoder.operations.argmax(logits), position, place)
-                held.append(place.n_bytes)
-            return held
+        with bound.forward(prompt, steps) as forward:
+            return [forward.n_bytes() for _ in forward.logits]
 
-    return lab.compute(run)
+    return _on_thread(lab, run)()

@@ -15,7 +15,7 @@ from fastvl_lab.checkpoint import Checkpoint
 from fastvl_lab.checkpoint.image_settings import ImageSettings
 from fastvl_lab.errors import RequestError
 from fastvl_lab.preprocessor import decode_image, patchify, resize, stock, upload
-from fastvl_lab.preprocessor.decode_image import Decoder, Opened, as_image, as_tensor, content_of, open_image, read_orientation
+from fastvl_lab.preprocessor.decode_image import Opened, Unpack, as_image, as_tensor, content_of, open_image, read_orientation
 from fastvl_lab.preprocessor.layout import AreaLimits, area_limits, own_settings, shapes_of
 from fastvl_lab.preprocessor.resize import Each, Resize
 from fastvl_lab.preprocessor.upload import Copy, PatchUpload
@@ -25,7 +25,7 @@ from fastvl_lab.trace import Inner, no_inner
 # A resized image, uint8 [height, width, 3], to patches.
 ToPatches = Callable[[torch.Tensor], torch.Tensor]
 
-# Pictures that threads decode at once have no more pixels than this together, unless it is one picture: 100 MB as RGB.
+# Pictures that threads unpack at once have no more pixels than this together, unless it is one picture: 100 MB as RGB.
 PIXELS_AT_ONCE = 32_000_000
 
 
@@ -66,13 +66,13 @@ class OpenedImages:
 class BoundPreprocessor:
     """The stages of the slot: an encoded image to RGB, RGB to patches, patches to the device, where they have `patch_format`.
 
-    `open` reads the headers of a request, and raises for all that headers can be refused for. decode: of some images, which are
-    decoded at once. preprocess: of one. `copy` is how any host tensor reaches the device. at_once: how many images are decoded at
+    `open` reads the headers of a request, and raises for all that headers can be refused for. unpack: of some images, which are
+    unpacked at once. preprocess: of one. `copy` is how any host tensor reaches the device. at_once: how many images are unpacked at
     once at most.
     """
 
     open: Callable[[Request], OpenedImages]
-    decode: Callable[[Sequence[OpenedImage]], list[Picture]]
+    unpack: Callable[[Sequence[OpenedImage]], list[Picture]]
     preprocess: Callable[[Picture, OpenedImage], torch.Tensor]
     upload: PatchUpload
     copy: Copy
@@ -82,7 +82,7 @@ class BoundPreprocessor:
     def make(self, opened: OpenedImages, span: Inner) -> Pixels:
         """Images as what the vision tower is given, on the device, a span a stage and image.
 
-        An image is decoded once those before it are patches, but for the few that threads decode at once; so the pictures of a
+        An image is unpacked once those before it are patches, but for the few that threads unpack at once; so the pictures of a
         request are never in memory together. Raises `ImageError`, and what a span raises, such as that nobody waits any more.
         """
         return _one_by_one(self, opened, span, self.upload)
@@ -100,7 +100,7 @@ def _one_by_one(bound: BoundPreprocessor, opened: OpenedImages, span: Inner, upl
     rows, at, whole = sum(grid.n_patches for grid in opened.grids), 0, torch.empty(0)
     for group in _groups(opened.images, bound.at_once):
         with span("decode_image"):
-            pictures = bound.decode(group)[::-1]
+            pictures = bound.unpack(group)[::-1]
         for one in group:
             with span("preprocess"):
                 patches = bound.preprocess(pictures.pop(), one)
@@ -117,7 +117,7 @@ def _one_by_one(bound: BoundPreprocessor, opened: OpenedImages, span: Inner, upl
 
 
 def _groups(images: Sequence[OpenedImage], at_once: int) -> Iterator[list[OpenedImage]]:
-    """Neighbours that are decoded at once: at most that many, and of no more than `PIXELS_AT_ONCE` together."""
+    """Neighbours that are unpacked at once: at most that many, and of no more than `PIXELS_AT_ONCE` together."""
     group: list[OpenedImage] = []
     for one in images:
         if group and (len(group) == at_once or sum(map(_n_pixels, [*group, one])) > PIXELS_AT_ONCE):
@@ -138,11 +138,11 @@ def bind(slot: Preprocessor, checkpoint: Checkpoint) -> BoundPreprocessor:
     device, dtype, stock_frames = checkpoint.device, checkpoint.dtype, checkpoint.image_settings.temporal_patch_size
     copy = {"pageable": upload.pageable, "pinned": upload.pinned}[slot.upload](device)
     open_all = partial(open_images, checkpoint=checkpoint)
-    decode = _decode(slot, checkpoint, copy, each)
+    unpack = _unpack(slot, checkpoint, copy, each)
     if slot.resize == "transformers":
         return BoundPreprocessor(
             open=open_all,
-            decode=decode,
+            unpack=unpack,
             preprocess=lambda picture, one: stock.preprocess(picture, one.shape, one.limits, checkpoint),
             upload=upload.normalised(copy, dtype),
             copy=copy,
@@ -155,7 +155,7 @@ def bind(slot: Preprocessor, checkpoint: Checkpoint) -> BoundPreprocessor:
     to_patches = _to_patches(slot, checkpoint, copy, settings, frames)
     return BoundPreprocessor(
         open=open_all,
-        decode=decode,
+        unpack=unpack,
         preprocess=lambda picture, one: to_patches(resize_to(picture, one.shape)),
         upload={
             "float32": upload.normalised(copy, dtype),
@@ -168,17 +168,17 @@ def bind(slot: Preprocessor, checkpoint: Checkpoint) -> BoundPreprocessor:
     )
 
 
-def _decode(slot: Preprocessor, checkpoint: Checkpoint, copy: Copy, each: Each) -> Callable[[Sequence[OpenedImage]], list[Picture]]:
+def _unpack(slot: Preprocessor, checkpoint: Checkpoint, copy: Copy, each: Each) -> Callable[[Sequence[OpenedImage]], list[Picture]]:
     """The pixels of some images, in the form that the resize takes."""
-    decoders: dict[str, Decoder] = {
+    options: dict[str, Unpack] = {
         "pillow": decode_image.with_pillow,
         "turbojpeg": decode_image.with_turbojpeg,
         "draft": decode_image.with_draft,
         "gpu": partial(decode_image.with_torchvision, copy=copy, device=checkpoint.device),
     }
-    decoder = decoders[slot.decode]
+    unpack = options[slot.decode]
     form: Callable[[Picture], Picture] = as_image if slot.resize in ("transformers", "pillow") else as_tensor
-    return lambda images: list(each(lambda one: form(decoder(one.image, one.shape)), images))
+    return lambda images: list(each(lambda one: form(unpack(one.image, one.shape)), images))
 
 
 def open_images(request: Request, checkpoint: Checkpoint) -> OpenedImages:

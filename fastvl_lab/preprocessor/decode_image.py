@@ -1,7 +1,7 @@
 """What an image is given as, to upright RGB: first the header, which sizes and limits are read from, then the pixels.
 
 There is one way to RGB, Transformers': `load_image`, which turns by the EXIF orientation and converts the mode, then the image
-processor's own conversion, which puts a transparent colour on white. Decoders map an `Opened` image and what is to become of its
+processor's own conversion, which puts a transparent colour on white. Options map an `Opened` image and what is to become of its
 size to a `PIL.Image` or a uint8 tensor [height, width, 3], and take from Pillow only what they make equal pixels of. What is no
 image is refused in words.
 """
@@ -34,11 +34,11 @@ _ROWS = 64
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Opened:
-    """An image whose header has been read; nothing of it is decoded, and nothing is held that decoding would fill.
+    """An image whose header has been read; nothing of it is unpacked, and nothing is held that unpacking would fill.
 
     source: the encoded bytes, or what the caller gave in their place: a picture, or a uint8 array [height, width] or
     [height, width, 3]. width, height: as stored. orientation: EXIF's, 1 (upright) to 8. is_rgb_jpeg: whether the bytes are a JPEG
-    of three colours, which is what decoders other than Pillow's are given. converts: whether the checkpoint's image processor
+    of three colours, which is what options other than Pillow's are given. converts: whether the checkpoint's image processor
     converts pictures itself (`do_convert_rgb`).
     """
 
@@ -56,7 +56,7 @@ class Opened:
         return (self.height, self.width) if self.orientation >= 5 else (self.width, self.height)
 
 
-Decoder = Callable[[Opened, ImageShape], Picture]
+Unpack = Callable[[Opened, ImageShape], Picture]
 
 
 def open_image(image: ImageInput, *, converts: bool = True) -> Opened:
@@ -92,7 +92,7 @@ def open_image(image: ImageInput, *, converts: bool = True) -> Opened:
 
 
 def read_orientation(opened: Opened) -> Opened:
-    """With the orientation of a picture of the caller's own, which Pillow may have to decode for it; raises `ImageError`.
+    """With the orientation of a picture of the caller's own, which Pillow may have to unpack for it; raises `ImageError`.
 
     Limits on pixels are the same for an image and its transpose, so they can be checked before.
     """
@@ -110,9 +110,9 @@ def _orientation(exif: Image.Exif) -> int:
 
 
 def _orientation_of_bytes(picture: Image.Image, data: bytes) -> int:
-    """The orientation that the picture will have been given once it is decoded, without decoding it.
+    """The orientation that the picture will have been given once it is unpacked, without unpacking it.
 
-    A PNG's may stand behind the pixels, which Pillow decodes to reach it. But for that, its own way to it is that of all pictures.
+    A PNG's may stand behind the pixels, which Pillow unpacks to reach it. But for that, its own way to it is that of all pictures.
     """
     if not isinstance(picture, PngImagePlugin.PngImageFile):
         return _orientation(picture.getexif())
@@ -165,7 +165,7 @@ def rgb_of(image: ImageInput) -> Image.Image:
 
 
 def with_pillow(opened: Opened, shape: ImageShape) -> Picture:
-    """All pixels by Pillow; raises `ImageError`. The caller's own arrays need no decoder, and stay as they are."""
+    """All pixels by Pillow; raises `ImageError`. The caller's own arrays are pixels already, and stay as they are."""
     return _picture(opened)
 
 
@@ -199,7 +199,7 @@ def _rgb(picture: Image.Image, opened: Opened) -> Image.Image:
 def with_draft(opened: Opened, shape: ImageShape) -> Picture:
     """A JPEG at the smallest of 1/1, 1/2, 1/4, 1/8 that is no smaller than the resized image, scaled in the frequency domain.
 
-    Other formats are decoded in full, and so are images of the caller's own.
+    Other formats are unpacked in full, and so are images of the caller's own.
     """
     if not opened.is_rgb_jpeg:
         return with_pillow(opened, shape)
@@ -229,7 +229,7 @@ def with_turbojpeg(opened: Opened, shape: ImageShape) -> Picture:
 def with_torchvision(opened: Opened, shape: ImageShape, copy: Copy, device: torch.device) -> Picture:
     """A JPEG by nvJPEG into the device's memory; other formats by Pillow on the host, then copied.
 
-    Raises `ImageError` for a broken image, and `DeviceError` where nvJPEG cannot decode what Pillow can.
+    Raises `ImageError` for a broken image, and `DeviceError` where nvJPEG cannot unpack what Pillow can.
     """
     if not opened.is_rgb_jpeg:
         return copy(as_tensor(with_pillow(opened, shape)))
@@ -241,7 +241,7 @@ def with_torchvision(opened: Opened, shape: ImageShape, copy: Copy, device: torc
     except RuntimeError as error:
         with_pillow(opened, shape)
         raise DeviceError(
-            f"nvJPEG cannot decode image {opened.label!r}, which Pillow can ({shortened(str(error))}); choose another decode"
+            f"nvJPEG cannot unpack image {opened.label!r}, which Pillow can ({shortened(str(error))}); choose another decode"
         ) from None
     return _upright(pixels.permute(1, 2, 0), opened.orientation)
 
@@ -277,7 +277,7 @@ def _upright(pixels: torch.Tensor, orientation: int) -> torch.Tensor:
 
 @contextmanager
 def _broken(label: str, what: str = "is broken") -> Iterator[None]:
-    """Turn what decoders raise for broken data into our error."""
+    """Turn what libraries raise for broken data into our error."""
     try:
         yield
     except (MemoryError, torch.OutOfMemoryError, ImageError):

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 
 import torch
 
-from fastvl_lab.language.decode import Step
+from fastvl_lab.decoder.steps import Step
 from fastvl_lab.streaming.text import Emitter
 from fastvl_lab.trace import Tracer
 

@@ -2,27 +2,43 @@
 
 from fastvl_lab.measure.recipes import undone_alone
 from fastvl_lab.measure.samples import gains, saves
-from fastvl_lab.view.breakdown import attribution_frame, floor_bars, floor_frame, memory_bars, memory_frame, step_down
-from fastvl_lab.view.capture import break_even_frame, capture_frame, operation_frame, operation_timeline, padding_by_size
-from fastvl_lab.view.charts import ttft_against_visual_tokens
-from fastvl_lab.view.decoder import bytes_over_steps, step_frame, step_panels, steps_against_length, turn_bars, turn_frame
-from fastvl_lab.view.slots import (
-    block_waterfall,
+from fastvl_lab.view.figures import (
+    bytes_over_steps,
     cost_against_size,
     cost_parts,
-    difference_maps,
-    rounds_frame,
-    step_bars,
-    window_layout,
-)
-from fastvl_lab.view.streaming import (
-    chunk_timeline,
-    launches_and_steps,
-    reported_frame,
+    floor_bars,
+    memory_bars,
+    padding_by_size,
     reported_rates,
-    streaming_frame,
+    step_bars,
+    step_down,
+    step_panels,
+    steps_against_length,
+    ttft_against_visual_tokens,
+    turn_bars,
 )
-from fastvl_lab.view.tables import catalogue_frame, layer_frame, show, stage_frame, summary_frame
+from fastvl_lab.view.pictures import difference_maps, window_layout
+from fastvl_lab.view.report import report_html
+from fastvl_lab.view.tables import (
+    attribution_frame,
+    break_even_frame,
+    capture_frame,
+    catalogue_frame,
+    floor_frame,
+    frame,
+    layer_frame,
+    memory_frame,
+    operation_frame,
+    reported_frame,
+    rounds_frame,
+    show,
+    stage_frame,
+    step_frame,
+    streaming_frame,
+    summary_frame,
+    turn_frame,
+)
+from fastvl_lab.view.timelines import block_waterfall, chunk_timeline, launches_and_steps, operation_timeline
 from fastvl_lab.view.waterfall import waterfall
 
 __all__ = [
@@ -38,6 +54,7 @@ __all__ = [
     "difference_maps",
     "floor_bars",
     "floor_frame",
+    "frame",
     "gains",
     "launches_and_steps",
     "layer_frame",
@@ -46,6 +63,7 @@ __all__ = [
     "operation_frame",
     "operation_timeline",
     "padding_by_size",
+    "report_html",
     "reported_frame",
     "reported_rates",
     "rounds_frame",

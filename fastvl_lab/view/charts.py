@@ -1,10 +1,11 @@
-"""Charts over many runs."""
+"""The grammar of the figures: bars, lines and timelines as traces, traces in panels, and one layout for all of them."""
 
 from __future__ import annotations
 
 import html
-from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any, Literal
 
 from fastvl_lab.errors import require
 from fastvl_lab.view import style
@@ -13,56 +14,149 @@ if TYPE_CHECKING:
     import plotly.graph_objects as go
 
 
-def ttft_against_visual_tokens(rows: Sequence[Mapping[str, Any]]) -> go.Figure:
-    """Median warm TTFT (ms, with its 95% interval) against visual tokens, one panel a checkpoint, one line an engine.
+@dataclass(frozen=True, kw_only=True)
+class Axis:
+    """How a scale is drawn. ticks: it is logarithmic, and labelled there. until: it runs from 0 to there. zero: it begins at 0.
 
-    rows: as `SweepResult.summary` gives them; engines without a run that is compared are left out. Those of an endpoint that does
-    not say whether it reused anything are marked.
+    form: of the labels, as D3 writes formats.
     """
-    figure_of = style.graph_objects()
-    checkpoints = list(dict.fromkeys(row["checkpoint"] for row in rows))
-    engines = list(dict.fromkeys(row["engine"] for row in rows))
-    figure = require("plotly.subplots", "notebooks").make_subplots(
-        rows=1,
-        cols=max(len(checkpoints), 1),
-        shared_yaxes=True,
-        subplot_titles=[html.escape(name) for name in checkpoints],
-        horizontal_spacing=0.04,
-    )
-    for column, checkpoint in enumerate(checkpoints, start=1):
-        for number, engine in enumerate(engines):
-            points = sorted(
-                (row for row in rows if row["checkpoint"] == checkpoint and row["engine"] == engine and row["ttft_ms"]),
-                key=lambda row: row["visual_tokens"],
-            )
-            figure.add_trace(
-                figure_of.Scatter(
-                    x=[row["visual_tokens"] for row in points],
-                    y=[row["ttft_ms"] for row in points],
-                    error_y={
-                        "type": "data",
-                        "array": [_reach(row["ttft_high_ms"], row["ttft_ms"]) for row in points],
-                        "arrayminus": [_reach(row["ttft_ms"], row["ttft_low_ms"]) for row in points],
-                    },
-                    name=html.escape(engine) + (" (reuse unknown)" if any(row["unknown_runs"] for row in points) else ""),
-                    legendgroup=engine,
-                    showlegend=column == 1,
-                    **style.series(number),
-                    hovertemplate="%{x} visual tokens: %{y:.1f} ms<extra>%{fullData.name}</extra>",
-                ),
-                row=1,
-                col=column,
-            )
-    figure.update_xaxes(title_text="visual tokens", rangemode="tozero", gridcolor=style.GRID)
-    figure.update_yaxes(rangemode="tozero", gridcolor=style.GRID)
-    figure.update_yaxes(title_text="warm TTFT, ms (median, 95% CI)", row=1, col=1)
-    figure.update_layout(
-        **style.layout(height=420, margin={"l": 80, "r": 30, "t": 80, "b": 60}),
-        legend={"orientation": "h", "x": 0, "y": 1.12, "yanchor": "bottom"},
-    )
-    return figure
+
+    title: str = ""
+    ticks: Sequence[float] = ()
+    until: float | None = None
+    zero: bool = False
+    form: str = ""
+
+    def look(self) -> dict[str, Any]:
+        """What plotly calls it."""
+        made: dict[str, Any] = {"gridcolor": style.GRID}
+        if self.title:
+            made["title"] = {"text": said(self.title)}
+        if self.until is not None:
+            made["range"] = [0, self.until]
+        elif self.zero:
+            made["rangemode"] = "tozero"
+        if self.ticks:
+            made |= {"type": "log", "minor": {"ticks": ""}, "tickvals": self.ticks}
+            made["ticktext"] = [f"{tick:.6g}" for tick in self.ticks]
+        return made | ({"tickformat": self.form} if self.form else {})
 
 
-def _reach(high: float, low: float) -> float:
-    """Length of one arm of an error bar; an interval that does not exist has none."""
-    return 0.0 if high != high or low != low else max(high - low, 0.0)
+@dataclass(frozen=True, kw_only=True)
+class Panel:
+    """Traces on axes of their own. rows: from the top down, the labels of a y axis without a scale.
+
+    notes: (x, row, text) behind the ends of bars.
+    """
+
+    traces: Sequence[Any]
+    x: Axis
+    y: Axis = Axis()
+    rows: Sequence[str] = ()
+    title: str = ""
+    notes: Sequence[tuple[float, str, str]] = ()
+
+
+def panels(
+    parts: Sequence[Panel],
+    *,
+    height: int = 280,
+    row: int = 26,
+    gap: float | None = None,
+    down: bool = False,
+    own_scales: bool = False,
+    bars: Literal["stack", "group", "overlay"] | None = None,
+    title: str = "",
+    beside: bool = False,
+    above: int = 0,
+) -> go.Figure:
+    """Panels side by side, which share a y axis, or with `down` under one another, which share an x axis.
+
+    height: pixels of each; of a panel with rows, `row` for each of them. gap: between panels, in pixels if `down`, else a share of
+    the figure. own_scales: side by side without sharing. bars: what those of one row do. beside: the legend, which has each name
+    once, stands beside the panels instead of above. above: pixels that are left free there.
+    """
+    titles = [said(part.title) for part in parts]
+    heights = [row * len(part.rows) + 20 if part.rows else height for part in parts]
+    body = max(heights, default=height)
+    grid: dict[str, Any] = {"cols": max(len(parts), 1), "shared_yaxes": not own_scales, "horizontal_spacing": gap or 0.04}
+    if down:
+        body = sum(heights) + round(gap or 40) * (len(parts) - 1)
+        grid = {"rows": len(parts), "row_heights": heights, "shared_xaxes": True, "vertical_spacing": (gap or 40) / body}
+    figure = require("plotly.subplots", "notebooks").make_subplots(**grid, subplot_titles=titles if any(titles) else None)
+    for number, part in enumerate(parts, start=1):
+        x = replace(part.x, title="") if down and number < len(parts) else part.x
+        y = replace(part.y, title="") if not down and number > 1 else part.y
+        _fill(figure, replace(part, x=x, y=y), {"row": number, "col": 1} if down else {"row": 1, "col": number})
+    shown: set[str] = set()
+    for trace in figure.data:
+        trace.showlegend = bool(trace.name) and trace.name not in shown
+        if trace.name:
+            trace.legendgroup = trace.legendgroup or (trace.name if len(parts) > 1 else None)
+            shown.add(trace.name)
+    labels = [line for part in parts for label in part.rows for line in label.split("\n")]
+    left = 40 + 7 * min(max(map(len, labels)), 40) if labels else 80
+    over = 8 + 26 * any(titles)  # the panels, in pixels
+    top = 22 + over + (32 if shown and not beside else 0) + (25 if title else 0) + above
+    look: dict[str, Any] = {"height": body + top + 60, "margin": {"l": left, "r": 30, "t": top, "b": 60}, "barmode": bars}
+    if title:
+        look["title"] = {"text": said(title), "x": 0.01, "y": 0.98, "yanchor": "top", "yref": "container", "font": {"size": 15}}
+    if not beside:
+        look["legend"] = {"orientation": "h", "x": 0, "y": 1 + over / body, "yanchor": "bottom", "traceorder": "normal"}
+    return figure.update_layout(**style.layout(**look))
+
+
+def _fill(figure: go.Figure, part: Panel, place: Mapping[str, int]) -> None:
+    for trace in part.traces:
+        figure.add_trace(trace, **place)
+    for x, row, text in part.notes:
+        look = {"xanchor": "left", "xshift": 5, "showarrow": False, "font": {"size": 12}, "borderpad": 0}
+        figure.add_annotation(x=x, y=said(row), text=said(text), bgcolor=style.PAPER, **look, **place)  # over what crosses it
+    figure.update_xaxes(**part.x.look(), **place)
+    y = part.y.look()
+    if part.rows:
+        y = {"categoryorder": "array", "categoryarray": [said(row) for row in part.rows], "ticklabelstandoff": 8}
+        y["range"] = [len(part.rows) - 0.5, -0.5]
+    figure.update_yaxes(**y, **place)
+
+
+def bars(
+    rows: Iterable[str],
+    values: Iterable[float],
+    colour: str | Sequence[str],
+    *,
+    name: str = "",
+    texts: Sequence[str] | None = None,
+    pattern: str | Sequence[str] = "",
+    told: str = "",
+    **more: Any,
+) -> Any:
+    """A horizontal bar a row. texts: behind their ends. told: to who points at one. more: what else plotly's Bar takes."""
+    patterned = {"pattern": {"shape": pattern, "fgcolor": "white", "fgopacity": 0.6}} if pattern else {}
+    marker = {"color": colour} | patterned | more.pop("marker", {})
+    behind = {} if texts is None else {"text": list(texts), "textposition": "outside", "cliponaxis": False}
+    shown = {"y": [said(row) for row in rows], "x": list(values), "orientation": "h", "name": said(name), "marker": marker}
+    return style.graph_objects().Bar(**shown, **behind, hovertemplate=f"{told}<extra></extra>" if told else None, **more)
+
+
+def line(name: str, xs: Iterable[float], ys: Iterable[Any], look: Mapping[str, Any], *, told: str = "", **more: Any) -> Any:
+    """Points, or the line through them. look: as `style.series` gives it. more: what else plotly's Scatter takes."""
+    hover = f"{told}<extra>{'%{fullData.name}' if name else ''}</extra>" if told else None
+    return style.graph_objects().Scatter(x=list(xs), y=list(ys), name=said(name), hovertemplate=hover, **{**look, **more})
+
+
+def timeline(rows: Sequence[str], starts: Sequence[float], lengths: Sequence[float], marker: Mapping[str, Any], **more: Any) -> Any:
+    """Bars at their places in time, in ms. more: how `style.placed_bars` tells them, and what else plotly's Bar takes."""
+    telling = {key: more.pop(key) for key in ("told", "below", "beside", "texts", "decimals") if key in more}
+    placed = style.placed_bars([said(row) for row in rows], starts, lengths, **telling)
+    return style.graph_objects().Bar(**placed, marker=marker, **more)
+
+
+def decades(*digits: float) -> tuple[float, ...]:
+    """Ticks at these digits of every power of ten."""
+    return tuple(digit * 10.0**power for power in range(-4, 6) for digit in digits)
+
+
+def said(text: str) -> str:
+    """A text as plotly shows it as it is, with its line breaks."""
+    return html.escape(text, quote=False).replace("\n", "<br>")

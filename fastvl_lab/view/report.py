@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import html
+import json
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from fastvl_lab.errors import require
+from fastvl_lab import shown
+from fastvl_lab.errors import MissingExtraError, require
+from fastvl_lab.measure.sweep import SweepResult
+from fastvl_lab.run import Run
 from fastvl_lab.view import style
-from fastvl_lab.view.charts import ttft_against_visual_tokens
+from fastvl_lab.view.figures import ttft_against_visual_tokens
 from fastvl_lab.view.tables import stage_frame, summary_frame
 from fastvl_lab.view.waterfall import waterfall
-
-if TYPE_CHECKING:
-    from fastvl_lab.measure.sweep import SweepResult
 
 _CSS = """
 body { font: 15px/1.5 "DejaVu Sans", Arial, sans-serif; color: #222; max-width: 1240px; margin: 2em auto; padding: 0 1em; }
@@ -25,6 +26,7 @@ th { background: #f4f4f4; } .error { color: #a00; }
 """
 
 
+@shown.page.register(SweepResult)
 def report_html(result: SweepResult) -> str:
     """The page: settings, what failed, the summary, TTFT against visual tokens, and each point's waterfalls with their tables."""
     environment = " · ".join(f"{key} {value}" for key, value in result.environment.items())
@@ -78,3 +80,28 @@ def figure_html(figure: Any) -> str:
     """A figure as a piece of a `page`."""
     text: str = figure.to_html(full_html=False, include_plotlyjs=False, config=style.CONFIG)
     return text
+
+
+@shown.bundle.register(Run)
+def run_bundle(run: Run) -> dict[str, Any]:
+    """A run as a figure, a table and text; without plotly, as the latter two."""
+    made: dict[str, Any] = {"text/plain": repr(run), "text/html": run_html(run)}
+    try:
+        figure = waterfall([run])
+    except MissingExtraError:
+        return made
+    return made | {"application/vnd.plotly.v1+json": json.loads(figure.to_json()) | {"config": style.CONFIG}}
+
+
+def run_html(run: Run) -> str:
+    """A run's stages as a table below its title."""
+    rows = "".join(
+        f"<tr><td>{stage}</td><td align='right'>{ms:.3f}</td><td align='right'>{share:.1%}</td><td><code>"
+        f"{bar.replace(' ', '&nbsp;')}</code></td></tr>"
+        for stage, ms, share, bar in run.stage_bars()
+    )
+    heading = "<br>".join(html.escape(line) for line in (run.title(), run.subtitle(), run.summary()))
+    return (
+        f"<p>{heading}</p><table><thead><tr><th>stage</th><th>ms</th><th>share</th><th>when</th></tr></thead>"
+        f"<tbody>{rows}</tbody></table>"
+    )

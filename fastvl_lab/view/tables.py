@@ -1,15 +1,69 @@
-"""The tables that stand beside the charts, as pandas DataFrames of text ready to read."""
+"""The tables that stand beside the figures, as pandas DataFrames of text ready to read."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from operator import attrgetter, itemgetter
+from typing import Any, TypeVar
 
+from fastvl_lab.capture.execute import Capture
 from fastvl_lab.catalogue import toggles
 from fastvl_lab.errors import require
-from fastvl_lab.measure.samples import Interval
-from fastvl_lab.run import Run
-from fastvl_lab.trace import STAGES
+from fastvl_lab.measure.audit import Audit
+from fastvl_lab.measure.compare import Attribution, Comparison, Conversation, break_even
+from fastvl_lab.measure.profile import Profile
+from fastvl_lab.measure.recipes import STOCK
+from fastvl_lab.measure.samples import Interval, Samples, StageSample, gains
+from fastvl_lab.run import Run, in_words
+from fastvl_lab.trace import STAGES, Lane
+
+T = TypeVar("T")
+
+
+def frame(rows: Iterable[T], columns: Mapping[str, Callable[[T], object]]) -> Any:
+    """A line for each row. columns: heading -> what stands below it of a row; None is a dash."""
+    table = [["–" if (shown := cell(row)) is None else shown for cell in columns.values()] for row in rows]
+    return require("pandas", "notebooks").DataFrame(table, columns=list(columns))
+
+
+def show(frame: Any) -> Any:
+    """The whole frame as an HTML table: pandas' own display cuts long texts and long tables."""
+    return require("IPython.display", "notebooks").HTML(frame.to_html(index=False, border=0, max_rows=None))
+
+
+def times(ratio: Interval | None) -> str | None:
+    """A ratio with its interval where there is one, such as "1.62× [1.59, 1.66]"."""
+    return None if ratio is None else _interval(*ratio, ".2f", "×")
+
+
+def _number(value: float | None, spec: str) -> str | None:
+    return None if value is None or value != value else format(value, spec)
+
+
+def _interval(median: float | None, low: float | None, high: float | None, spec: str, unit: str = "") -> str | None:
+    if median is None:
+        return None
+    text = f"{median:{spec}}{unit}"
+    return text if low is None or low != low else f"{text} [{low:{spec}}, {high:{spec}}]"
+
+
+def _yes(good: bool) -> str:
+    return "yes" if good else "NO"
+
+
+def catalogue_frame() -> Any:
+    """Every option of every toggle, the baseline first."""
+    columns: dict[str, Callable[[Any], object]] = {
+        "toggle": lambda pair: pair[0].path,
+        "option": lambda pair: pair[1].value,
+        "exact": lambda pair: pair[1].exactness,
+        "needs": lambda pair: ", ".join(pair[1].needs.words) or None,
+        "what it does; who does it": lambda pair: pair[1].does,
+    }
+    return frame([(toggle, option) for toggle in toggles() for option in toggle.options], columns)
+
+
+# Runs and comparisons
 
 
 def summary_frame(rows: Sequence[Mapping[str, Any]]) -> Any:
@@ -18,27 +72,28 @@ def summary_frame(rows: Sequence[Mapping[str, Any]]) -> Any:
     A speed-up stands only beside a parity check that held; an interval needs at least six warm runs. Runs of an endpoint that does
     not say whether it reused anything are counted as such.
     """
-    any_hits = any(row["hit_runs"] for row in rows)
-    table = [
-        {
-            **{key: row[key] for key in ("checkpoint", "image") if key in row},
-            "engine": row["engine"],
-            "visual tokens": row["visual_tokens"],
-            "TTFT ms (95% CI)": _interval(row["ttft_ms"], row["ttft_low_ms"], row["ttft_high_ms"], ".1f"),
-            "cold TTFT ms": _number(row["cold_ttft_ms"], ".0f"),
-            **({"cache-hit TTFT ms": _number(row["hit_ttft_ms"], ".1f")} if any_hits else {}),
-            "TPOT ms": _number(row["tpot_ms"], ".2f"),
-            "parity": row["parity_says"],
-            "speed-up (95% CI)": (
-                "reference"
-                if row["is_reference"]
-                else _interval(row["speedup"], row["speedup_low"], row["speedup_high"], ".2f", "×")
-            ),
-            "warm runs": f"{row['unknown_runs']} (reuse unknown)" if row["unknown_runs"] else row["warm_runs"],
-        }
-        for row in rows
-    ]
-    return require("pandas", "notebooks").DataFrame(table)
+
+    def speedup(row: Mapping[str, Any]) -> str | None:
+        return (
+            "reference" if row["is_reference"] else _interval(row["speedup"], row["speedup_low"], row["speedup_high"], ".2f", "×")
+        )
+
+    columns: dict[str, Callable[[Mapping[str, Any]], object]] = {
+        "checkpoint": itemgetter("checkpoint"),
+        "image": itemgetter("image"),
+        "engine": itemgetter("engine"),
+        "visual tokens": itemgetter("visual_tokens"),
+        "TTFT ms (95% CI)": lambda row: _interval(row["ttft_ms"], row["ttft_low_ms"], row["ttft_high_ms"], ".1f"),
+        "cold TTFT ms": lambda row: _number(row["cold_ttft_ms"], ".0f"),
+        "cache-hit TTFT ms": lambda row: _number(row["hit_ttft_ms"], ".1f"),
+        "TPOT ms": lambda row: _number(row["tpot_ms"], ".2f"),
+        "parity": itemgetter("parity_says"),
+        "speed-up (95% CI)": speedup,
+        "warm runs": lambda row: f"{row['unknown_runs']} (reuse unknown)" if row["unknown_runs"] else row["warm_runs"],
+    }
+    without = {key for key in ("checkpoint", "image") if not any(key in row for row in rows)}
+    without |= set() if any(row["hit_runs"] for row in rows) else {"cache-hit TTFT ms"}
+    return frame(rows, {heading: cell for heading, cell in columns.items() if heading not in without})
 
 
 def stage_frame(runs: Sequence[Run]) -> Any:
@@ -52,56 +107,228 @@ def stage_frame(runs: Sequence[Run]) -> Any:
     seen = dict.fromkeys(name for column in columns.values() for name in column)
     known = [name for name in (*STAGES, "unaccounted", "TTFT") if name in seen]
     order = [*(name for name in seen if name not in known), *known]  # what an endpoint lets us see has names of its own
-    table = [{"stage": name, **{engine: _number(column.get(name), ".3f") for engine, column in columns.items()}} for name in order]
-    return require("pandas", "notebooks").DataFrame(table)
 
+    def of(column: Mapping[str, float]) -> Callable[[str], str | None]:
+        return lambda stage: _number(column.get(stage), ".3f")
 
-def show(frame: Any) -> Any:
-    """The whole frame as an HTML table: pandas' own display cuts long texts and long tables."""
-    return require("IPython.display", "notebooks").HTML(frame.to_html(index=False, border=0, max_rows=None))
+    return frame(order, {"stage": str, **{engine: of(column) for engine, column in columns.items()}})
 
 
 def layer_frame(run: Run) -> Any:
     """Host milliseconds of every ViT block and decoder layer inside TTFT; the run must have been traced with "layers"."""
-    table = [
+    inside = [s for s in run.trace.spans if s.lane == "host" and s.depth > 0 and s.end_ns <= run.trace.first_chunk_ns]
+    return frame(
+        inside,
         {
-            "block or layer": span.name,
-            "ms": _number(span.duration_ns / 1e6, ".3f"),
-            "share of TTFT": f"{span.duration_ns / 1e9 / run.ttft:.1%}",
-        }
-        for span in run.trace.spans
-        if span.lane == "host" and span.depth > 0 and span.end_ns <= run.trace.first_chunk_ns
-    ]
-    return require("pandas", "notebooks").DataFrame(table)
+            "block or layer": attrgetter("name"),
+            "ms": lambda span: f"{span.duration_ns / 1e6:.3f}",
+            "share of TTFT": lambda span: f"{span.duration_ns / 1e9 / run.ttft:.1%}",
+        },
+    )
 
 
-def times(ratio: Interval | None) -> str:
-    """A ratio with its interval where there is one, such as "1.62× [1.59, 1.66]"."""
-    return "–" if ratio is None else _interval(*ratio, ".2f", "×")
+def attribution_frame(found: Attribution) -> Any:
+    """What each step saves, with intervals, and whether the tokens stayed what they must be."""
+    comparison = found.comparison
+
+    def saves_ms(step: str) -> str | None:
+        saved = found.saved(step) if step in found.steps[1:] else None
+        return saved and _interval(*saved, ".2f")
+
+    columns: dict[str, Callable[[str], object]] = {
+        "step": str,
+        "TTFT ms": lambda step: f"{comparison.representative(step).ttft * 1e3:.2f}",
+        "saves ms (95% CI)": saves_ms,
+        "times as fast as Transformers (95% CI)": lambda step: "reference" if step == STOCK else times(comparison.speedup(step)),
+        "parity": lambda step: comparison.checks[step].says,
+    }
+    return frame(dict.fromkeys((STOCK, *found.steps)), columns)
 
 
-def catalogue_frame() -> Any:
-    """Every option of every toggle, the baseline first."""
-    table = [
-        {
-            "toggle": toggle.path,
-            "option": option.value,
-            "exact": option.exactness,
-            "needs": ", ".join(option.needs.words) or "–",
-            "what it does; who does it": option.does,
-        }
-        for toggle in toggles()
-        for option in toggle.options
-    ]
-    return require("pandas", "notebooks").DataFrame(table)
+def turn_frame(chat: Conversation, over: str) -> Any:
+    """One line a turn and engine: what the turn found, its TTFT, and how many times as fast it is as the engine `over`."""
+
+    def ratio(row: Mapping[str, Any]) -> str | None:
+        return "reference" if row["engine"] == over else times(chat.speedup(row["engine"], row["turn"] - 1, over))
+
+    columns: dict[str, Callable[[Mapping[str, Any]], object]] = {
+        "turn": itemgetter("turn"),
+        "engine": itemgetter("engine"),
+        "kind": lambda row: in_words(row["kind"]),
+        "prompt tokens": itemgetter("prompt_tokens"),
+        "found in the cache": itemgetter("tokens_found"),
+        "images found": itemgetter("images_found"),
+        "TTFT ms": lambda row: f"{row['ttft_ms']:.1f}",
+        "tokens equal": lambda row: _yes(row["tokens_equal"]),
+        f"times as fast as {over} (95% CI)": ratio,
+    }
+    return frame(chat.summary(over), columns)
 
 
-def _number(value: float | None, spec: str) -> str:
-    return "–" if value is None or value != value else format(value, spec)
+def streaming_frame(runs: Mapping[str, Run], expected: Run, audits: Mapping[str, Audit]) -> Any:
+    """A line a setting: TTFT, the whole answer, chunks, whether its tokens are those of `expected`, and what its audit says."""
+
+    def wrong(label: str) -> str:
+        said = [finding.verdict for finding in audits[label].findings if finding.severity != "note"]
+        return ", ".join(said) or "clear"
+
+    columns: dict[str, Callable[[str], object]] = {
+        "setting": str,
+        "TTFT ms": lambda label: f"{runs[label].ttft * 1e3:.1f}",
+        "answer ms": lambda label: f"{runs[label].chunks[-1].time * 1e3:.1f}",
+        "TTFT of the answer": lambda label: f"{runs[label].ttft / runs[label].chunks[-1].time:.0%}",
+        "chunks": lambda label: len(runs[label].chunks),
+        "largest chunk": lambda label: max(len(chunk.tokens) for chunk in runs[label].chunks),
+        "same tokens": lambda label: _yes(runs[label].made(expected.tokens, expected.text)),
+        "audit": wrong,
+    }
+    return frame(runs, columns)
 
 
-def _interval(median: float | None, low: float | None, high: float | None, spec: str, unit: str = "") -> str:
-    if median is None:
-        return "–"
-    text = f"{median:{spec}}{unit}"
-    return text if low is None or low != low else f"{text} [{low:{spec}}, {high:{spec}}]"
+def reported_frame(rows: Sequence[Mapping[str, Any]], audits: Sequence[Audit]) -> Any:
+    """The numbers of `reported_rates`, the verdict on each, and the arithmetic behind it."""
+    found = [(row, (one.cleared if one.ok else one.findings)[0]) for row, one in zip(rows, audits, strict=True)]
+    columns: dict[str, Callable[[Any], object]] = {
+        "engine": lambda pair: pair[0]["engine"],
+        "model": lambda pair: pair[0]["model"],
+        "TTFT s": lambda pair: f"{pair[0]['ttft']:.3f}",
+        "tokens/s": lambda pair: f"{pair[0]['tokens_per_second']:.0f}",
+        "audit": lambda pair: pair[1].severity,
+        "arithmetic": lambda pair: pair[1].arithmetic,
+    }
+    return frame(found, columns)
+
+
+# One stage alone
+
+
+def rounds_frame(rounds: Samples[StageSample], reference: str, *steps: str) -> Any:
+    """One line a variant: median ms of each step and in all, and how many times as fast as the reference it is.
+
+    steps: what the ratio is over; all, if none is named.
+    """
+    columns = {"variant": str} | {f"{step} ms": _median(rounds, step) for step in rounds.samples[0].steps}
+    columns |= {"in all ms": _median(rounds)} | _ratio(rounds, reference, " + ".join(steps) or "all", *steps)
+    return frame(rounds.engines, columns)
+
+
+def step_frame(rounds: Samples[StageSample], reference: str) -> Any:
+    """One line a variant: of every step the median ms, and how many times as fast as the reference's it is."""
+    columns = {"variant": str}
+    for step in rounds.samples[0].steps:
+        columns |= {f"{step} ms": _median(rounds, step)} | _ratio(rounds, reference, step, step)
+    return frame(rounds.engines, columns)
+
+
+def _median(rounds: Samples[StageSample], *steps: str) -> Any:
+    return lambda label: f"{rounds.median(label, *steps).median * 1e3:.2f}"
+
+
+def _ratio(rounds: Samples[StageSample], reference: str, of: str, *steps: str) -> Any:
+    def ratio(label: str) -> str | None:
+        return "reference" if label == reference else times(rounds.ratio(label, reference, *steps))
+
+    return {f"{of}, times as fast as {reference} (95% CI)": ratio}
+
+
+def operation_frame(ways: Mapping[str, Profile]) -> Any:
+    """How many operations each way of executing has, and the share of the time in which none was under way."""
+
+    def number(lane: Lane) -> Callable[[str], object]:
+        return lambda label: str(ways[label].number(lane)) if ways[label].number(lane) else None
+
+    def between(lane: Lane) -> Callable[[str], object]:
+        return lambda label: f"{1 - ways[label].covered(lane) / ways[label].seconds:.0%}" if ways[label].number(lane) else None
+
+    columns: dict[str, Callable[[str], object]] = {"executed": str}
+    columns["ms under the profiler"] = lambda label: f"{ways[label].seconds * 1e3:.2f}"
+    lanes: tuple[Lane, ...] = ("host", "device")
+    for lane in lanes:
+        if any(seen.number(lane) for seen in ways.values()):
+            columns |= {f"{lane} operations": number(lane), f"{lane}: between them": between(lane)}
+    return frame(ways, columns)
+
+
+# What captures cost
+
+
+def capture_frame(runs: Mapping[str, Run]) -> Any:
+    """One line a program that a run compiled or captured: what for, seconds, MB, and the run's TTFT with it."""
+    columns: dict[str, Callable[[tuple[str, Run, Capture]], object]] = {
+        "executed": lambda row: row[0],
+        "stage": lambda row: row[2].stage,
+        "how": lambda row: row[2].how,
+        "made for": lambda row: row[2].shape,
+        "seconds": lambda row: f"{row[2].seconds:.2f}",
+        "MB held": lambda row: f"{row[2].n_bytes / 1e6:.1f}",
+        "run": lambda row: f"{row[1].kind}, TTFT {row[1].ttft * 1e3:.0f} ms",
+    }
+    return frame([(label, run, capture) for label, run in runs.items() for capture in run.captures], columns)
+
+
+def break_even_frame(points: Mapping[str, Comparison], captures: Mapping[str, Sequence[Capture]], eager: str = "eager") -> Any:
+    """One line a size and way of executing: its TTFT against eager, and after how many such requests its captures have paid.
+
+    captures: way -> what was made for it, of stages before the first token. A way whose interval does not lie above 1 is not shown
+    to gain anything.
+    """
+
+    def ttft(size: str, way: str) -> float:
+        return points[size].representative(way).ttft
+
+    def paid(row: tuple[str, str]) -> str:
+        size, way = row
+        gain = gains(points[size].speedup(way, eager))
+        pays = break_even(captures[way], eager=ttft(size, eager), captured=ttft(size, way)) if gain else None
+        return "never: no gain is shown" if pays is None else f"{pays} requests"
+
+    columns: dict[str, Callable[[tuple[str, str]], object]] = {
+        "image": lambda row: row[0],
+        "executed": lambda row: row[1],
+        "eager TTFT ms": lambda row: f"{ttft(row[0], eager) * 1e3:.1f}",
+        "TTFT ms": lambda row: f"{ttft(*row) * 1e3:.1f}",
+        "times as fast as eager (95% CI)": lambda row: times(points[row[0]].speedup(row[1], eager)),
+        "captures cost s": lambda row: f"{sum(capture.seconds for capture in captures[row[1]]):.1f}",
+        "have paid after": paid,
+    }
+    return frame([(size, way) for size in points for way in captures], columns)
+
+
+# Floors and memory
+
+
+def spent_ms(run: Run, stage: str) -> float:
+    """What a stage took before the first text, on the device where that has a lane; of "decode" a step's mean."""
+    if stage == "decode":
+        return 0.0 if run.tpot is None else run.tpot * 1e3
+    lane = run.trace.stages("device") or run.trace.stages()
+    return lane.get(stage, 0) / 1e6
+
+
+def floored(stage: str) -> str:
+    """What a stage with a floor is called."""
+    return "a decode step" if stage == "decode" else stage
+
+
+def share_of(floor: float, ms: float) -> str:
+    """The floor's share of the time."""
+    return "–" if not ms else f"{floor * 1e3 / ms:.0%}"
+
+
+def floor_frame(runs: Mapping[str, Run], floors: Mapping[str, float]) -> Any:
+    """Each stage's floor (floors: seconds), and what each run took."""
+
+    def took(run: Run) -> Callable[[str], object]:
+        def cell(stage: str) -> str | None:
+            ms = spent_ms(run, stage)
+            return f"{ms:.3f} (the floor is {share_of(floors[stage], ms)} of it)" if ms else None
+
+        return cell
+
+    columns = {"stage": floored, "floor ms": lambda stage: f"{floors[stage] * 1e3:.3f}"}
+    return frame(floors, columns | {f"{label}: ms": took(run) for label, run in runs.items()})
+
+
+def memory_frame(held: Mapping[str, int]) -> Any:
+    """Megabytes that are held, by what holds them."""
+    return frame(held, {"held by": str, "MB": lambda name: f"{held[name] / 1e6:.2f}"})

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 
 from fastvl_lab.checkpoint import Checkpoint
-from fastvl_lab.families.vision import Between, Block, Function, Interpolate, Operations, Rotate, Vision
+from fastvl_lab.families.vision import Between, Block, Function, Interpolate, Rotate, TowerOperations, Vision
 from fastvl_lab.request import Grid, VisionTokens
 from fastvl_lab.trace import Inner
 from fastvl_lab.vit import positions
@@ -38,7 +38,7 @@ class Tower:
     interpolate: Interpolate
 
 
-def tower_of(checkpoint: Checkpoint, operations: Operations, between: Between = as_they_are) -> Tower:
+def tower_of(checkpoint: Checkpoint, operations: TowerOperations, between: Between = as_they_are) -> Tower:
     """The checkpoint's tower, of which no parameter is copied but by `between`, which makes the products of MLPs.
 
     Raises `CheckpointError` for what the lean tower has not.

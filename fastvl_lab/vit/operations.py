@@ -7,15 +7,15 @@ from __future__ import annotations
 
 import torch
 
-from fastvl_lab.families.vision import Interpolate, Operations, Rotate
+from fastvl_lab.families.vision import Interpolate, Rotate, TowerOperations
 from fastvl_lab.kernels import choices
 from fastvl_lab.kernels.plain import interpolate, rotate_half
 
 
-def bind_operations(*, norms: str, rope: str, activation: str, interpolation: str) -> Operations:
+def bind_operations(*, norms: str, rope: str, activation: str, interpolation: str) -> TowerOperations:
     """The operations by the values of the slot's toggles."""
     add_rms_norm, add_layer_norm = choices.add_rms_norm(norms), choices.add_layer_norm(norms)
-    return Operations(
+    return TowerOperations(
         rms_norm=lambda weight, eps: lambda hidden, added: add_rms_norm(hidden, added, weight, eps),
         layer_norm=lambda weight, bias, eps: lambda hidden, added: add_layer_norm(hidden, added, weight, bias, eps),
         rotate={"eager": lambda: _rotate, "halves": lambda: _rotate_halves, "fused": _fused_rotate}[rope](),

@@ -9,10 +9,10 @@ import torch
 
 from fastvl_lab import CheckpointError, DeviceError, Lab, Recipe, Request, RequestError, Run, photo
 from fastvl_lab.cache import memory
-from fastvl_lab.cache.concat import ConcatKv
+from fastvl_lab.cache.concat import ConcatKv, ConcatSequence
 from fastvl_lab.cache.images import ImageStore, image_digest
 from fastvl_lab.cache.memory import least_budget
-from fastvl_lab.cache.slotted import KvShape, KvStore, SlottedKv
+from fastvl_lab.cache.slotted import KvShape, KvStore, SlottedKv, SlottedSequence
 from fastvl_lab.measure.samples import Interval, median_interval
 from fastvl_lab.request import VisionTokens
 from fastvl_lab.trace import Tracer
@@ -315,14 +315,15 @@ def test_digests_tell_apart_what_they_are_made_of() -> None:
 
 
 def test_concat_holds_what_was_written() -> None:
-    cache, pieces = ConcatKv(2), [torch.randn(n, 1, 4) for n in (5, 1, 1)]
+    sequence, pieces = ConcatSequence(2), [torch.randn(n, 1, 4) for n in (5, 1, 1)]
+    cache = ConcatKv([sequence])
     for piece in pieces:
         cache.extend([len(piece)])
         cache.write(1, piece, -piece)
     keys, values = cache.read(1, 0)
     assert torch.equal(keys, torch.cat(pieces))
     assert torch.equal(values, -torch.cat(pieces))
-    assert cache.n_bytes == 2 * 7 * 4 * 4
+    assert sequence.n_bytes == 2 * 7 * 4 * 4
 
 
 @pytest.mark.parametrize("blocks", [[2, 3, 4], [5, 1, 3]], ids=["in one piece", "scattered"])
@@ -330,9 +331,10 @@ def test_slots_hold_what_was_written_wherever_they_lie(blocks: list[int]) -> Non
     store = _shape(n_layers=2, n_kv_heads=1, head_dim=4).allocate(23)
     for side in _sides(store):
         side.fill_(float("nan"))
-    kv, pieces = SlottedKv(store, block_size=4, longest=12), [torch.randn(n, 1, 4) for n in (5, 1, 3)]
+    sequence, pieces = SlottedSequence(store, block_size=4, longest=12), [torch.randn(n, 1, 4) for n in (5, 1, 3)]
+    kv = SlottedKv([sequence])
     for piece, new in zip(pieces, ([0, 1], [], [2]), strict=True):
-        kv.add_blocks(0, [blocks[i] for i in new])
+        sequence.add_blocks([blocks[i] for i in new])
         kv.extend([len(piece)])
         kv.write(1, piece, -piece)
         slots = kv.slots(1)

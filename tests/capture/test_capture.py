@@ -22,9 +22,9 @@ from fastvl_lab.capture.compiled import Compiled
 from fastvl_lab.capture.execute import Capture, Tensors
 from fastvl_lab.capture.graphs import Graphs, GraphStore, Recording
 from fastvl_lab.capture.shapes import keys_of_a_step, size_of
+from fastvl_lab.decoder.steps import merge
 from fastvl_lab.errors import CaptureError, RecipeError, RequestError
 from fastvl_lab.kernels.decode_attention import decode_share_kernel
-from fastvl_lab.language.merge import merge
 from fastvl_lab.measure.compare import break_even
 from fastvl_lab.measure.tasks import text_prompt
 from fastvl_lab.pipeline import Pipeline

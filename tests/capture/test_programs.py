@@ -12,15 +12,16 @@ from dataclasses import dataclass
 
 import torch
 
-from fastvl_lab import Lab, Recipe, Request, attention, photo, preprocessor, vit
+from fastvl_lab import Lab, Recipe, Request, photo, preprocessor, vit
 from fastvl_lab.cache import BoundCache
 from fastvl_lab.cache.memory import Memory
 from fastvl_lab.capture.execute import Program, Tensors
 from fastvl_lab.capture.shapes import size_of
 from fastvl_lab.capture.stages import Programs, prompt_inputs, step_inputs, vit_inputs, with_rows
 from fastvl_lab.catalogue import Target, toggles
-from fastvl_lab.language.merge import merge
-from fastvl_lab.language.weights import decoder_weights
+from fastvl_lab.decoder import bind_decoder
+from fastvl_lab.decoder.steps import merge
+from fastvl_lab.decoder.weights import decoder_weights
 from fastvl_lab.tokenizer import tokenize
 from fastvl_lab.trace import Tracer
 
@@ -74,7 +75,7 @@ class _Bound:
         self.images = images = preprocessor.bind(self.recipe.preprocessor, checkpoint)
         encoder = vit.bind(self.recipe.vit, checkpoint, images.patch_format)
         assert isinstance(encoder, vit.LeanEncoder)
-        self.encoder, self.decoder = encoder, attention.bind(self.recipe.attention, decoder_weights(checkpoint))
+        self.encoder, self.decoder = encoder, bind_decoder(self.recipe.attention, decoder_weights(checkpoint))
         cache = BoundCache(dataclasses.replace(self.recipe.cache, kv=self.kv), Memory(checkpoint), family="", images_by="")
         self.programs = Programs(encoder=encoder, decoder=self.decoder, layers=cache.layers, in_place=cache.in_place)
         self.prompt = tokenize(self.request, images.open(self.request).grids, checkpoint)

@@ -28,7 +28,7 @@ from fastvl_lab.families import Family, Fault, Geometry, Patches
 from fastvl_lab.families.family import not_counts
 from fastvl_lab.families.qwen import SPECIAL_TOKENS
 from fastvl_lab.families.text import Text, read_text
-from fastvl_lab.families.vision import Between, Block, Function, Operations, Vision
+from fastvl_lab.families.vision import Between, Block, Function, TowerOperations, Vision
 from fastvl_lab.measure.floors import stage_works, vit_flops
 from fastvl_lab.request import Grid, VisionTokens
 
@@ -188,11 +188,11 @@ def text(model: Any) -> Text:
     return read_text(decoder, model.speak, head_norms=False, axis=axis)
 
 
-def blocks(vision: Vision, operations: Operations, between: Between) -> tuple[Block, ...]:
+def blocks(vision: Vision, operations: TowerOperations, between: Between) -> tuple[Block, ...]:
     return tuple(_block(block, operations, between) for block in vision.blocks)
 
 
-def _block(block: Any, operations: Operations, between: Between) -> Block:
+def _block(block: Any, operations: TowerOperations, between: Between) -> Block:
     (wide,), narrow = between((block.wide,), block.narrow)
     return Block(
         norm1=operations.rms_norm(block.before.scale, 1e-5),
@@ -203,7 +203,7 @@ def _block(block: Any, operations: Operations, between: Between) -> Block:
     )
 
 
-def merger(after: Any, operations: Operations, _: Between) -> Function:
+def merger(after: Any, operations: TowerOperations, _: Between) -> Function:
     norm = operations.rms_norm(after[0].scale, 1e-5)
     return lambda x: after[1](norm(x.view(-1, 9, x.shape[1]).mean(1), None)[1])
 

@@ -160,6 +160,10 @@ def test_an_engine_that_fails_is_recorded_or_raised(labs: dict[str, Lab]) -> Non
     with pytest.raises(RequestError, match=r"no engine has run.*together over session_len"):
         comparison.waterfall()
     assert repr(comparison).startswith("Comparison(0 runs: a failed: the prompt has")
+    held = {"a": "baseline", "b": "fastest, capture.vit=graph"}
+    comparison = compare(lab, Request(prompt="Hello.", max_new_tokens=1), held, repeats=1, keep_going=True)
+    assert comparison.engines == ("a",)
+    assert comparison.failures["b"].startswith("capture.vit=graph cannot run here: it needs a CUDA device")
 
 
 def test_senseless_comparisons_are_refused(labs: dict[str, Lab]) -> None:
@@ -175,8 +179,9 @@ def test_senseless_comparisons_are_refused(labs: dict[str, Lab]) -> None:
     assert len(compare(lab, request, {"a": "baseline"}, repeats=np.int64(1), warm_up=0).samples) == 1  # type: ignore[arg-type]
     with pytest.raises(RequestError, match="repeats is 0 and warm_up 0"):
         compare(lab, request, {"a": "baseline"}, repeats=0, warm_up=0)
-    with pytest.raises(RecipeError, match="the choices are baseline"):
-        compare(lab, request, {"a": "nothing"}, repeats=1, keep_going=False)
+    for text, says in (("nothing", "the choices are baseline"), ("fastest, capture.vit=graph", "it needs a CUDA device")):
+        with pytest.raises(RecipeError, match=says):
+            compare(lab, request, {"a": text}, repeats=1)
 
 
 def test_pixels_further_off_than_promised_are_a_red_parity_check(picture: bytes, monkeypatch: pytest.MonkeyPatch) -> None:

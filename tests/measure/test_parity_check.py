@@ -13,12 +13,13 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from fastvl_lab import EndpointError, Lab, Recipe, Request, audit, compare, photo, pipeline, toggles
-from fastvl_lab.attention import eager, sdpa
 from fastvl_lab.catalogue import Target
 from fastvl_lab.checkpoint import tiny
-from fastvl_lab.language.decoder import KvCache
-from fastvl_lab.language.rope import MRope
-from fastvl_lab.measure.parity import Oracles, Parity, Truth, check, in_wider_dtype, truth_along, within_budget
+from fastvl_lab.checkpoint.wider import in_wider_dtype
+from fastvl_lab.decoder import eager, sdpa
+from fastvl_lab.decoder.layers import KvCache
+from fastvl_lab.decoder.rope import MRope
+from fastvl_lab.measure.parity import Oracles, Parity, Truth, check, truth_along, within_budget
 from fastvl_lab.measure.report import Case
 from fastvl_lab.measure.tasks import text_tokens
 
@@ -290,7 +291,7 @@ def test_every_engine_goes_on_with_the_text_tokens(lab: Lab, truth: Truth, monke
     recipe = Recipe.parse("fastest, preprocessor.resize=pillow")  # the truth's pixels
     right = lab.logits_along(truth.request, recipe, truth.tokens)
     assert truth.error(right) < 1e-5
-    monkeypatch.setattr(pipeline, "greedy", lambda logits, decoder: torch.zeros(1, dtype=torch.int64))  # its own are ignored
+    monkeypatch.setattr(pipeline, "sample", lambda logits, decoder: torch.zeros(1, dtype=torch.int64))  # its own are ignored
     assert torch.equal(lab.logits_along(truth.request, recipe, truth.tokens), right)
     in_rounds = lab.logits_along(truth.request, recipe.replace("streaming.steps_per_round", 16), truth.tokens)
     assert in_rounds.shape == right.shape

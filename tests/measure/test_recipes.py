@@ -137,7 +137,7 @@ def test_every_exact_choice_that_only_cuda_has_is_met_there() -> None:
 
 
 def test_an_engine_that_cannot_run_here_says_what_it_lacks() -> None:
-    reasons = {label: cannot_run(engine, CPU, torch.bfloat16) for label, engine in of_a_request(CPU).items()}
+    reasons = {label: cannot_run(engine, Target(device=CPU, dtype=torch.bfloat16)) for label, engine in of_a_request(CPU).items()}
     assert str(reasons["capture: graphs"]).startswith(
         "capture.vit=graph cannot run here: it needs a CUDA device, and the lab runs on cpu; the choices here are 'eager'"
     )
@@ -146,8 +146,8 @@ def test_an_engine_that_cannot_run_here_says_what_it_lacks() -> None:
 
 def test_varlen_attention_is_not_tried_in_float32() -> None:
     varlen = Recipe.parse("fastest, attention.prefill=varlen", CUDA)
-    assert "it needs the model in bfloat16 or float16" in str(cannot_run(varlen, CUDA, torch.float32))
-    assert cannot_run(varlen, CUDA, torch.bfloat16) is None
+    assert "it needs the model in bfloat16 or float16" in str(cannot_run(varlen, Target(device=CUDA, dtype=torch.float32)))
+    assert cannot_run(varlen, Target(device=CUDA, dtype=torch.bfloat16)) is None
 
 
 def test_ways_to_execute_differ_in_nothing_else() -> None:

@@ -17,12 +17,12 @@ import pytest
 import torch
 
 from fastvl_lab import DeviceError, Lab, Recipe
-from fastvl_lab.attention import eager, sdpa
 from fastvl_lab.cache.slotted import SlottedKv
 from fastvl_lab.capture.execute import Capture
 from fastvl_lab.capture.graphs import GraphStore, Recording
 from fastvl_lab.checkpoint import tiny
-from fastvl_lab.language.decoder import KvCache
+from fastvl_lab.decoder import eager, sdpa
+from fastvl_lab.decoder.layers import KvCache
 from fastvl_lab.measure import parity, recipes, report
 from fastvl_lab.measure.floors import Ceilings
 from fastvl_lab.measure.parity import StageCheck
@@ -99,7 +99,7 @@ def test_the_report_checks_before_it_times_and_writes_what_it_prints(told: dict[
         assert row["error"] < 1e-4
         shown = [row[key] for key in ("ms", "prefill_ms", "decode_ms", "ttft_ms") if key in row]
         assert shown
-        assert all(f"{ms:.{2 if task == 'request' else 3}f} ms" in printed for ms in shown)
+        assert all(f"  {ms:.3f}  " in printed for ms in shown)
 
 
 @pytest.mark.parametrize("task", TASKS)
@@ -184,7 +184,7 @@ def test_the_command_needs_torch_transformers_and_triton_alone() -> None:
 def test_a_towers_share_is_that_of_its_floor(told: dict[str, tuple[Rows, str]]) -> None:
     rows, _ = told["tower"]
     for row in rows:
-        assert row["floor_ms"] / row["ms"] == pytest.approx(row["share_of_ceiling"])
+        assert row["floor_ms"] / row["ms"] == pytest.approx(row["share"])
     assert {"stock", "lean", "attention=grouped", "positions=cached", "rope=halves", "fastest"} <= {row["recipe"] for row in rows}
 
 
@@ -287,7 +287,7 @@ def test_an_engine_that_is_right_up_to_its_first_token_alone_is_red(
     if wrong == "a step":
         monkeypatch.setattr(sdpa, "decode", lambda q, cache, layer: eager.decode(q, cache, layer) * 1.01)
     else:
-        monkeypatch.setattr("fastvl_lab.pipeline.greedy", lambda logits, decoder: logits.argmin(keepdim=True))
+        monkeypatch.setattr("fastvl_lab.pipeline.sample", lambda logits, decoder: logits.argmin(keepdim=True))
     rows, printed = _run(tmp_path, "request", "--part", "main", red=True)
     assert [row["recipe"] for row in rows if "ttft_ms" in row or "tpot_ms" in row] == ["transformers"] * 2
     assert ("parity failed: error" if wrong == "a step" else "failed: its tokens differ from those of transformers") in printed
@@ -355,7 +355,7 @@ def test_graphs_are_captured_for_each_size_before_anything_is_timed(monkeypatch:
         assert row["rounds"] == 2  # all of them warm
         assert row["capture_mb"] >= len(row["captures"])
         assert row["break_even"] is None  # of two rounds nothing is shown
-    assert "captured in" in text(rows)
+        assert f"  {row['capture_s']:.3f}  {row['capture_mb']:.3f}  " in " ".join(text(rows).split()).replace(" ", "  ")
 
 
 def test_rounds_are_as_many_as_there_is_time_for(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -380,9 +380,11 @@ def test_what_an_earlier_size_paid_for_is_said_to_be_so() -> None:
 
 
 def test_captures_pay_only_where_they_are_shown_to_save_anything() -> None:
-    captures = [vars(Capture(stage=stage, how="graph", shape="", seconds=1.5, n_bytes=0)) for stage in ("vit", "prefill")]
+    captured = capture_row(
+        [Capture(stage=stage, how="graph", shape="", seconds=1.5, n_bytes=0) for stage in ("vit", "prefill")], []
+    )
     eager_row = {"ttft_ms": 31.25, "ttft_low_ms": 29.0, "ttft_high_ms": 32.0}
-    faster = {"ttft_ms": 15.625, "ttft_low_ms": 15.0, "ttft_high_ms": 21.0, "captures": captures}
+    faster = {"ttft_ms": 15.625, "ttft_low_ms": 15.0, "ttft_high_ms": 21.0} | captured
     assert pays_after(faster, eager_row) == 192  # 3 s, 15.625 ms at a time
     assert pays_after(faster | {"ttft_high_ms": 29.5}, eager_row) is None
     assert pays_after(faster | {"ttft_high_ms": float("nan")}, eager_row) is None

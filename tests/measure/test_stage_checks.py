@@ -9,10 +9,10 @@ import pytest
 import torch
 
 from fastvl_lab import Lab, Request, photo
-from fastvl_lab.attention import eager, sdpa
 from fastvl_lab.cache.slotted import KvShape
-from fastvl_lab.language.decoder import KvCache
-from fastvl_lab.language.rope import MRope
+from fastvl_lab.decoder import eager, sdpa
+from fastvl_lab.decoder.layers import KvCache
+from fastvl_lab.decoder.rope import MRope
 from fastvl_lab.measure import parity
 from fastvl_lab.measure.parity import StageCheck, check_decoder, check_tower, within_budget, worst_error
 from fastvl_lab.measure.recipes import of_the_decoder, of_the_tower

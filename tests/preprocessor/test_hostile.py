@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from fastvl_lab import ImageError
-from fastvl_lab.preprocessor.decode_image import FORMATS, Decoder, as_tensor, open_image, with_pillow, with_turbojpeg
+from fastvl_lab.preprocessor.decode_image import FORMATS, Unpack, as_tensor, open_image, with_pillow, with_turbojpeg
 from fastvl_lab.request import MAX_IMAGE_BYTES, MAX_IMAGES, Grid, ImageInput, ImageShape, Request, RequestError
 
 Decode = Callable[[Sequence[object]], list[Image.Image]]
@@ -120,10 +120,10 @@ def test_flipped_bytes_are_an_image_or_an_error_of_ours(decode: Decode, form: st
     assert decoded.mode == "RGB"
 
 
-def _pixels(decoder: Decoder, data: bytes) -> torch.Tensor | None:
-    """What a decoder makes of bytes, or None for an error of ours."""
+def _pixels(unpack: Unpack, data: bytes) -> torch.Tensor | None:
+    """What an option makes of bytes, or None for an error of ours."""
     try:
-        return as_tensor(decoder(open_image(ImageInput.of(data)), SHAPE))
+        return as_tensor(unpack(open_image(ImageInput.of(data)), SHAPE))
     except ImageError:
         return None
 
@@ -137,7 +137,7 @@ def test_of_damaged_jpegs_turbojpeg_makes_what_pillow_makes(data: st.DataObject)
     for _ in range(data.draw(st.integers(0, 3))):
         encoded[data.draw(st.integers(0, len(encoded) - 1))] = data.draw(st.integers(0, 255))
     end = data.draw(st.one_of(st.just(len(encoded)), st.integers(0, len(encoded))))
-    ours, pillows = (_pixels(decoder, bytes(encoded[:end])) for decoder in (with_turbojpeg, with_pillow))
+    ours, pillows = (_pixels(unpack, bytes(encoded[:end])) for unpack in (with_turbojpeg, with_pillow))
     assert (ours is None) == (pillows is None)
     assert ours is None or torch.equal(ours, pillows)
 

@@ -130,7 +130,7 @@ def _decoded(lab: Lab, recipe: str, images: Sequence[bytes], **limits: int) -> l
 
 
 def _pictures(bound: BoundPreprocessor, request: Request) -> list[Picture]:
-    return bound.decode(bound.open(request).images)
+    return bound.unpack(bound.open(request).images)
 
 
 def _jpegs() -> dict[str, bytes]:
@@ -311,7 +311,7 @@ def test_the_triton_option_makes_the_patches_that_the_others_upload(lab: Lab, te
     expected, opened = bound.pixels(request).patches, bound.open(request)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     to_patches = with_triton(layout, frames, lambda x: x.to(device), device, torch.float32)
-    resized = map(resize.with_pillow, bound.decode(opened.images), opened.shapes)
+    resized = map(resize.with_pillow, bound.unpack(opened.images), opened.shapes)
     made = torch.cat([to_patches(image) for image in resized])
     assert made.dtype == torch.float32
     assert (made.cpu() - expected).abs().max() < 2e-6

@@ -103,8 +103,10 @@ def test_a_line_has_the_times_of_every_size(rows: Rows, patches: bool, key: str)
 
 def test_decode_stands_against_its_ceiling(rows: Rows) -> None:
     figure = decode_speed(rows, "a<b>")
-    assert [list(panel.x) for panel in figure.data] == [[200.0, 100.0]] * 2  # the first engine on top
-    assert figure.data[0].customdata[1] == "transformers, other"
+    assert [list(panel.x) for panel in figure.data] == [[100.0, 200.0]] * 2
+    assert figure.data[0].customdata[0] == "transformers, other"
+    assert list(figure.layout.yaxis.categoryarray) == ["transformers", "&lt;b&gt;ours&lt;/b&gt;"]  # from the top down
+    assert figure.layout.yaxis.range[0] > figure.layout.yaxis.range[1]
     assert [line.x0 for line in figure.layout.shapes] == [400.0] * 2
     assert figure.layout.xaxis.range[1] > 400
     assert "100 · 25%" in [note.text for note in figure.layout.annotations]
@@ -124,12 +126,13 @@ def test_the_command_draws_a_page_from_the_records(
     main([str(tmp_path / "gpu.json")])
     printed, page = capsys.readouterr().out, (tmp_path / "gpu.html").read_text()
     assert printed == f"{text(rows)}\n\nreport: {tmp_path / 'gpu.html'}\n"
-    assert "captured in 2.00 s, 64.0 MB; pays after 41 requests" in printed
+    (single,) = [line.split() for line in printed.splitlines() if line.startswith("  single graph") and "64.000" in line][:1]
+    assert single[-5:] == ["2.000", "64.000", "no", "41", "1.0e-02"]  # s, MB, for an earlier size, requests until it pays, error
     with pytest.raises(SystemExit, match="is neither the folder of a sweep"):
         main([str(tmp_path)])
     assert "parity failed: error 5.0e-01; not timed" in printed
-    assert f"6.25 ms\n{' ' * 30}    4.125 ms    32 x  {'k' * 79}…" in printed
-    assert "some_kernel                dtype bfloat16, head_dim 80: block_k 64, num_warps 8" in printed
+    assert f"longest: name {'k' * 100}…, times 32, ms 4.125" in printed
+    assert "some_kernel\n        tuned_for: dtype bfloat16, head_dim 80\n        launch: block_k 64, num_warps 8" in printed
     assert "elsewhere" in printed.partition("it needs a GPU")[2]
     assert page.count('class="plotly-graph-div"') == 4
     assert "GPU report</title>" in page

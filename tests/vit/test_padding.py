@@ -120,8 +120,9 @@ def test_it_goes_with_every_other_option_and_format_of_patches(lab: Lab) -> None
 
 
 @torch.inference_mode()
-def test_it_can_be_compiled(lab: Lab) -> None:
-    recipe, checkpoint = LEAN.replace(BYTES).replace("vit.padding", "aligned"), _other(lab, SMALL)
+@pytest.mark.parametrize("name", [tiny.NAMES[0], pytest.param(tiny.NAMES[1], marks=pytest.mark.nightly)])
+def test_it_can_be_compiled(labs: dict[str, Lab], name: str) -> None:
+    recipe, checkpoint = LEAN.replace(BYTES).replace("vit.padding", "aligned"), _other(labs[name], SMALL)
     images = preprocessor.bind(recipe.preprocessor, checkpoint)
     encoder = bind(recipe.vit, checkpoint, images.patch_format, compiled=True)
     assert isinstance(encoder, LeanEncoder)

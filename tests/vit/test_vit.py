@@ -98,11 +98,11 @@ def _assert_lean_equals_stock(checkpoint: Checkpoint, grids: list[Grid], combina
 @given(grids=grids_strategy, data=st.data())
 @pytest.mark.parametrize("name", tiny.NAMES)
 def test_lean_equals_stock_over_random_grids_and_mixes(
-    labs: dict[str, Lab], name: str, grids: list[Grid], data: st.DataObject
+    shallow_labs: dict[str, Lab], name: str, grids: list[Grid], data: st.DataObject
 ) -> None:
     """Several images of odd sizes; grids with a time axis, as video will have, too; a few combinations of options each time."""
     chosen = [data.draw(st.sampled_from(COMBINATIONS)) for _ in range(4)]
-    _assert_lean_equals_stock(labs[name].checkpoint, grids, chosen)
+    _assert_lean_equals_stock(shallow_labs[name].checkpoint, grids, chosen)
 
 
 @pytest.mark.parametrize("name", tiny.NAMES)
@@ -346,11 +346,11 @@ FUSED = {"attention": "triton", "norms": "fused", "rope": "fused", "activation":
 
 @pytest.mark.parametrize("fused", [*([name] for name in FUSED), list(FUSED)], ids=" ".join)
 @pytest.mark.parametrize("name", tiny.NAMES)
-def test_triton_options_equal_the_stock_tower(labs: dict[str, Lab], name: str, fused: list[str]) -> None:
+def test_triton_options_equal_the_stock_tower(shallow_labs: dict[str, Lab], name: str, fused: list[str]) -> None:
     """The whole tower on each kernel and on all: in Triton's interpreter on a CPU, which a recipe does not offer."""
     slot = Recipe.parse("baseline, vit.tower=lean").replace({f"vit.{option}": FUSED[option] for option in fused}).vit
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    checkpoint = labs[name].checkpoint if device.type == "cpu" else Lab(name, device="cuda", dtype="float32").checkpoint
+    checkpoint = shallow_labs[name].checkpoint if device.type == "cpu" else Lab(name, device="cuda", dtype="float32").checkpoint
     visual = checkpoint.model.model.visual
     grids = [Grid(1, 10, 14), Grid(2, 4, 6)]
     pixels = _pixels(grids, _patch_dim(visual))

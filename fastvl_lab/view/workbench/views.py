@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
 from fastvl_lab.errors import require
 from fastvl_lab.run import Run
-from fastvl_lab.view import breakdown
-from fastvl_lab.view.slots import block_waterfall
-from fastvl_lab.view.streaming import chunk_timeline
+from fastvl_lab.view import figures, tables
 from fastvl_lab.view.tables import layer_frame, stage_frame
+from fastvl_lab.view.timelines import block_waterfall, chunk_timeline
 from fastvl_lab.view.waterfall import waterfall
 from fastvl_lab.view.workbench.session import BEFORE, RECIPE, STOCK, Result, Session
 
@@ -99,32 +99,30 @@ def _layers(result: Result, stage: str) -> tuple[go.Figure, Any]:
 
 def _attribution(result: Result, _: Result | None) -> tuple[go.Figure, Any]:
     assert result.attribution is not None
-    return breakdown.step_down(result.attribution), breakdown.attribution_frame(result.attribution)
+    return figures.step_down(result.attribution), tables.attribution_frame(result.attribution)
 
 
 def _floors(result: Result, _: Result | None) -> tuple[go.Figure, Any]:
     assert result.floors is not None
     runs = _runs(result, None)
-    return breakdown.floor_bars(runs, result.floors), breakdown.floor_frame(runs, result.floors)
+    return figures.floor_bars(runs, result.floors), tables.floor_frame(runs, result.floors)
 
 
 def _tokens(result: Result, other: Result | None) -> tuple[go.Figure, Any]:
     runs = _runs(result, other)
-    table = [
-        {
-            "run": label,
-            "chunks": len(run.chunks),
-            "tokens": len(run.tokens),
-            "TTFT ms": f"{run.ttft * 1e3:.2f}",
-            "TPOT ms": "–" if run.tpot is None else f"{run.tpot * 1e3:.2f}",
-            "longest gap ms": f"{max(gaps) * 1e3:.2f}" if gaps else "–",
-            "whole answer ms": f"{run.chunks[-1].time * 1e3:.1f}",
-        }
-        for label, run in runs.items()
-        for gaps in ([later.time - chunk.time for chunk, later in zip(run.chunks, run.chunks[1:], strict=False)],)
-    ]
-    return chunk_timeline(runs), require("pandas", "notebooks").DataFrame(table)
+    columns: dict[str, Callable[[Run], object]] = {
+        "run": lambda run: next(label for label, one in runs.items() if one is run),
+        "chunks": lambda run: len(run.chunks),
+        "tokens": lambda run: len(run.tokens),
+        "TTFT ms": lambda run: f"{run.ttft * 1e3:.2f}",
+        "TPOT ms": lambda run: None if run.tpot is None else f"{run.tpot * 1e3:.2f}",
+        "longest gap ms": lambda run: (
+            f"{max(b.time - a.time for a, b in pairwise(run.chunks)) * 1e3:.2f}" if run.chunks[1:] else None
+        ),
+        "whole answer ms": lambda run: f"{run.chunks[-1].time * 1e3:.1f}",
+    }
+    return chunk_timeline(runs), tables.frame(runs.values(), columns)
 
 
 def _memory(result: Result, _: Result | None) -> tuple[go.Figure, Any]:
-    return breakdown.memory_bars(result.held), breakdown.memory_frame(result.held)
+    return figures.memory_bars(result.held), tables.memory_frame(result.held)

@@ -5,8 +5,15 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import accumulate
+from typing import Protocol
 
 import torch
+
+
+class Growing(Protocol):
+    """What a cache keeps of a sequence; length: its tokens."""
+
+    length: int
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -24,6 +31,19 @@ class Segments:
         assert len(new) == len(before)
         assert all(n > 0 for n in new)
         return cls(new=tuple(new), before=tuple(before))
+
+    @classmethod
+    def before_any(cls, sequences: Sequence[Growing]) -> Segments:
+        """Those of no forward yet."""
+        return cls(new=(0,) * len(sequences), before=tuple(sequence.length for sequence in sequences))
+
+    @classmethod
+    def extending(cls, sequences: Sequence[Growing], new: Sequence[int]) -> Segments:
+        """The sequences have so many tokens more."""
+        segments = cls.of(new, [sequence.length for sequence in sequences])
+        for sequence, n in zip(sequences, new, strict=True):
+            sequence.length += n
+        return segments
 
     @property
     def starts(self) -> tuple[int, ...]:

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import torch
 
+from fastvl_lab.decoder.layers import Attend, KvCache, once_a_forward
+from fastvl_lab.decoder.segments import Segments
 from fastvl_lab.kernels.decode_attention import decode_attention
 from fastvl_lab.kernels.prefill_attention import block_size, prefill_attention
-from fastvl_lab.language.decoder import Attend, KvCache, once_a_forward
-from fastvl_lab.language.segments import Segments
 
 
 def bind_prefill(dtype: torch.dtype, group: int) -> Attend:

@@ -7,24 +7,23 @@ import itertools
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
 
 from fastvl_lab import CheckpointError, Lab, Recipe, RecipeError, toggles
-from fastvl_lab.attention import bind
+from fastvl_lab.cache import together
 from fastvl_lab.cache.blocks import BlockPool
-from fastvl_lab.cache.concat import ConcatKv
-from fastvl_lab.cache.slotted import KvShape, SlottedKv
+from fastvl_lab.cache.concat import ConcatSequence
+from fastvl_lab.cache.slotted import KvShape, SlottedSequence
 from fastvl_lab.catalogue import Attention, Target
 from fastvl_lab.checkpoint import Checkpoint
-from fastvl_lab.language.decode import decode
-from fastvl_lab.language.decoder import Decoder
-from fastvl_lab.language.merge import merge
-from fastvl_lab.language.prefill import prefill
-from fastvl_lab.language.sample import greedy
-from fastvl_lab.language.segments import Segments
-from fastvl_lab.language.weights import decoder_weights
+from fastvl_lab.decoder import bind_decoder
+from fastvl_lab.decoder.layers import Decoder
+from fastvl_lab.decoder.segments import Segments
+from fastvl_lab.decoder.steps import decode, merge, prefill, sample
+from fastvl_lab.decoder.weights import decoder_weights
 from fastvl_lab.request import Prompt, VisionTokens
 
 KINDS = ("concat", "static", "paged")
@@ -42,25 +41,24 @@ class _Kv:
     def __init__(self, kind: str, checkpoint: Checkpoint, n: int = 1, longest: int = 96) -> None:
         self.pool, self.tables = BlockPool(n * longest, BLOCK), []
         if kind == "concat":
-            self.kv: ConcatKv | SlottedKv = ConcatKv(checkpoint.config.text_config.num_hidden_layers, n)
-            return
-        store = KvShape.of(checkpoint).allocate(n * longest * BLOCK)
-        for pair in store.layers:
-            for side in pair:
-                side.fill_(float("nan"))  # nothing may be read that was not written
-        self.kv = SlottedKv(store, block_size=BLOCK, longest=longest, reused=[0] * n)
-        if kind == "static":
-            for sequence in range(n):
-                self.kv.add_blocks(sequence, range(sequence * longest // BLOCK, (sequence + 1) * longest // BLOCK))
+            self.sequences: list[Any] = [ConcatSequence(checkpoint.config.text_config.num_hidden_layers) for _ in range(n)]
         else:
+            store = KvShape.of(checkpoint).allocate(n * longest * BLOCK)
+            for pair in store.layers:
+                for side in pair:
+                    side.fill_(float("nan"))  # nothing may be read that was not written
+            self.sequences = [SlottedSequence(store, block_size=BLOCK, longest=longest) for _ in range(n)]
+        if kind == "static":
+            for number, sequence in enumerate(self.sequences):
+                sequence.add_blocks(range(number * longest // BLOCK, (number + 1) * longest // BLOCK))
+        elif kind == "paged":
             self.tables = [self.pool.admit([], longest) for _ in range(n)]
+        self.kv = together(self.sequences)
 
     def extend(self, new: Sequence[int]) -> None:
-        lengths = self.kv.segments.lengths
-        for number, table in enumerate(self.tables):  # block by block in turn, so that no sequence lies in one piece
-            while len(table.blocks) * BLOCK < lengths[number] + new[number]:
-                grown = self.pool.extend(table, len(table.blocks) * BLOCK + 1)
-                self.kv.add_blocks(number, grown)  # type: ignore[union-attr]
+        for sequence, table, n in zip(self.sequences, self.tables, new, strict=False):
+            while len(table.blocks) * BLOCK < sequence.length + n:  # block by block in turn: no sequence lies in one piece
+                sequence.add_blocks(self.pool.extend(table, len(table.blocks) * BLOCK + 1))
                 self.pool.extend(self.pool.admit([], BLOCK), 1)
         self.kv.extend(new)
 
@@ -150,7 +148,7 @@ def test_every_combination_of_options_equals_the_stock_decoder(
     combinations = list(_attention() if not changes else _attention(prefill=["sdpa"], norms=["eager", "by_length"]))
     assert len(combinations) >= 16
     for slot in combinations:
-        ours = _ours(bind(slot, weights), _Kv(kind, checkpoint), prompt, vision, tokens)
+        ours = _ours(bind_decoder(slot, weights), _Kv(kind, checkpoint), prompt, vision, tokens)
         for step, (one, other) in enumerate(zip(ours, expected, strict=True)):
             assert (one - other).abs().max() < 1e-4, (slot, step)
 
@@ -163,7 +161,7 @@ def test_the_shortest_prompts(other_checkpoint: Callable[..., Checkpoint], n_tok
         prompt, vision = _prompt(n_tokens, visual=()), _vision(checkpoint, 0)
         expected = _stock(checkpoint, prompt, VisionTokens(embeds=vision.embeds), (9, 8))
         for slot in _attention(norms=["eager"], rope=["eager", "rolled"], projections=["fused"]):
-            ours = _ours(bind(slot, decoder_weights(checkpoint)), _Kv("paged", checkpoint), prompt, None, (9, 8))
+            ours = _ours(bind_decoder(slot, decoder_weights(checkpoint)), _Kv("paged", checkpoint), prompt, None, (9, 8))
             assert max((a - b).abs().max() for a, b in zip(ours, expected, strict=True)) < 1e-4
 
 
@@ -183,10 +181,10 @@ def test_the_triton_options_equal_the_stock_decoder(
     prompt, vision = _prompt(11), _vision(checkpoint, 3)
     expected, weights = _stock(checkpoint, prompt, vision, tokens), decoder_weights(checkpoint)
     (slot,) = _attention(**TRITON, prefill=["triton"], decode=["triton"], projections=[projections], last_layer=[last_layer])
-    decoder = bind(slot, weights)
+    decoder = bind_decoder(slot, weights)
     ours = _ours(decoder, _Kv(kind, checkpoint), prompt, vision, tokens)
     assert max((a - b).abs().max() for a, b in zip(ours, expected, strict=True)) < 1e-4
-    assert [int(greedy(logits, decoder)) for logits in ours] == [int(logits.argmax()) for logits in expected]
+    assert sample(torch.stack(ours), decoder).tolist() == [int(logits.argmax()) for logits in expected]
 
 
 PACKED = [
@@ -207,7 +205,7 @@ def test_packed_sequences_do_not_see_each_other(
     if slot.prefill == "triton" and (kind == "concat" or torch.cuda.is_available()):
         pytest.skip("the kernels read slots" if kind == "concat" else "runs the kernels in Triton's interpreter")
     checkpoint = other_checkpoint(name, num_hidden_layers=2)
-    decoder, lengths = bind(slot, decoder_weights(checkpoint)), (5, 9, 1)
+    decoder, lengths = bind_decoder(slot, decoder_weights(checkpoint)), (5, 9, 1)
     wholes = [_prompt(n + 6, seed=n, visual=()) for n in lengths]
     alone = []
     for whole in wholes:
@@ -240,7 +238,7 @@ def test_decode_steps_of_packed_sequences(other_checkpoint: Callable[..., Checkp
     """`decode` takes one token of each sequence, at one position for all three axes."""
     checkpoint = other_checkpoint("tiny-qwen2.5-vl")
     for slot, kind in itertools.product(PACKED[:2], KINDS):
-        decoder, kv = bind(slot, decoder_weights(checkpoint)), _Kv(kind, checkpoint, n=2)
+        decoder, kv = bind_decoder(slot, decoder_weights(checkpoint)), _Kv(kind, checkpoint, n=2)
         prompts = [_prompt(n, seed=n, visual=()) for n in (8, 11)]
         expected = [_ours(decoder, _Kv(kind, checkpoint), prompt, None, (5,))[1] for prompt in prompts]
         packed = Prompt(

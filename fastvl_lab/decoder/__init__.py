@@ -5,14 +5,14 @@ from __future__ import annotations
 from collections.abc import Callable
 from functools import partial
 
-from fastvl_lab.attention import eager, sdpa
-from fastvl_lab.attention.operations import bind_operations
 from fastvl_lab.catalogue import Attention
-from fastvl_lab.language.decoder import Attend, Decoder
-from fastvl_lab.language.weights import DecoderWeights
+from fastvl_lab.decoder import eager, sdpa
+from fastvl_lab.decoder.layers import Attend, Decoder
+from fastvl_lab.decoder.operations import bind_operations
+from fastvl_lab.decoder.weights import DecoderWeights
 
 
-def bind(slot: Attention, weights: DecoderWeights) -> Decoder:
+def bind_decoder(slot: Attention, weights: DecoderWeights) -> Decoder:
     """The decoder as the slot's toggles say."""
     prefill: dict[str, Callable[[], Attend]] = {option: partial(sdpa.bind_prefill, option) for option in sdpa.BACKENDS}
     prefill |= {
@@ -36,18 +36,18 @@ def bind(slot: Attention, weights: DecoderWeights) -> Decoder:
 
 
 def _varlen() -> Attend:
-    from fastvl_lab.attention.varlen import bind_prefill  # absent from torch on some platforms
+    from fastvl_lab.decoder.varlen import bind_prefill  # absent from torch on some platforms
 
     return bind_prefill()
 
 
 def _triton_prefill(weights: DecoderWeights) -> Attend:
-    from fastvl_lab.attention.slotted import bind_prefill  # triton is loaded where it is asked for
+    from fastvl_lab.decoder.slotted import bind_prefill  # triton is loaded where it is asked for
 
     return bind_prefill(weights.embed.dtype, weights.n_heads // weights.n_kv_heads)
 
 
 def _triton_decode() -> Attend:
-    from fastvl_lab.attention import slotted
+    from fastvl_lab.decoder import slotted
 
     return slotted.decode

@@ -15,8 +15,8 @@ import torch.nn.functional as F
 from torch.nn.attention import SDPBackend
 from torch.nn.attention.bias import causal_lower_right
 
-from fastvl_lab.language.decoder import Attend, KvCache, once_a_forward
-from fastvl_lab.language.segments import Segments
+from fastvl_lab.decoder.layers import Attend, KvCache, once_a_forward
+from fastvl_lab.decoder.segments import Segments
 
 # An option of the catalogue -> the kernel that it names. "sdpa" is a CPU's, where there is no choice.
 BACKENDS: dict[str, SDPBackend | None] = {
@@ -75,18 +75,24 @@ def _masks(segments: Segments, device: torch.device, *, in_memory: bool) -> list
 
 
 def decode(q: torch.Tensor, cache: KvCache, layer: int) -> torch.Tensor:
-    """One query a sequence against all of its keys.
+    """One query a sequence against all of its keys; one call for all sequences whose keys are read to one width.
 
     The queries that share a key head stand as rows of one head: they need no causal mask, and keys are read once a group.
     """
-    parts, biases = [], _biases(cache, q.dtype)
-    for number, q_1HD in enumerate(q.split(1)):
-        k_KLD, v_KLD = (x.transpose(0, 1) for x in cache.read(layer, number))
-        q_1KGD = q_1HD.view(1, len(k_KLD), -1, q_1HD.shape[2])
-        bias = None if biases is None else biases[number].expand(1, 1, q_1KGD.shape[2], -1)
-        out = F.scaled_dot_product_attention(q_1KGD, k_KLD[None], v_KLD[None], attn_mask=bias)
-        parts.append(out.reshape(q_1HD.shape))
+    biases = _biases(cache, q.dtype)
+    read = [cache.read(layer, number) for number in range(len(q))]  # [L, K, D] each
+    if biases is not None and len(q) > 1:
+        k_BLKD, v_BLKD = (torch.stack(x) for x in zip(*read, strict=True))
+        return _call(q, k_BLKD, v_BLKD, biases)
+    parts = [_call(q_1HD, k[None], v[None], biases) for q_1HD, (k, v) in zip(q.split(1), read, strict=True)]
     return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+
+def _call(q_BHD: torch.Tensor, k_BLKD: torch.Tensor, v_BLKD: torch.Tensor, biases: torch.Tensor | None) -> torch.Tensor:
+    k_BKLD, v_BKLD = k_BLKD.transpose(1, 2), v_BLKD.transpose(1, 2)
+    q_BKGD = q_BHD.unflatten(1, (k_BKLD.shape[1], -1))
+    bias = None if biases is None else biases[:, None, None].expand(-1, -1, q_BKGD.shape[2], -1)
+    return F.scaled_dot_product_attention(q_BKGD, k_BKLD, v_BKLD, attn_mask=bias).reshape(q_BHD.shape)
 
 
 def _biases(cache: KvCache, dtype: torch.dtype) -> torch.Tensor | None:

@@ -13,10 +13,10 @@ import torch
 import torch.nn.functional as F
 
 from fastvl_lab.catalogue import Attention
+from fastvl_lab.decoder.layers import KvCache, Operations
+from fastvl_lab.decoder.weights import DecoderWeights, Layer
 from fastvl_lab.kernels.choices import SiluMul, add_rms_norm, after_add, native_rms_norm, silu_mul
 from fastvl_lab.kernels.plain import rms_norm, rms_norm_by_length, rotate_half
-from fastvl_lab.language.decoder import KvCache, Operations
-from fastvl_lab.language.weights import DecoderWeights, Layer
 
 Norm = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 Qkv = Callable[[torch.Tensor, Layer], tuple[torch.Tensor, torch.Tensor, torch.Tensor]]

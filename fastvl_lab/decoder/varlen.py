@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch.nn.attention.varlen import varlen_attn
 
-from fastvl_lab.language.decoder import Attend, KvCache, once_a_forward
+from fastvl_lab.decoder.layers import Attend, KvCache, once_a_forward
 
 
 def bind_prefill() -> Attend:

@@ -8,10 +8,10 @@ import torch
 
 from fastvl_lab.checkpoint import Checkpoint
 from fastvl_lab.checkpoint.fused import side_by_side
+from fastvl_lab.decoder.rope import MRope
 from fastvl_lab.errors import CheckpointError
 from fastvl_lab.families.text import Layer as StockLayer
 from fastvl_lab.families.text import Linear, head_dim
-from fastvl_lab.language.rope import MRope
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)

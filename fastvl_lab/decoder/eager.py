@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from fastvl_lab.language.decoder import KvCache
+from fastvl_lab.decoder.layers import KvCache
 
 
 def prefill(q: torch.Tensor, cache: KvCache, layer: int) -> torch.Tensor:

@@ -15,9 +15,9 @@ import torch
 import torch.nn.functional as F
 from torch.nn.attention import SDPBackend
 
+from fastvl_lab.decoder.segments import Segments
+from fastvl_lab.decoder.weights import DecoderWeights, Layer
 from fastvl_lab.kernels.backends import on_kernel
-from fastvl_lab.language.segments import Segments
-from fastvl_lab.language.weights import DecoderWeights, Layer
 from fastvl_lab.trace import Inner
 
 

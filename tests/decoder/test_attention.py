@@ -10,14 +10,13 @@ import torch.nn.functional as F
 from torch.nn.attention import SDPBackend
 from torch.nn.attention.bias import CausalBias
 
-from fastvl_lab import Lab, attention, toggles
-from fastvl_lab.attention import eager, sdpa
-from fastvl_lab.cache.concat import ConcatKv
+from fastvl_lab import Lab, toggles
+from fastvl_lab.cache.concat import ConcatKv, ConcatSequence
 from fastvl_lab.catalogue import Attention
-from fastvl_lab.language.decode import decode
-from fastvl_lab.language.fixed_kv import FixedKv
-from fastvl_lab.language.prefill import prefill
-from fastvl_lab.language.weights import decoder_weights
+from fastvl_lab.decoder import bind_decoder, eager, sdpa
+from fastvl_lab.decoder.fixed_kv import FixedKv
+from fastvl_lab.decoder.steps import decode, prefill
+from fastvl_lab.decoder.weights import decoder_weights
 from fastvl_lab.request import Prompt
 from fastvl_lab.trace import no_inner
 from fastvl_lab.vit import attention as tower_attention
@@ -57,7 +56,7 @@ def _sequences(
 
 def _cached(sequences: list, new: Sequence[int], dtype: torch.dtype) -> ConcatKv:
     """Their keys and values in a cache: what was before, then what is new."""
-    cache = ConcatKv(1, len(sequences))
+    cache = ConcatKv([ConcatSequence(1) for _ in sequences])
     before = [len(k) - n for (_, k, _), n in zip(sequences, new, strict=True)]
     for cut in ([slice(0, b) for b in before], [slice(b, None) for b in before]):
         parts = [(k[c].to(dtype), v[c].to(dtype)) for (_, k, v), c in zip(sequences, cut, strict=True)]
@@ -151,7 +150,7 @@ def test_a_forward_runs_on_the_kernel_that_its_option_names(
     monkeypatch.setattr(F, "scaled_dot_product_attention", seen)
     weights = decoder_weights(labs["tiny-qwen3-vl"].checkpoint)
     slot = Attention(prefill=option, decode="sdpa_math", last_layer="last_token")
-    decoder, cache = attention.bind(slot, weights), ConcatKv(len(weights.layers), 1)
+    decoder, cache = bind_decoder(slot, weights), ConcatKv([ConcatSequence(len(weights.layers))])
     before = {kernel for kernel, is_enabled in flags.items() if is_enabled()}
     named = before if sdpa.BACKENDS[option] is None else {sdpa.BACKENDS[option]}
     with torch.inference_mode():
@@ -196,7 +195,7 @@ def test_the_bias_of_a_mask_is_made_once_a_step(monkeypatch: pytest.MonkeyPatch)
 
     monkeypatch.setattr(F, "scaled_dot_product_attention", seen)
     length = torch.tensor([11], dtype=torch.int32)
-    kv = FixedKv(layers=layers, slot_of=torch.arange(16)[None], length=length, rows=1, padded=True, in_place=True)
+    kv = FixedKv(layers=layers, slot_of=torch.arange(16)[None], lengths=length, rows=1, padded=True, in_place=True)
     q = torch.randn(1, 4, 8, generator=generator)
     out = [sdpa.decode(q, kv, layer) for layer in range(3)]
     assert len({bias.data_ptr() for bias in biases}) == 1

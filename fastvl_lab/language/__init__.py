@@ -1,1 +1,0 @@
-"""The decoder both families share: merge, prefill, sample, and one decode step."""
