@@ -366,6 +366,72 @@ def test_the_question_is_what_the_fields_say(jupyterlab: Any, page: Any, errors:
     assert errors == []
 
 
+# Every headline that is seen from now on: its text, and whether it is a number of before, a count, or one that counts.
+WATCH = """() => {
+  window.seen = [];
+  const big = document.querySelector(".fl-bench .fl-big");
+  const note = () => window.seen.push([big.textContent, big.classList.contains("fl-stale"), !!big.closest(".fl-counting")]);
+  new MutationObserver(note).observe(big, { childList: true, characterData: true, attributes: true, subtree: true });
+}"""
+PANELS = "import threading\nprint(sum(thread.name == 'fastvl-workbench' for thread in threading.enumerate()))"
+
+
+def test_what_goes_on_is_seen_and_what_was_measured_is_said(jupyterlab: Any, page: Any, errors: list[str]) -> None:
+    panel = opened(jupyterlab, page, ONE_CALL, PANELS)
+
+    # A look at a view while it measures ends no measurement, and a cold run is no headline.
+    page.evaluate(WATCH)
+    before = panel.box.locator(".fl-big").inner_text()
+    panel.option("capture.shapes", "multiples_of_64").click()
+    panel.view("ViT blocks").click()
+    panel.measured(2)
+    panel.until("() => document.querySelectorAll('.fl-bench .barlayer .point').length > 0")
+    assert "✓ same tokens" in panel.box.locator(".fl-history tbody tr").first.inner_text()
+    after = panel.box.locator(".fl-big").inner_text()
+    assert {text for text, stale, counts in page.evaluate("window.seen") if not stale and not counts} <= {before, after}
+    panel.view("waterfall").click()
+
+    # Parity on other pixels says so, and by how much these move the logits; too few rounds give no ratio.
+    panel.option("preprocessor.resize", "torch").click()
+    panel.measured(3)
+    panel.says("fl-pills", "on this recipe's pixels")
+    panel.says("fl-pills", "too few rounds to compare with Transformers")
+
+    # A drag takes a part of the time, and no row away.
+    stages = panel.box.locator(".fl-stage").count()
+    box = panel.box.locator(".fl-chart svg").bounding_box()
+    page.mouse.move(box["x"] + 140, box["y"] + 100)
+    page.mouse.down()
+    page.mouse.move(box["x"] + 220, box["y"] + 160)
+    page.mouse.up()
+    whole = panel.box.get_by_role("button", name="whole axis")
+    whole.wait_for(timeout=5_000)
+    assert panel.box.locator(".fl-stage").count() == stages
+    whole.click()
+    assert whole.count() == 0
+
+    # A long run grows on the page while it runs.
+    page.evaluate(WATCH)
+    panel.fill("repeats", "0")
+    panel.measured(4)
+    panel.type_other("size", "W×H", "1800x1400").press("Enter")
+    panel.until("() => document.querySelector('.fl-bench').classList.contains('fl-counting')", seconds=60)
+    widths = "() => [...document.querySelectorAll('.fl-chart .fl-solid')].map((bar) => Number(bar.getAttribute('width')))"
+    first = page.evaluate(widths)
+    panel.until("(count) => document.querySelectorAll('.fl-chart .fl-solid').length !== count", len(first))
+    panel.measured(5)
+    counted = [text for text, _, counts in page.evaluate("window.seen") if counts]
+    assert len(counted) > 5
+    panel.says("fl-heading", "image 1800×1400")
+
+    # The cell again closes the panel before.
+    run_cell(page, 0)
+    page.wait_for_function("() => document.querySelectorAll('.fl-bench').length === 1", timeout=30_000)
+    panel.measured(1)
+    assert run_cell(page, 1) == "1"
+    assert errors == []
+
+
 def test_the_panel_is_used_by_keyboard_alone(jupyterlab: Any, page: Any, errors: list[str]) -> None:
     panel = opened(jupyterlab, page, ONE_CALL)
     cells = page.locator(".jp-CodeCell").count()
@@ -441,7 +507,8 @@ def test_the_panel_as_a_page_of_its_own(
     page_of_its_own: Callable[..., str], page: Any, errors: list[str], picture: bytes, tmp_path: Path
 ) -> None:
     (tmp_path / "photo.jpg").write_bytes(picture)  # a path is meant from where the command is given
-    page.goto(page_of_its_own("--image=photo.jpg", "--max-new-tokens=12", "--repeats=2", "--device=cpu"))
+    url = page_of_its_own("--image=photo.jpg", "--max-new-tokens=12", "--repeats=2", "--device=cpu")
+    page.goto(url, wait_until="commit", timeout=90_000)
     panel = Panel(page)
     panel.box.wait_for(timeout=90_000)
     panel.measured(1)
@@ -496,7 +563,15 @@ def test_a_reload_a_second_tab_and_a_restart(jupyterlab: Any, page: Any, errors:
         each.measured(4)
     other.page.close()
 
+    page.evaluate("() => window.jupyterapp.commands.execute('docmanager:save')")
+    page.wait_for_function("() => !document.querySelector('.jp-mod-dirty')")
     page.evaluate("() => window.jupyterapp.shell.currentWidget.sessionContext.session.kernel.restart()")
+    page.wait_for_function(IDLE, timeout=60_000)
+    page.reload()  # the kernel knows of no panel any more: what was saved stands in
+    page.wait_for_function(IDLE, timeout=60_000)
+    static = page.locator(".fl-static")
+    static.wait_for(timeout=20_000)
+    assert "prefill" in static.inner_text()
     page.wait_for_function(IDLE, timeout=60_000)
     page.evaluate("() => window.jupyterapp.commands.execute('notebook:run-all-cells')")
     panel.measured(1)
