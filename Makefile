@@ -62,7 +62,7 @@ test-oldest:
 	$(MAKE) test VENV=.venv-oldest LIMITS=constraints-oldest.txt TESTS='$(addprefix tests/,$(OLDEST))'
 
 benchmark: $(STAMP)
-	$(BIN)/python -m pytest $(TESTS) -m benchmark
+	$(BIN)/python -m pytest $(TESTS) -m benchmark -rP
 
 workbench: $(STAMP)
 	@$(BIN)/python -m fastvl_lab.view.workbench $(call given,WORKBENCH)

@@ -26,12 +26,16 @@ ImageBackend = Literal["pillow", "torchvision"]
 
 @dataclass(frozen=True, kw_only=True)
 class Target:
-    """What an option is to run on: a device, and the checkpoint's dtype and widths of heads; None where they are not known yet."""
+    """What an option is to run on: a device, and the checkpoint's dtype and widths of heads; None where they are not known yet.
+
+    here: whether that is this machine, whose packages and compilers count.
+    """
 
     device: torch.device
     dtype: torch.dtype | None = None
     tower_head_dim: int | None = None
     decoder_head_dim: int | None = None
+    here: bool = True
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -82,6 +86,8 @@ class Needs:
             return "it needs the model in bfloat16 or float16, and it is in float32"
         if self.head_dims is not None and (reason := self.head_dims.unmet(target)) is not None:
             return reason
+        if not target.here:
+            return None
         if self.package is not None and importlib.util.find_spec(self.package) is None:
             return f"it needs the package {self.package}, which is not installed"
         if self.package == "triton":

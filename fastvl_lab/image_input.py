@@ -38,7 +38,7 @@ _FROM_URL_SAFE = bytes.maketrans(b"-_", b"+/")
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class ImageInput:
-    """One image as the request carries it: encoded bytes, or pixels already decoded by the caller.
+    """One image as the request carries it: encoded bytes, or pixels already unpacked by the caller.
 
     `data` is bytes (an encoded file), a `PIL.Image`, or a uint8 array [height, width] or [height, width, 3]. `label` names it in
     errors. min_pixels, max_pixels: its own limits on the area of the resized image, which go before the request's. asked: the width

@@ -190,7 +190,7 @@ class Lab:
     ) -> tuple[Capture, ...]:
         """Serve a request of each shape: what is built, tuned, compiled and captured for it is there before the first that counts.
 
-        shapes: (width, height) of an image, or a `Request` as it will come. Everything that a request does is done, from decoding
+        shapes: (width, height) of an image, or a `Request` as it will come. Everything that a request does is done, from unpacking
         its image to its `max_new_tokens`, and caches keep of it what they keep of any request. Decode steps are made ready first,
         for answers of any length that a session has room for. The largest shape had best come first: graphs captured later then
         find memory that they can share. progress: whether to show a bar. Returns what was compiled and captured. Raises

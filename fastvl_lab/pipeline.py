@@ -65,8 +65,7 @@ class Pipeline:
             recipe.capture,
             encode,
             self.decoder,
-            layers=self.cache.layers,
-            in_place=self.cache.in_place,
+            self.cache,
             merge_size=checkpoint.merge_size,
             graphs=graphs,
         )

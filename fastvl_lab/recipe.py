@@ -78,9 +78,9 @@ class Recipe:
         both built-in checkpoints. On CUDA nothing is measured yet, so it is a guess: torch's own kernels in any dtype, copies that
         the host does not wait for, and decode steps as graphs, since their launches take longer than their work.
         """
-        target = _target(device)
-        turbojpeg = toggle_at("preprocessor.decode").option("turbojpeg").needs.unmet(target) is None
-        cuda = target.device.type == "cuda"
+        device = _known(device)
+        turbojpeg = toggle_at("preprocessor.decode").option("turbojpeg").needs.unmet(Target(device=device)) is None
+        cuda = device.type == "cuda"
         attention = "sdpa_efficient" if cuda else "sdpa"
         return cls(
             preprocessor=Preprocessor(
@@ -108,8 +108,8 @@ class Recipe:
     def parse(cls, text: str, device: Target | torch.device | str | None = None) -> Recipe:
         """Read "baseline" or "fastest", then changes: "fastest, vit.patch_embed=conv3d". Raises `RecipeError`.
 
-        device: what the recipe is for, which need not be there; an option that cannot run on it is refused with the reason. By
-        default "fastest" is that of a CPU, and options for any device are read.
+        device: what the recipe is for; an option that cannot run on it is refused with the reason. It need not be there, and then
+        this machine's packages and compilers do not count. By default "fastest" is that of a CPU, and options of any are read.
         """
         if not isinstance(text, str):
             raise RecipeError(f"a recipe is given as {text!r}; give a text such as 'baseline' or 'fastest, vit.tower=lean'")
@@ -129,11 +129,11 @@ class Recipe:
             if toggle.path in changed:
                 raise RecipeError(f"recipe {text!r} sets {toggle.path} twice")
             changed[toggle.path] = next((v for v in toggle.values if str(v) == value), value)
-        target = None if device is None else _target(device)
-        on = "cpu" if target is None else target.device
-        recipe = (cls.fastest(on) if name == "fastest" else cls.baseline()).replace(changed)
-        if target is not None:
-            recipe.check(target)
+        target = device if isinstance(device, Target) else Target(device=_known("cpu" if device is None else device))
+        recipe = (cls.fastest(target.device) if name == "fastest" else cls.baseline()).replace(changed)
+        if device is not None:
+            here = target.here and (target.device.type == "cpu" or torch.cuda.is_available())
+            recipe.check(dataclasses.replace(target, here=here))
         return recipe
 
     def value(self, path: str) -> OptionValue:
@@ -249,12 +249,10 @@ class Recipe:
         return ", ".join(["baseline", *(f"{path}={value}" for path, value in self.changes().items())])
 
 
-def _target(device: Target | torch.device | str) -> Target:
-    """The target itself, or a device as one; raises `RecipeError` for a device that no recipe is for."""
-    if isinstance(device, Target):
-        return device
+def _known(device: torch.device | str) -> torch.device:
+    """The device; raises `RecipeError` for one that no recipe is for."""
     with suppress(RuntimeError):  # of what torch has no device
         device = torch.device(device)
     if not isinstance(device, torch.device) or device.type not in ("cpu", "cuda"):
         raise RecipeError(f"no fastest recipe is known for device {str(device)!r}; the choices are 'cpu' and 'cuda'")
-    return Target(device=device)
+    return device

@@ -81,7 +81,7 @@ class Run:
         return replace(self, trace=self.trace.behind(stage, round(seconds * 1e9)), chunks=chunks)
 
     def subtitle(self) -> str:
-        """What became of the images: decoded size, resized size, patches, visual tokens."""
+        """What became of the images: unpacked size, resized size, patches, visual tokens."""
         if self.device == ELSEWHERE:
             return f"{self.n_prompt} prompt tokens, as the endpoint counts them" if self.n_prompt else "prompt tokens not counted"
         if not self.shapes:

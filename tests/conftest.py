@@ -110,6 +110,7 @@ def assert_reaches() -> Callable[[Callable[[], Interval], float], None]:
         seen = []
         for _ in range(3):
             seen.append(measure())
+            print(f"{seen[-1]}, and the bar is {bar}")
             if seen[-1].low >= bar:
                 return
         raise AssertionError(f"none of {seen} is shown to be above {bar}")

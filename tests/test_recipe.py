@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
+from pathlib import Path
 
 import pytest
 import torch
@@ -110,8 +112,8 @@ def test_recipe_texts_are_read_strictly(text: str, says: str) -> None:
         Recipe.parse(text)
 
 
-def test_a_text_is_read_for_the_device_that_is_given() -> None:
-    """Which need not be there."""
+def test_a_text_is_read_for_the_device_that_is_given(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Which need not be there: what this machine lacks is no fault then."""
     captured = "fastest, capture.vit=graph"
     assert Recipe.parse(captured).changes() == Recipe.fastest("cpu").replace("capture.vit", "graph").changes()
     assert Recipe.parse(captured, "cuda") == Recipe.fastest("cuda").replace("capture.vit", "graph")
@@ -119,6 +121,13 @@ def test_a_text_is_read_for_the_device_that_is_given() -> None:
         Recipe.parse(captured, CPU)
     with pytest.raises(RecipeError, match="device 'nowhere'; the choices are 'cpu' and 'cuda'"):
         Recipe.parse("baseline", "nowhere")
+    compiled = "fastest, vit.attention=triton, capture.vit=compile"
+    monkeypatch.setenv("PATH", str(tmp_path))  # no compiler
+    monkeypatch.delenv("CC", raising=False)
+    for there in (False, True):
+        monkeypatch.setattr(torch.cuda, "is_available", lambda there=there: there)
+        with pytest.raises(RecipeError, match="needs a C compiler") if there else contextlib.nullcontext():
+            Recipe.parse(compiled, "cuda")
 
 
 def test_presets_hold_exact_options_only() -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Self
 
 import torch
 
@@ -37,6 +37,10 @@ class ConcatKv:
     def extend(self, new: Sequence[int]) -> None:
         """The next forward brings this many tokens of each sequence."""
         self.segments, self.made = Segments.extending(self._sequences, new), {}
+
+    def open(self, rows: int) -> Self:
+        """A forward that is launched from Python has the cache as it is."""
+        return self
 
     def write(self, layer: int, k: torch.Tensor, v: torch.Tensor) -> None:
         new = self.segments.new

@@ -5,12 +5,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
+from typing import Any, Self
 
 import torch
 import torch.nn.functional as F
 
 from fastvl_lab.checkpoint import Checkpoint
+from fastvl_lab.decoder.fixed_kv import KvTable, KvTableInPlace
 from fastvl_lab.decoder.layers import Slots
 from fastvl_lab.decoder.segments import Segments
 from fastvl_lab.families.text import head_dim
@@ -79,6 +80,13 @@ class KvStore:
     def places(self) -> torch.Tensor:
         """int64 [1, n_slots], the slots of a sequence whose token i is in slot i; never changed."""
         return torch.arange(self.n_slots, device=self.device)[None]
+
+    def blank(self, width: int, *, in_place: bool) -> KvTable:
+        """Of no request, so many tokens, all but in place in the last slot."""
+        slots = self.places if in_place else torch.full_like(self.places, self.n_slots - 1)
+        lengths = torch.full((1,), width, dtype=torch.int32, device=self.device)
+        kind = KvTableInPlace if in_place else KvTable
+        return kind(slot_of=slots[:, :width], lengths=lengths, store=self, padded=True)  # a view, as of a sequence
 
     def copy_slots(self, source: int, target: int, n: int) -> None:
         """Copy n slots, from one on, to others, in every layer: one call, since each layer's is small."""
@@ -154,6 +162,10 @@ class SlottedKv:
             else:
                 self._lengths = None
 
+    def open(self, rows: int) -> Self:
+        """A forward that is launched from Python has the cache as it is."""
+        return self
+
     def write(self, layer: int, k: torch.Tensor, v: torch.Tensor) -> None:
         keys, values = self.layers[layer]
         first = self._sequences[0]
@@ -183,12 +195,13 @@ class SlottedKv:
     def last(self, x: torch.Tensor) -> torch.Tensor:
         return self.segments.last(x)
 
-    def table(self, width: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """int64 [B, width], the slots of each sequence's tokens and then any; and int32 [B], their lengths."""
+    def table(self, width: int, *, padded: bool) -> KvTable:
+        """The sequences with room for so many tokens each, for stages whose inputs are tensors."""
         slot_of = self._slot_of()
         if width > slot_of.shape[1]:
             slot_of = F.pad(slot_of, (0, width - slot_of.shape[1]))
-        return slot_of[:, :width], self._lengths_now()
+        kind = KvTableInPlace if self._in_place else KvTable
+        return kind(slot_of=slot_of[:, :width], lengths=self._lengths_now(), store=self.store, padded=padded)
 
     def _slot_of(self) -> torch.Tensor:
         if self._in_place:

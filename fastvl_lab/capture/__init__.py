@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import operator
 from collections.abc import Callable
 from functools import partial
-from typing import cast
+from typing import Any, Protocol, cast
 
 import torch
 
@@ -15,66 +14,73 @@ from fastvl_lab.capture.graphs import Graphs, GraphStore
 from fastvl_lab.capture.shapes import Size, keys_of_a_step, size_of, sizes_up_to
 from fastvl_lab.capture.stages import (
     Encoder,
-    Layers,
-    Programs,
+    FirstTokenInputs,
+    Kv,
+    PrefillInputs,
     SlotTable,
-    blank_step,
-    prompt_inputs,
-    step_inputs,
-    vit_inputs,
+    StepInputs,
+    decode_program,
+    first_token_program,
+    prefill_program,
+    vit_program,
+    with_columns,
     with_rows,
 )
 from fastvl_lab.catalogue import Capture as Slot
+from fastvl_lab.decoder.fixed_kv import KvTable
 from fastvl_lab.decoder.layers import Decoder, KvCache
-from fastvl_lab.decoder.steps import Step, decode, prefill
+from fastvl_lab.decoder.steps import Step
 from fastvl_lab.kernels.plain import power_of_two
 from fastvl_lab.request import Pixels, Prompt, VisionTokens
-from fastvl_lab.trace import Tracer
+from fastvl_lab.trace import COMPUTED, OF_PADDING, Tracer
 
-Encode = Callable[[Pixels, Tracer], VisionTokens]
+
+class Slotted(Protocol):
+    """What stages ask of the cache slot beside the requests' own caches.
+
+    n_slots: of the store that every request's keys and values are in; 0 where each request has tensors of its own.
+    """
+
+    @property
+    def n_slots(self) -> int: ...
+
+    def blank(self, width: int) -> KvTable:
+        """For a step that is no request's, so many keys: it is kept where no token of a request is."""
 
 
 class Stages:
     """The stages of one recipe, executed as the slot's toggles say.
 
-    A stage that is eager, on shapes as they are, is the plain function over any tower and cache; else it is a program of
-    `stages.py`, over the lean tower and a cache with slots, which the catalogue requires. layers, in_place: `Programs`. graphs:
+    Stages that are padded, compiled or recorded need the lean tower and a cache with slots, which the catalogue requires. graphs:
     where CUDA graphs are kept, None without CUDA.
     """
 
     def __init__(
-        self,
-        slot: Slot,
-        encode: Encode,
-        decoder: Decoder,
-        *,
-        layers: Layers,
-        in_place: bool,
-        merge_size: int,
-        graphs: GraphStore | None,
+        self, slot: Slot, encoder: Encoder, decoder: Decoder, cache: Slotted, *, merge_size: int, graphs: GraphStore | None
     ) -> None:
-        self._encode, self._decoder, self._merge_size = encode, decoder, merge_size
-        self._encoder = encoder = cast(Encoder, encode)
+        self._encoder, self._decoder, self._cache = encoder, decoder, cache
+        self._patches_of_one, self._n_slots = merge_size**2, cache.n_slots
         self._size = size = size_of(slot.shapes)
         # Exact graphs of decode steps would be one a length: their keys are padded in any case.
         self._keys: Size | None = keys_of_a_step if size is None and slot.decode == "graph" else size
-        padded = size is not None
-        self._programs = programs = Programs(encoder=encoder, decoder=decoder, layers=layers, in_place=in_place)
+        # A stage that is eager, on shapes as they are, is over any cache; others find keys and values by tables.
+        self._prefill_by_table = slot.prefill != "eager" or size is not None
+        self._decode_by_table = slot.decode != "eager" or size is not None
 
-        def execute(stage: str, option: str, program: Program, *, plain: bool, lent: int = 0) -> Execute | None:
+        def execute(stage: str, option: str, program: Program, lent: int = 0) -> Execute:
             options: dict[str, Callable[[str, Program], Execute]] = {"eager": Eager, "compile": Compiled}
             if graphs is not None:
-                implied = partial(operator.eq, "slot_of") if in_place else lambda name: False
-                options["graph"] = partial(Graphs, store=graphs, constant=_is_of_a_plan, implied=implied, lent=lent)
-            return None if plain and option == "eager" else options[option](stage, program)
+                options["graph"] = partial(Graphs, store=graphs, lent=lent)
+            return options[option](stage, program)
 
-        first_token = {"per_stage": "eager", "single_graph": "graph"}[slot.first_token]
-        self._vit = execute("vit", slot.vit, programs.vit(), plain=not padded)
-        self._prefill = execute("prefill", slot.prefill, programs.prefill(padded=padded), plain=not padded)
-        padded_keys = self._keys is not None
-        self._decode = execute("decode", slot.decode, programs.decode(padded=padded_keys), plain=not padded, lent=1)
-        self._first_token = execute("first_token", first_token, programs.first_token(padded=padded), plain=True)
-        self._executed = [x for x in (self._vit, self._prefill, self._decode, self._first_token) if x is not None]
+        self._vit = execute("vit", slot.vit, vit_program(encoder))
+        self._prefill = execute("prefill", slot.prefill, prefill_program(decoder))
+        self._decode = execute("decode", slot.decode, decode_program(decoder, samples=self._decode_by_table), lent=1)
+        self._executed = [self._vit, self._prefill, self._decode]
+        self._first_token: Execute | None = None
+        if {"per_stage": False, "single_graph": True}[slot.first_token]:
+            self._first_token = execute("first_token", "graph", first_token_program(encoder, decoder))
+            self._executed.append(self._first_token)
 
     @property
     def captures(self) -> tuple[Capture, ...]:
@@ -95,30 +101,47 @@ class Stages:
 
     def encode(self, pixels: Pixels, tracer: Tracer) -> VisionTokens:
         """Patches to visual tokens."""
-        if self._vit is None:
-            return self._encode(pixels, tracer)
-        n_visual = len(pixels.patches) // self._merge_size**2
-        inputs, rest = vit_inputs(self._encoder, pixels, self._merge_size, self._size, tracer)
-        embeds, *deepstack = (part[:n_visual] for part in self._vit(inputs, rest, tracer))
+        inputs, _ = self._vit_inputs(pixels, tracer)
+        n_visual = len(pixels.patches) // self._patches_of_one
+        embeds, *deepstack = (part[:n_visual] for part in self._vit(inputs, tracer))
         return VisionTokens(embeds=embeds, deepstack=tuple(deepstack))
 
     def prefill(
         self, hidden: torch.Tensor, prompt: Prompt, vision: VisionTokens | None, kv: KvCache, tracer: Tracer
     ) -> torch.Tensor:
-        """The merged prompt to the logits of its last token, float32 [1, vocab]."""
-        if self._prefill is None:
-            return prefill(hidden, prompt, vision, self._decoder, kv, tracer.inner)
+        """The merged prompt to the logits of its last token, float32 [1, vocab]; an eager one may be several, packed."""
         n_visual = 0 if vision is None else self._padded(len(vision.embeds))
-        inputs = prompt_inputs(prompt, {"hidden": hidden}, n_visual, cast(SlotTable, kv), self._size, tracer)
-        for level, added in enumerate(() if vision is None else vision.deepstack):
-            inputs[f"deepstack.{level}"] = with_rows(added, n_visual)
-        return self._prefill(inputs, None, tracer)[0]
+        rows, table = prompt.n_tokens, cast(Kv, kv)
+        if self._prefill_by_table:
+            rows, table = self._table_of_prompt(prompt, kv, tracer)
+        inputs = PrefillInputs(
+            hidden=with_rows(hidden, rows),
+            positions=with_columns(prompt.positions, rows),
+            kv=table,
+            visual_index=_visual_index(prompt, n_visual, rows),
+            deepstack=() if vision is None else tuple(with_rows(added, n_visual) for added in vision.deepstack),
+        )
+        return self._prefill(inputs, tracer)[0]
 
-    def decode(self, token: torch.Tensor, position: torch.Tensor, kv: KvCache, tracer: Tracer) -> Step:
-        """One more token, int64 [1] at position int64 [1]; a program chooses the next as well, a plain function does not."""
-        if self._decode is None:
-            return Step(decode(token, position, self._decoder, kv, tracer.inner))
-        return Step(*self._decode(step_inputs(token, position, cast(SlotTable, kv), self._keys, tracer), None, tracer))
+    def decode(self, tokens: torch.Tensor, positions: torch.Tensor, kv: KvCache, tracer: Tracer) -> Step:
+        """One more token of each sequence, int64 [B] at positions int64 [B]."""
+        table = self._table_of_step(kv, tracer) if self._decode_by_table else cast(Kv, kv)
+        return Step(*self._decode(StepInputs(token=tokens, position=positions, kv=table), tracer))
+
+    def first_token(self, pixels: Pixels | None, prompt: Prompt, kv: KvCache, tracer: Tracer) -> tuple[torch.Tensor, torch.Tensor]:
+        """Patches and prompt to the logits of its last token, float32 [1, vocab], and the likeliest next one, int64 [1]."""
+        assert self._first_token is not None
+        vit, n_visual = (None, 0) if pixels is None else self._vit_inputs(pixels, tracer)
+        rows, table = self._table_of_prompt(prompt, kv, tracer)
+        inputs = FirstTokenInputs(
+            input_ids=with_rows(prompt.input_ids, rows),
+            positions=with_columns(prompt.positions, rows),
+            kv=table,
+            visual_index=_visual_index(prompt, n_visual, rows),
+            vit=vit,
+        )
+        logits, token = self._first_token(inputs, tracer)
+        return logits, token
 
     def warm_up(self, session_len: int, tracer: Tracer, *, measures: bool) -> None:
         """A decode step at each number of keys that a request can come to, the most first, where no request is under way.
@@ -127,38 +150,59 @@ class Stages:
         keys by the 64 can be more than the store may keep: then it is those of the fewest keys, for half of its places. Compiled
         code is for any number.
         """
-        programs = self._programs
-        if not programs.layers:  # keys and values are nowhere but with their request
+        if self._n_slots == 0:  # keys and values are nowhere but with their request
             return
 
         def steps(execute: Execute, widths: list[int]) -> None:
             for width in reversed(widths):
-                execute(blank_step(width, programs.layers, in_place=programs.in_place), None, tracer)
+                table = self._cache.blank(width)
+                token, position = (torch.full((1,), x, device=table.slot_of.device) for x in (0, width - 1))
+                execute(StepInputs(token=token, position=position, kv=table), tracer)
 
-        n_slots = len(programs.layers[0][0])
         if measures:
-            steps(Eager("decode", programs.decode(padded=True)), sizes_up_to(session_len, power_of_two, n_slots))
+            eager = Eager("decode", decode_program(self._decoder, samples=True))
+            steps(eager, sizes_up_to(session_len, power_of_two, self._n_slots))
         if self._keys is not None and isinstance(self._decode, Graphs | Compiled):
-            widths = sizes_up_to(session_len, self._keys, n_slots)
+            widths = sizes_up_to(session_len, self._keys, self._n_slots)
             steps(self._decode, widths[: self._decode.most // 2] if isinstance(self._decode, Graphs) else [widths[0], widths[-1]])
 
-    def first_token(self, pixels: Pixels | None, prompt: Prompt, kv: KvCache, tracer: Tracer) -> tuple[torch.Tensor, torch.Tensor]:
-        """Patches and prompt to the logits of its last token, float32 [1, vocab], and the likeliest next one, int64 [1]."""
-        assert self._first_token is not None
-        of_vit: dict[str, torch.Tensor] = {}
-        rest, n_visual = None, 0
-        if pixels is not None:
-            of_vit, rest = vit_inputs(self._encoder, pixels, self._merge_size, self._size, tracer)
-            n_visual = len(of_vit["patches"]) // self._merge_size**2
-        inputs = prompt_inputs(prompt, {"input_ids": prompt.input_ids}, n_visual, cast(SlotTable, kv), self._size, tracer)
-        inputs |= {f"vit.{name}": tensor for name, tensor in of_vit.items()}
-        logits, token = self._first_token(inputs, rest, tracer)
-        return logits, token
+    def _vit_inputs(self, pixels: Pixels, tracer: Tracer) -> tuple[Any, int]:
+        """What the tower takes, padded to a size of visual tokens, and how many these are."""
+        n = len(pixels.patches)
+        n_visual = self._padded(n // self._patches_of_one)
+        n_patches = n_visual * self._patches_of_one if self._size is not None else None
+        if n_patches is not None:
+            _count_padding(tracer, "vit: patches", n_patches, n_patches - n)
+        return self._encoder.inputs(pixels, tracer, n_patches), n_visual
+
+    def _table_of_prompt(self, prompt: Prompt, kv: KvCache, tracer: Tracer) -> tuple[int, KvTable]:
+        """How many rows a program computes for a prompt, and where it keeps them.
+
+        A padded prompt has at least one row of padding, the last, which is where visual tokens of padding go.
+        """
+        n, (before,), size = prompt.n_tokens, kv.segments.before, self._size
+        rows = n if size is None else min(size(n + 1), self._n_slots - before)
+        if size is not None:
+            _count_padding(tracer, "prefill: tokens", rows, rows - n)
+        return rows, cast(SlotTable, kv).table(before + rows, padded=size is not None)
+
+    def _table_of_step(self, kv: KvCache, tracer: Tracer) -> KvTable:
+        """Where a step's keys are: as many of each sequence as the longest has, or a size more."""
+        lengths, size = kv.segments.lengths, self._keys
+        n, longest = len(lengths), max(lengths)
+        width = longest if size is None else min(size(longest), self._n_slots)
+        if size is not None:
+            _count_padding(tracer, "decode: keys", n * width, n * width - sum(lengths))
+        return cast(SlotTable, kv).table(width, padded=size is not None or n > 1)
 
     def _padded(self, n: int) -> int:
         return n if self._size is None else self._size(n)
 
 
-def _is_of_a_plan(name: str) -> bool:
-    """Whether an input is of the vision tower's plan (`Encoder.inputs`), alone or as part of the first token's."""
-    return name.startswith(("plan.", "vit.plan."))
+def _visual_index(prompt: Prompt, n_visual: int, rows: int) -> torch.Tensor | None:
+    return with_columns(prompt.visual_index, n_visual, value=rows - 1) if n_visual > 0 else None
+
+
+def _count_padding(tracer: Tracer, what: str, computed: int, padding: int) -> None:
+    tracer.count(f"{what}{COMPUTED}", computed)
+    tracer.count(f"{what}{OF_PADDING}", padding)

@@ -5,20 +5,17 @@ from __future__ import annotations
 import time
 import types
 import uuid
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any, cast
 
 import torch
 
 from fastvl_lab.capture.compile_cache import may_be_damaged, without_cache
-from fastvl_lab.capture.execute import Capture, Program, Tensors, shape_of
+from fastvl_lab.capture.execute import Capture, Program
 from fastvl_lab.errors import CaptureError, sentence
+from fastvl_lab.inputs import leaves, shape_of
 from fastvl_lab.trace import Tracer
-
-# Inputs of one size, and those whose second dimension is what varies; of all others it is the first.
-_FIXED = ("token", "position", "lengths")
-_BY_COLUMN = ("positions", "slot_of")
 
 
 class Compiled:
@@ -36,7 +33,7 @@ class Compiled:
         self.fresh: list[Capture] = []
         # Of the call that is under way, for `_compile`.
         self._tracer, self._started = Tracer(torch.device("cpu"), "off"), 0.0
-        self._tensors: Tensors = {}
+        self._inputs: Any = None
         # torch counts recompiles by code object, giving up at 8, and takes by name what varied in one for varying in all: each
         # recipe's stage has a code object, and a name, of its own.
         own = types.FunctionType(
@@ -52,16 +49,16 @@ class Compiled:
     def captures(self) -> tuple[Capture, ...]:
         return tuple(replace(capture, uses=uses) for capture, uses in zip(self._captures, self._uses, strict=True))
 
-    def __call__(self, tensors: Tensors, rest: Hashable, tracer: Tracer) -> tuple[torch.Tensor, ...]:
-        self._tracer, self._started, self._tensors = tracer, time.perf_counter(), tensors
+    def __call__(self, inputs: Any, tracer: Tracer) -> tuple[torch.Tensor, ...]:
+        self._tracer, self._started, self._inputs = tracer, time.perf_counter(), inputs
         if self._plain is not None:  # kernels measure their launch settings where they are called as they are
-            self._plain(tensors, rest)
+            self._plain(inputs)
             self._plain = None
-        for name, tensor in tensors.items():
-            if name not in _FIXED:
-                torch._dynamo.maybe_mark_dynamic(tensor, 1 if name in _BY_COLUMN else 0)
+        for leaf in leaves(inputs):
+            if leaf.role.dim is not None:
+                torch._dynamo.maybe_mark_dynamic(leaf.tensor, leaf.role.dim)
         try:
-            out: tuple[torch.Tensor, ...] = self._program(tensors, rest)
+            out: tuple[torch.Tensor, ...] = self._program(inputs)
         except torch._dynamo.exc.TorchDynamoException as error:
             raise CaptureError(
                 f"capture.{self._stage}=compile: torch.compile cannot compile this stage here ({sentence(error)}); "
@@ -84,7 +81,7 @@ class Compiled:
                     raise
                 program = without_cache(compiled)
         seconds, number = time.perf_counter() - self._started, len(self._captures)
-        capture = Capture(stage=self._stage, how="compile", shape=shape_of(self._tensors), seconds=seconds, n_bytes=0)
+        capture = Capture(stage=self._stage, how="compile", shape=shape_of(self._inputs), seconds=seconds, n_bytes=0)
         self._captures.append(capture)
         self._uses.append(0)
         self.fresh.append(capture)

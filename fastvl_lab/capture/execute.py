@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -10,10 +10,9 @@ import torch
 
 from fastvl_lab.trace import Tracer
 
-Tensors = Mapping[str, torch.Tensor]
-
-# (tensors by name, what decides which program it is) -> tensors: on the same inputs it does the same, however often it is called.
-Program = Callable[[Tensors, Any], tuple[torch.Tensor, ...]]
+# (a dataclass as `fastvl_lab.inputs` knows them, and what times layers: by default nothing) -> tensors. On the same inputs it does
+# the same, however often it is called.
+Program = Callable[..., tuple[torch.Tensor, ...]]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,7 +40,7 @@ class Execute(Protocol):
     @property
     def captures(self) -> tuple[Capture, ...]: ...
 
-    def __call__(self, tensors: Tensors, rest: Hashable, tracer: Tracer) -> tuple[torch.Tensor, ...]: ...
+    def __call__(self, inputs: Any, tracer: Tracer) -> tuple[torch.Tensor, ...]: ...
 
 
 class Eager:
@@ -55,10 +54,5 @@ class Eager:
     def captures(self) -> tuple[Capture, ...]:
         return ()
 
-    def __call__(self, tensors: Tensors, rest: Hashable, tracer: Tracer) -> tuple[torch.Tensor, ...]:
-        return self._program(tensors, rest)
-
-
-def shape_of(tensors: Tensors) -> str:
-    """The sizes of tensors in words: "patches 192x588, hidden 64x64"."""
-    return ", ".join(f"{name} {'x'.join(map(str, tensor.shape))}" for name, tensor in tensors.items())
+    def __call__(self, inputs: Any, tracer: Tracer) -> tuple[torch.Tensor, ...]:
+        return self._program(inputs, tracer.inner)

@@ -1,4 +1,4 @@
-"""Stages recorded once and replayed: named static buffers, a graph for each size of them, and what all of it costs.
+"""Stages recorded once and replayed: static buffers, a graph for each size of them, and what all of it costs.
 
 Which graph is used, what is copied into its buffers, and what there is no room for is decided here, in plain code. What records and
 replays is a `Recorder`: CUDA's is in `cuda_graphs.py`; tests have one that runs on a CPU.
@@ -15,7 +15,8 @@ from typing import Any, NamedTuple, Protocol
 
 import torch
 
-from fastvl_lab.capture.execute import Capture, Program, Tensors, shape_of
+from fastvl_lab.capture.execute import Capture, Program
+from fastvl_lab.inputs import Role, flatten, leaves, shape_of, unflatten
 from fastvl_lab.trace import Tracer
 
 
@@ -45,10 +46,21 @@ class _Graph:
     """One recording, its input buffers, which constant tensors were copied into them last, and how often it was replayed."""
 
     capture: Capture
-    buffers: dict[str, torch.Tensor]
+    buffers: list[torch.Tensor]
+    roles: list[Role]
     recording: Recording
-    sources: dict[str, weakref.ref[torch.Tensor]] = field(default_factory=dict)
+    sources: dict[int, weakref.ref[torch.Tensor]] = field(default_factory=dict)
     uses: int = 0
+
+    def fill(self, tensors: list[torch.Tensor]) -> None:
+        """Copy the inputs, but for those that the buffers hold already."""
+        for number, (tensor, role) in enumerate(zip(tensors, self.roles, strict=True)):
+            source = self.sources.get(number)
+            if role.implied or (source is not None and source() is tensor):
+                continue
+            self.buffers[number].copy_(tensor)
+            if role.constant:
+                self.sources[number] = weakref.ref(tensor)
 
 
 class Key(NamedTuple):
@@ -98,23 +110,26 @@ class GraphStore:
         """Whether there was no room for a graph of that key, and nothing has gone since."""
         return key in self._refused
 
-    def record(self, key: Key, stage: str, program: Program, tensors: Tensors, rest: Any) -> _Graph | None:
-        """Record the program on buffers of these tensors' sizes; None where the budget has no room for it.
+    def record(self, key: Key, stage: str, program: Program, inputs: Any) -> _Graph | None:
+        """Record the program on buffers of these inputs' sizes; None where the budget has no room for it.
 
         What it writes elsewhere it writes while it is recorded, too.
         """
         started, before = time.perf_counter(), self.n_bytes
-        buffers = {name: tensor.clone() for name, tensor in tensors.items()}
+        given = list(leaves(inputs))
+        buffers = [leaf.tensor.clone() for leaf in given]
         room = self.max_bytes - self._buffer_bytes - _n_bytes(buffers)
-        recording = self._recorder.record(lambda: program(buffers, rest), room)
+        recording = self._recorder.record(lambda: program(unflatten(buffers, key.rest)), room)
         if recording is None:
             self._refused[key] = None
             if len(self._refused) > self.max_graphs:
                 self._refused.popitem(last=False)
             return None
         n_bytes, seconds = self.n_bytes + _n_bytes(buffers) - before, time.perf_counter() - started
-        capture = Capture(stage=stage, how="graph", shape=shape_of(tensors), seconds=seconds, n_bytes=n_bytes)
-        graph = self._graphs[key] = _Graph(capture=capture, buffers=buffers, recording=recording)
+        capture = Capture(stage=stage, how="graph", shape=shape_of(inputs), seconds=seconds, n_bytes=n_bytes)
+        graph = self._graphs[key] = _Graph(
+            capture=capture, buffers=buffers, roles=[leaf.role for leaf in given], recording=recording
+        )
         while len(self._graphs) > self.max_graphs:
             self._graphs.popitem(last=False)
             self._refused.clear()
@@ -133,30 +148,19 @@ class GraphStore:
         self._recorder.forget()
 
 
-def _n_bytes(buffers: Tensors) -> int:
-    return sum(tensor.nbytes for tensor in buffers.values())
+def _n_bytes(buffers: list[torch.Tensor]) -> int:
+    return sum(tensor.nbytes for tensor in buffers)
 
 
 class Graphs:
     """One stage's program, recorded once for each size of its inputs, and replayed.
 
-    constant: whether an input of that name is never changed once it is made, so that the same tensor is not copied again. implied:
-    whether its size alone says what is in it, so that it is copied once and for all. What is returned is a copy, since the graph's
-    own outputs are overwritten by its next replay; but for the first `lent` outputs, which are those themselves.
+    What the fields of its inputs say spares copies (`inputs.Role`). What is returned is a copy, since the graph's own outputs are
+    overwritten by its next replay; but for the first `lent` outputs, which are those themselves.
     """
 
-    def __init__(
-        self,
-        stage: str,
-        program: Program,
-        store: GraphStore,
-        *,
-        constant: Callable[[str], bool] = lambda name: False,
-        implied: Callable[[str], bool] = lambda name: False,
-        lent: int = 0,
-    ) -> None:
-        self._stage, self._program, self._store = stage, program, store
-        self._constant, self._implied, self._lent = constant, implied, lent
+    def __init__(self, stage: str, program: Program, store: GraphStore, *, lent: int = 0) -> None:
+        self._stage, self._program, self._store, self._lent = stage, program, store, lent
         self._owner = owner = object()  # in place of this one, which holds the store: graphs go at once with who can use them
         weakref.finalize(self, store.drop, owner).atexit = False
         self.fresh: list[Capture] = []
@@ -170,31 +174,25 @@ class Graphs:
         """How many graphs may be kept, of all stages together."""
         return self._store.max_graphs
 
-    def __call__(self, tensors: Tensors, rest: Hashable, tracer: Tracer) -> tuple[torch.Tensor, ...]:
-        sizes = tuple((name, tensor.shape, tensor.dtype) for name, tensor in tensors.items())
-        key = Key(owner=self._owner, rest=rest, sizes=sizes)
-        graph = self._store.find(key) or self._recorded(key, tensors, rest, tracer)
+    def __call__(self, inputs: Any, tracer: Tracer) -> tuple[torch.Tensor, ...]:
+        tensors, rest = flatten(inputs)
+        key = Key(owner=self._owner, rest=rest, sizes=tuple([(tensor.shape, tensor.dtype) for tensor in tensors]))
+        graph = self._store.find(key) or self._recorded(key, inputs, tracer)
         if graph is None:
             tracer.count(f"{self._stage}: over graph_budget, run eager")
-            return self._program(tensors, rest)
-        for name, tensor in tensors.items():
-            source = graph.sources.get(name)
-            if self._implied(name) or (source is not None and source() is tensor):
-                continue
-            graph.buffers[name].copy_(tensor)
-            if self._constant(name):
-                graph.sources[name] = weakref.ref(tensor)
+            return self._program(inputs)
+        graph.fill(tensors)
         graph.recording.replay()
         graph.uses += 1
         outputs = graph.recording.outputs
         return (*outputs[: self._lent], *(output.clone() for output in outputs[self._lent :]))
 
-    def _recorded(self, key: Key, tensors: Tensors, rest: Hashable, tracer: Tracer) -> _Graph | None:
+    def _recorded(self, key: Key, inputs: Any, tracer: Tracer) -> _Graph | None:
         """A new graph, which the run is cold for; or None where there is no room for it."""
         if self._store.has_refused(key):
             return None
         with tracer.span(f"{self._stage}.capture"):
-            graph = self._store.record(key, self._stage, self._program, tensors, rest)
+            graph = self._store.record(key, self._stage, self._program, inputs)
         if graph is not None:
             self.fresh.append(graph.capture)
             tracer.count(f"{self._stage}: graphs captured")

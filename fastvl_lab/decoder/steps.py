@@ -2,15 +2,30 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import torch
 import torch.nn.functional as F
 
 from fastvl_lab.decoder.layers import Decoder, KvCache, logits_of, run_layers
 from fastvl_lab.kernels.backends import on_kernel
-from fastvl_lab.request import Prompt, VisionTokens
+from fastvl_lab.request import VisionTokens
 from fastvl_lab.trace import Inner
+
+
+class Placed(Protocol):
+    """Of a `Prompt`, what says where its rows stand."""
+
+    @property
+    def positions(self) -> torch.Tensor: ...
+
+    @property
+    def visual_index(self) -> torch.Tensor | None: ...
+
+
+class Ids(Placed, Protocol):
+    @property
+    def input_ids(self) -> torch.Tensor: ...
 
 
 class Step(NamedTuple):
@@ -24,19 +39,20 @@ class Step(NamedTuple):
     token: torch.Tensor | None = None
 
 
-def merge(prompt: Prompt, vision: VisionTokens | None, embed: torch.Tensor) -> torch.Tensor:
+def merge(prompt: Ids, vision: VisionTokens | None, embed: torch.Tensor) -> torch.Tensor:
     """Text embeddings with the visual tokens in their places, [n_tokens, hidden]; embed is the token table [vocab, hidden].
 
     Tokenization has told the host the places, so nothing is searched for and nothing waits for the device.
     """
     hidden = F.embedding(prompt.input_ids, embed)
     if vision is not None:
+        assert prompt.visual_index is not None
         hidden.index_copy_(0, prompt.visual_index, vision.embeds.to(hidden.dtype))
     return hidden
 
 
 def prefill(
-    hidden: torch.Tensor, prompt: Prompt, vision: VisionTokens | None, decoder: Decoder, cache: KvCache, inner: Inner
+    hidden: torch.Tensor, prompt: Placed, vision: VisionTokens | None, decoder: Decoder, cache: KvCache, inner: Inner
 ) -> torch.Tensor:
     """hidden [n_tokens, hidden], as `merge` made it, to the logits of each sequence's last token, float32 [B, vocab].
 

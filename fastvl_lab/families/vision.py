@@ -12,7 +12,7 @@ import torch
 AddNorm = Callable[[torch.Tensor, torch.Tensor | None], tuple[torch.Tensor, torch.Tensor]]
 
 # (qkv [N, 3 * H * D], H, cos, sin [N, D / 2]) -> q and k rotated, and v; [H, N, D] each. qkv may be overwritten.
-Rotate = Callable[[torch.Tensor, int, torch.Tensor, torch.Tensor], tuple[torch.Tensor, torch.Tensor, torch.Tensor]]
+TowerRotate = Callable[[torch.Tensor, int, torch.Tensor, torch.Tensor], tuple[torch.Tensor, torch.Tensor, torch.Tensor]]
 
 # (table [rows, width], indices, weights [N, k]) -> [N, width] in the table's dtype.
 Interpolate = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
@@ -32,7 +32,7 @@ class TowerOperations:
 
     rms_norm: Callable[[torch.Tensor, float], AddNorm]
     layer_norm: Callable[[torch.Tensor, torch.Tensor, float], AddNorm]
-    rotate: Rotate
+    rotate: TowerRotate
     silu_mul: Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
     interpolate: Interpolate
 

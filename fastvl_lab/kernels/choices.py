@@ -10,18 +10,18 @@ import torch.nn.functional as F
 from fastvl_lab.kernels.plain import rms_norm
 
 # (hidden, what is added to it or None, weight, …, eps) -> (their sum, which may take the place of hidden, and its norm).
-AddNorm = Callable[..., tuple[torch.Tensor, torch.Tensor]]
+NormOfSum = Callable[..., tuple[torch.Tensor, torch.Tensor]]
 
 # (gate, up) -> silu(gate) * up; gate may be overwritten.
 SiluMul = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 
 
-def add_rms_norm(option: str) -> AddNorm:
+def add_rms_norm(option: str) -> NormOfSum:
     """By "eager", "native" or "fused"; takes (hidden, added, weight, eps)."""
     return {"eager": lambda: after_add(rms_norm), "native": lambda: after_add(native_rms_norm), "fused": _fused_rms_norm}[option]()
 
 
-def add_layer_norm(option: str) -> AddNorm:
+def add_layer_norm(option: str) -> NormOfSum:
     """The same with (hidden, added, weight, bias, eps)."""
     native = after_add(_layer_norm)
     return {"eager": lambda: native, "native": lambda: native, "fused": _fused_layer_norm}[option]()
@@ -32,7 +32,7 @@ def silu_mul(option: str) -> SiluMul:
     return {"eager": lambda: _silu_mul, "fused": _fused_silu_mul}[option]()
 
 
-def after_add(norm: Callable[..., torch.Tensor]) -> AddNorm:
+def after_add(norm: Callable[..., torch.Tensor]) -> NormOfSum:
     """A norm, with the addition before it."""
 
     def add_norm(hidden: torch.Tensor, added: torch.Tensor | None, *given: object) -> tuple[torch.Tensor, torch.Tensor]:
@@ -55,13 +55,13 @@ def _silu_mul(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
     return F.silu(gate, inplace=True).mul_(up)
 
 
-def _fused_rms_norm() -> AddNorm:
+def _fused_rms_norm() -> NormOfSum:
     from fastvl_lab.kernels.add_norm import add_rms_norm
 
     return add_rms_norm
 
 
-def _fused_layer_norm() -> AddNorm:
+def _fused_layer_norm() -> NormOfSum:
     from fastvl_lab.kernels.add_norm import add_layer_norm
 
     return add_layer_norm

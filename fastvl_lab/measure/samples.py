@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
 from math import comb, nan
-from typing import Generic, NamedTuple, Protocol, TypeVar
+from typing import Generic, NamedTuple, TypeVar
 
 import numpy as np
 import torch
@@ -76,16 +76,7 @@ def saves(saved: Interval | None) -> bool:
     return saved is not None and saved.low > 0
 
 
-class Sample(Protocol):
-    """What one engine took in one round; rounds of warm-up have negative numbers, and kinds are never pooled."""
-
-    @property
-    def engine(self) -> str: ...
-    @property
-    def round(self) -> int: ...
-    @property
-    def kind(self) -> Kind: ...
-    def seconds(self, *names: str) -> float | None: ...
+# What one engine took in one round; rounds of warm-up have negative numbers, and kinds are never pooled.
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -126,12 +117,12 @@ def since_upload(trace: Trace) -> int:
     return trace.first_chunk_ns - max(s.end_ns for s in trace.within_ttft() if s.name == "upload")
 
 
-S = TypeVar("S", bound=Sample)
+S = TypeVar("S", StageSample, RunSample)
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Samples(Generic[S]):
-    """Every sample of a measurement; what is derived is of timed ones, whose round is not negative. names: as `Sample.seconds`."""
+    """Every sample of a measurement; what is derived is of timed ones, whose round is not negative. names: as a sample's."""
 
     samples: tuple[S, ...]
 

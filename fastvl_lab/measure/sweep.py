@@ -17,7 +17,7 @@ from fastvl_lab import shown
 from fastvl_lab.checkpoint import tiny
 from fastvl_lab.checkpoint.loading import resolve_device, resolve_dtype
 from fastvl_lab.engine import find
-from fastvl_lab.errors import CheckpointError, FastvlError, RecipeError, RequestError, require, sentence
+from fastvl_lab.errors import CheckpointError, FastvlError, RecipeError, RequestError, check_whole_number, require, sentence
 from fastvl_lab.lab import Lab
 from fastvl_lab.measure import publish
 from fastvl_lab.measure.compare import Comparison, compare
@@ -71,9 +71,7 @@ class SweepSettings:
         _refuse_twice("checkpoints", self.checkpoints, _place, CheckpointError)
         _refuse_twice("image_sizes", self.image_sizes, tuple, RequestError)
         for name, least in (("repeats", 1), ("warm_up", 0), ("max_new_tokens", 1), ("seed", 0)):
-            value = getattr(self, name)
-            if not isinstance(value, int) or isinstance(value, bool) or value < least:
-                raise RequestError(f"{name} is {value!r}; it must be a whole number of at least {least}")
+            check_whole_number(name, getattr(self, name), least=least)
         for name in ("image", "prompt", "device", "dtype", "output_dir"):
             if not isinstance(getattr(self, name), str):
                 raise RequestError(f"{name} is {getattr(self, name)!r}; it must be a text (papermill: -r {name} …)")

@@ -186,23 +186,38 @@ def stock_forward(
     def through(ids: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
         nonlocal kept
         embeds = text.embed_tokens(ids[None])
-        out = text(inputs_embeds=embeds, position_ids=positions[:, None], past_key_values=kept, use_cache=True)
+        out = text(inputs_embeds=embeds, position_ids=positions.expand(3, -1)[:, None], past_key_values=kept, use_cache=True)
         kept = out.past_key_values
         logits: torch.Tensor = head(out.last_hidden_state[:, -1:])[0, -1]
         return logits.to(torch.promote_types(logits.dtype, torch.float32))
 
-    def each() -> Iterator[torch.Tensor]:
+    def prefilled() -> torch.Tensor:
         size = piece or prompt.n_tokens
         for ids, positions in zip(prompt.input_ids.split(size), prompt.positions.split(size, dim=1), strict=True):
             logits = through(ids, positions)
-        yield logits
-        position = torch.full((3, 1), prompt.next_position, device=logits.device)
-        for number in range(steps):
-            logits = through(logits.argmax(keepdim=True) if forced is None else forced[number : number + 1], position)
-            yield logits
-            position += 1
+        return logits
 
-    yield Forward(logits=each(), n_bytes=lambda: sum(x.nbytes for layer in kept.layers for x in (layer.keys, layer.values)))
+    yield Forward(
+        logits=_steps(prompt, steps, forced, prefilled, through, partial(torch.argmax, dim=0, keepdim=True)),
+        n_bytes=lambda: sum(x.nbytes for layer in kept.layers for x in (layer.keys, layer.values)),
+    )
+
+
+def _steps(
+    prompt: Prompt,
+    steps: int,
+    forced: torch.Tensor | None,
+    prefilled: Callable[[], torch.Tensor],
+    step: Callable[[torch.Tensor, torch.Tensor], torch.Tensor],
+    choose: Callable[[torch.Tensor], torch.Tensor],
+) -> Iterator[torch.Tensor]:
+    logits = prefilled()
+    yield logits
+    position = torch.full((1,), prompt.next_position, device=logits.device)
+    for number in range(steps):
+        logits = step(choose(logits) if forced is None else forced[number : number + 1], position)
+        yield logits
+        position += 1
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -234,17 +249,9 @@ class BoundDecoder:
     def forward(self, prompt: Prompt, steps: int, forced: torch.Tensor | None = None) -> Iterator[Forward]:
         """As `Begin`."""
         with self.admitted(prompt, steps) as place:
-            yield Forward(logits=self._each(prompt, place, steps, forced), n_bytes=lambda: place.n_bytes)
-
-    def _each(self, prompt: Prompt, place: Place, steps: int, forced: torch.Tensor | None) -> Iterator[torch.Tensor]:
-        logits = self.prefill(prompt, place)
-        yield logits
-        position = torch.full((1,), prompt.next_position, device=logits.device)
-        for number in range(steps):
-            token = self.decoder.operations.argmax(logits) if forced is None else forced[number : number + 1]
-            logits = self.step(token, position, place)
-            yield logits
-            position += 1
+            prefilled, step = partial(self.prefill, prompt, place), partial(self.step, place=place)
+            logits = _steps(prompt, steps, forced, prefilled, step, self.decoder.operations.argmax)
+            yield Forward(logits=logits, n_bytes=lambda: place.n_bytes)
 
     def prefill(self, prompt: Prompt, place: Place) -> torch.Tensor:
         """A text prompt through the decoder: logits of its last token, float32 [vocab]."""

@@ -18,20 +18,20 @@ if TYPE_CHECKING:
 class Axis:
     """How a scale is drawn. ticks: it is logarithmic, and labelled there. until: it runs from 0 to there. zero: it begins at 0.
 
-    form: of the labels, as D3 writes formats.
+    number_format: of the labels, as D3 writes it.
     """
 
     title: str = ""
     ticks: Sequence[float] = ()
     until: float | None = None
     zero: bool = False
-    form: str = ""
+    number_format: str = ""
 
     def look(self) -> dict[str, Any]:
         """What plotly calls it."""
         made: dict[str, Any] = {"gridcolor": style.GRID}
         if self.title:
-            made["title"] = {"text": said(self.title)}
+            made["title"] = {"text": said(self.title), "font": {"size": 13}}
         if self.until is not None:
             made["range"] = [0, self.until]
         elif self.zero:
@@ -39,14 +39,14 @@ class Axis:
         if self.ticks:
             made |= {"type": "log", "minor": {"ticks": ""}, "tickvals": self.ticks}
             made["ticktext"] = [f"{tick:.6g}" for tick in self.ticks]
-        return made | ({"tickformat": self.form} if self.form else {})
+        return made | ({"tickformat": self.number_format} if self.number_format else {})
 
 
 @dataclass(frozen=True, kw_only=True)
 class Panel:
     """Traces on axes of their own. rows: from the top down, the labels of a y axis without a scale.
 
-    notes: (x, row, text) behind the ends of bars.
+    notes: (x, row, text) behind the ends of bars. limit: where on the x axis a dotted line stands.
     """
 
     traces: Sequence[Any]
@@ -55,6 +55,7 @@ class Panel:
     rows: Sequence[str] = ()
     title: str = ""
     notes: Sequence[tuple[float, str, str]] = ()
+    limit: float | None = None
 
 
 def panels(
@@ -65,7 +66,7 @@ def panels(
     gap: float | None = None,
     down: bool = False,
     own_scales: bool = False,
-    bars: Literal["stack", "group", "overlay"] | None = None,
+    barmode: Literal["stack", "group", "overlay"] | None = None,
     title: str = "",
     beside: bool = False,
     above: int = 0,
@@ -73,7 +74,7 @@ def panels(
     """Panels side by side, which share a y axis, or with `down` under one another, which share an x axis.
 
     height: pixels of each; of a panel with rows, `row` for each of them. gap: between panels, in pixels if `down`, else a share of
-    the figure. own_scales: side by side without sharing. bars: what those of one row do. beside: the legend, which has each name
+    the figure. own_scales: side by side without sharing. barmode: what bars of one row do. beside: the legend, which has each name
     once, stands beside the panels instead of above. above: pixels that are left free there.
     """
     titles = [said(part.title) for part in parts]
@@ -94,11 +95,11 @@ def panels(
         if trace.name:
             trace.legendgroup = trace.legendgroup or (trace.name if len(parts) > 1 else None)
             shown.add(trace.name)
-    labels = [line for part in parts for label in part.rows for line in label.split("\n")]
+    labels = [text for part in parts for row_label in part.rows for text in row_label.split("\n")]
     left = 40 + 7 * min(max(map(len, labels)), 40) if labels else 80
     over = 8 + 26 * any(titles)  # the panels, in pixels
     top = 22 + over + (32 if shown and not beside else 0) + (25 if title else 0) + above
-    look: dict[str, Any] = {"height": body + top + 60, "margin": {"l": left, "r": 30, "t": top, "b": 60}, "barmode": bars}
+    look: dict[str, Any] = {"height": body + top + 60, "margin": {"l": left, "r": 30, "t": top, "b": 60}, "barmode": barmode}
     if title:
         look["title"] = {"text": said(title), "x": 0.01, "y": 0.98, "yanchor": "top", "yref": "container", "font": {"size": 15}}
     if not beside:
@@ -112,6 +113,8 @@ def _fill(figure: go.Figure, part: Panel, place: Mapping[str, int]) -> None:
     for x, row, text in part.notes:
         look = {"xanchor": "left", "xshift": 5, "showarrow": False, "font": {"size": 12}, "borderpad": 0}
         figure.add_annotation(x=x, y=said(row), text=said(text), bgcolor=style.PAPER, **look, **place)  # over what crosses it
+    if part.limit is not None:
+        figure.add_vline(x=part.limit, line={"color": style.INK, "width": 1.5, "dash": "dot"}, **place)
     figure.update_xaxes(**part.x.look(), **place)
     y = part.y.look()
     if part.rows:

@@ -69,7 +69,7 @@ def step_bars(rounds: Samples[StageSample], title: str) -> go.Figure:
     totals = dict(zip(rounds.engines, _medians(rounds), strict=True))
     notes = [(total, label, f"{total:.1f} ms") for label, total in totals.items()]
     x = Axis(title="milliseconds (medians)", until=max(totals.values()) * 1.15)
-    return panels([Panel(traces=traces, x=x, rows=rounds.engines, notes=notes)], row=32, bars="stack", title=title)
+    return panels([Panel(traces=traces, x=x, rows=rounds.engines, notes=notes)], row=32, barmode="stack", title=title)
 
 
 def step_panels(rounds: Samples[StageSample], titles: Mapping[str, str]) -> go.Figure:
@@ -193,7 +193,7 @@ def padding_by_size(padding: Mapping[str, Mapping[int, Mapping[str, float]]], pr
             )
             for number, (way, sizes) in enumerate(padding.items())
         ]
-        y = Axis(title="padding's share of the work", zero=True, form=".0%")
+        y = Axis(title="padding's share of the work", zero=True, number_format=".0%")
         parts.append(Panel(title=stage, traces=traces, x=Axis(title="visual tokens", zero=True), y=y))
     return panels(parts)
 
@@ -229,7 +229,7 @@ def turn_bars(chat: Conversation) -> go.Figure:
     marker = {"color": style.SERIES_COLOURS[-1], "pattern": {"shape": "/"} | hatch}
     traces.append(upright(x=[None], y=[None], name="hatched: what was kept is used", marker=marker, offsetgroup="0"))
     part = Panel(traces=traces, x=Axis(), y=Axis(title="TTFT, ms (medians)", until=highest * 1.12))
-    return panels([part], height=310, bars="group").update_layout(bargap=0.2, xaxis_showgrid=False)
+    return panels([part], height=310, barmode="group").update_layout(bargap=0.2, xaxis_showgrid=False)
 
 
 def step_down(found: Attribution) -> go.Figure:
@@ -297,7 +297,7 @@ def floor_bars(runs: Mapping[str, Run], floors: Mapping[str, float]) -> go.Figur
         traces.append(bars(rows, spent, style.SERIES_COLOURS[number], name=label, pattern=_PATTERNS[number % 3], texts=texts))
         longest = max([longest, *spent])
     x = Axis(title="ms (medians' runs); the line is the floor", until=1.35 * (longest or 1.0))
-    figure = panels([Panel(traces=traces, x=x, rows=rows)], row=34 * len(runs), bars="group")
+    figure = panels([Panel(traces=traces, x=x, rows=rows)], row=34 * len(runs), barmode="group")
     for number, stage in enumerate(stages):
         floor, drawn = floors[stage] * 1e3, {"color": style.INK, "width": 3}
         figure.add_shape(type="line", x0=floor, x1=floor, y0=number - 0.42, y1=number + 0.42, line=drawn)

@@ -15,7 +15,6 @@ if TYPE_CHECKING:
 
 Row = Mapping[str, Any]
 
-_FLOOR = {"color": style.INK, "width": 2, "dash": "dot"}
 _REST = "idle, or in no stage"
 
 
@@ -50,20 +49,20 @@ def ttft_by_engine(rows: Sequence[Row], checkpoint: str) -> go.Figure:
         x = Axis(title=f"ms; floor after the upload {_ms(floor)}", until=max(row["ttft_ms"] for row in here) * 1.22)
         notes = [(row["ttft_ms"], row["recipe"], _ms(row["ttft_ms"])) for row in here]
         parts.append(Panel(title=image, traces=traces, x=x, rows=engines, notes=notes))
-    return _figure(parts, mine, "TTFT by stage", bars="stack", above=20)
+    return _figure(parts, mine, "TTFT by stage", barmode="stack", above=20)
 
 
 def ttft_by_size(rows: Sequence[Row], *, patches: bool = True) -> go.Figure:
-    """TTFT of part "sizes" against the side of a square image, one panel a checkpoint, one line a way to execute; dotted: the
-    floor.
+    """TTFT of part "sizes" against the side of a square image, one panel a checkpoint, one line a way to execute.
 
-    patches: from the patches on, as the floor is, instead of from the image's bytes.
+    The floor is dotted. patches: from the patches on, as the floor is, instead of from the image's bytes.
     """
     mine = sorted(_timed(rows, "sizes"), key=_side)
     ways = list(_by(_timed(rows, "sizes"), "recipe"))
     key, told = "patches_ms" if patches else "ttft_ms", "%{x} pixels: %{y:.2f} ms"
     x = Axis(title="side of the image, pixels", ticks=sorted({_side(row) for row in mine}))
     y = Axis(title="patches to first token, ms" if patches else "TTFT, ms", ticks=decades(1, 2, 5))
+    floor = {"mode": "lines", "line": {"color": style.INK, "width": 2, "dash": "dot"}}
     parts = []
     for checkpoint, here in _by(mine, "checkpoint").items():
         traces = []
@@ -72,7 +71,7 @@ def ttft_by_size(rows: Sequence[Row], *, patches: bool = True) -> go.Figure:
             times = [row[key] for row in points]
             traces.append(line(way, map(_side, points), times, style.series(number), told=told))
         floors = {_side(row): row["floor_ms"] for row in here}
-        traces.append(line("floor, from patches", floors, floors.values(), {"mode": "lines", "line": _FLOOR}, told=told))
+        traces.append(line("floor, from patches", floors, floors.values(), floor, told=told))
         parts.append(Panel(title=checkpoint, traces=traces, x=x, y=y))
     return _figure(parts, mine, "TTFT by image size, medians", height=315)
 
@@ -81,7 +80,7 @@ def decode_speed(rows: Sequence[Row], checkpoint: str) -> go.Figure:
     """Tokens a second of part "decode", one bar an engine with steps of its own, one panel an image size; dotted: the ceiling."""
     mine = _timed(rows, "decode", checkpoint)
     engines = list(_by(mine, "recipe"))
-    parts, ceilings = [], []
+    parts = []
     for image, here in _by(mine, "image").items():
         speeds, ceiling = [row["tokens_per_second"] for row in here], here[0]["ceiling"]
         labels, same = [row["recipe"] for row in here], [said(", ".join(row["same_steps"])) for row in here]
@@ -89,12 +88,8 @@ def decode_speed(rows: Sequence[Row], checkpoint: str) -> go.Figure:
         notes = [(row["tokens_per_second"], row["recipe"], f"{row['tokens_per_second']:.0f} · {row['share']:.0%}") for row in here]
         x = Axis(title=f"tokens/s; ceiling {ceiling:.0f}", until=1.3 * max(ceiling, *speeds))
         traces = [bars(labels, speeds, style.STAGE_COLOURS["decode"], customdata=same, told=told)]
-        parts.append(Panel(title=image, traces=traces, x=x, rows=engines, notes=notes))
-        ceilings.append(ceiling)
-    figure = _figure(parts, mine, "decode steps, and share of the ceiling")
-    for column, ceiling in enumerate(ceilings, start=1):
-        figure.add_vline(x=ceiling, line=_FLOOR, row=1, col=column)
-    return figure
+        parts.append(Panel(title=image, traces=traces, x=x, rows=engines, notes=notes, limit=ceiling))
+    return _figure(parts, mine, "decode steps, and share of the ceiling")
 
 
 def _timed(rows: Sequence[Row], part: str, checkpoint: str | None = None) -> list[Row]:

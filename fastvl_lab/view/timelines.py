@@ -95,7 +95,7 @@ def launches_and_steps(runs: Mapping[str, Run], n_steps: int = 34) -> go.Figure:
             traces.append(timeline([rows[lane]] * len(mine), starts, lengths, marker))
         x = Axis(title="milliseconds since the first step was launched")
         parts.append(Panel(title=label, traces=traces, x=x, rows=list(rows.values())))
-    return panels(parts, row=45, down=True, bars="overlay")
+    return panels(parts, row=45, down=True, barmode="overlay")
 
 
 def operation_timeline(ways: Mapping[str, Profile]) -> go.Figure:
@@ -119,7 +119,7 @@ def operation_timeline(ways: Mapping[str, Profile]) -> go.Figure:
             traces.append(timeline([lane] * len(mine), starts, lengths, marker, width=0.7, **telling))
         x = Axis(title="milliseconds; a bar is an operation that Python called", zero=True)
         parts.append(Panel(title=f"{label}: {_in_words(seen)}", traces=traces, x=x, rows=lanes))
-    return panels(parts, row=45, down=True, bars="overlay")
+    return panels(parts, row=45, down=True, barmode="overlay")
 
 
 def _in_words(seen: Profile) -> str:

@@ -40,12 +40,11 @@ def waterfall(runs: Sequence[Run]) -> go.Figure:
     until = max(run.ttft for run in runs) * 1e3 * 1.24
     x = Axis(title="milliseconds since the request's bytes (dotted line: TTFT)", until=until)
     parts = [_panel(run, x) for run in runs]
-    figure = panels(parts, row=_ROW_PIXELS, gap=_HEADING_PIXELS, down=True, bars="overlay", above=_HEADING_PIXELS - 40)
+    figure = panels(parts, row=_ROW_PIXELS, gap=_HEADING_PIXELS, down=True, barmode="overlay", above=_HEADING_PIXELS - 40)
     legend = {"orientation": "h", "x": 1, "xanchor": "right", "y": 0.995, "yanchor": "top", "yref": "container"}
-    figure.update_layout(bargap=0.25, legend=legend, margin_l=120)  # one place for the rows of every run
-    figure.update_xaxes(zeroline=False, title_font_size=13)
+    figure.update_layout(bargap=0.25, legend=legend)
+    figure.update_xaxes(zeroline=False)
     for number, run in enumerate(runs, start=1):
-        figure.add_vline(x=run.ttft * 1e3, line={"color": style.INK, "width": 1.5, "dash": "dot"}, row=number, col=1)
         axis = "" if number == 1 else str(number)
         place = {"x": 0, "y": 1, "xref": f"x{axis} domain", "yref": f"y{axis} domain", "xanchor": "left", "yanchor": "bottom"}
         figure.add_annotation(text=_heading(run), yshift=4, align="left", showarrow=False, **place)
@@ -68,7 +67,9 @@ def _panel(run: Run, x: Axis) -> Panel:
         text = f"{_ms(row['host_ms'])} · {row['share']:.1%}{device}"
         if row["stage"] in rows:
             notes.append((ends.get(row["stage"], run.ttft * 1e3), row["stage"], text))
-    return Panel(traces=[_lane(run, lane, mine) for lane, mine in bars.items() if mine], x=x, rows=rows, notes=notes)
+    return Panel(
+        traces=[_lane(run, lane, mine) for lane, mine in bars.items() if mine], x=x, rows=rows, notes=notes, limit=run.ttft * 1e3
+    )
 
 
 def _lane(run: Run, lane: str, bars: Sequence[tuple[str, float, float]]) -> Any:

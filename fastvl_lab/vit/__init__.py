@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Mapping
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -13,6 +11,7 @@ import torch.nn.functional as F
 from fastvl_lab.catalogue import Vit
 from fastvl_lab.checkpoint import Checkpoint
 from fastvl_lab.checkpoint.padded import aligned
+from fastvl_lab.inputs import tensors
 from fastvl_lab.request import PatchFormat, Pixels, VisionTokens
 from fastvl_lab.trace import Inner, Tracer
 from fastvl_lab.vit import attention, lean, stock
@@ -21,58 +20,57 @@ from fastvl_lab.vit.padding import as_they_are, in_lines
 from fastvl_lab.vit.patch_embed import PatchEmbed, PatchProjection, bind_patch_embed, fold
 from fastvl_lab.vit.plan import Plan, PlanCache, Planner, recomputed
 
-Encode = Callable[[Pixels, Tracer], VisionTokens]
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class TowerInputs:
+    """What the lean tower's forward takes: the patches of a request, padding last, and what follows from its grids."""
+
+    patches: torch.Tensor = tensors(dim=0)
+    plan: Plan = tensors()
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class LeanEncoder:
     """The lean tower, to be called as it is, or in its two halves: what follows from the grids, and the forward itself."""
 
-    tower: lean.Tower
+    tower: lean.LeanTower
     patch_embed: PatchEmbed
     attention: attention.SegmentAttention
     planner: Planner
 
     def __call__(self, pixels: Pixels, tracer: Tracer) -> VisionTokens:
-        return self._encode(pixels.patches, self._plan(pixels, tracer), tracer.inner)
+        return self.forward(self.inputs(pixels, tracer, None), tracer.inner)
 
-    def inputs(self, pixels: Pixels, tracer: Tracer, n_patches: int | None) -> tuple[dict[str, torch.Tensor], Hashable]:
-        """What `forward` takes: tensors by name, and what decides which program it is.
+    def inputs(self, pixels: Pixels, tracer: Tracer, n_patches: int | None) -> TowerInputs:
+        """What `forward` takes.
 
-        "patches" are the request's; what is named "plan.…" follows from its grids, and never changes once it is made. n_patches:
-        None, or as many as requests of other images have with which the program is to be shared; then what is missing of them is
-        padding, rows of zeros at the end.
+        n_patches: None, or as many as requests of other images have with which the program is to be shared; then what is missing of
+        them is padding, rows of zeros at the end.
         """
-        tensors, rest = self._plan(pixels, tracer, n_patches).split()
-        patches = pixels.patches
-        if n_patches is not None:
-            patches = F.pad(patches, (0, 0, 0, n_patches - len(patches)))
-        return {"patches": patches} | {f"plan.{name}": tensor for name, tensor in tensors.items()}, rest
-
-    def forward(self, tensors: Mapping[str, torch.Tensor], rest: Any, inner: Inner) -> VisionTokens:
-        """Tensors in, tensors out; visual tokens of padding come last."""
-        plan = Plan.joined({name.removeprefix("plan."): tensor for name, tensor in tensors.items()}, rest)
-        return self._encode(tensors["patches"], plan, inner)
-
-    def _encode(self, patches: torch.Tensor, plan: Plan, inner: Inner) -> VisionTokens:
-        with self.attention.on(patches.device):
-            return lean.encode(patches, plan, self.tower, self.patch_embed, self.attention, inner)
-
-    def _plan(self, pixels: Pixels, tracer: Tracer, n_patches: int | None = None) -> Plan:
         with tracer.inner("vit.positions"):
             plan, known = self.planner(pixels.grids, n_patches)
         tracer.count("vit.positions known" if known else "vit.positions built")
-        return plan
+        patches = pixels.patches
+        if n_patches is not None:
+            patches = F.pad(patches, (0, 0, 0, n_patches - len(patches)))
+        return TowerInputs(patches=patches, plan=plan)
+
+    def forward(self, inputs: TowerInputs, inner: Inner) -> VisionTokens:
+        """Visual tokens of padding come last."""
+        with self.attention.on(inputs.patches.device):
+            return lean.encode(inputs.patches, inputs.plan, self.tower, self.patch_embed, self.attention, inner)
 
 
-def bind(slot: Vit, checkpoint: Checkpoint, patch_format: PatchFormat, *, compiled: bool = False) -> Encode | LeanEncoder:
+def bind(
+    slot: Vit, checkpoint: Checkpoint, patch_format: PatchFormat, *, compiled: bool = False
+) -> stock.StockEncoder | LeanEncoder:
     """The function that encodes patches of that format, as the slot's toggles say; the tracer times its blocks.
 
     compiled: whether torch.compile is to read it. Raises `CheckpointError` for what the lean tower has not.
     """
     if slot.tower == "transformers":
         assert patch_format == stock_format(checkpoint), "the recipe lets the stock tower have stock patches only"
-        return stock.bind_stock(checkpoint)
+        return stock.StockEncoder.of(checkpoint)
     assert slot.tower == "lean"
     operations = bind_operations(norms=slot.norms, rope=slot.rope, activation=slot.activation, interpolation=slot.interpolation)
     between = {"exact": as_they_are, "aligned": in_lines}[slot.padding]

@@ -12,21 +12,23 @@ from collections.abc import Callable, Hashable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import cache
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
 from torch.nn.attention import SDPBackend
 
+from fastvl_lab.inputs import tensors
 from fastvl_lab.kernels.backends import on_kernel
 from fastvl_lab.kernels.plain import power_of_two
 from fastvl_lab.vit.positions import Group, Groups
 
 
-class Prepared(NamedTuple):
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Prepared:
     """What an option made of the segments: a table that its kernel reads, and what its calls themselves depend on."""
 
-    table: torch.Tensor | None
+    table: torch.Tensor | None = tensors(dim=0, constant=True)
     fixed: Hashable
 
 
@@ -67,7 +69,7 @@ def per_window(_: torch.dtype) -> SegmentAttention:
         return torch.cat(outputs, dim=1).transpose(0, 1).flatten(1)
 
     def prepare(groups: Groups, _: torch.device) -> Prepared:
-        return Prepared(None, tuple(group.length for group in groups for _ in range(group.number)))
+        return Prepared(table=None, fixed=tuple(group.length for group in groups for _ in range(group.number)))
 
     return SegmentAttention(prepare=prepare, attend=attend, kernel=SDPBackend.EFFICIENT_ATTENTION)
 
@@ -85,7 +87,7 @@ def grouped(_: torch.dtype) -> SegmentAttention:
         return outputs[0] if len(outputs) == 1 else torch.cat(outputs)
 
     kernel = SDPBackend.EFFICIENT_ATTENTION
-    return SegmentAttention(prepare=lambda groups, _: Prepared(None, groups), attend=attend, kernel=kernel)
+    return SegmentAttention(prepare=lambda groups, _: Prepared(table=None, fixed=groups), attend=attend, kernel=kernel)
 
 
 def grouped_flash(dtype: torch.dtype) -> SegmentAttention:
@@ -106,7 +108,7 @@ def varlen(_: torch.dtype) -> SegmentAttention:
         starts = [g.start + g.length * torch.arange(g.number, dtype=torch.int32, device=device) for g in groups]
         end = groups[-1].start + groups[-1].number * groups[-1].length
         boundaries = torch.cat([*starts, torch.full((1,), end, dtype=torch.int32, device=device)])
-        return Prepared(boundaries, max(g.length for g in groups))
+        return Prepared(table=boundaries, fixed=max(g.length for g in groups))
 
     def attend(q_HND: torch.Tensor, k_HND: torch.Tensor, v_HND: torch.Tensor, prepared: Prepared) -> torch.Tensor:
         longest: Any = prepared.fixed
@@ -130,7 +132,7 @@ def triton(dtype: torch.dtype) -> SegmentAttention:
 
     def prepare(groups: Groups, device: torch.device) -> Prepared:
         block = block_size(dtype, max(group.length for group in groups))
-        return Prepared(torch.cat([_query_blocks(*group, block, device) for group in groups]), block)
+        return Prepared(table=torch.cat([_query_blocks(*group, block, device) for group in groups]), fixed=block)
 
     def attend(q_HND: torch.Tensor, k_HND: torch.Tensor, v_HND: torch.Tensor, prepared: Prepared) -> torch.Tensor:
         block: Any = prepared.fixed
@@ -168,7 +170,7 @@ def opaque(option: str, attention: SegmentAttention) -> SegmentAttention:
         if attention.operator == "table":
             return attention.prepare(groups, device)
         none = Group(0, 0, 0)  # torch.compile takes a table of one row for another kind of table
-        return Prepared(torch.tensor([*groups, none]), 0)
+        return Prepared(table=torch.tensor([*groups, none]), fixed=0)
 
     return SegmentAttention(
         prepare=prepare, attend=lambda q, k, v, prepared: operator(q, k, v, prepared.table, prepared.fixed), room=attention.room
@@ -182,7 +184,7 @@ def _operator(option: str) -> Callable[..., torch.Tensor]:
     @torch.library.custom_op(f"fastvl_lab::{option}_attention", mutates_args=())
     def operator(q_HND: torch.Tensor, k_HND: torch.Tensor, v_HND: torch.Tensor, table: torch.Tensor, fixed: int) -> torch.Tensor:
         if attention.operator == "table":
-            return attention.attend(q_HND, k_HND, v_HND, Prepared(table, fixed))
+            return attention.attend(q_HND, k_HND, v_HND, Prepared(table=table, fixed=fixed))
         groups = tuple(Group(*row) for row in table.tolist() if row[1] > 0)
         with attention.on(q_HND.device):  # compiled code enters nothing for it
             return attention.attend(q_HND, k_HND, v_HND, attention.prepare(groups, q_HND.device)).contiguous()

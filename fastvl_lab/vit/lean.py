@@ -6,24 +6,24 @@ Nothing here waits for the device or reads from it: what the host must know is i
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
 
 from fastvl_lab.checkpoint import Checkpoint
-from fastvl_lab.families.vision import Between, Block, Function, Interpolate, Rotate, TowerOperations, Vision
+from fastvl_lab.families.vision import Between, Block, Function, Interpolate, TowerOperations, TowerRotate, Vision
 from fastvl_lab.request import Grid, VisionTokens
 from fastvl_lab.trace import Inner
 from fastvl_lab.vit import positions
-from fastvl_lab.vit.attention import Prepared, SegmentAttention
+from fastvl_lab.vit.attention import SegmentAttention
 from fastvl_lab.vit.padding import as_they_are
 from fastvl_lab.vit.patch_embed import PatchEmbed
 from fastvl_lab.vit.plan import Plan
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
-class Tower:
+class LeanTower:
     """A tower as functions over the stock module's parameters.
 
     deepstack: block index -> merger. rotate, interpolate: the operations of the toggles that are no block's own.
@@ -34,17 +34,17 @@ class Tower:
     blocks: tuple[Block, ...]
     merger: Function
     deepstack: dict[int, Function]
-    rotate: Rotate
+    rotate: TowerRotate
     interpolate: Interpolate
 
 
-def tower_of(checkpoint: Checkpoint, operations: TowerOperations, between: Between = as_they_are) -> Tower:
+def tower_of(checkpoint: Checkpoint, operations: TowerOperations, between: Between = as_they_are) -> LeanTower:
     """The checkpoint's tower, of which no parameter is copied but by `between`, which makes the products of MLPs.
 
     Raises `CheckpointError` for what the lean tower has not.
     """
     family, vision = checkpoint.family, checkpoint.vision
-    return Tower(
+    return LeanTower(
         vision=vision,
         merge_size=checkpoint.merge_size,
         blocks=family.blocks(vision, operations, between),
@@ -55,7 +55,7 @@ def tower_of(checkpoint: Checkpoint, operations: TowerOperations, between: Betwe
     )
 
 
-def build_plan(tower: Tower, attention: SegmentAttention, grids: Sequence[Grid], n_patches: int | None) -> Plan:
+def build_plan(tower: LeanTower, attention: SegmentAttention, grids: Sequence[Grid], n_patches: int | None) -> Plan:
     """Orders, tables and segments for these grids, computed on the tower's device.
 
     n_patches: None, or theirs and more to be shared with other grids. The rest is padding, which stays last, at position 0, in
@@ -81,7 +81,7 @@ def build_plan(tower: Tower, attention: SegmentAttention, grids: Sequence[Grid],
     if n_patches is not None:
         order, rank = _followed(order, n_patches), _followed(rank, n_patches // merge**2)
         learned = None if learned is None else F.pad(learned, (0, 0, 0, padding))
-        prepared = [p if p.table is None else Prepared(attention.room(p.table), p.fixed) for p in prepared]
+        prepared = [p if p.table is None else replace(p, table=attention.room(p.table)) for p in prepared]
     return Plan(order=order, rank=rank, cos=cos, sin=sin, learned=learned, windows=prepared[0], frames=prepared[1])
 
 
@@ -93,7 +93,7 @@ def _followed(order: torch.Tensor | None, n: int) -> torch.Tensor | None:
 def encode(
     patches: torch.Tensor,
     plan: Plan,
-    tower: Tower,
+    tower: LeanTower,
     patch_embed: PatchEmbed,
     attention: SegmentAttention,
     inner: Inner,

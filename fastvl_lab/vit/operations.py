@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import torch
 
-from fastvl_lab.families.vision import Interpolate, Rotate, TowerOperations
+from fastvl_lab.families.vision import Interpolate, TowerOperations, TowerRotate
 from fastvl_lab.kernels import choices
 from fastvl_lab.kernels.plain import interpolate, rotate_half
 
@@ -51,7 +51,7 @@ def _rotate_halves(
     return q, k, qkv.view(n, 3, n_heads, 2 * half)[:, 2].transpose(0, 1).contiguous()
 
 
-def _fused_rotate() -> Rotate:
+def _fused_rotate() -> TowerRotate:
     from fastvl_lab.kernels.rotate_packed import rotate_packed
 
     def rotate(

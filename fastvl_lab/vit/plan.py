@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Callable, Hashable, Mapping, Sequence
-from dataclasses import dataclass, fields
+from collections.abc import Callable, Hashable, Sequence
+from dataclasses import dataclass
 
 import torch
 
+from fastvl_lab.inputs import leaves, tensors
 from fastvl_lab.request import Grid
 from fastvl_lab.vit.attention import Prepared
 
@@ -24,36 +25,17 @@ class Plan:
     add, or None. windows, frames: what the attention made of the segments, for windowed and full blocks.
     """
 
-    order: torch.Tensor | None
-    rank: torch.Tensor | None
-    cos: torch.Tensor
-    sin: torch.Tensor
-    learned: torch.Tensor | None
-    windows: Prepared
-    frames: Prepared
-
-    def split(self) -> tuple[dict[str, torch.Tensor], Hashable]:
-        """All tensors by name, and the rest, which decides what the tower's program is; `joined` puts them together again."""
-        held = {field.name: getattr(self, field.name) for field in fields(self)}
-        held |= {name: held[name].table for name in ("windows", "frames")}
-        tensors = {name: tensor for name, tensor in held.items() if tensor is not None}
-        return tensors, (self.windows.fixed, self.frames.fixed)
-
-    @classmethod
-    def joined(cls, tensors: Mapping[str, torch.Tensor], rest: tuple[Hashable, Hashable]) -> Plan:
-        return cls(
-            order=tensors.get("order"),
-            rank=tensors.get("rank"),
-            cos=tensors["cos"],
-            sin=tensors["sin"],
-            learned=tensors.get("learned"),
-            windows=Prepared(tensors.get("windows"), rest[0]),
-            frames=Prepared(tensors.get("frames"), rest[1]),
-        )
+    order: torch.Tensor | None = tensors(dim=0, constant=True)
+    rank: torch.Tensor | None = tensors(dim=0, constant=True)
+    cos: torch.Tensor = tensors(dim=0, constant=True)
+    sin: torch.Tensor = tensors(dim=0, constant=True)
+    learned: torch.Tensor | None = tensors(dim=0, constant=True)
+    windows: Prepared = tensors()
+    frames: Prepared = tensors()
 
     @property
     def n_bytes(self) -> int:
-        return sum(tensor.numel() * tensor.element_size() for tensor in self.split()[0].values())
+        return sum(leaf.tensor.nbytes for leaf in leaves(self))
 
 
 # The grids of a request, and how many patches the plan is for (`lean.build_plan`).

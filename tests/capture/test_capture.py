@@ -19,11 +19,12 @@ from fastvl_lab import Lab, Recipe, Request, Run, photo
 from fastvl_lab.cache.memory import Memory
 from fastvl_lab.capture.compile_cache import keep_compiled, may_be_damaged, without_cache
 from fastvl_lab.capture.compiled import Compiled
-from fastvl_lab.capture.execute import Capture, Tensors
+from fastvl_lab.capture.execute import Capture
 from fastvl_lab.capture.graphs import Graphs, GraphStore, Recording
 from fastvl_lab.capture.shapes import keys_of_a_step, size_of
 from fastvl_lab.decoder.steps import merge
 from fastvl_lab.errors import CaptureError, RecipeError, RequestError
+from fastvl_lab.inputs import tensors
 from fastvl_lab.kernels.decode_attention import decode_share_kernel
 from fastvl_lab.measure.compare import break_even
 from fastvl_lab.measure.tasks import text_prompt
@@ -148,8 +149,8 @@ def test_padded_prompts_and_steps_are_the_same_at_every_edge(lab: Lab, padding: 
             logits, stores = [], []
             for pipeline in pipelines:
                 place = pipeline.cache.admit(prompt, 8, tuple)
-                for store in pipeline.cache.layers:
-                    for side in store:
+                for pair in pipeline.cache.store.layers:  # type: ignore[union-attr]
+                    for side in pair:
                         side.zero_()
                 hidden = merge(prompt, vision, pipeline.decoder.weights.embed)
                 place.extend(n)
@@ -159,7 +160,7 @@ def test_padded_prompts_and_steps_are_the_same_at_every_edge(lab: Lab, padding: 
                     token, position = torch.full((1,), 7 * step), torch.full((1,), n + step)
                     made.append(pipeline.stages.decode(token, position, place.kv, OFF).logits)
                 logits.append(torch.cat(made))
-                stores.append([side[:-1].clone() for store in pipeline.cache.layers for side in store])
+                stores.append([side[:-1].clone() for pair in pipeline.cache.store.layers for side in pair])
                 place.close()
             assert _close(logits[1], logits[0])
             for ours, theirs in zip(*reversed(stores), strict=True):
@@ -313,8 +314,27 @@ def test_many_shapes_stay_within_the_budget(played: Lab) -> None:
         assert all("over graph_budget, run eager" in repr(run) for run in refused)
 
 
-def _doubling(store: GraphStore, **options: Any) -> Graphs:
-    return Graphs("vit", lambda tensors, rest: (tensors["x"] * 2,), store, **options)
+@dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
+class _X:
+    x: torch.Tensor = tensors(dim=0)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
+class _Implied:
+    x: torch.Tensor = tensors(dim=0, implied=True)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
+class _Constant:
+    x: torch.Tensor = tensors(dim=0, constant=True)
+
+
+def _doubling(store: GraphStore) -> Graphs:
+    return Graphs("vit", _doubled, store)
+
+
+def _doubled(inputs: Any) -> tuple[torch.Tensor, ...]:
+    return (inputs.x * 2,)
 
 
 def test_of_too_many_graphs_the_one_unused_for_longest_goes() -> None:
@@ -322,7 +342,7 @@ def test_of_too_many_graphs_the_one_unused_for_longest_goes() -> None:
     graphs = _doubling(GraphStore(recorder, max_bytes=10_000, max_graphs=2))
     for length, recorded in ((3, 1), (4, 2), (3, 2), (5, 3), (3, 3), (4, 4)):
         x = torch.arange(float(length))
-        (y,) = graphs({"x": x}, None, OFF)
+        (y,) = graphs(_X(x=x), OFF)
         assert torch.equal(y, 2 * x)
         assert recorder.n_recorded == recorded
     assert [(capture.shape, capture.uses) for capture in graphs.captures] == [("x 3", 3), ("x 4", 1)]
@@ -337,7 +357,7 @@ def test_what_does_not_fit_runs_as_it_is_and_is_counted_and_throws_no_other_out(
     tracer.start()
     for _ in range(3):
         for length in lengths:
-            (y,) = graphs({"x": torch.full((length,), 3.0)}, None, tracer)
+            (y,) = graphs(_X(x=torch.full((length,), 3.0)), tracer)
             assert torch.equal(y, torch.full((length,), 6.0))
             now = {capture.shape for capture in graphs.captures}
             assert now >= kept
@@ -355,30 +375,30 @@ def test_what_was_refused_is_asked_for_again_once_another_owner_is_gone() -> Non
     store = GraphStore(recorder, max_bytes=10_000, max_graphs=10)
     first, second = _doubling(store), _doubling(store)
     x = torch.ones(700)
-    first({"x": x}, None, OFF)
+    first(_X(x=x), OFF)
     for _ in range(2):
-        assert torch.equal(second({"x": x}, None, OFF)[0], 2 * x)
+        assert torch.equal(second(_X(x=x), OFF)[0], 2 * x)
     assert (len(store), second.captures) == (1, ())
     del first
     assert len(store) == 0
     recorder.n_bytes = 0  # as CUDA's pool is once its graphs are gone
-    second({"x": x}, None, OFF)
+    second(_X(x=x), OFF)
     assert len(second.captures) == 1
 
 
 def test_an_input_that_its_size_implies_is_copied_when_it_is_recorded_and_never_again() -> None:
     store = GraphStore(PlayedRecorder(), max_bytes=10_000, max_graphs=5)
-    graphs = _doubling(store, implied=lambda name: name == "x")
+    graphs = _doubling(store)
     for n in (3, 5):
-        assert torch.equal(graphs({"x": torch.arange(n)}, None, OFF)[0], 2 * torch.arange(n))
-        assert torch.equal(graphs({"x": torch.zeros(n, dtype=torch.int64)}, None, OFF)[0], 2 * torch.arange(n))
+        assert torch.equal(graphs(_Implied(x=torch.arange(n)), OFF)[0], 2 * torch.arange(n))
+        assert torch.equal(graphs(_Implied(x=torch.zeros(n, dtype=torch.int64)), OFF)[0], 2 * torch.arange(n))
 
 
 def test_lent_outputs_are_the_graphs_own_and_the_others_copies() -> None:
     store = GraphStore(PlayedRecorder(), max_bytes=10_000, max_graphs=5)
-    graphs = Graphs("decode", lambda tensors, rest: (tensors["x"] * 2, tensors["x"] + 1), store, lent=1)
-    lent, copied = graphs({"x": torch.ones(2)}, None, OFF)
-    again, _ = graphs({"x": torch.zeros(2)}, None, OFF)
+    graphs = Graphs("decode", lambda inputs: (inputs.x * 2, inputs.x + 1), store, lent=1)
+    lent, copied = graphs(_X(x=torch.ones(2)), OFF)
+    again, _ = graphs(_X(x=torch.zeros(2)), OFF)
     assert again is lent
     assert lent.tolist() == [0, 0]
     assert copied.tolist() == [2, 2]
@@ -387,15 +407,15 @@ def test_lent_outputs_are_the_graphs_own_and_the_others_copies() -> None:
 def test_a_constant_input_is_copied_once_and_not_kept_alive() -> None:
     recorder = PlayedRecorder()
     store = GraphStore(recorder, max_bytes=10_000, max_graphs=2)
-    graphs = _doubling(store, constant=lambda name: True)
+    graphs = _doubling(store)
     x = torch.ones(3)
     for _ in range(2):
-        assert graphs({"x": x}, None, OFF)[0].tolist() == [2, 2, 2]
+        assert graphs(_Constant(x=x), OFF)[0].tolist() == [2, 2, 2]
         x.zero_()  # which a constant never is: what was copied at first is still there
     gone = weakref.ref(x)
     del x
     assert gone() is None
-    assert graphs({"x": torch.full((3,), 4.0)}, None, OFF)[0].tolist() == [8, 8, 8]
+    assert graphs(_Constant(x=torch.full((3,), 4.0)), OFF)[0].tolist() == [8, 8, 8]
     assert recorder.n_recorded == 1
 
 
@@ -465,7 +485,7 @@ def test_no_answer_records_in_its_middle_after_a_warm_up(short_session: Lab, sha
 def test_a_compiled_step_needs_the_least_and_the_most_keys_alone(short_session: Lab, monkeypatch: pytest.MonkeyPatch) -> None:
     recipe, seen = Recipe.parse("fastest, capture.decode=compile, capture.shapes=multiples_of_64"), []
     call = Compiled.__call__
-    monkeypatch.setattr(Compiled, "__call__", lambda self, *on: (seen.append(on[0]["slot_of"].shape[1]), call(self, *on))[1])
+    monkeypatch.setattr(Compiled, "__call__", lambda self, *on: (seen.append(on[0].kv.slot_of.shape[1]), call(self, *on))[1])
     assert len(short_session.warm_up(recipe, [], progress=False)) <= 2
     assert seen == [1201, 64]
     assert short_session.run(_request(None, n=200), recipe).captures == ()
@@ -602,16 +622,12 @@ def test_a_cache_folder_of_somebody_else_is_left_alone(tmp_path: Path, monkeypat
     assert not may_be_damaged()
     monkeypatch.setattr("torch._inductor.compile_fx.compile_fx", _broken)
     with pytest.raises(CaptureError, match=r"capture.vit=compile: torch.compile cannot compile this stage here \(.*out of order"):
-        Compiled("vit", _doubled)({"patches": torch.ones(3, 2)}, None, OFF)
+        Compiled("vit", _doubled)(_X(x=torch.ones(3, 2)), OFF)
     assert theirs.is_dir()
 
 
 def _broken(*_: object) -> None:
     raise RuntimeError("out of order")
-
-
-def _doubled(tensors: Tensors, rest: object) -> tuple[torch.Tensor, ...]:
-    return (tensors["patches"] * 2,)
 
 
 def test_the_cache_goes_if_it_was_at_fault_and_stays_if_not(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -632,6 +648,6 @@ def test_the_cache_goes_if_it_was_at_fault_and_stays_if_not(tmp_path: Path, monk
 def test_each_compiled_program_counts_its_own_uses() -> None:
     compiled = Compiled("vit", _doubled)
     for n in (1, 5, 6, 1, 7, 1):  # torch takes one row for a program of its own
-        (out,) = compiled({"patches": torch.ones(n, 2)}, None, OFF)
+        (out,) = compiled(_X(x=torch.ones(n, 2)), OFF)
         assert torch.equal(out, torch.full((n, 2), 2.0))
     assert [capture.uses for capture in compiled.captures] == [3, 3]

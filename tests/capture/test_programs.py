@@ -7,21 +7,23 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-from collections.abc import Hashable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
 from fastvl_lab import Lab, Recipe, Request, photo, preprocessor, vit
 from fastvl_lab.cache import BoundCache
 from fastvl_lab.cache.memory import Memory
-from fastvl_lab.capture.execute import Program, Tensors
-from fastvl_lab.capture.shapes import size_of
-from fastvl_lab.capture.stages import Programs, prompt_inputs, step_inputs, vit_inputs, with_rows
-from fastvl_lab.catalogue import Target, toggles
+from fastvl_lab.capture import Stages
+from fastvl_lab.capture.execute import Program
+from fastvl_lab.capture.stages import decode_program, first_token_program, prefill_program, vit_program
+from fastvl_lab.catalogue import Capture, Target, toggles
 from fastvl_lab.decoder import bind_decoder
 from fastvl_lab.decoder.steps import merge
 from fastvl_lab.decoder.weights import decoder_weights
+from fastvl_lab.inputs import leaves
 from fastvl_lab.tokenizer import tokenize
 from fastvl_lab.trace import Tracer
 
@@ -48,16 +50,27 @@ def _ways(slot: str) -> Iterator[tuple[Recipe, str, str]]:
         yield recipe, "exact" if interpreted else next(paddings), next(kinds)
 
 
-def _does_the_same_again(program: Program, tensors: Tensors, rest: Hashable = None) -> tuple[torch.Tensor, ...]:
+def _does_the_same_again(program: Program, inputs: Any) -> tuple[torch.Tensor, ...]:
     """Call it twice; what it gave."""
-    before = {name: tensor.clone() for name, tensor in tensors.items()}
-    first = tuple(output.clone() for output in program(tensors, rest))
-    for output, again in zip(first, program(tensors, rest), strict=True):
+    before = [leaf.tensor.clone() for leaf in leaves(inputs)]
+    first = tuple(output.clone() for output in program(inputs))
+    for output, again in zip(first, program(inputs), strict=True):
         assert torch.equal(output, again)
         assert output.isfinite().all()
-    for name, tensor in tensors.items():
-        assert torch.equal(tensor, before[name]), name
+    for leaf, tensor in zip(leaves(inputs), before, strict=True):
+        assert torch.equal(leaf.tensor, tensor), leaf.name
     return first
+
+
+class _Seen:
+    """In place of a stage's way to run: notes the inputs, and runs the program."""
+
+    def __init__(self, program: Program) -> None:
+        self._program, self.inputs = program, None
+
+    def __call__(self, inputs: Any, tracer: Tracer) -> tuple[torch.Tensor, ...]:
+        self.inputs = inputs
+        return self._program(inputs)
 
 
 @dataclass(kw_only=True, eq=False)
@@ -77,25 +90,32 @@ class _Bound:
         assert isinstance(encoder, vit.LeanEncoder)
         self.encoder, self.decoder = encoder, bind_decoder(self.recipe.attention, decoder_weights(checkpoint))
         cache = BoundCache(dataclasses.replace(self.recipe.cache, kv=self.kv), Memory(checkpoint), family="", images_by="")
-        self.programs = Programs(encoder=encoder, decoder=self.decoder, layers=cache.layers, in_place=cache.in_place)
+        slot = Capture(shapes=self.padding, prefill="compile", decode="compile")  # by tables, however they are run
+        self.stages = Stages(slot, encoder, self.decoder, cache, merge_size=2, graphs=None)
+        self.programs = {
+            "vit": vit_program(encoder),
+            "prefill": prefill_program(self.decoder),
+            "first_token": first_token_program(encoder, self.decoder),
+            "decode": decode_program(self.decoder, samples=True),
+        }
+        self.seen = {stage: _Seen(program) for stage, program in self.programs.items()}
+        for stage, seen in self.seen.items():
+            setattr(self.stages, f"_{stage}", seen)
         self.prompt = tokenize(self.request, images.open(self.request).grids, checkpoint)
-        self.size, self.padded = size_of(self.padding), self.padding != "exact"
         self.place = cache.admit(self.prompt, 4, tuple)
         self.place.extend(self.prompt.n_tokens)
 
-    def of_tower(self) -> tuple[dict[str, torch.Tensor], Hashable]:
-        return vit_inputs(self.encoder, self.images.pixels(self.request), 2, self.size, OFF)
-
-    def of_prompt(self, name: str, rows: torch.Tensor, n_visual: int) -> dict[str, torch.Tensor]:
-        return prompt_inputs(self.prompt, {name: rows}, n_visual, self.place.kv, self.size, OFF)  # type: ignore[arg-type]
+    def again(self, stage: str) -> tuple[torch.Tensor, ...]:
+        """The stage's program on the inputs that it was given last."""
+        return _does_the_same_again(self.programs[stage], self.seen[stage].inputs)
 
 
 @torch.inference_mode()
 def test_the_towers_program_writes_into_none_of_its_inputs(lab: Lab) -> None:
     for recipe, padding, kv in _ways("vit"):
         bound = _Bound(lab=lab, recipe=recipe, padding=padding, kv=kv)
-        tensors, rest = bound.of_tower()
-        made = _does_the_same_again(bound.programs.vit(), tensors, rest)
+        bound.stages.encode(bound.images.pixels(bound.request), OFF)
+        made = bound.again("vit")
         plain = bound.encoder(bound.images.pixels(bound.request), OFF)
         for ours, theirs in zip(made, plain.parts, strict=True):
             assert (ours[: len(theirs)] - theirs).abs().max() <= 1e-5 * theirs.abs().max()
@@ -105,20 +125,17 @@ def test_the_towers_program_writes_into_none_of_its_inputs(lab: Lab) -> None:
 def test_the_decoders_programs_write_into_none_of_their_inputs(lab: Lab) -> None:
     for recipe, padding, kv in _ways("attention"):
         bound = _Bound(lab=lab, recipe=recipe, padding=padding, kv=kv)
-        of_vit, rest = bound.of_tower()
-        n_visual = len(of_vit["patches"]) // 4
-        vision = bound.encoder(bound.images.pixels(bound.request), OFF)
-        inputs = bound.of_prompt("hidden", merge(bound.prompt, vision, bound.decoder.weights.embed), n_visual)
-        inputs |= {f"deepstack.{level}": with_rows(added, n_visual) for level, added in enumerate(vision.deepstack)}
-        (logits,) = _does_the_same_again(bound.programs.prefill(padded=bound.padded), inputs)
+        pixels, prompt, kv = bound.images.pixels(bound.request), bound.prompt, bound.place.kv
+        vision = bound.encoder(pixels, OFF)
+        bound.stages.prefill(merge(prompt, vision, bound.decoder.weights.embed), prompt, vision, kv, OFF)
+        (logits,) = bound.again("prefill")
 
-        whole = bound.of_prompt("input_ids", bound.prompt.input_ids, n_visual)
-        whole |= {f"vit.{name}": tensor for name, tensor in of_vit.items()}
-        again, token = _does_the_same_again(bound.programs.first_token(padded=bound.padded), whole, rest)
+        bound.stages.first_token(pixels, prompt, kv, OFF)
+        again, token = bound.again("first_token")
         assert (again - logits).abs().max() <= 1e-4
         assert token.tolist() == [int(again.argmax())]
 
         bound.place.extend(1)
-        step = step_inputs(token, torch.tensor([bound.prompt.next_position]), bound.place.kv, bound.size, OFF)  # type: ignore[arg-type]
-        _does_the_same_again(bound.programs.decode(padded=bound.padded), step)
+        bound.stages.decode(token, torch.tensor([prompt.next_position]), kv, OFF)
+        bound.again("decode")
         bound.place.close()

@@ -35,7 +35,7 @@ def test_rows_run_down_and_have_room_for_their_labels() -> None:
 
 
 def test_titles_of_shared_axes_are_written_once() -> None:
-    parts = [Panel(traces=_lines("a"), x=Axis(title="x"), y=Axis(title="y", ticks=decades(1, 5), form=".0%"))] * 2
+    parts = [Panel(traces=_lines("a"), x=Axis(title="x"), y=Axis(title="y", ticks=decades(1, 5), number_format=".0%"))] * 2
     side, down = panels(parts).layout, panels(parts, down=True).layout
     assert [axis.title.text for axis in (side.xaxis, side.xaxis2, side.yaxis, side.yaxis2)] == ["x", "x", "y", None]
     assert [axis.title.text for axis in (down.xaxis, down.xaxis2, down.yaxis, down.yaxis2)] == [None, "x", "y", "y"]

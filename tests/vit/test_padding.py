@@ -14,7 +14,7 @@ from transformers import AutoConfig, AutoModelForImageTextToText
 
 from fastvl_lab import Lab, Recipe, Request, photo, preprocessor, toggles
 from fastvl_lab.capture.compiled import Compiled
-from fastvl_lab.capture.stages import Programs, vit_inputs
+from fastvl_lab.capture.stages import vit_program
 from fastvl_lab.checkpoint import Checkpoint, tiny
 from fastvl_lab.checkpoint.padded import aligned, pad_widths, with_padding
 from fastvl_lab.checkpoint.random_weights import randomise
@@ -126,12 +126,12 @@ def test_it_can_be_compiled(labs: dict[str, Lab], name: str) -> None:
     images = preprocessor.bind(recipe.preprocessor, checkpoint)
     encoder = bind(recipe.vit, checkpoint, images.patch_format, compiled=True)
     assert isinstance(encoder, LeanEncoder)
-    plain = Programs(encoder=encoder, decoder=None, layers=(), in_place=False).vit()  # type: ignore[arg-type]
+    plain = vit_program(encoder)
     compiled = Compiled("vit", plain)
     for size in ((112, 84), (84, 140), (140, 56)):
         pixels = images.pixels(Request(images=[photo("coffee", size)], prompt="?"))
-        tensors, rest = vit_inputs(encoder, pixels, 2, None, OFF)
-        _assert_same(compiled(tensors, rest, OFF), plain(tensors, rest))
+        inputs = encoder.inputs(pixels, OFF, None)
+        _assert_same(compiled(inputs, OFF), plain(inputs))
     assert len(compiled.captures) <= 2
 
 

@@ -259,7 +259,7 @@ def test_the_cache_of_plans_is_bounded() -> None:
     """10,000 grids leave no more behind than the bounds allow, and the latest are known."""
 
     def build(grids: Sequence[Grid], _: int | None = None) -> Plan:
-        table, none = torch.empty(grids[0].n_patches, 8), Prepared(None, ())
+        table, none = torch.empty(grids[0].n_patches, 8), Prepared(table=None, fixed=())
         return Plan(order=None, rank=None, cos=table, sin=table, learned=None, windows=none, frames=none)
 
     cache = PlanCache(build, max_entries=20, max_bytes=50_000)
