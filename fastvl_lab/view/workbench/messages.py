@@ -1,16 +1,17 @@
 """What the kernel and the page say to each other: frozen dataclasses, and here alone their JSON.
 
-To the page go records of what is to be seen, each in a trait of its own, so that a page that is opened later knows all of them.
-From the page come wishes.
+Each record that goes to the page fills a trait, so that a page that is opened later knows all of them; from the page come wishes.
+Times are in ms.
 """
 
 from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
+from fastvl_lab.catalogue import OptionValue
 from fastvl_lab.errors import RequestError
 
 
@@ -44,9 +45,9 @@ class Asked:
 
 @dataclass(frozen=True, kw_only=True)
 class Chosen:
-    """The recipe: values by path, the paths that another choice has moved, whether there is a recipe before; as texts to copy."""
+    """The recipe. values: by path; moved: paths that another choice has brought along; texts: to copy."""
 
-    values: Mapping[str, str | int]
+    values: Mapping[str, OptionValue]
     moved: tuple[str, ...]
     undoable: bool
     texts: Mapping[str, str]
@@ -54,8 +55,8 @@ class Chosen:
 
 @dataclass(frozen=True, kw_only=True)
 class Live:
-    """What goes on. elapsed: ms since the run began, when this was said; stages: [name, start, end] in ms, the last one's end None
-    while it runs; rounds: label -> ms of TTFT so far; error: in a sentence; download: a file that was asked for."""
+    """What goes on. elapsed: since the run began, when this was said. stages: name, start, and end unless it runs still; expected:
+    those of the last run that was asked the same. rounds: label -> TTFT so far."""
 
     state: str
     busy: bool
@@ -64,28 +65,26 @@ class Live:
     elapsed: float | None = None
     stages: tuple[tuple[str, float, float | None], ...] = ()
     expected: tuple[tuple[str, float, float], ...] = ()
-    rounds: Mapping[str, tuple[float, ...]] = dataclasses.field(default_factory=dict)
+    rounds: Mapping[str, tuple[float, ...]] = field(default_factory=dict)
     error: str = ""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Series:
-    """One run to draw, times in ms. bars: (stage, lane, start, length); stages: of each its ms on the host, or on the device."""
+    """One run to draw. bars: stage, lane, start, length; host, device: what stages took there; rounds: TTFT of each."""
 
     label: str
-    kind: str
     ttft: float
     bars: tuple[tuple[str, str, float, float], ...]
     host: Mapping[str, float]
     device: Mapping[str, float]
     files: Mapping[str, str]
-    text: str
     rounds: tuple[float, ...]
 
 
 @dataclass(frozen=True, kw_only=True)
 class Pill:
-    """A few words about a result: what they say, whether that is "good", "bad" or "plain", and what they mean."""
+    """A few words about a result, "good", "bad" or "plain", and what they mean."""
 
     text: str
     state: str
@@ -94,9 +93,11 @@ class Pill:
 
 @dataclass(frozen=True, kw_only=True)
 class Shown:
-    """The result that is looked at. rival, before: what it is held against, or why there is none; floors: stage -> ms."""
+    """The result that is looked at. rival, before: what it is held against; no_before: why there is none; floors: by stage."""
 
     number: int
+    against: int
+    view: str
     heading: str
     detail: str
     headline: str
@@ -104,15 +105,13 @@ class Shown:
     tpot: str
     cold: str
     learnt: str
+    answer: str
     pills: tuple[Pill, ...]
     recipe: Series
     rival: Series | None
     before: Series | None
     no_before: str
     floors: Mapping[str, float]
-    answer: str
-    view: str
-    against: int
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -144,18 +143,18 @@ class Row:
 
 @dataclass(frozen=True, kw_only=True)
 class Advised:
-    """What each toggle would save here: path -> (value, ms, low, high), and in a sentence the next to try."""
+    """What each toggle would save: path -> value, saving, and its interval; and in a sentence the one to try next."""
 
-    savings: Mapping[str, tuple[str | int, float, float, float]]
-    sentence: str
-    path: str
-    value: str | int | None
+    savings: Mapping[str, tuple[OptionValue, float, float, float]] = field(default_factory=dict)
+    sentence: str = ""
+    path: str = ""
+    value: OptionValue | None = None
 
 
 def to_json(said: Any) -> Any:
     """A record, or a sequence of them, as the page reads it; what is not a number is null."""
     if dataclasses.is_dataclass(said) and not isinstance(said, type):
-        return {field.name: to_json(getattr(said, field.name)) for field in dataclasses.fields(said)}
+        return {name.name: to_json(getattr(said, name.name)) for name in dataclasses.fields(said)}
     if isinstance(said, Mapping):
         return {key: to_json(value) for key, value in said.items()}
     if isinstance(said, tuple | list):
@@ -163,15 +162,12 @@ def to_json(said: Any) -> Any:
     return None if isinstance(said, float) and said != said else said
 
 
-# From the page.
-
-
 @dataclass(frozen=True, kw_only=True)
 class Choose:
     """A toggle is set."""
 
     path: str
-    value: str | int
+    value: OptionValue
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -184,7 +180,7 @@ class Use:
 
 @dataclass(frozen=True, kw_only=True)
 class Fill:
-    """A field of the question is filled in, as text."""
+    """A field of the question is filled in."""
 
     field: str
     text: str
@@ -209,7 +205,7 @@ class Look:
 
 @dataclass(frozen=True, kw_only=True)
 class Measure:
-    """Two results are to be measured side by side."""
+    """Two results are measured side by side."""
 
     number: int
     against: int
@@ -226,7 +222,7 @@ class Mark:
 
 @dataclass(frozen=True, kw_only=True)
 class Press:
-    """A button without a value: run, stop, undo, export, open (a page is there), plotly (it needs the library), trace."""
+    """A button without a value; "open" says that a page is there, "plotly" and "trace" ask for what it lacks."""
 
     button: str
 

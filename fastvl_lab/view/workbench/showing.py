@@ -44,13 +44,11 @@ def series(run: Run, label: str, rounds: Sequence[float] = ()) -> Series:
     files = {stage: f"fastvl_lab/{file}" for stage, file in STAGES.items() if run.recipe is not None}
     return Series(
         label=label,
-        kind=in_words(run.kind),
         ttft=run.ttft * 1e3,
         bars=tuple(bars),
         host={stage: ns / 1e6 for stage, ns in trace.stages().items()} | {"unaccounted": trace.unaccounted_ns / 1e6},
         device={stage: ns / 1e6 for stage, ns in trace.stages("device").items()},
         files=files,
-        text=run.text,
         rounds=tuple(rounds),
     )
 
@@ -61,12 +59,8 @@ def shown(result: Result, other: Result | None, *, view: str, against: int, pend
     pending: whether it is still being measured; then the number of its first, cold run is no headline.
     """
     run, comparison = result.shown, result.comparison
-    before, named, why = _before(result, other)
-    rival = None
-    if comparison is not None:
-        rival = series(
-            comparison.representative(comparison.reference), comparison.reference, _rounds(comparison, comparison.reference)
-        )
+    before, label, why = _before(result, other)
+    rival = result.reference
     cold = run.kind == "cold"
     first = f"first run {milliseconds(run.ttft * 1e3)} (cold: compiling, caches)" if cold else ""
     ttft = milliseconds(run.ttft * 1e3)
@@ -80,9 +74,9 @@ def shown(result: Result, other: Result | None, *, view: str, against: int, pend
         cold=first,
         learnt=learnt(result),
         pills=tuple(pills(result)),
-        recipe=series(run, RECIPE, () if comparison is None else _rounds(comparison, RECIPE)),
-        rival=rival,
-        before=None if before is None else series(before, named),
+        recipe=series(run, RECIPE, _rounds(comparison, RECIPE)),
+        rival=None if rival is None else series(rival, rival.engine, _rounds(comparison, rival.engine)),
+        before=None if before is None else series(before, label),
         no_before=why,
         floors={stage: seconds * 1e3 for stage, seconds in (result.floors or {}).items()},
         answer=run.text + (" (random weights: only the time counts)" if _random(result.question.checkpoint) else ""),
@@ -112,12 +106,13 @@ def _before(result: Result, other: Result | None) -> tuple[Run | None, str, str]
         return None, "", ""
     if other.question != result.question:
         return None, "", f"not held against #{other.number}: it was asked something else ({changes(result, other)})"
-    named = f"#{other.number} ({changes(result, other) or 'the same recipe'})"
+    label = f"#{other.number} ({changes(result, other) or 'the same recipe'})"
     if result.comparison is not None and result.before == other.recipe:
-        return result.comparison.representative(BEFORE), named, ""
-    if other.shown.kind == "cold" and result.shown.kind != "cold":
-        return None, "", f"not held against #{other.number}, of which there is a cold run only"
-    return other.shown, f"{named}, measured at another time", ""
+        return result.comparison.representative(BEFORE), label, ""
+    if other.shown.kind != result.shown.kind:
+        ours, theirs = in_words(result.shown.kind), in_words(other.shown.kind)
+        return None, "", f"not held against #{other.number}: this run is {ours}, and that one {theirs}"
+    return other.shown, f"{label}, measured at another time", ""
 
 
 def changes(before: Result | None, result: Result) -> str:
@@ -147,15 +142,16 @@ def recipe_changes(before: Recipe, recipe: Recipe) -> list[str]:
     return different
 
 
-def _rounds(comparison: Comparison, label: str) -> list[float]:
+def _rounds(comparison: Comparison | None, label: str) -> list[float]:
     """ms of TTFT of every round that is compared; of all where there are none."""
+    if comparison is None:
+        return []
     runs = comparison.runs(label, comparison.compared(label)) or comparison.runs(label, comparison.representative(label).kind)
     return [run.ttft * 1e3 for run in runs]
 
 
 def _spread(result: Result) -> str:
-    rounds = [] if result.comparison is None else _rounds(result.comparison, RECIPE)
-    if not rounds:
+    if not (rounds := _rounds(result.comparison, RECIPE)):
         return f"one run, {in_words(result.shown.kind)}"
     return f"{milliseconds(min(rounds)).removesuffix(' ms')} to {milliseconds(max(rounds))} in {len(rounds)} rounds"
 
@@ -275,9 +271,7 @@ def _few(said: list[str], most: int) -> str:
 def advised(advice: Advice | None, last: Result | None, recipe: Recipe, question: Question, target: Target) -> Advised:
     """What each toggle would save of those that the recipe has not yet, and the next to try, with how sure that is."""
     if advice is None or advice.question != question:
-        return (
-            _first_advice(last, target) if last is not None and (last.recipe, last.question) == (recipe, question) else _NO_ADVICE
-        )
+        return _first_advice(last, target) if last is not None and (last.recipe, last.question) == (recipe, question) else Advised()
     savings = {path: (value, *saved) for path, (value, saved) in advice.savings.items() if recipe.value(path) != value}
     beside = "" if advice.recipe == recipe else "; measured before the last change"
     by_saving = sorted(savings, key=lambda path: -savings[path][1])
@@ -290,17 +284,14 @@ def advised(advice: Advice | None, last: Result | None, recipe: Recipe, question
         value, saved, low, high = savings[likely]
         sentence = f"No saving is sure on this machine now; {likely}={value} may save {milliseconds(saved)} ({_range(low, high)})."
     else:
-        return Advised(savings=savings, sentence="Nothing known would save more here.", path="", value=None)
+        return Advised(savings=savings, sentence="Nothing known would save more here.")
     return Advised(savings=savings, sentence=sentence, path=best or likely or "", value=value)
-
-
-_NO_ADVICE = Advised(savings={}, sentence="", path="", value=None)
 
 
 def _first_advice(last: Result, target: Target) -> Advised:
     """Before anything is measured: the longest stage, and what the fastest known recipe does about it."""
     if last.shown.kind == "cold" or not (known := candidates(last, target)):
-        return _NO_ADVICE
+        return Advised()
     path, (value, _) = known[0]
     stages = last.shown.trace.stages()
     longest = max(stages, key=lambda stage: stages[stage])
