@@ -5,6 +5,7 @@ from __future__ import annotations
 import html
 import math
 import operator
+from bisect import bisect_right
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
@@ -398,7 +399,7 @@ def bursts(seen: Seen) -> Finding:
     n = sum(count for _, count in seen.arrivals)
     if n <= FEW:
         return _needs(f"more than {FEW} output tokens; there are {n}" if seen.arrivals else "chunks")
-    chunks = _together(seen.arrivals)
+    chunks = _together(seen.arrivals, [] if seen.run is None else _steps(seen.run))
     counts, gaps = [count for _, count in chunks], [later - time for (time, _), (later, _) in pairwise(chunks)]
     shown = f"{n} tokens in {len(chunks)} chunks, median {median(counts):g} and at most {max(counts)} a chunk"
     if gaps:
@@ -414,12 +415,21 @@ def bursts(seen: Seen) -> Finding:
     )
 
 
-def _together(arrivals: tuple[tuple[float, int], ...]) -> list[tuple[float, int]]:
-    """Chunks that came within a tenth of the mean gap as one, if that happened time and again; a single stall is no rhythm."""
+def _steps(run: Run) -> list[float]:
+    """When each decode step had ended, in seconds, where the trace says so."""
+    lane = "device" if run.trace.has_device_lane else "host"
+    return sorted(span.end_ns / 1e9 for span in run.trace.spans if (span.name, span.lane) == ("decode", lane))
+
+
+def _together(arrivals: tuple[tuple[float, int], ...], steps: Sequence[float]) -> list[tuple[float, int]]:
+    """Chunks that came within a tenth of the mean gap as one, if that happened time and again; a single stall is no rhythm.
+
+    One that came after a step had ended since the chunk before was not held back, however near it is beside a stall elsewhere.
+    """
     mean = (arrivals[-1][0] - arrivals[0][0]) / max(len(arrivals) - 1, 1)
     joined = [arrivals[0]]
     for (before, _), (time, count) in pairwise(arrivals):
-        if time - before < mean / 10:
+        if time - before < mean / 10 and bisect_right(steps, before) == bisect_right(steps, time):
             joined[-1] = (joined[-1][0], joined[-1][1] + count)
         else:
             joined.append((time, count))
