@@ -7,7 +7,8 @@
 #   make test-nightly (those, and cases that take minutes beside one that `make test` runs)
 #   make test-oldest  (what rests on torch, triton and Transformers, on the oldest versions allowed; Python 3.11 or 3.12, 6 GB)
 #   make benchmark    (the bars that speed-ups are held to; on an idle machine)
-#   make lab
+#   make workbench [WORKBENCH='--checkpoint tiny-qwen3-vl --image photo.jpg']  (the panel as a page of its own)
+#   make lab          (JupyterLab on the workbench)
 #   make lint
 #   make figures [MEASURE=--measure]
 #   make toggles      (docs/toggles.md, from the catalogue)
@@ -24,7 +25,7 @@ given  = $(if $(findstring command,$(origin $1)),$($1))
 quote  = '$(subst ','\'',$1)'
 FOLDER := $(or $(call given,RUN),runs/$(shell date +%Y%m%d-%H%M%S))
 
-.PHONY: sweep test test-native test-nightly test-oldest benchmark lab lint figures toggles
+.PHONY: sweep workbench test test-native test-nightly test-oldest benchmark lab lint figures toggles
 .DELETE_ON_ERROR:
 
 $(STAMP): pyproject.toml $(LIMITS)
@@ -62,6 +63,9 @@ test-oldest:
 
 benchmark: $(STAMP)
 	$(BIN)/python -m pytest $(TESTS) -m benchmark -rP
+
+workbench: $(STAMP)
+	@$(BIN)/python -m fastvl_lab.view.workbench $(call given,WORKBENCH)
 
 lab: $(STAMP)
 	$(BIN)/jupyter lab notebooks/workbench.ipynb $(if $(filter 0,$(shell id -u)),--allow-root)

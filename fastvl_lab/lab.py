@@ -108,6 +108,7 @@ class Lab:
         *,
         trace: Level = "stages",
         on_chunk: Callable[[Chunk], object] | None = None,
+        on_begin: Callable[[str, int], object] | None = None,
         on_stage: Callable[[Span], object] | None = None,
         stop: threading.Event | None = None,
     ) -> Run:
@@ -115,12 +116,13 @@ class Lab:
 
         engine: a `Recipe`, a recipe's text such as "fastest, vit.tower=lean", or a peer's text such as "transformers" or
         "http://127.0.0.1:8000/v1"; by default the baseline. trace: "off", "stages", or "layers" to also time ViT blocks and decoder
-        layers. on_chunk: given each chunk as it leaves, and on_stage each stage as it ends; the engine waits for them. stop: once
-        it is set, the request ends at its next stage or step with a `RequestCancelledError`. Raises `FastvlError`s.
+        layers. on_chunk: given each chunk as it leaves, on_begin each stage's name and start (ns) as it begins, on_stage its span
+        as it ends; the engine waits for them. stop: once it is set, the request ends at its next stage or step with a
+        `RequestCancelledError`. Raises `FastvlError`s.
         """
         key = self._admitted(request, engine)
-        tell_chunk, tell_stage = self._told(key, on_chunk), self._told(key, on_stage)
-        tracer, chunks = Tracer(self.device, trace, stop=stop, on_stage=tell_stage), []
+        tell_chunk, tell_begin, tell_stage = (self._told(key, tell) for tell in (on_chunk, on_begin, on_stage))
+        tracer, chunks = Tracer(self.device, trace, stop=stop, on_begin=tell_begin, on_stage=tell_stage), []
 
         def deliver(text: str, tokens: tuple[int, ...]) -> None:
             chunks.append(Chunk(text=text, tokens=tokens, time=tracer.delivered()))
@@ -270,17 +272,17 @@ class Lab:
 
     def _check_turn(self, key: Engine) -> None:
         if getattr(self._telling, "now", False) and not key.remote:
-            raise RequestError("a request waits for its on_chunk and on_stage, in which the lab serves no other; ask after it")
+            raise RequestError("a request waits for what it is told to call, in which the lab serves no other; ask after it")
 
-    def _told(self, key: Engine, callback: Callable[[Any], object] | None) -> Callable[[Any], object] | None:
+    def _told(self, key: Engine, callback: Callable[..., object] | None) -> Callable[..., object] | None:
         """The callback; within it no request can have a turn, where the one that it is told of has it and waits for it."""
         if callback is None or key.remote:
             return callback
 
-        def told(news: Any) -> None:
+        def told(*news: Any) -> None:
             self._telling.now = True
             try:
-                callback(news)
+                callback(*news)
             finally:
                 self._telling.now = False
 

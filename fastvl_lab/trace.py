@@ -198,8 +198,8 @@ class Tracer:
     Usage: `start()`, then `with span("vit"):` at each stage, `delivered()` at the consumer, then `finish()`. Synchronises the
     device in `start` and `finish` only, both outside the request. Spans nest by thread, so a request's threads may share it; the
     device is watched from the thread that started it. Under torch's profiler every span is a range of its. stop: set by whoever
-    gives the request up; the next stage of it to begin raises `RequestCancelledError`. on_stage: given each stage of the host as
-    it ends, while the request waits.
+    gives the request up; the next stage of it to begin raises `RequestCancelledError`. on_begin: given the name and start (ns) of
+    each stage of the host as it begins, and on_stage its span as it ends, while the request waits.
     """
 
     def __init__(
@@ -208,13 +208,14 @@ class Tracer:
         level: Level = "stages",
         *,
         stop: threading.Event | None = None,
+        on_begin: Callable[[str, int], object] | None = None,
         on_stage: Callable[[Span], object] | None = None,
     ) -> None:
         if level not in LEVELS:
             raise ValueError(f"trace is {level!r}; the choices are {', '.join(LEVELS)}")
         self.level = level
         self.stop = stop or threading.Event()
-        self._on_stage = on_stage
+        self._on_begin, self._on_stage = on_begin, on_stage
         self._cuda = device.type == "cuda"
         self._device = device
         self._mine = _OfThread()
@@ -277,6 +278,8 @@ class Tracer:
         self.check()
         if self.level != "off":
             self._mine.open.append((name, time.perf_counter_ns(), self._event(), _profiler_range(name)))
+            if self._on_begin is not None and len(self._mine.open) == 1 and self._mine.lane == "host":
+                self._on_begin(name, self._mine.open[0][1] - self._started_ns)
 
     def end(self, name: str) -> None:
         """Close the span `name`, and with it any that an exception left open inside it."""

@@ -50,8 +50,8 @@ def look_at_the_workbench() -> None:
         try:
             page = browser.new_page(viewport={"width": 1400, "height": 1010}, device_scale_factor=1.5)
             _open(page, f"http://127.0.0.1:{port}/")
-            for number, option in enumerate(("per_window", "conv3d"), start=2):
-                page.locator(".fl-bench").get_by_role("button", name=option, exact=True).first.click()
+            for number, (path, option) in enumerate((("vit.patch_embed", "linear"), ("attention.prefill", "sdpa")), start=2):
+                page.locator(f"[data-path='{path}']").get_by_role("radio", name=option, exact=True).click()
                 _settled(page, number)
             page.screenshot(path=FOLDER / "workbench.png")
         finally:
@@ -76,8 +76,7 @@ def _open(page: Any, url: str) -> None:
 def _settled(page: Any, rows: int) -> None:
     """Until so many runs are in the history, and nothing runs."""
     page.wait_for_function("(n) => document.querySelectorAll('.fl-history tbody tr').length === n", arg=rows, timeout=90_000)
-    page.wait_for_function("() => document.querySelector('.fl-status .fl-badge')?.textContent === 'idle'", timeout=90_000)
-    page.wait_for_timeout(1000)  # the figure is drawn after its data has come
+    page.wait_for_function("() => document.querySelector('.fl-bench').dataset.state === 'idle'", timeout=90_000)
 
 
 def draw() -> None:

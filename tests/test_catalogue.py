@@ -206,9 +206,7 @@ def test_an_options_needs_are_a_word_in_the_catalogue(
 
     bench = workbench("tiny-qwen2.5-vl", "coffee", image_size=(56, 56), max_new_tokens=2, repeats=0, device="cpu")
     assert bench.wait(60)
-    button = bench.controls["vit.attention"].buttons["new"]
-    assert button.disabled
-    assert f"cannot run here: {why}" in button.tooltip
+    assert why in bench.controls["vit.attention"].unmet["new"]
     with pytest.raises(RecipeError, match=refused):
         bench.controls["vit.attention"].value = "new"
     bench.close()

@@ -179,15 +179,16 @@ def compare(
     warm_up: int = 1,
     seed: int = 0,
     on_run: Callable[[str], object] | None = None,
+    on_sample: Callable[[RunSample], object] | None = None,
     keep_going: bool = False,
     checks: Mapping[str, Parity] | None = None,
     stop: threading.Event | None = None,
 ) -> Comparison:
     """Run every engine on the request `warm_up + repeats` times, in rounds whose order is shuffled by `seed`; then check parity.
 
-    engines: label -> recipe, recipe text, or peer. on_run is called after each run with its label. keep_going: record an engine's
-    error in `failures` and go on without it; otherwise errors are raised. checks: by label, those that were made before. stop: as
-    `Lab.run` has it.
+    engines: label -> recipe, recipe text, or peer. on_run is called after each run with its label, on_sample with what it gave.
+    keep_going: record an engine's error in `failures` and go on without it; otherwise errors are raised. checks: by label, those
+    that were made before. stop: as `Lab.run` has it.
     """
     if not isinstance(engines, Mapping) or not engines:
         raise RequestError(f"engines is {engines!r}; give at least one recipe or peer, as label -> engine")
@@ -222,6 +223,8 @@ def compare(
                     if label not in logits or not run.finite:
                         logits[label] = run.logits
                     made.append(RunSample(engine=label, round=number, run=_without_logits(run, label)))
+                    if on_sample is not None:
+                        on_sample(made[-1])
                 if on_run is not None:
                     on_run(label)
         runs = {label: [s.run for s in made if s.engine == label] for label in engines if label in logits}
@@ -274,6 +277,7 @@ def attribute(
     *,
     start: Recipe | str | None = None,
     repeats: int = 6,
+    on_sample: Callable[[RunSample], object] | None = None,
     stop: threading.Event | None = None,
 ) -> Attribution:
     """Measure Transformers, the recipe `start` (by default the baseline), and every step from it to `recipe`, as `compare` does.
@@ -281,7 +285,7 @@ def attribute(
     A step's saving depends on the steps before it: in another order it would be another one.
     """
     ways = steps_between(find_recipe(START if start is None else start, lab.device), find_recipe(recipe, lab.device))
-    comparison = compare(lab, request, {STOCK: STOCK, **ways}, repeats=repeats, stop=stop)
+    comparison = compare(lab, request, {STOCK: STOCK, **ways}, repeats=repeats, on_sample=on_sample, stop=stop)
     return Attribution(comparison=comparison, steps=tuple(step for step in ways if step in comparison.engines))
 
 

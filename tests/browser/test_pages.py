@@ -44,7 +44,7 @@ def test_the_workbench_runs_in_jupyterlab_and_shows_its_waterfalls(jupyterlab: A
     page.wait_for_function("() => document.querySelectorAll('.fl-history tbody tr').length === 1", timeout=120_000)
     panel = page.locator(".fl-bench")
     assert 0 <= panel.bounding_box()["y"] < 400  # who has pressed Run All looks at it
-    panel.get_by_role("button", name="per_window", exact=True).click()
+    panel.locator("[data-path='vit.attention']").get_by_role("radio", name="grouped", exact=True).click()
     page.wait_for_function("() => document.querySelectorAll('.fl-history tbody tr').length === 2", timeout=120_000)
 
     cells = _run_all(page, jupyterlab, "workbench_from_cells.ipynb")
@@ -55,7 +55,7 @@ def test_the_workbench_runs_in_jupyterlab_and_shows_its_waterfalls(jupyterlab: A
     text = " ".join(outputs.all_inner_texts())
     assert "TTFT" in text
     assert "of its TTFT in" in text  # what was learnt
-    assert page.locator(".fl-bench .js-plotly-plot").count() == 1
+    assert page.locator(".fl-bench .js-plotly-plot").count() == 1  # toggle by toggle
     for plot in page.locator(".jp-OutputArea-output.js-plotly-plot").all():
         assert plot.bounding_box()["height"] > 300  # drawn in full, not collapsed to its legend
     assert page.get_by_text("Share chart").count() == 0

@@ -214,6 +214,24 @@ def test_a_run_of_our_own_is_clear(lab: Lab, picture: bytes) -> None:
         assert {"ttft_is_the_answer", "bursts", "stages_do_not_add_up"} <= {c.verdict for c in audited.cleared}
 
 
+def test_stalls_of_a_busy_machine_are_no_bursts(lab: Lab, picture: bytes) -> None:
+    """Every chunk follows its own step, though a few long stalls make the mean gap many times the usual one."""
+    run = lab.run(Request(images=[picture], prompt="What is this?", max_new_tokens=48, ignore_eos=True), "baseline")
+
+    def later(seconds: float) -> float:
+        return seconds + sum(30.0 for stall in (8, 24, 40) if seconds > run.chunks[stall].time)
+
+    def moved(span: Span) -> Span:
+        start, end = (round(later(ns / 1e9) * 1e9) for ns in (span.start_ns, span.end_ns))
+        return dataclasses.replace(span, start_ns=start, end_ns=end)
+
+    chunks = tuple(dataclasses.replace(chunk, time=later(chunk.time)) for chunk in run.chunks)
+    trace = dataclasses.replace(run.trace, spans=tuple(map(moved, run.trace.spans)), end_ns=run.trace.end_ns + 90 * 10**9)
+    stalled = audit(dataclasses.replace(run, chunks=chunks, trace=trace))
+    assert "bursts" not in _found(stalled), stalled
+    assert "bursts" in _found(audit(chunks=[(chunk.time, 1) for chunk in chunks]))  # no trace says that each had its step
+
+
 def test_a_run_whose_tokens_are_held_names_the_toggles_and_the_cure(lab: Lab, picture: bytes) -> None:
     request = Request(images=[picture], prompt="What is this?", max_new_tokens=64, ignore_eos=True)
     lab.run(request, HELD)

@@ -1,31 +1,31 @@
-"""The workbench without a browser: setting a control in a cell is a click, and what comes of it is honest."""
+"""The workbench without a browser: setting a control in a cell is a click, and what its page is told is honest."""
 
 from __future__ import annotations
 
-import html
-import itertools
+import dataclasses
 import json
 import re
 import time
 from collections.abc import Callable, Iterator
-from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from huggingface_hub import scan_cache_dir
 
-from fastvl_lab import Recipe, RecipeError, Run, SweepSettings, photo, sweep, view, workbench
+from fastvl_lab import Recipe, RecipeError, RequestError, Run, SweepSettings, photo, sweep, view, workbench
 from fastvl_lab.catalogue import Option, Target, catalogue_markdown, toggles
-from fastvl_lab.view.workbench import Workbench, asking
-from fastvl_lab.view.workbench.figures import so_far
-from fastvl_lab.view.workbench.session import BEFORE, RECIPE, STOCK
+from fastvl_lab.measure.samples import Interval
+from fastvl_lab.view.workbench import Workbench, reading, showing
+from fastvl_lab.view.workbench.messages import from_json, to_json
+from fastvl_lab.view.workbench.session import BEFORE, RECIPE, STOCK, Advice
 from fastvl_lab.view.workbench.views import views
 from fastvl_lab.vit import attention
 from fastvl_lab.vit.attention import Prepared, SegmentAttention
 
-pytest.importorskip("ipywidgets")
+pytest.importorskip("anywidget")
 
 
 @pytest.fixture
@@ -36,35 +36,59 @@ def bench() -> Iterator[Workbench]:
     made.close()
 
 
+def clicked(bench: Workbench, kind: str, buffers: tuple[bytes, ...] = (), **fields: Any) -> None:
+    """What the page says where somebody clicks or types."""
+    bench.widget._handle_custom_msg({"kind": kind, **fields}, [memoryview(data) for data in buffers])
+
+
+def pills(bench: Workbench) -> list[str]:
+    return [pill["text"] for pill in bench.widget.shown["pills"]]
+
+
 def test_a_click_runs_the_recipe_against_transformers(bench: Workbench) -> None:
-    assert bench.recipe == Recipe.fastest("cpu")
-    bench.controls["vit.attention"].value = "per_window"
+    assert bench.recipe == Recipe.baseline()  # so that there is something to win
+    clicked(bench, "Choose", path="vit.attention", value="grouped")
     assert bench.wait(60)
     first, second = bench.history
-    assert (first.recipe, second.recipe) == (Recipe.fastest("cpu"), first.recipe.replace("vit.attention", "per_window"))
+    assert (first.recipe, second.recipe) == (Recipe.baseline(), Recipe.baseline().choose("vit.attention", "grouped"))
     assert second.comparison is not None
     assert second.comparison.engines == (STOCK, BEFORE, RECIPE)  # all of them side by side
     assert second.comparison.parity(RECIPE)
-    assert "parity ✓" in bench._summary.value
+    assert "✓ same tokens as Transformers" in pills(bench)
     assert [row["parity"] for row in bench.rows()] == [True, True]
-    assert len(bench.figure.data) >= 4  # host and unaccounted of two engines, and the run before
-    assert bench.figure.data[0].name == "the run before"
+    shown = bench.widget.shown
+    assert (shown["rival"]["label"], shown["recipe"]["label"]) == (STOCK, RECIPE)
+    assert shown["before"]["label"].startswith("#1 (")
+    assert bench.figure.data
     bench.undo()
     assert bench.wait(60)
-    assert bench.recipe == Recipe.fastest("cpu")
+    assert bench.recipe == Recipe.baseline()
+
+
+def test_the_page_is_told_every_bar_and_the_headline_is_that_of_the_bars(bench: Workbench) -> None:
+    shown, run = bench.widget.shown, bench.result().shown
+    for lane in ("host", "device"):
+        spans = [[s.name, lane, s.start_ns / 1e6, s.duration_ns / 1e6] for s in run.trace.within_ttft(lane)]  # type: ignore[arg-type]
+        assert [bar for bar in shown["recipe"]["bars"] if bar[1] == lane] == spans
+    gaps = [bar for bar in shown["recipe"]["bars"] if bar[1] == "unaccounted"]
+    assert len(gaps) == len(run.trace.gaps())
+    assert sum(shown["recipe"]["host"].values()) == pytest.approx(run.ttft * 1e3)
+    assert shown["headline"] == showing.milliseconds(run.ttft * 1e3)
+    assert shown["recipe"]["files"]["vit"] == "fastvl_lab/vit/"
 
 
 def test_every_toggle_has_its_control_and_greyed_options_say_why(bench: Workbench) -> None:
     assert list(bench.controls) == [toggle.path for toggle in toggles()]
+    described = {toggle["path"]: toggle for toggle in bench.widget.choices["toggles"]}
     for toggle in toggles():
-        for option in toggle.options:
-            button = bench.controls[toggle.path].buttons[option.value]
+        for option, said in zip(toggle.options, described[toggle.path]["options"], strict=True):
             reason = option.needs.unmet(Target(device=bench.device, dtype=torch.float32))
-            assert button.disabled == (reason is not None)
-            assert (reason or option.does) in button.tooltip
-            assert button.description.startswith("≈") == (not option.exact)
+            assert said == {"value": option.value, "does": option.does, "exact": option.exact, "unmet": reason}
+            assert bench.controls[toggle.path].unmet.get(option.value) == reason
     with pytest.raises(RecipeError, match="cannot run here: it needs a CUDA device"):
         bench.controls["vit.attention"].value = "triton"
+    clicked(bench, "Choose", path="vit.attention", value="triton")
+    assert "cannot run here: it needs a CUDA device" in bench.widget.live["error"]
     with pytest.raises(RecipeError, match="the choices are 'per_window'"):
         bench.controls["vit.attention"].value = "quick"
 
@@ -72,40 +96,29 @@ def test_every_toggle_has_its_control_and_greyed_options_say_why(bench: Workbenc
 def test_a_choice_brings_along_what_it_cannot_do_without(bench: Workbench) -> None:
     bench.controls["cache.prefix_reuse"].value = "on"
     assert bench.recipe.cache.kv == "paged"
-    assert bench.controls["cache.kv"].value == "paged"
-    assert bench.controls["cache.kv"].buttons["paged"].icon == "arrow-right"
+    assert bench.controls["cache.kv"].value == bench.widget.chosen["values"]["cache.kv"] == "paged"
+    assert "cache.kv" in bench.widget.chosen["moved"]
     assert bench.wait(60)
 
 
-def _asked(bench: Workbench) -> dict[str, object]:
+def asked(bench: Workbench) -> dict[str, Any]:
     """What the fields say."""
-    fields = bench._asking
-    return {
-        "checkpoint": fields._checkpoint.value,
-        "picture": fields._picture.value,
-        "size": fields._size.value,
-        "exact": fields._exact.value,
-        "max_pixels": fields._pixels.value,
-        "prompt": fields._prompt.value,
-        "tokens": fields._tokens.value,
-    }
+    return {name: value for name, value in bench.widget.asked.items() if name not in ("previews", "repeats", "rival")}
 
 
-def test_a_picture_is_measured_as_it_is_unless_a_size_is_chosen(picture: bytes, tmp_path: Path) -> None:
+def test_pictures_are_measured_as_they_are_unless_a_size_is_chosen(picture: bytes, tmp_path: Path) -> None:
     (tmp_path / "wide.jpg").write_bytes(photo("cat", (300, 100)))
     bench = workbench("tiny-qwen3-vl", "coffee", max_new_tokens=2, repeats=0, device="cpu")
-    fields = bench._asking
-    file = {"name": "mine.jpg", "type": "image/jpeg", "size": len(picture), "content": memoryview(picture)}
-    file |= {"last_modified": datetime.now(UTC)}
+    fill = partial(clicked, bench, "Fill")
     steps: list[tuple[Callable[[], object], str, tuple[int, int]]] = [
         (lambda: None, "coffee as it is", (600, 400)),
-        (lambda: setattr(fields._pixels, "value", "70000"), "coffee as it is, max_pixels 70000", (600, 400)),
-        (lambda: setattr(fields._pixels, "value", ""), "coffee as it is", (600, 400)),
-        (lambda: setattr(fields._upload, "value", (file,)), "mine.jpg as it is", (168, 140)),
-        (lambda: setattr(fields._size, "value", "within 448×448"), "mine.jpg within 448×448", (448, 373)),
-        (lambda: setattr(fields._path, "value", str(tmp_path / "wide.jpg")), "wide.jpg within 448×448", (448, 149)),
-        (lambda: setattr(fields._exact, "value", "64x128"), "wide.jpg resized to 64×128", (64, 128)),
-        (lambda: setattr(fields._picture, "value", "mine.jpg"), "mine.jpg as it is", (168, 140)),  # the exact size was the other's
+        (lambda: fill(field="max_pixels", text="70000"), "coffee as it is, max_pixels 70000", (600, 400)),
+        (lambda: fill(field="max_pixels", text=""), "coffee as it is", (600, 400)),
+        (lambda: clicked(bench, "Take", (picture,), names=["mine.jpg"]), "mine.jpg as it is", (168, 140)),
+        (lambda: fill(field="size", text="within 448×448"), "mine.jpg within 448×448", (448, 373)),
+        (lambda: fill(field="pictures", text=str(tmp_path / "wide.jpg")), "wide.jpg within 448×448", (448, 149)),
+        (lambda: fill(field="size", text="64x128"), "wide.jpg resized to 64×128", (64, 128)),
+        (lambda: fill(field="pictures", text="mine.jpg"), "mine.jpg as it is", (168, 140)),  # the exact size was the other's
         (lambda: bench.ask(size=(90, 90), within=True), "mine.jpg within 90×90", (90, 75)),
     ]
     for step, about, (width, height) in steps:
@@ -113,45 +126,53 @@ def test_a_picture_is_measured_as_it_is_unless_a_size_is_chosen(picture: bytes, 
         assert bench.wait(60), about
         run = bench.result().run
         assert (run.shapes[0].width, run.shapes[0].height) == (width, height), about
-        assert f"{about} · image {width}×{height} → " in bench._summary.value.replace(str(tmp_path) + "/", "")
-        assert fields._upload.value == ()  # the same file can be given again
+        assert f" · {about} · “" in bench.widget.shown["heading"].replace(str(tmp_path) + "/", "")
+        assert f"image {width}×{height} → " in bench.widget.shown["detail"]
         if "max_pixels" in about:
             assert run.shapes[0].resized_width * run.shapes[0].resized_height <= 70_000
-    assert len(bench.history) == len(steps)  # fields that are set to what is asked ask for nothing
-    assert _asked(bench)["size"] == "within 90×90"
+    assert len(bench.history) == len(steps)
+    fill(field="size", text="within 90×90")  # what is asked already asks for nothing
+    assert bench.wait(60)
+    assert len(bench.history) == len(steps)
+    clicked(bench, "Take", (picture, picture), names=["a.jpg", "b.jpg"], add=True)
+    assert bench.wait(60)
+    assert asked(bench)["pictures"] == ["mine.jpg", "a.jpg", "b.jpg"]
+    assert len(bench.result().run.shapes) == len(bench.widget.asked["previews"]) == 3
     bench.close()
 
 
 @pytest.mark.parametrize(
     ("field", "text", "says"),
     [
-        ("_exact", "large", "size is 'large'; write width and height in pixels"),
-        ("_exact", "640", "size is '640'; write width and height in pixels"),
-        ("_pixels", "-5", "max_pixels is '-5'; write a whole number"),
-        ("_pixels", "1e6", "max_pixels is '1e6'; write a whole number"),
-        ("_size", "exactly W×H", "no size is given"),
+        ("size", "large", "size is 'large'; write width and height in pixels"),
+        ("size", "640", "size is '640'; write width and height in pixels"),
+        ("max_pixels", "-5", "max_pixels is '-5'; write a whole number"),
+        ("max_pixels", "1e6", "max_pixels is '1e6'; write a whole number"),
+        ("tokens", "0", "tokens is '0'; write a whole number of at least 1"),
+        ("rival", "quick", "the choices are baseline, fastest"),
     ],
 )
 def test_a_field_that_cannot_be_read_says_so_and_asks_for_nothing(bench: Workbench, field: str, text: str, says: str) -> None:
-    bench.ask(size=None)
+    before = bench.widget.asked
+    clicked(bench, "Fill", field=field, text=text)
+    assert says in bench.widget.live["error"]
+    assert bench.widget.asked == before  # the field is put back
     assert bench.wait(60)
-    getattr(bench._asking, field).value = text
-    assert says in html.unescape(bench._status.value)
-    assert len(bench.history) == 2
+    assert len(bench.history) == 1
 
 
 def test_what_a_cell_asks_for_and_looks_at_is_what_the_panel_shows(bench: Workbench) -> None:
     bench.ask(picture="rocket", prompt="Why?", max_new_tokens=2, size=(64, 48))
     assert bench.wait(60)
-    expected = {"checkpoint": "tiny-qwen3-vl", "picture": "rocket", "size": "exactly W×H", "exact": "64×48"}
-    assert _asked(bench) == expected | {"max_pixels": "", "prompt": "Why?", "tokens": 2}
+    expected = {"checkpoint": "tiny-qwen3-vl", "pictures": ["rocket"], "size": "64×48", "max_pixels": "", "prompt": "Why?"}
+    assert asked(bench) == expected | {"tokens": 2}
     for name in ("memory", "tokens over time", "waterfall"):
         bench.look(name, number=1, against=2)
         assert bench.wait(60)
-        assert (bench._looks.value, bench._pick.value, bench._pick_against.value) == (name, 1, 2)
+        assert [bench.widget.shown[field] for field in ("view", "number", "against")] == [name, 1, 2]
     bench.ask(checkpoint="tiny-qwen2.5-vl")
     assert bench.wait(60)
-    assert bench.history[-1].run.checkpoint == _asked(bench)["checkpoint"] == "tiny-qwen2.5-vl"
+    assert bench.history[-1].run.checkpoint == asked(bench)["checkpoint"] == "tiny-qwen2.5-vl"
     assert len(bench.history) == 3
 
 
@@ -169,44 +190,157 @@ def test_checkpoints_are_chosen_from_what_there_is(tmp_path: Path, monkeypatch: 
     cached("me/tuned", "qwen2_5_vl", "config.json", "model-00001-of-00002.safetensors")
     cached("meta/other", "llama", "config.json", "model.safetensors")
     cached("Qwen/Qwen3-VL-8B-Instruct", "qwen3_vl", "config.json")  # no weights
-    monkeypatch.setattr(asking, "scan_cache_dir", partial(scan_cache_dir, tmp_path))
-    names = asking.known_checkpoints()
+    monkeypatch.setattr(reading, "scan_cache_dir", partial(scan_cache_dir, tmp_path))
+    names = reading.known_checkpoints()
     assert names[:2] == ["tiny-qwen2.5-vl", "tiny-qwen3-vl"]
     assert "random:Qwen/Qwen3-VL-4B-Instruct" in names
     assert [name for name in names if "/" in name and ":" not in name] == ["Qwen/Qwen3-VL-4B-Instruct", "me/tuned"]
-    monkeypatch.setattr(asking, "scan_cache_dir", partial(scan_cache_dir, tmp_path / "none"))
-    assert all(":" in name or "/" not in name for name in asking.known_checkpoints())
+    monkeypatch.setattr(reading, "scan_cache_dir", partial(scan_cache_dir, tmp_path / "none"))
+    assert all(":" in name or "/" not in name for name in reading.known_checkpoints())
 
 
-def test_a_checkpoint_or_path_counts_once_it_is_whole(bench: Workbench) -> None:
-    for field in (bench._asking._other_checkpoint, bench._asking._path, bench._asking._prompt, bench._asking._exact):
-        assert field.continuous_update is False
-    bench._asking._other_checkpoint.value = "tiny-qwen2.5-vl"
+def test_the_run_before_is_outlined_where_it_was_asked_the_same(bench: Workbench) -> None:
+    bench.ask(prompt="Why?")
     assert bench.wait(60)
-    assert bench.history[-1].run.checkpoint == "tiny-qwen2.5-vl"
-    assert _asked(bench)["checkpoint"] == "tiny-qwen2.5-vl"
-    assert bench._asking._other_checkpoint.value == ""
-
-
-def test_every_figure_is_shown_whole(bench: Workbench) -> None:
-    """The page is given what the kernel made, and nothing is left of the figure before."""
-    for name in ("memory", "waterfall", "tokens over time", "ViT blocks", "waterfall"):
-        bench.look(name)
+    assert bench.widget.shown["before"] is None
+    assert "not held against #1: it was asked something else (prompt “Describe this picture.”)" in bench.widget.shown["no_before"]
+    for value in ("sdpa", "eager"):
+        bench.controls["attention.prefill"].value = value
         assert bench.wait(60)
-        shown = json.loads(bench._plot.figure)
-        drawn, _ = bench._views[name].draw(bench.result(), None)
-        assert [trace["type"] for trace in shown["data"]] == [trace.type for trace in drawn.data]
-        assert len(shown["layout"].get("annotations", [])) == len(drawn.layout.annotations)
-        assert set(shown["layout"]) == {*json.loads(drawn.to_json())["layout"], "uirevision"}
-
-
-def test_an_error_is_said_and_the_panel_lives_on(bench: Workbench) -> None:
-    bench.ask(picture=b"no picture")
+    bench.look(number=4, against=2)
+    second, third = bench.history[1:3]
+    shown = bench.widget.shown
+    bars = [[s.name, "host", s.start_ns / 1e6, s.duration_ns / 1e6] for s in second.shown.trace.within_ttft()]
+    assert [bar for bar in shown["before"]["bars"] if bar[1] == "host"] == bars
+    assert shown["before"]["label"] == "#2 (the same recipe), measured at another time"
+    clicked(bench, "Measure", number=3, against=2)
     assert bench.wait(60)
-    assert "not an image of a supported type" in bench._status.value
+    fifth = bench.history[-1]
+    assert (fifth.recipe, fifth.before) == (third.recipe, second.recipe)
+    assert fifth.comparison is not None
+    assert fifth.comparison.engines == (STOCK, BEFORE, RECIPE)
+    assert bench.widget.shown["before"]["label"].startswith("#4 (")  # the newest of that recipe
+    with pytest.raises(RecipeError, match="there is no result 9: the history has 1 to 5"):
+        bench.look(number=9)
+
+
+def test_a_cold_run_is_no_headline(bench: Workbench) -> None:
+    result = bench.result()
+    first = dataclasses.replace(result, comparison=None)
+    pending = showing.shown(first, None, view="waterfall", against=0, pending=True)
+    assert first.run.kind == "cold"
+    assert (pending.headline, pending.spread) == ("", "measuring…")
+    assert pending.cold.startswith("first run ")
+    alone = showing.shown(first, None, view="waterfall", against=0, pending=False)
+    assert alone.spread == "cold: the first of its shape"
+
+
+@pytest.mark.parametrize(
+    ("ratio", "says", "state"),
+    [
+        (None, "no warm rounds to compare with it", "plain"),
+        (Interval(1.5, float("nan"), float("nan")), "too few rounds to compare with it: 6 are needed", "plain"),
+        (Interval(1.92, 1.53, 2.17), "1.92× faster to first token than it (1.53–2.17×)", "good"),
+        (Interval(0.5, 0.4, 0.8), "2.00× slower to first token than it (1.25–2.50×)", "bad"),
+        (Interval(1.1, 0.9, 1.3), "no difference from it shown (0.90–1.30×)", "plain"),
+    ],
+)
+def test_no_ratio_is_printed_without_its_interval(ratio: Interval | None, says: str, state: str) -> None:
+    assert showing.faster(ratio, "it") == (says, state)
+
+
+def test_parity_is_said_in_three_plain_states(bench: Workbench) -> None:
+    result = bench.result()
+    assert result.comparison is not None
+    checked = result.comparison.checks[RECIPE]
+
+    def said(**changes: Any) -> str:
+        checks = {**result.comparison.checks, RECIPE: dataclasses.replace(checked, **changes)}  # type: ignore[union-attr]
+        comparison = dataclasses.replace(result.comparison, checks=checks)  # type: ignore[type-var]
+        return showing.pills(dataclasses.replace(result, comparison=comparison))[0].text
+
+    assert said() == "✓ same tokens as Transformers"
+    other = (*checked.expected[:3], 1, *checked.expected[4:])
+    pixels = "✓ same tokens as Transformers on this recipe's pixels; pixels alone move logits by 0.002, "
+    assert said(moved=0.002) == pixels + "no token differs"
+    assert said(moved=0.002, expected=other) == pixels + "first other token: 4"
+    assert said(holds=False, why="token 3 is another one") == "✗ other tokens: token 3 is another one"
+
+
+def test_a_busy_machine_is_said_as_such_and_gets_no_ratio(bench: Workbench) -> None:
+    result = bench.result()
+    assert result.comparison is not None
+    slow = [
+        dataclasses.replace(s, round=number, run=s.run if number else s.run.behind("queued", 9 * s.run.ttft))
+        for s in result.comparison.samples
+        for number in range(7)
+        if s.round == 0
+    ]
+    busy = dataclasses.replace(result, comparison=dataclasses.replace(result.comparison, samples=tuple(slow)))
+    assert any(pill.text == "machine busy: rounds lie ×10 apart, no ratio to Transformers" for pill in showing.pills(busy))
+
+
+def test_a_cache_hit_is_labelled_and_shown() -> None:
+    bench = workbench("tiny-qwen3-vl", "coffee", image_size=(56, 56), max_new_tokens=2, repeats=1, device="cpu")
+    bench.controls["cache.prefix_reuse"].value = "on"
+    assert bench.wait(60)
+    bench.run()
+    assert bench.wait(60)
+    assert bench.result().shown.kind == "cache_hit"
+    assert any(re.match(r"cache hit: .* ms, where Transformers computes all of it in .* ms", text) for text in pills(bench))
+    bench.close()
+
+
+def test_the_next_toggle_to_try_is_the_one_that_saves_most(bench: Workbench) -> None:
+    result = bench.result()
+    savings = {
+        "vit.attention": ("grouped", Interval(3.0, 1.0, 5.0)),
+        "attention.prefill": ("sdpa", Interval(9.0, 7.0, 11.0)),
+        "vit.rope": ("halves", Interval(20.0, -1.0, 30.0)),
+    }
+    advice = Advice(question=result.question, recipe=result.recipe, savings=savings)
+    say = partial(showing.advised, advice, result, question=result.question, target=bench._target)
+    said = say(recipe=result.recipe)
+    assert (said.path, said.value) == ("attention.prefill", "sdpa")
+    assert said.sentence == "Next best: attention.prefill=sdpa saves about 9.00 ms here (7.0 to 11)."
+    later = say(recipe=result.recipe.choose("attention.prefill", "sdpa"))
+    assert (later.path, later.value) == ("vit.attention", "grouped")
+    assert "measured before the last change" in later.sentence
+    assert set(later.savings) == {"vit.attention", "vit.rope"}
+    other = dataclasses.replace(result.question, prompt="Why?")
+    assert showing.advised(advice, result, result.recipe, other, bench._target).sentence == ""
+
+
+def test_savings_are_measured_while_somebody_looks_on_and_give_way(bench: Workbench) -> None:
+    assert not bench._session.advise  # no page is open
+    clicked(bench, "Press", button="open")
+    deadline = time.monotonic() + 60
+    while "what each toggle would save" not in bench.widget.live["progress"]:
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    assert bench.wait(0)  # nothing that was asked for
+    bench.controls["attention.prefill"].value = "sdpa"
+    assert bench.wait(60)
+    assert len(bench.history) == 2
+    clicked(bench, "Press", button="stop")
+
+
+def test_an_error_is_said_the_field_put_back_and_the_panel_lives_on(bench: Workbench) -> None:
+    for name, data, says in (
+        ("text.jpg", b"no picture", "'text.jpg' is not an image of a supported type"),
+        ("empty.jpg", b"", "empty.jpg is empty (0 bytes)"),
+    ):
+        clicked(bench, "Take", (data,), names=[name])
+        assert bench.wait(60)
+        assert says in bench.widget.live["error"]
+        assert asked(bench)["pictures"] == ["coffee"]
+    clicked(bench, "Fill", field="checkpoint", text="no/such-model")
+    assert bench.wait(60)
+    assert "no/such-model" in bench.widget.live["error"]
+    assert asked(bench)["checkpoint"] == "tiny-qwen3-vl"
     bench.ask(picture="rocket")
     assert bench.wait(60)
-    assert "idle" in bench._status.value
+    assert bench.widget.live["state"] == "idle"
     assert len(bench.history) == 2
 
 
@@ -222,28 +356,45 @@ def test_a_panel_that_could_not_run_says_why_when_asked_for_its_result() -> None
 def test_a_long_run_is_stopped_and_a_newer_wish_takes_its_place(bench: Workbench) -> None:
     bench.ask(max_new_tokens=20_000)
     deadline = time.monotonic() + 20
-    while "running" not in bench._status.value:
+    while bench.widget.live["state"] != "running":
         assert time.monotonic() < deadline
         time.sleep(0.01)
     started = time.monotonic()
     bench.stop()
+    assert bench.widget.live["state"].startswith("stopping")
     assert bench.wait(10)
     assert time.monotonic() - started < 2
-    assert "stopped" in bench._status.value
+    assert bench.widget.live["state"] == "stopped"
     bench.run()
     bench.ask(max_new_tokens=4)
     assert bench.wait(60)
     assert len(bench.history[-1].run.tokens) == 4
 
 
+def test_a_look_waits_for_its_turn_and_ends_no_measurement(bench: Workbench) -> None:
+    bench.controls["attention.prefill"].value = "sdpa"
+    bench.look("ViT blocks")
+    bench.run()
+    bench.look("memory")
+    bench.look("share of the floor", number=1)
+    assert bench.wait(60)
+    assert bench.history[-1].comparison is not None
+    assert bench.history[0].floors is not None
+
+
 def test_the_recipe_is_copied_and_the_history_written(bench: Workbench, tmp_path: Path) -> None:
     text = bench.code().split('"')[1]
     assert Recipe.parse(text, "cpu") == bench.recipe
+    texts = bench.widget.chosen["texts"]
+    scope: dict[str, Any] = {}
+    exec("import fastvl_lab as fl\n" + texts["Python"], scope)
+    assert scope["recipe"] == bench.recipe
+    assert texts["serve"] == 'python -m fastvl_lab.serve --checkpoint tiny-qwen3-vl --recipe "baseline"'
     record, trace, page, *pictures = bench.export(tmp_path / "new")
     assert Run.from_record(json.loads(record.read_text())).tokens == bench.history[0].shown.tokens
     assert json.loads(trace.read_text())["traceEvents"]
     text = page.read_text()
-    assert "parity ✓" in text
+    assert "✓ same tokens as Transformers" in text
     assert "plotly.js v" in text  # the page needs no network
     assert not re.search(r"<script[^>]+src=", text)
     for drawn in ("waterfall", "tokens over time", "memory"):
@@ -254,12 +405,19 @@ def test_the_recipe_is_copied_and_the_history_written(bench: Workbench, tmp_path
 
 @pytest.mark.parametrize("view", list(views()))
 def test_every_view_measures_what_it_lacks_and_shows_a_figure_and_a_table(bench: Workbench, view: str) -> None:
-    bench._looks.value = view  # as a click does
+    clicked(bench, "Look", view=view)
     assert bench.wait(90)
-    assert "idle" in bench._status.value
+    assert bench.widget.live["state"] == "idle"
     assert not bench._views[view].lacks(bench.history[-1])
     assert bench.figure.data
-    assert "<td>" in bench._table.value
+    told = bench.widget.figure
+    if view == "waterfall":
+        assert not told  # its bars are told apart
+    else:
+        assert told["about"] == f"{view} of 1"
+        assert json.loads(told["figure"])["data"]
+        assert all(len(row) == len(told["columns"]) for row in told["rows"])
+        assert told["rows"]
     if view == "toggle by toggle":
         found = bench.history[-1].attribution
         assert found is not None
@@ -268,38 +426,47 @@ def test_every_view_measures_what_it_lacks_and_shows_a_figure_and_a_table(bench:
         bench.look("x")
 
 
-def test_any_two_of_the_history_are_held_against_each_other(bench: Workbench) -> None:
-    for value in ("eager", "sdpa"):
-        bench.controls["attention.prefill"].value = value
-        assert bench.wait(60)
-    first, second, third = bench.history
-    bench.look(number=1, against=3)
-    ghost = bench.figure.data[0]
-    assert ghost.name == "the run before"
-    assert list(ghost.x) == [span.duration_ns / 1e6 for span in third.shown.trace.within_ttft()]
-    bench._pick.value, bench._pick_against.value = 2, 1
-    bench._measure_picked()
+def test_the_history_says_what_changed_and_keeps_pins_and_notes(bench: Workbench) -> None:
+    bench.controls["attention.prefill"].value = "sdpa"
     assert bench.wait(60)
-    fourth = bench.history[-1]
-    assert (fourth.recipe, fourth.before) == (second.recipe, first.recipe)
-    assert fourth.comparison is not None
-    assert fourth.comparison.engines == (STOCK, BEFORE, RECIPE)
-    with pytest.raises(RecipeError, match="there is no result 9: the history has 1 to 4"):
-        bench.look(number=9)
+    bench.ask(prompt="Why?")
+    assert bench.wait(60)
+    clicked(bench, "Mark", number=2, pinned=True, note="the good one")
+    rows = bench.widget.history
+    assert [row["changed"] for row in rows] == ["baseline", "attention.prefill=sdpa", "prompt “Why?”"]
+    assert [(row["pinned"], row["note"]) for row in rows] == [(False, ""), (True, "the good one"), (False, "")]
+    clicked(bench, "Use", number=1)
+    assert bench.wait(60)
+    assert bench.recipe == Recipe.baseline()
 
 
-def test_stages_are_told_as_they_end(bench: Workbench, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("fastvl_lab.view.workbench.panel._BETWEEN_TEXTS", 0.0)
-    monkeypatch.setattr("fastvl_lab.view.workbench.panel._BETWEEN_STAGES", 0.0)
-    drawn: list[list[str]] = []
-    monkeypatch.setattr(
-        "fastvl_lab.view.workbench.panel.so_far", lambda stages: drawn.append([s.name for s in stages]) or so_far(stages)
-    )
+def test_stages_are_told_as_they_begin_and_end(bench: Workbench, monkeypatch: pytest.MonkeyPatch) -> None:
+    told = []
+    hear = bench._session._tell
+    monkeypatch.setattr(bench._session, "_tell", lambda news: (told.append(news), hear(news)))
     bench.run()
     assert bench.wait(60)
-    assert drawn
-    assert all(len(later) == len(earlier) + 1 for earlier, later in itertools.pairwise(drawn))
-    assert drawn[-1] == [span.name for span in bench.history[-1].run.trace.within_ttft()][: len(drawn[-1])]
+    run = bench.history[-1].run
+    spans = [s for s in run.trace.within_ttft() if s.end_ns < run.trace.first_chunk_ns]
+    assert [news.ended for news in told if news.ended][: len(spans)] == spans
+    begun = [news.began for news in told if news.began]
+    assert begun[: len(spans)] == [(span.name, span.start_ns) for span in spans]
+    assert sum(news.sample is not None for news in told) == 4  # two engines, a warm-up and a round
+
+
+def test_the_page_says_nothing_that_is_no_wish() -> None:
+    for content in ({}, {"kind": "Explode"}, {"kind": "Choose", "path": "vit.rope"}, "run", None):
+        with pytest.raises(RequestError, match="which is no wish"):
+            from_json(content)
+    assert to_json(Interval(1.0, float("nan"), 2.0)) == [1.0, None, 2.0]
+
+
+def test_text_stands_in_where_no_kernel_lives(bench: Workbench) -> None:
+    text = bench.static()
+    assert "tiny-qwen3-vl" in text
+    assert "prefill" in text
+    assert "█" in text
+    assert "<script" not in text
 
 
 def test_an_option_is_a_line_of_the_catalogue_and_a_function_of_its_slot(
@@ -323,9 +490,10 @@ def test_an_option_is_a_line_of_the_catalogue_and_a_function_of_its_slot(
 
     bench = workbench("tiny-qwen3-vl", "coffee", image_size=(56, 56), max_new_tokens=2, repeats=1, device="cpu")
     assert bench.wait(60)
-    assert "nobody does so yet" in bench.controls["vit.attention"].buttons["written_out"].tooltip
+    described = next(toggle for toggle in bench.widget.choices["toggles"] if toggle["path"] == "vit.attention")
+    assert "nobody does so yet" in described["options"][-1]["does"]
     assert not calls
-    bench.controls["vit.attention"].buttons["written_out"].click()
+    clicked(bench, "Choose", path="vit.attention", value="written_out")
     assert bench.wait(60)
     assert calls
     assert bench.result().recipe.vit.attention == "written_out"

@@ -34,7 +34,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     )
     parser.add_argument("--prompt", default="Describe this picture.")
     parser.add_argument("--max-new-tokens", type=int, default=24)
-    parser.add_argument("--recipe", default="fastest", help="the recipe to begin with")
+    parser.add_argument("--recipe", default="baseline", help="the recipe to begin with")
     parser.add_argument("--repeats", type=int, default=6, help="measured rounds after each click; intervals need 6")
     parser.add_argument("--device", help="cpu, cuda, cuda:1; by default CUDA where present")
     parser.add_argument("--dtype", help="float32, bfloat16, float16; by default the checkpoint's on CUDA, float32 on a CPU")

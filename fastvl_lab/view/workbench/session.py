@@ -5,19 +5,22 @@ from __future__ import annotations
 import gc
 import io
 import threading
+import time
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
 
+from fastvl_lab.catalogue import OptionValue, Target, toggles
 from fastvl_lab.engine import EngineLike
-from fastvl_lab.errors import RequestCancelledError, sentence
+from fastvl_lab.errors import RecipeError, RequestCancelledError, sentence
 from fastvl_lab.lab import Lab
 from fastvl_lab.measure.audit import Audit, audit
 from fastvl_lab.measure.compare import Attribution, Comparison, attribute, compare
 from fastvl_lab.measure.floors import Ceilings, floor
 from fastvl_lab.measure.parity import Parity
 from fastvl_lab.measure.publish import photo
-from fastvl_lab.measure.samples import Interval
+from fastvl_lab.measure.samples import FOR_AN_INTERVAL, Interval, RunSample
 from fastvl_lab.preprocessor.decode_image import open_image, read_orientation, rgb_of
 from fastvl_lab.recipe import Recipe
 from fastvl_lab.request import Chunk, ImageInput, Request
@@ -26,42 +29,58 @@ from fastvl_lab.trace import Span
 
 STOCK, BEFORE, RECIPE = "transformers", "the run before", "this recipe"
 
-_PREVIEW = 130  # pixels of the longer side
+_PREVIEW = 128  # pixels of the longer side
+_QUIET = 0.5  # seconds without a wish before the background is worked on
+_IN_BACKGROUND = 120.0  # seconds that what each toggle would save may take to measure
+
+
+@dataclass(frozen=True, kw_only=True)
+class Picture:
+    """A photograph's name, a path, or bytes, which `name` is of."""
+
+    source: str | bytes
+    name: str = ""
+
+    def __str__(self) -> str:
+        return self.name or (self.source if isinstance(self.source, str) else f"{len(self.source)} bytes")
 
 
 @dataclass(frozen=True, kw_only=True)
 class Question:
-    """What is asked of every recipe: a checkpoint, a picture (a photograph's name, a path, or bytes), a prompt, how many tokens.
+    """What is asked of every recipe.
 
-    name: of a picture that is bytes. size: (width, height) that it is resized to first; None leaves it as it is. within: it keeps
-    its aspect ratio, and the size is that of a box around it. max_pixels: the request's; None is the checkpoint's own.
+    size: (width, height) that pictures are resized to first; None leaves them as they are. within: they keep their aspect ratio,
+    and the size is that of a box around them. max_pixels: the request's; None is the checkpoint's own.
     """
 
     checkpoint: str
-    picture: str | bytes
+    pictures: tuple[Picture, ...]
     prompt: str
     max_new_tokens: int
-    name: str = ""
     size: tuple[int, int] | None = None
     within: bool = False
     max_pixels: int | None = None
 
     def request(self) -> Request:
-        """Raises `ImageError` for a picture that is none."""
-        size = _fitted(self.picture, self.size) if self.size and self.within else self.size
+        """Raises `ImageError` for a picture that is none, naming it."""
         return Request(
-            images=[photo(self.picture, size)],
+            images=[self._image(picture) for picture in self.pictures],
             prompt=self.prompt,
             max_new_tokens=self.max_new_tokens,
             max_pixels=self.max_pixels,
             ignore_eos=True,
         )
 
-    def about_picture(self) -> str:
-        """Which it is, and what is done to it before the request."""
-        name = self.name or (self.picture if isinstance(self.picture, str) else f"{len(self.picture)} bytes")
+    def _image(self, picture: Picture) -> ImageInput:
+        size = _fitted(picture.source, self.size) if self.size and self.within else self.size
+        image = ImageInput.of(photo(picture.source, size))
+        return replace(image, label=str(picture))
+
+    def about_pictures(self) -> str:
+        """Which they are, and what is done to them before the request."""
+        names = ", ".join(map(str, self.pictures)) or "no picture"
         done = "as it is" if self.size is None else f"{'within' if self.within else 'resized to'} {self.size[0]}×{self.size[1]}"
-        return f"{name} {done}" + ("" if self.max_pixels is None else f", max_pixels {self.max_pixels}")
+        return f"{names} {done}" + ("" if self.max_pixels is None else f", max_pixels {self.max_pixels}")
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -69,8 +88,8 @@ class Result:
     """One answer, and what has been measured of it since.
 
     run: the first. held: bytes by what held them after it. before: the recipe that it was measured beside, if any. comparison: of
-    Transformers, that one, and its own. layers: a run of Transformers and one of its own with every block timed. floors: stage to
-    seconds. attribution: its way from the baseline.
+    the bar to beat, that one, and its own. layers: a run of Transformers and one of its own with every block timed. floors: stage
+    to seconds. attribution: its way from the baseline.
     """
 
     number: int
@@ -91,7 +110,8 @@ class Result:
 
     @property
     def reference(self) -> Run | None:
-        return None if self.comparison is None else self.comparison.representative(STOCK)
+        """The same of the bar to beat."""
+        return None if self.comparison is None else self.comparison.representative(self.comparison.reference)
 
     @cached_property
     def audit(self) -> Audit:
@@ -109,7 +129,7 @@ class Result:
 
     @cached_property
     def speedup(self) -> Interval | None:
-        """How many times as fast as Transformers to the first token, where parity holds and rounds were warm."""
+        """How many times as fast as the bar to beat to the first token, where parity holds and rounds were warm."""
         return self.comparison.speedup(RECIPE) if self.comparison is not None and self.parity else None
 
     @cached_property
@@ -121,23 +141,37 @@ class Result:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Advice:
+    """What each toggle would save: path -> (its next value, ms of TTFT beside the recipe), measured for a question and a recipe."""
+
+    question: Question
+    recipe: Recipe
+    savings: Mapping[str, tuple[OptionValue, Interval]]
+
+
+@dataclass(frozen=True, kw_only=True)
 class News:
     """What a session tells while it works: its state, and with it any of these.
 
-    text: the answer so far. stages: those that have ended of a run that takes long. preview: a small JPEG of the picture that is
-    asked about. result: a new one, or one that knows more. error: in a sentence.
+    progress: counts and seconds. text: the answer so far. began: a stage and its start (ns); ended: one that has ended. sample: a
+    round's run. previews: a small JPEG of each picture that is asked about. result: a new one, or one that knows more. error: in a
+    sentence.
     """
 
     state: str
+    progress: str = ""
     text: str = ""
-    stages: tuple[Span, ...] = ()
-    preview: bytes = b""
+    began: tuple[str, int] | None = None
+    ended: Span | None = None
+    sample: RunSample | None = None
+    previews: tuple[bytes, ...] = ()
     result: Result | None = None
+    advice: Advice | None = None
     error: str = ""
 
 
 # Does what was wished for: (lab, the request, set when it is to end) -> what is known then.
-Work = Callable[[Lab, Request, threading.Event], Result]
+Work = Callable[[Lab, Request, threading.Event], "Result | Advice"]
 
 
 @dataclass(kw_only=True)
@@ -145,100 +179,145 @@ class _Wish:
     question: Question
     state: str
     work: Work
+    background: bool = False
     stop: threading.Event = field(default_factory=threading.Event)
 
 
 class Session:
     """Runs what is wished for on one thread that lives as long as it does: torch has a pool of threads for each that computes.
 
-    A newer wish takes the place of one that waits, and ends the one that runs at its next stage or step. tell: is given `News` on
-    that thread.
+    A question with its recipe takes the place of what waits, and ends what runs at its next stage or step; what a view needs waits
+    for its turn. What each toggle would save is measured once nothing has been wished for a while, if `advise` is set, and gives
+    way to any wish. tell: is given `News` on that thread. borrow: a lab that has a checkpoint already, if there is one.
     """
 
-    def __init__(self, tell: Callable[[News], None], *, device: str | None = None, dtype: str | None = None) -> None:
+    def __init__(
+        self,
+        tell: Callable[[News], None],
+        *,
+        device: str | None = None,
+        dtype: str | None = None,
+        borrow: Callable[[str], Lab | None] = lambda _: None,
+    ) -> None:
         self.history: list[Result] = []
         self.lab: Lab | None = None
-        self._tell, self._device, self._dtype = tell, device, dtype
+        self.advise = False
+        self.advice: Advice | None = None
+        self._tell, self._device, self._dtype, self._borrow = tell, device, dtype, borrow
         self._ceilings: Ceilings | None = None
         self._changed = threading.Condition()
-        self._wish: _Wish | None = None
+        self._wishes: list[_Wish] = []
         self._running: _Wish | None = None
         self._closed = False
         self._thread = threading.Thread(target=self._work, name="fastvl-workbench", daemon=True)
         self._thread.start()
 
-    def ask(self, question: Question, recipe: Recipe, *, repeats: int, before: Recipe | None = None) -> None:
-        """Wish for an answer, and for it to be measured beside Transformers and the recipe before; returns at once."""
-        self._wish_for(question, "running", partial(self._answer, question, recipe, repeats, before))
+    def ask(
+        self, question: Question, recipe: Recipe, *, repeats: int, before: Recipe | None = None, rival: EngineLike = STOCK
+    ) -> None:
+        """Wish for an answer, and for it to be measured beside the bar to beat and the recipe before; returns at once."""
+        self._wish_for(question, "running", partial(self._answer, question, recipe, repeats, before, rival), first=True)
 
     def open_up(self, result: Result) -> None:
         """Wish for every block and layer of a result's recipe and of Transformers."""
-        self._wish_for(result.question, "timing blocks and layers", partial(self._open_up, result))
+        self._wish_for(result.question, "timing blocks and layers", partial(self._open_up, result.number))
 
     def find_floors(self, result: Result) -> None:
         """Wish for what the stages of a result must cost at least on this device."""
-        self._wish_for(result.question, "measuring what the device can do", partial(self._find_floors, result))
+        self._wish_for(result.question, "measuring what the device can do", partial(self._find_floors, result.number))
 
     def attribute(self, result: Result, *, repeats: int) -> None:
         """Wish for what each toggle of a result's recipe takes off TTFT, on the way from the baseline."""
-        self._wish_for(result.question, "measuring toggle by toggle", partial(self._attribute, result, repeats))
+        self._wish_for(result.question, "measuring toggle by toggle", partial(self._attribute, result.number, repeats))
 
     def stop(self) -> None:
         """End what runs, and forget what waits."""
         with self._changed:
-            self._wish = None
+            self._wishes.clear()
             if self._running is not None:
                 self._running.stop.set()
 
     def close(self) -> None:
-        """End the thread, and what runs on it."""
+        """End the thread, and what runs on it; the weights are let go."""
         self.stop()
         with self._changed:
             self._closed = True
             self._changed.notify_all()
 
-    def wait(self, seconds: float | None = None) -> bool:
-        """Until there is nothing to do; whether that came in time."""
+    def wake(self) -> None:
+        """Look whether there is something to do in the background."""
         with self._changed:
-            return self._changed.wait_for(lambda: self._wish is None and self._running is None, seconds)
+            self._changed.notify_all()
 
-    def _wish_for(self, question: Question, state: str, work: Work) -> None:
+    def wait(self, seconds: float | None = None) -> bool:
+        """Until there is nothing to do that was wished for; whether that came in time."""
         with self._changed:
-            self._wish = _Wish(question=question, state=state, work=work)
-            if self._running is not None:
+            return self._changed.wait_for(lambda: not self._wishes and (self._running is None or self._running.background), seconds)
+
+    def _wish_for(self, question: Question, state: str, work: Work, *, first: bool = False) -> None:
+        with self._changed:
+            if first:
+                self._wishes.clear()
+            self._wishes.append(_Wish(question=question, state=state, work=work))
+            if self._running is not None and (first or self._running.background):
                 self._running.stop.set()
             self._changed.notify_all()
 
+    def _next(self) -> _Wish | None:
+        """The next wish, or once it has been quiet for a while what is to be done in the background; None when closed."""
+        with self._changed:
+            while not self._wishes and not self._closed:
+                in_background = self._for_background()
+                if not self._changed.wait(_QUIET if in_background else None) and in_background and not self._wishes:
+                    self._running = in_background
+                    return in_background
+            if self._closed:
+                return None
+            self._running = self._wishes.pop(0)
+            return self._running
+
+    def _for_background(self) -> _Wish | None:
+        if not self.advise or not self.history or self.history[-1].comparison is None:
+            return None
+        last = self.history[-1]
+        if self.advice is not None and (self.advice.question, self.advice.recipe) == (last.question, last.recipe):
+            return None
+        question = replace(last.question, max_new_tokens=1)
+        return _Wish(question=question, state="idle", work=partial(self._advise, last), background=True)
+
     def _work(self) -> None:
-        while True:
-            with self._changed:
-                self._changed.wait_for(lambda: self._wish is not None or self._closed)
-                if self._closed:
-                    return
-                self._running, self._wish = self._wish, None
-                wish = self._running
-            assert wish is not None
+        while (wish := self._next()) is not None:
             try:
-                result = self._grant(wish)
-                self._tell(News(state="idle", text=result.run.text, result=result))
+                known = self._grant(wish)
+                if isinstance(known, Result):
+                    self._tell(News(state="idle", text=known.run.text, result=known))
+                else:
+                    self.advice = known
+                    self._tell(News(state="idle", advice=known))
             except RequestCancelledError:
-                self._tell(News(state="stopped"))
+                if wish.background and not self._wishes:
+                    self.advise = False  # stopped by whoever looks on, not by another wish
+                self._tell(News(state="idle" if wish.background else "stopped"))
             except Exception as error:  # said in the panel, which lives on
                 self._tell(News(state="failed", error=sentence(error)))
+                self.advise = self.advise and not wish.background
             with self._changed:
                 self._running = None
                 self._changed.notify_all()
+        self.lab = None
 
-    def _grant(self, wish: _Wish) -> Result:
+    def _grant(self, wish: _Wish) -> Result | Advice:
         question = wish.question
         if self.lab is None or self.lab.checkpoint.name != question.checkpoint:
             self._tell(News(state=f"loading {question.checkpoint}"))
             self.lab = None  # first: there may be no room for two models, and the session's length follows from what is free
             gc.collect()
-            self.lab = Lab(question.checkpoint, device=self._device, dtype=self._dtype)
+            borrowed = self._borrow(question.checkpoint)
+            self.lab = borrowed or Lab(question.checkpoint, device=self._device, dtype=self._dtype)
             self._ceilings = None
         request = question.request()
-        self._tell(News(state=wish.state, preview=_preview(request.image_inputs[0])))
+        if not wish.background:
+            self._tell(News(state=wish.state, previews=tuple(map(_preview, request.image_inputs))))
         return wish.work(self.lab, request, wish.stop)
 
     def _answer(
@@ -247,23 +326,26 @@ class Session:
         recipe: Recipe,
         repeats: int,
         before: Recipe | None,
+        rival: EngineLike,
         lab: Lab,
         request: Request,
         stop: threading.Event,
     ) -> Result:
         text: list[str] = []
-        stages: list[Span] = []
 
         def on_chunk(chunk: Chunk) -> None:
             text.append(chunk.text)
             self._tell(News(state="running", text="".join(text)))
 
+        def on_begin(name: str, start: int) -> None:
+            if not text:
+                self._tell(News(state="running", began=(name, start)))
+
         def on_stage(stage: Span) -> None:
             if not text:
-                stages.append(stage)
-                self._tell(News(state=f"running, {stage.name} is done", stages=tuple(stages)))
+                self._tell(News(state="running", ended=stage))
 
-        run = lab.run(request, recipe, on_chunk=on_chunk, on_stage=on_stage, stop=stop)
+        run = lab.run(request, recipe, on_chunk=on_chunk, on_begin=on_begin, on_stage=on_stage, stop=stop)
         result = Result(
             number=len(self.history) + 1, question=question, recipe=recipe, run=run, held=_held(lab, recipe), before=before
         )
@@ -271,30 +353,98 @@ class Session:
         if repeats == 0:
             return result
         self._tell(News(state="measuring", text=run.text, result=result))
-        engines: dict[str, EngineLike] = {STOCK: STOCK, **({BEFORE: before} if before else {}), RECIPE: recipe}
-        return self._know(replace(result, comparison=compare(lab, request, engines, repeats=repeats, stop=stop)))
+        label = rival if isinstance(rival, str) else str(rival)
+        engines: dict[str, EngineLike] = {label: rival, **({BEFORE: before} if before else {}), RECIPE: recipe}
+        told = self._counted("measuring", len(engines) * (repeats + 1))
+        measured = compare(lab, request, engines, repeats=repeats, on_sample=told, stop=stop)
+        return self._know(result.number, comparison=measured)
 
-    def _open_up(self, result: Result, lab: Lab, request: Request, stop: threading.Event) -> Result:
-        layers = {}
+    def _counted(self, state: str, runs: int, what: str = "") -> Callable[[RunSample], None]:
+        """Tells of each run how many there are, and how long all of them may take."""
+        began, done = time.monotonic(), 0
+
+        def told(sample: RunSample) -> None:
+            nonlocal done
+            done += 1
+            spent = time.monotonic() - began
+            said = f"{what}run {done} of {runs} · {spent:.1f} of about {spent / done * runs:.1f} s"
+            shown = None if state == "idle" else sample
+            self._tell(News(state=state, progress=said if done < runs else "checking parity", sample=shown))
+
+        return told
+
+    def _open_up(self, number: int, lab: Lab, request: Request, stop: threading.Event) -> Result:
+        result, layers = self.history[number - 1], {}
         engines: dict[str, EngineLike] = {STOCK: STOCK, RECIPE: result.recipe}
         for label, engine in engines.items():
             for _ in range(2):  # the second is warm
                 run = lab.run(request, engine, trace="layers", stop=stop)
             layers[label] = replace(run, engine=label)
-        return self._know(replace(result, layers=layers))
+        return self._know(number, layers=layers)
 
-    def _find_floors(self, result: Result, lab: Lab, request: Request, _: threading.Event) -> Result:
+    def _find_floors(self, number: int, lab: Lab, request: Request, _: threading.Event) -> Result:
+        return self._know(number, floors=self._floors(lab, request))
+
+    def _floors(self, lab: Lab, request: Request) -> dict[str, float]:
         found = floor(lab, request, ceilings=self._ceilings)
         self._ceilings = found.ceilings
-        return self._know(replace(result, floors={stage: seconds for stage, seconds in found.seconds.items() if seconds > 0}))
+        return {stage: seconds for stage, seconds in found.seconds.items() if seconds > 0}
 
-    def _attribute(self, result: Result, repeats: int, lab: Lab, request: Request, stop: threading.Event) -> Result:
-        return self._know(replace(result, attribution=attribute(lab, request, result.recipe, repeats=repeats, stop=stop)))
+    def _attribute(self, number: int, repeats: int, lab: Lab, request: Request, stop: threading.Event) -> Result:
+        recipe = self.history[number - 1].recipe
+        told = self._counted("measuring toggle by toggle", (len(_steps(recipe)) + 2) * (repeats + 1))
+        return self._know(number, attribution=attribute(lab, request, recipe, repeats=repeats, on_sample=told, stop=stop))
 
-    def _know(self, result: Result) -> Result:
-        """Remember a result that knows more than it did."""
-        self.history[result.number - 1] = result
+    def _advise(self, last: Result, lab: Lab, request: Request, stop: threading.Event) -> Advice:
+        """What each toggle saves that the fastest known recipe has elsewhere, alone beside the recipe, in the time there is."""
+        if last.floors is None:
+            self._tell(News(state="idle", result=self._know(last.number, floors=self._floors(lab, request))))
+        known = candidates(last, lab.checkpoint.target)
+        a_round = last.shown.ttft * (FOR_AN_INTERVAL + 1)
+        engines: dict[str, EngineLike] = {path: recipe for path, (_, recipe) in known[: int(_IN_BACKGROUND / a_round)]}
+        if not engines:
+            return Advice(question=last.question, recipe=last.recipe, savings={})
+        told = self._counted("idle", (len(engines) + 1) * (FOR_AN_INTERVAL + 1), "what each toggle would save, ")
+        measured = compare(
+            lab, request, {RECIPE: last.recipe, **engines}, repeats=FOR_AN_INTERVAL, on_sample=told, keep_going=True, stop=stop
+        )
+        found = {path: (value, measured.saving(path, RECIPE)) for path, (value, _) in known if path in measured.engines}
+        savings = {path: (value, saved) for path, (value, saved) in found.items() if saved is not None}
+        return Advice(question=last.question, recipe=last.recipe, savings=savings)
+
+    def _know(self, number: int, **more: object) -> Result:
+        """Remember of a result what has been measured since."""
+        result = replace(self.history[number - 1], **more)  # type: ignore[arg-type]
+        self.history[number - 1] = result
         return result
+
+
+# The stages in which the toggles of a slot work.
+_STAGES_OF = {
+    "preprocessor": ("decode_image", "preprocess", "upload"),
+    "vit": ("vit", "merge"),
+    "attention": ("prefill", "sample"),
+    "cache": ("admit", "prefill"),
+}
+
+
+def candidates(last: Result, target: Target) -> list[tuple[str, tuple[OptionValue, Recipe]]]:
+    """Toggles that the fastest known recipe has elsewhere, as the recipe with each; those of the longest stages first."""
+    fastest, found = Recipe.fastest(target.device), {}
+    for toggle in toggles():
+        if (value := fastest.value(toggle.path)) != last.recipe.value(toggle.path):
+            with suppress(RecipeError):
+                changed = last.recipe.choose(toggle.path, value)
+                changed.check(target)
+                found[toggle.path] = (value, changed)
+    stages = last.shown.trace.stages()
+    spent = {slot: sum(stages.get(name, 0) for name in names) for slot, names in _STAGES_OF.items()}
+    return sorted(found.items(), key=lambda one: -spent.get(one[0].partition(".")[0], 0))
+
+
+def _steps(recipe: Recipe) -> list[str]:
+    """The toggles that are not at the baseline."""
+    return [toggle.path for toggle in toggles() if recipe.value(toggle.path) != toggle.values[0]]
 
 
 def _fitted(picture: str | bytes, box: tuple[int, int]) -> tuple[int, int]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
 from fastvl_lab.errors import require
@@ -11,14 +12,14 @@ from fastvl_lab.run import Run
 from fastvl_lab.view import figures, tables
 from fastvl_lab.view.tables import layer_frame, stage_frame
 from fastvl_lab.view.timelines import block_waterfall, chunk_timeline
-from fastvl_lab.view.workbench.figures import with_ghost
+from fastvl_lab.view.waterfall import waterfall
 from fastvl_lab.view.workbench.session import BEFORE, RECIPE, STOCK, Result, Session
 
 if TYPE_CHECKING:
     import plotly.graph_objects as go
 
-# A result and the run to hold against it -> a figure, and the table that says the same.
-Draw = Callable[[Result, Run | None], tuple["go.Figure", Any]]
+# A result and the one to hold against it -> a figure, and the table that says the same.
+Draw = Callable[[Result, Result | None], tuple["go.Figure", Any]]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,13 +69,20 @@ def _layers_of(name: str, stage: str, parts: str) -> View:
     )
 
 
-def _runs(result: Result, against: Run | None) -> dict[str, Run]:
-    every = {STOCK: result.reference, RECIPE: result.shown, BEFORE: against}
+def _runs(result: Result, other: Result | None) -> dict[str, Run]:
+    """The bar to beat, the result's own, and the run before where it was asked the same."""
+    against = None
+    if other is not None and other.question == result.question:
+        beside = result.comparison is not None and result.before == other.recipe
+        against = result.comparison.representative(BEFORE) if result.comparison is not None and beside else other.shown
+    reference = result.reference
+    every = {reference.engine if reference else STOCK: reference, RECIPE: result.shown, BEFORE: against}
     return {label: run for label, run in every.items() if run is not None}
 
 
-def _waterfall(result: Result, against: Run | None) -> tuple[go.Figure, Any]:
-    return with_ghost(result.reference, result.shown, against), stage_frame(list(_named(_runs(result, against)).values()))
+def _waterfall(result: Result, other: Result | None) -> tuple[go.Figure, Any]:
+    runs = list(_named(_runs(result, other)).values())
+    return waterfall(runs), stage_frame(runs)
 
 
 def _named(runs: dict[str, Run]) -> dict[str, Run]:
@@ -89,34 +97,32 @@ def _layers(result: Result, stage: str) -> tuple[go.Figure, Any]:
     return block_waterfall(list(result.layers.values()), stage), pandas.concat(frames)[["run", *frames[0].columns[:-1]]]
 
 
-def _attribution(result: Result, _: Run | None) -> tuple[go.Figure, Any]:
+def _attribution(result: Result, _: Result | None) -> tuple[go.Figure, Any]:
     assert result.attribution is not None
     return figures.step_down(result.attribution), tables.attribution_frame(result.attribution)
 
 
-def _floors(result: Result, _: Run | None) -> tuple[go.Figure, Any]:
+def _floors(result: Result, _: Result | None) -> tuple[go.Figure, Any]:
     assert result.floors is not None
     runs = _runs(result, None)
     return figures.floor_bars(runs, result.floors), tables.floor_frame(runs, result.floors)
 
 
-def _tokens(result: Result, against: Run | None) -> tuple[go.Figure, Any]:
-    runs = _runs(result, against)
-    table = [
-        {
-            "run": label,
-            "chunks": len(run.chunks),
-            "tokens": len(run.tokens),
-            "TTFT ms": f"{run.ttft * 1e3:.2f}",
-            "TPOT ms": "–" if run.tpot is None else f"{run.tpot * 1e3:.2f}",
-            "longest gap ms": f"{max(gaps) * 1e3:.2f}" if gaps else "–",
-            "whole answer ms": f"{run.chunks[-1].time * 1e3:.1f}",
-        }
-        for label, run in runs.items()
-        for gaps in ([later.time - chunk.time for chunk, later in zip(run.chunks, run.chunks[1:], strict=False)],)
-    ]
-    return chunk_timeline(runs), require("pandas", "notebooks").DataFrame(table)
+def _tokens(result: Result, other: Result | None) -> tuple[go.Figure, Any]:
+    runs = _runs(result, other)
+    columns: dict[str, Callable[[Run], object]] = {
+        "run": lambda run: next(label for label, one in runs.items() if one is run),
+        "chunks": lambda run: len(run.chunks),
+        "tokens": lambda run: len(run.tokens),
+        "TTFT ms": lambda run: f"{run.ttft * 1e3:.2f}",
+        "TPOT ms": lambda run: None if run.tpot is None else f"{run.tpot * 1e3:.2f}",
+        "longest gap ms": lambda run: (
+            f"{max(b.time - a.time for a, b in pairwise(run.chunks)) * 1e3:.2f}" if run.chunks[1:] else None
+        ),
+        "whole answer ms": lambda run: f"{run.chunks[-1].time * 1e3:.1f}",
+    }
+    return chunk_timeline(runs), tables.frame(runs.values(), columns)
 
 
-def _memory(result: Result, _: Run | None) -> tuple[go.Figure, Any]:
+def _memory(result: Result, _: Result | None) -> tuple[go.Figure, Any]:
     return figures.memory_bars(result.held), tables.memory_frame(result.held)

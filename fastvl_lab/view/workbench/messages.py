@@ -1,0 +1,241 @@
+"""What the kernel and the page say to each other: frozen dataclasses, and here alone their JSON.
+
+Each record that goes to the page fills a trait, so that a page that is opened later knows all of them; from the page come wishes.
+Times are in ms.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from fastvl_lab.catalogue import OptionValue
+from fastvl_lab.errors import RequestError
+
+
+@dataclass(frozen=True, kw_only=True)
+class Choices:
+    """What there is to choose from. toggles: slot, name, path, and options, each with why it cannot run here (None if it can)."""
+
+    toggles: tuple[dict[str, Any], ...]
+    views: tuple[tuple[str, str], ...]
+    checkpoints: tuple[str, ...]
+    photographs: tuple[str, ...]
+    boxes: tuple[str, ...]
+    rivals: tuple[str, ...]
+    note: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Asked:
+    """The question as its fields have it. previews: data URLs of the pictures, once they have been read."""
+
+    checkpoint: str
+    pictures: tuple[str, ...]
+    previews: tuple[str, ...]
+    size: str
+    max_pixels: str
+    prompt: str
+    tokens: int
+    repeats: int
+    rival: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Chosen:
+    """The recipe. values: by path; moved: paths that another choice has brought along; texts: to copy."""
+
+    values: Mapping[str, OptionValue]
+    moved: tuple[str, ...]
+    undoable: bool
+    texts: Mapping[str, str]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Live:
+    """What goes on. elapsed: since the run began, when this was said. stages: name, start, and end unless it runs still; expected:
+    those of the last run that was asked the same. rounds: label -> TTFT so far."""
+
+    state: str
+    busy: bool
+    progress: str = ""
+    text: str = ""
+    elapsed: float | None = None
+    stages: tuple[tuple[str, float, float | None], ...] = ()
+    expected: tuple[tuple[str, float, float], ...] = ()
+    rounds: Mapping[str, tuple[float, ...]] = field(default_factory=dict)
+    error: str = ""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Series:
+    """One run to draw. bars: stage, lane, start, length; host, device: what stages took there; rounds: TTFT of each."""
+
+    label: str
+    ttft: float
+    bars: tuple[tuple[str, str, float, float], ...]
+    host: Mapping[str, float]
+    device: Mapping[str, float]
+    files: Mapping[str, str]
+    rounds: tuple[float, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Pill:
+    """A few words about a result, "good", "bad" or "plain", and what they mean."""
+
+    text: str
+    state: str
+    about: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Shown:
+    """The result that is looked at. rival, before: what it is held against; no_before: why there is none; floors: by stage."""
+
+    number: int
+    against: int
+    view: str
+    heading: str
+    detail: str
+    headline: str
+    spread: str
+    tpot: str
+    cold: str
+    learnt: str
+    answer: str
+    pills: tuple[Pill, ...]
+    recipe: Series
+    rival: Series | None
+    before: Series | None
+    no_before: str
+    floors: Mapping[str, float]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Figure:
+    """A view that is not the waterfall: plotly's figure as JSON, and the table that says the same."""
+
+    view: str
+    about: str
+    figure: str
+    columns: tuple[str, ...]
+    rows: tuple[tuple[str, ...], ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Row:
+    """A line of the history."""
+
+    number: int
+    changed: str
+    ttft: str
+    milliseconds: float
+    ratio: str
+    parity: str
+    question: str
+    recipe: str
+    pinned: bool
+    note: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Advised:
+    """What each toggle would save: path -> value, saving, and its interval; and in a sentence the one to try next."""
+
+    savings: Mapping[str, tuple[OptionValue, float, float, float]] = field(default_factory=dict)
+    sentence: str = ""
+    path: str = ""
+    value: OptionValue | None = None
+
+
+def to_json(said: Any) -> Any:
+    """A record, or a sequence of them, as the page reads it; what is not a number is null."""
+    if dataclasses.is_dataclass(said) and not isinstance(said, type):
+        return {name.name: to_json(getattr(said, name.name)) for name in dataclasses.fields(said)}
+    if isinstance(said, Mapping):
+        return {key: to_json(value) for key, value in said.items()}
+    if isinstance(said, tuple | list):
+        return [to_json(value) for value in said]
+    return None if isinstance(said, float) and said != said else said
+
+
+@dataclass(frozen=True, kw_only=True)
+class Choose:
+    """A toggle is set."""
+
+    path: str
+    value: OptionValue
+
+
+@dataclass(frozen=True, kw_only=True)
+class Use:
+    """A preset, or the recipe of a result, is taken whole."""
+
+    recipe: str = ""
+    number: int = 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Fill:
+    """A field of the question is filled in."""
+
+    field: str
+    text: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Take:
+    """Files are given, whose bytes come beside the message; add: beside the pictures there are."""
+
+    names: tuple[str, ...]
+    add: bool = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class Look:
+    """A view, or a result, is looked at."""
+
+    view: str | None = None
+    number: int | None = None
+    against: int | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Measure:
+    """Two results are measured side by side."""
+
+    number: int
+    against: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Mark:
+    """A result is pinned or not, and has a note."""
+
+    number: int
+    pinned: bool
+    note: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Press:
+    """A button without a value; "open" says that a page is there, "plotly" and "trace" ask for what it lacks."""
+
+    button: str
+
+
+Wish = Choose | Use | Fill | Take | Look | Measure | Mark | Press
+_WISHES: dict[str, type[Any]] = {kind.__name__: kind for kind in (Choose, Use, Fill, Take, Look, Measure, Mark, Press)}
+
+
+def from_json(content: Any) -> Wish:
+    """What the page says: `{"kind": "Choose", "path": …}`; raises `RequestError` for what is no wish."""
+    try:
+        fields = dict(content)
+        wish: Wish = _WISHES[fields.pop("kind")](**fields)
+    except (KeyError, TypeError, ValueError) as error:
+        raise RequestError(f"the page says {content!r:.200}, which is no wish ({error}); reload it") from None
+    return wish

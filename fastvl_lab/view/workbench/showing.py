@@ -1,0 +1,337 @@
+"""A result in words and numbers for the page: the waterfall's bars, the headline with its spread, what was learnt, the history."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from itertools import zip_longest
+
+from fastvl_lab.catalogue import Target, toggles
+from fastvl_lab.measure.compare import Comparison
+from fastvl_lab.measure.samples import Interval
+from fastvl_lab.recipe import Recipe
+from fastvl_lab.run import Run, in_words
+from fastvl_lab.trace import STAGES
+from fastvl_lab.view.workbench.messages import Advised, Pill, Row, Series, Shown
+from fastvl_lab.view.workbench.session import BEFORE, RECIPE, STOCK, Advice, Question, Result, candidates
+
+_BUSY = 3.0  # the slowest warm round over the fastest, from which a machine is busy with something else
+
+
+def milliseconds(ms: float) -> str:
+    """A duration with three significant digits, in seconds from one on."""
+    if abs(ms) >= 1000:
+        return f"{ms / 1e3:.2f} s"
+    decimals = 0 if abs(ms) >= 100 else 1 if abs(ms) >= 10 else 2 if abs(ms) >= 0.1 or ms == 0 else 3
+    return f"{ms:.{decimals}f} ms"
+
+
+def _range(low: float, high: float) -> str:
+    """An interval of ms, without its unit."""
+    return " to ".join(f"{ms:.{0 if abs(ms) >= 10 else 1 if abs(ms) >= 1 else 2}f}" for ms in (low, high))
+
+
+def named(label: str) -> str:
+    """An engine as a sentence has it."""
+    return "Transformers" if label == STOCK else label
+
+
+def series(run: Run, label: str, rounds: Sequence[float] = ()) -> Series:
+    """What the page draws of a run."""
+    trace = run.trace
+    bars = [(s.name, lane, s.start_ns / 1e6, s.duration_ns / 1e6) for lane in ("host", "device") for s in trace.within_ttft(lane)]
+    bars += [("unaccounted", "unaccounted", start / 1e6, (end - start) / 1e6) for start, end in trace.gaps()]
+    files = {stage: f"fastvl_lab/{file}" for stage, file in STAGES.items() if run.recipe is not None}
+    return Series(
+        label=label,
+        ttft=run.ttft * 1e3,
+        bars=tuple(bars),
+        host={stage: ns / 1e6 for stage, ns in trace.stages().items()} | {"unaccounted": trace.unaccounted_ns / 1e6},
+        device={stage: ns / 1e6 for stage, ns in trace.stages("device").items()},
+        files=files,
+        rounds=tuple(rounds),
+    )
+
+
+def shown(result: Result, other: Result | None, *, view: str, against: int, pending: bool) -> Shown:
+    """The result beside the bar to beat and `other`, the result that it is held against.
+
+    pending: whether it is still being measured; then the number of its first, cold run is no headline.
+    """
+    run, comparison = result.shown, result.comparison
+    before, label, why = _before(result, other)
+    rival = result.reference
+    cold = run.kind == "cold"
+    first = f"first run {milliseconds(run.ttft * 1e3)} (cold: compiling, caches)" if cold else ""
+    ttft = milliseconds(run.ttft * 1e3)
+    return Shown(
+        number=result.number,
+        heading=f"#{result.number} · {about_question(result.question)} · {result.recipe.text(run_device(run))}",
+        detail=f"{run.subtitle()} · {run.device} {run.dtype}",
+        headline="" if cold and pending else ttft,
+        spread=_spread(result) if not cold else ("measuring…" if pending else "cold: the first of its shape"),
+        tpot="" if run.tpot is None else milliseconds(run.tpot * 1e3),
+        cold=first,
+        learnt=learnt(result),
+        pills=tuple(pills(result)),
+        recipe=series(run, RECIPE, _rounds(comparison, RECIPE)),
+        rival=None if rival is None else series(rival, rival.engine, _rounds(comparison, rival.engine)),
+        before=None if before is None else series(before, label),
+        no_before=why,
+        floors={stage: seconds * 1e3 for stage, seconds in (result.floors or {}).items()},
+        answer=run.text + (" (random weights: only the time counts)" if _random(result.question.checkpoint) else ""),
+        view=view,
+        against=against,
+    )
+
+
+def run_device(run: Run) -> str:
+    """The type of the device that a recipe's text is for."""
+    return "cpu" if run.device.startswith("CPU") else "cuda"
+
+
+def _random(checkpoint: str) -> bool:
+    return checkpoint.startswith(("tiny-", "random:"))
+
+
+def about_question(question: Question) -> str:
+    """In a line: checkpoint, pictures, prompt."""
+    prompt = question.prompt if len(question.prompt) <= 40 else f"{question.prompt[:39]}…"
+    return f"{question.checkpoint} · {question.about_pictures()} · “{prompt}” · {question.max_new_tokens} tokens"
+
+
+def _before(result: Result, other: Result | None) -> tuple[Run | None, str, str]:
+    """The run to outline and what differs in it; or why there is none."""
+    if other is None:
+        return None, "", ""
+    if other.question != result.question:
+        return None, "", f"not held against #{other.number}: it was asked something else ({changes(result, other)})"
+    label = f"#{other.number} ({changes(result, other) or 'the same recipe'})"
+    if result.comparison is not None and result.before == other.recipe:
+        return result.comparison.representative(BEFORE), label, ""
+    if other.shown.kind != result.shown.kind:
+        ours, theirs = in_words(result.shown.kind), in_words(other.shown.kind)
+        return None, "", f"not held against #{other.number}: this run is {ours}, and that one {theirs}"
+    return other.shown, f"{label}, measured at another time", ""
+
+
+def changes(before: Result | None, result: Result) -> str:
+    """What the second has that the first has not, in a few words."""
+    if before is None:
+        return result.recipe.text(run_device(result.run))
+    ours, theirs = result.question, before.question
+    said = [
+        f"{name} {new}"
+        for name, old, new in (
+            ("checkpoint", theirs.checkpoint, ours.checkpoint),
+            ("picture", theirs.about_pictures(), ours.about_pictures()),
+            ("prompt", f"“{theirs.prompt}”", f"“{ours.prompt}”"),
+            ("tokens", theirs.max_new_tokens, ours.max_new_tokens),
+        )
+        if old != new
+    ]
+    said += recipe_changes(before.recipe, result.recipe)
+    return _few(said, 3)
+
+
+def recipe_changes(before: Recipe, recipe: Recipe) -> list[str]:
+    """The toggles that differ, as the second has them; the name of a preset where it is one and many differ."""
+    different = [f"{t.path}={recipe.value(t.path)}" for t in toggles() if recipe.value(t.path) != before.value(t.path)]
+    if len(different) > 3 and recipe == Recipe.baseline():
+        return ["baseline"]
+    return different
+
+
+def _rounds(comparison: Comparison | None, label: str) -> list[float]:
+    """ms of TTFT of every round that is compared; of all where there are none."""
+    if comparison is None:
+        return []
+    runs = comparison.runs(label, comparison.compared(label)) or comparison.runs(label, comparison.representative(label).kind)
+    return [run.ttft * 1e3 for run in runs]
+
+
+def _spread(result: Result) -> str:
+    if not (rounds := _rounds(result.comparison, RECIPE)):
+        return f"one run, {in_words(result.shown.kind)}"
+    return f"{milliseconds(min(rounds)).removesuffix(' ms')} to {milliseconds(max(rounds))} in {len(rounds)} rounds"
+
+
+def _busy(comparison: Comparison, *labels: str) -> float | None:
+    """How far the rounds of these lie apart, where that is because the machine is busy."""
+    apart = max(max(rounds) / min(rounds) for rounds in (_rounds(comparison, label) for label in labels))
+    return apart if apart >= _BUSY else None
+
+
+def faster(ratio: Interval | None, than: str) -> tuple[str, str]:
+    """A ratio of times to the first token as a sentence, and how sure it is: "good", "bad" or "plain"."""
+    if ratio is None:
+        return f"no warm rounds to compare with {than}", "plain"
+    if ratio.low != ratio.low:
+        return f"too few rounds to compare with {than}: 6 are needed", "plain"
+    median, low, high = ratio
+    if low > 1:
+        return f"{median:.2f}× faster to first token than {than} ({low:.2f}–{high:.2f}×)", "good"
+    if high < 1:
+        return f"{1 / median:.2f}× slower to first token than {than} ({1 / high:.2f}–{1 / low:.2f}×)", "bad"
+    return f"no difference from {than} shown ({low:.2f}–{high:.2f}×)", "plain"
+
+
+def pills(result: Result) -> list[Pill]:
+    """Parity in plain words, ratios where they may be printed, and what an audit finds."""
+    comparison, run = result.comparison, result.shown
+    if comparison is None:
+        return [
+            Pill(text="not compared yet", state="plain", about="parity and ratios come with the rounds beside the bar to beat"),
+            _audited(result),
+        ]
+    reference, found = comparison.reference, [_parity(result)]
+    rival = named(reference)
+    if run.kind == "cache_hit":
+        theirs = comparison.representative(reference).ttft * 1e3
+        found.append(
+            Pill(
+                text=f"cache hit: {milliseconds(run.ttft * 1e3)}, where {rival} computes all of it in {milliseconds(theirs)}",
+                state="plain",
+                about="something of an earlier request was used again: no whole request's time, so no ratio of it is given",
+            )
+        )
+    elif result.parity:
+        pairs = [(reference, rival, result.speedup)]
+        if BEFORE in comparison.engines:
+            pairs.append((BEFORE, "before", result.against_before))
+        for label, name, ratio in pairs:
+            if (apart := _busy(comparison, RECIPE, label)) is not None:
+                text, state = f"machine busy: rounds lie ×{apart:.0f} apart, no ratio to {name}", "bad"
+            else:
+                text, state = faster(ratio, name)
+            about = "the median of ratios paired by round, with its 95% confidence interval; below six rounds none is printed"
+            found.append(Pill(text=text, state=state, about=about))
+    return [*found, _audited(result)]
+
+
+def _parity(result: Result) -> Pill:
+    checked, comparison = result.checked, result.comparison
+    assert checked is not None
+    assert comparison is not None
+    if not checked.holds:
+        return Pill(text=f"✗ other tokens: {checked.why}", state="bad", about="so its time is compared with nothing")
+    if checked.moved is None:
+        return Pill(text=f"✓ {checked.sentence}", state="good", about="it computes what Transformers computes on the same weights")
+    text = "✓ same tokens as Transformers on this recipe's pixels" if checked.by == "tokens" else f"✓ {checked.sentence}"
+    theirs = comparison.checks[comparison.reference].expected
+    pairs = enumerate(zip_longest(checked.expected, theirs), start=1)
+    other = next((number for number, (ours, stock) in pairs if ours != stock), None)
+    apart = "no token differs" if other is None else f"first other token: {other}"
+    return Pill(
+        text=f"{text}; pixels alone move logits by {checked.moved:.2g}, {apart}",
+        state="good" if other is None else "plain",
+        about="its pixels are made another way than the stock ones; Transformers was run on them too, and made the same tokens",
+    )
+
+
+def _audited(result: Result) -> Pill:
+    about = (
+        "whether the numbers can be what they say: tokens held back, times below what the device can do, stages that do not add up"
+    )
+    if result.audit.ok:
+        return Pill(text="audit ✓", state="good", about=about)
+    return Pill(text=f"audit: {result.audit.findings[0].sentence}", state="bad", about=about)
+
+
+def learnt(result: Result) -> str:
+    """What a change has brought, and what is left of the bar to beat."""
+    comparison, before = result.comparison, result.before
+    if comparison is None:
+        return ""
+    left, stood = result.shown.ttft * 1e3, comparison.representative(comparison.reference).ttft * 1e3
+    floor = sum(seconds for stage, seconds in (result.floors or {}).items() if stage != "decode") * 1e3
+    said = f"{milliseconds(left)} left of {milliseconds(stood)} that {named(comparison.reference)} takes"
+    said += f"; floor {milliseconds(floor)}." if floor else "."
+    if before is None or BEFORE not in comparison.engines:
+        return said
+    changed, saved = _few(recipe_changes(before, result.recipe), 2), comparison.saving(RECIPE, BEFORE)
+    if _busy(comparison, RECIPE, BEFORE):
+        return f"{changed}: the machine is too busy to say what it saves. {said}"
+    if saved is None or saved.low != saved.low:
+        return (
+            f"{changed}: {'parity does not hold' if result.parity is False else 'too few warm rounds'} to say what it saves. {said}"
+        )
+    interval = f"({_range(saved.low, saved.high)} ms)"
+    if saved.low > 0:
+        return f"{changed} saves {milliseconds(saved.median)} {interval}. {said}"
+    if saved.high < 0:
+        return f"{changed} costs {milliseconds(-saved.median)} ({_range(-saved.high, -saved.low)} ms). {said}"
+    return f"{changed}: no saving shown {interval}. {said}"
+
+
+def _few(said: list[str], most: int) -> str:
+    return ", ".join(said[:most]) + (f" and {len(said) - most} more" if len(said) > most else "")
+
+
+def advised(advice: Advice | None, last: Result | None, recipe: Recipe, question: Question, target: Target) -> Advised:
+    """What each toggle would save of those that the recipe has not yet, and the next to try, with how sure that is."""
+    if advice is None or advice.question != question:
+        return _first_advice(last, target) if last is not None and (last.recipe, last.question) == (recipe, question) else Advised()
+    savings = {path: (value, *saved) for path, (value, saved) in advice.savings.items() if recipe.value(path) != value}
+    beside = "" if advice.recipe == recipe else "; measured before the last change"
+    by_saving = sorted(savings, key=lambda path: -savings[path][1])
+    best = next((path for path in by_saving if savings[path][2] > 0), None)
+    likely = next((path for path in by_saving if savings[path][1] > 0), None)
+    if best is not None:
+        value, saved, low, high = savings[best]
+        sentence = f"Next best: {best}={value} saves about {milliseconds(saved)} here ({_range(low, high)}{beside})."
+    elif likely is not None:
+        value, saved, low, high = savings[likely]
+        sentence = f"No saving is sure on this machine now; {likely}={value} may save {milliseconds(saved)} ({_range(low, high)})."
+    else:
+        return Advised(savings=savings, sentence="Nothing known would save more here.")
+    return Advised(savings=savings, sentence=sentence, path=best or likely or "", value=value)
+
+
+def _first_advice(last: Result, target: Target) -> Advised:
+    """Before anything is measured: the longest stage, and what the fastest known recipe does about it."""
+    if last.shown.kind == "cold" or not (known := candidates(last, target)):
+        return Advised()
+    path, (value, _) = known[0]
+    stages = last.shown.trace.stages()
+    longest = max(stages, key=lambda stage: stages[stage])
+    share = stages[longest] / 1e9 / last.shown.ttft
+    return Advised(
+        savings={}, sentence=f"Most of the time, {share:.0%}, is in {longest}. Try {path}={value}.", path=path, value=value
+    )
+
+
+def row(result: Result, before: Result | None, *, pinned: bool, note: str) -> Row:
+    """Its line of the history."""
+    run, comparison, checked = result.shown, result.comparison, result.checked
+    ratio, parity = "", "not checked"
+    if comparison is not None and checked is not None:
+        parity = "✗ other tokens" if not checked.holds else "✓ on its pixels" if checked.moved is not None else "✓ same tokens"
+        if result.speedup is not None and result.speedup.low == result.speedup.low and run.kind != "cache_hit":
+            ratio = f"{result.speedup.median:.2f}× ({result.speedup.low:.2f}–{result.speedup.high:.2f})"
+    return Row(
+        number=result.number,
+        changed=changes(before, result) or "again",
+        ttft=f"{milliseconds(run.ttft * 1e3)}{'' if run.kind == 'warm' else f' {in_words(run.kind)}'}",
+        milliseconds=run.ttft * 1e3,
+        ratio=ratio,
+        parity=parity,
+        question=about_question(result.question),
+        recipe=result.recipe.text(run_device(run)),
+        pinned=pinned,
+        note=note,
+    )
+
+
+def texts(recipe: Recipe, question: Question, device: str) -> Mapping[str, str]:
+    """The recipe to copy: as Python, as YAML, and as the command that serves it."""
+    text = recipe.text(device)
+    yaml = "\n".join(
+        f"{slot}:\n" + "\n".join(f"  {name}: {json.dumps(value)}" for name, value in values.items())
+        for slot, values in recipe.to_dict().items()
+    )
+    return {
+        "Python": f'recipe = fl.Recipe.parse("{text}", "{device}")',
+        "YAML": yaml,
+        "serve": f'python -m fastvl_lab.serve --checkpoint {question.checkpoint} --recipe "{text}"',
+    }

@@ -1,0 +1,183 @@
+"""The front end on a page without a kernel: what it draws of the records that it is told, and whether all can read it."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import fastvl_lab.view.workbench
+from fastvl_lab import Lab, Recipe, Request, photo
+from fastvl_lab.trace import Span
+from fastvl_lab.view.workbench import messages, showing
+from fastvl_lab.view.workbench.controls import controls
+from fastvl_lab.view.workbench.session import Picture, Question, Result
+from fastvl_lab.view.workbench.views import views
+
+pytestmark = pytest.mark.alone
+
+FILES = Path(fastvl_lab.view.workbench.__file__).parent
+# A model as anywidget has it, with the records as they are.
+SHOW = """async ([code, records]) => {
+  const bench = await import(URL.createObjectURL(new Blob([code], { type: "text/javascript" })));
+  const listeners = {};
+  window.sent = [];
+  window.tell = (name, record) => { records[name] = record; (listeners[`change:${name}`] ?? []).forEach((listen) => listen()); };
+  const model = { get: (name) => records[name], on: (name, listen) => (listeners[name] ??= []).push(listen), off() {},
+    send: (content) => window.sent.push(content) };
+  const widget = bench.default();
+  widget.initialize({ model });
+  widget.render({ model, el: document.querySelector("main") });
+}"""
+# Of every text on the page, what it says and how its colour stands to what lies behind it (WCAG 2, 1.4.3).
+CONTRASTS = """() => {
+  const parse = (colour) => (colour.match(/[\\d.]+/g) ?? []).map(Number);
+  const light = ([r, g, b]) => [r, g, b].map((c) => c / 255).map((c) => c <= 0.04045 ? c / 12.92 : ((c + 0.055) / 1.055) ** 2.4)
+    .reduce((sum, c, i) => sum + c * [0.2126, 0.7152, 0.0722][i], 0);
+  const behind = (at) => { for (; at; at = at.parentElement) { const c = parse(getComputedStyle(at).backgroundColor);
+    if (c.length === 3 || c[3] === 1) return c; } return [255, 255, 255]; };
+  const ratio = (a, b) => { const [high, low] = [light(a), light(b)].sort((x, y) => y - x); return (high + 0.05) / (low + 0.05); };
+  const root = document.querySelector(".fl-bench");
+  const texts = [...root.querySelectorAll("*")].filter((at) => at.checkVisibility() && !at.disabled && !at.closest("svg, option") &&
+    [...at.childNodes].some((node) => node.nodeType === 3 && node.data.trim()));
+  const marks = [...root.querySelectorAll("svg text, svg rect.fl-solid, svg rect.fl-rival, svg circle")];
+  const paper = behind(root);
+  const fill = (at) => {
+    const { fill, stroke } = getComputedStyle(at);
+    return parse(fill).every((part, i) => part === paper[i]) ? parse(stroke) : parse(fill);
+  };
+  const named = (at) => at.textContent || at.getAttribute("class") || "dot";
+  return [...texts.map((at) => [at.textContent.slice(0, 40), 4.5, ratio(parse(getComputedStyle(at).color), behind(at))]),
+    ...marks.map((at) => [named(at), at.tagName === "text" ? 4.5 : 3, ratio(fill(at), paper)])];
+}"""
+NAMELESS = """() => [...document.querySelectorAll(".fl-bench :is(button, input, select, [role])")]
+  .filter((at) => at.checkVisibility() && !(at.getAttribute("aria-label") || at.textContent.trim() || at.closest("label")))
+  .map((at) => at.outerHTML.slice(0, 120))"""
+
+
+@pytest.fixture
+def records(labs: dict[str, Lab]) -> dict[str, Any]:
+    """Two lanes, as if a device had done each stage a little after the host; and two results in the history."""
+    lab, recipe = labs["tiny-qwen2.5-vl"], Recipe.baseline()
+    picture = photo("astronaut", (168, 140))
+    request = Request(images=[picture], prompt="What?", max_new_tokens=3, ignore_eos=True)
+    run = lab.run(request, recipe)
+    later = [dataclasses.replace(s, lane="device", start_ns=s.start_ns + 10**5, end_ns=s.end_ns + 10**5) for s in run.trace.spans]
+    spans: tuple[Span, ...] = (*run.trace.spans, *later)
+    run = dataclasses.replace(run, trace=dataclasses.replace(run.trace, spans=spans))
+    question = Question(
+        checkpoint="tiny-qwen2.5-vl", pictures=(Picture(source=picture, name="a.jpg"),), prompt="What?", max_new_tokens=3
+    )
+    first = Result(number=1, question=question, recipe=recipe, run=run, held={}, floors={"vit": 1e-3})
+    second = dataclasses.replace(first, number=2)
+    made = controls(lambda: recipe, lambda *_: None, lambda: lab.checkpoint.target)
+    values = {path: control.value for path, control in made.items()}
+    savings = {"vit.rope": ("halves", 2.0, 1.0, 3.0), "vit.norms": ("native", -1.0, -2.0, -0.5)}
+    told = {
+        "choices": messages.Choices(
+            toggles=tuple(control.described() for control in made.values()),
+            views=tuple((view.name, view.about) for view in views().values()),
+            checkpoints=("tiny-qwen2.5-vl",),
+            photographs=("coffee",),
+            boxes=("as it is",),
+            rivals=("transformers",),
+            note="",
+        ),
+        "asked": messages.Asked(
+            checkpoint="tiny-qwen2.5-vl",
+            pictures=("a.jpg",),
+            previews=(),
+            size="as it is",
+            max_pixels="",
+            prompt="What?",
+            tokens=3,
+            repeats=6,
+            rival="transformers",
+        ),
+        "chosen": messages.Chosen(values=values, moved=("vit.tower",), undoable=True, texts={"Python": "recipe"}),
+        "live": messages.Live(state="idle", busy=False, error="an error"),
+        "shown": showing.shown(second, first, view="waterfall", against=0, pending=False),
+        "figure": {},
+        "history": tuple(showing.row(result, None, pinned=False, note="") for result in (first, second)),
+        "advised": messages.Advised(savings=savings, sentence="Next best: vit.rope.", path="vit.rope", value="halves"),
+    }
+    return {name: messages.to_json(record) for name, record in told.items()}
+
+
+@pytest.fixture
+def show(page: Any, records: dict[str, Any]) -> Callable[[], dict[str, Any]]:
+    """Open the page with the records, which may be changed before."""
+
+    def open_page() -> dict[str, Any]:
+        failures: list[str] = []
+        page.on("pageerror", lambda error: failures.append(str(error)))
+        page.set_content(f"<style>{(FILES / 'bench.css').read_text()}</style><body data-jp-theme-light='true'><main></main>")
+        page.evaluate(SHOW, [(FILES / "bench.js").read_text(), records])
+        page.wait_for_selector(".fl-stage")
+        assert failures == []
+        return records
+
+    return open_page
+
+
+def test_host_and_device_are_two_lanes_of_a_row_and_the_run_before_an_outline(page: Any, show: Callable[..., Any]) -> None:
+    shown = show()["shown"]
+    for lane, look in (("host", "solid"), ("device", "device")):
+        widths = {float(bar.get_attribute("width")) for bar in page.locator(f"rect.fl-{look}").all()}
+        gaps = [bar for bar in shown["recipe"]["bars"] if bar[1] == "unaccounted" and lane == "host"]
+        assert page.locator(f"rect.fl-{look}").count() == sum(bar[1] == lane for bar in shown["recipe"]["bars"]) + len(gaps)
+        assert max(widths) > 50
+    assert page.locator("rect.fl-before").count() == sum(bar[1] != "unaccounted" for bar in shown["before"]["bars"])
+    assert page.locator("line.fl-floor").count() == 1
+    page.locator(".fl-stage[data-stage='vit']").hover()
+    tip = page.locator(".fl-tip").inner_text()
+    for said in ("ms, host", "ms, device", "before: ", "floor: 1.00 ms", "fastvl_lab/vit/"):
+        assert said in tip
+
+
+@pytest.mark.parametrize("light", ["true", "false"])
+def test_all_can_be_read_and_has_a_name(page: Any, show: Callable[..., Any], light: str) -> None:
+    show()
+    page.evaluate("(light) => { document.body.dataset.jpThemeLight = light; }", light)
+    page.wait_for_function(
+        "(dark) => document.querySelector('.fl-bench').classList.contains('fl-dark') === dark", arg=light == "false"
+    )
+    found = page.evaluate(CONTRASTS)
+    assert len(found) > 100
+    assert [(text, round(ratio, 2)) for text, least, ratio in found if ratio < least] == []
+    assert page.evaluate(NAMELESS) == []
+    stops = page.locator(".fl-toggles [tabindex='0']").count()
+    assert stops == 1  # arrows lead from there
+
+
+def test_a_click_is_seen_before_the_kernel_has_answered(page: Any, show: Callable[..., Any]) -> None:
+    show()
+    page.locator("[data-path='vit.rope']").get_by_role("radio", name="halves").click()
+    assert page.evaluate("window.sent.at(-1)") == {"kind": "Choose", "path": "vit.rope", "value": "halves"}
+    assert page.locator("[data-path='vit.rope'] [aria-checked='true']").inner_text() == "halves"
+    page.locator(".fl-history tbody tr").nth(1).click(modifiers=["Shift"])
+    assert page.evaluate("window.sent.at(-1)") == {"kind": "Look", "against": 1}
+    page.get_by_role("button", name="try it").click()
+    assert page.evaluate("window.sent.at(-1)") == {"kind": "Choose", "path": "vit.rope", "value": "halves"}
+    assert page.locator(".fl-saves").count() == page.locator(".fl-costs").count() == 1
+    for number, wish in enumerate(page.evaluate("window.sent")):
+        assert messages.from_json(wish), number
+
+
+def test_a_run_under_way_grows_and_counts(page: Any, show: Callable[..., Any]) -> None:
+    show()
+    stages = [["decode_image", 0.0, 300.0], ["vit", 310.0, None]]
+    live = messages.Live(
+        state="running", busy=True, elapsed=900.0, stages=tuple(map(tuple, stages)), expected=(("vit", 10.0, 4000.0),)
+    )  # type: ignore[arg-type]
+    page.evaluate("(live) => window.tell('live', live)", messages.to_json(live))
+    width = "Number(document.querySelector('.fl-stage[data-stage=vit] .fl-solid').getAttribute('width'))"
+    before, counted = page.evaluate(width), page.locator(".fl-big").inner_text()
+    page.wait_for_function(f"(before) => {width} > before + 5", arg=before, timeout=10_000)
+    assert page.locator(".fl-big").inner_text() != counted
+    assert page.locator("rect.fl-before").count() == 1  # how long it took the last time
+    page.evaluate("(live) => window.tell('live', live)", messages.to_json(dataclasses.replace(live, state="idle", busy=False)))
+    page.wait_for_function("() => !document.querySelector('.fl-counting') && document.querySelectorAll('.fl-stage').length > 5")
