@@ -21,7 +21,7 @@ from fastvl_lab.preprocessor import OpenedImages
 from fastvl_lab.preprocessor.upload import upload_prompt
 from fastvl_lab.recipe import Recipe
 from fastvl_lab.request import ImageShape, Kind, Prompt, Request
-from fastvl_lab.streaming.answer import Answer, Forced
+from fastvl_lab.streaming.answer import Answer, Forced, Steps
 from fastvl_lab.streaming.text import Deliver, Emitter, TokenBytes
 from fastvl_lab.tokenizer import tokenize, tokens_to_make
 from fastvl_lab.trace import Tracer
@@ -65,7 +65,7 @@ class Pipeline:
             recipe.capture,
             encode,
             self.decoder,
-            self.cache,
+            self.cache.store,
             merge_size=checkpoint.merge_size,
             graphs=graphs,
         )
@@ -145,17 +145,17 @@ class Pipeline:
             place.extend(1)
             return stages.decode(token, position, kv, tracer)
 
-        answer = Answer(
+        steps = Steps(
             first=first,
-            next_position=prompt.next_position,
+            next_positions=(prompt.next_position,),
+            most=n_new,
             decode=decode if forced is None else forced.steps(decode),
             sample=lambda step: sample(step.logits, decoder) if step.token is None else step.token,
-            max_new_tokens=n_new,
-            ends=() if request.ignore_eos else self.checkpoint.eos_token_ids,
-            emitter=Emitter(self.token_bytes, deliver),
             tracer=tracer,
         )
-        self.complete(answer)
+        ends = () if request.ignore_eos else self.checkpoint.eos_token_ids
+        answer = Answer(most=n_new, ends=ends, emitter=Emitter(self.token_bytes, deliver), tracer=tracer)
+        self.complete(steps, answer)
         tokens = tuple(answer.tokens)
         place.keep(tokens[:-1])  # the last one has been through no layer
         for name, times in place.counts.items():

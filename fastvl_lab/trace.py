@@ -4,7 +4,7 @@ A `Tracer` records while a request runs; `Tracer.finish` turns what it saw into 
 `time.perf_counter_ns` intervals. The device lane (CUDA only) holds pairs of CUDA events, read after the request has ended and
 placed on the host's axis through an anchor event recorded while the device was idle. A device span reaches from when the device
 came to the stage's first command to when it had passed its last; time it waited for launches in between is inside the span. A
-thread that plays the device on a CPU (`streaming.launch`) writes its spans on the device lane.
+thread that plays the device on a CPU (`streaming.rounds`) writes its spans on the device lane.
 
 Every stage begins with a look at whether anybody still waits for the request, so that it ends at the next door once nobody does.
 """

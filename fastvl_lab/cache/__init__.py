@@ -14,7 +14,6 @@ from fastvl_lab.cache.images import ImageStore, Kept, image_digest, join, split
 from fastvl_lab.cache.memory import BLOCK_SIZE, Memory, Paged
 from fastvl_lab.cache.slotted import KvStore, SlottedKv, SlottedSequence
 from fastvl_lab.catalogue import Cache
-from fastvl_lab.decoder.fixed_kv import KvTable
 from fastvl_lab.request import Prompt, VisionTokens
 
 # Of each image of a request: what it is resized to, and the bytes that stand for it.
@@ -138,20 +137,14 @@ class BoundCache:
 
     def __init__(self, slot: Cache, memory: Memory, *, family: str, images_by: str) -> None:
         self._kv, self._memory, self._family, self._images_by = slot.kv, memory, family, images_by
-        self.store: KvStore | None = None
-        if slot.kv != "concat":
-            self.store = memory.static if slot.kv == "static" else memory.paged.store
         self._image_reuse, self._prefix_reuse = ({"off": False, "on": True}[x] for x in (slot.image_reuse, slot.prefix_reuse))
 
     @property
-    def n_slots(self) -> int:
-        """Of the store that every request's keys and values are in; 0 where each request has tensors of its own."""
-        return 0 if self.store is None else self.store.n_slots
-
-    def blank(self, width: int) -> KvTable:
-        """For a step that is no request's, so many keys; it is kept where no token of a request is."""
-        assert self.store is not None
-        return self.store.blank(width, in_place=self._kv == "static")
+    def store(self) -> KvStore | None:
+        """What every request's keys and values are in; None where each request has tensors of its own."""
+        if self._kv == "concat":
+            return None
+        return self._memory.static if self._kv == "static" else self._memory.paged.store
 
     def admit(self, prompt: Prompt, max_new_tokens: int, contents: Contents) -> Place:
         """A place for a prompt that is on the host still, and for the answer; raises `RequestError` where there is no room.
@@ -168,7 +161,7 @@ class BoundCache:
             sequence = ConcatSequence(shape.n_layers)
         elif self._kv == "static":
             blocks = range(-(-total // BLOCK_SIZE))
-            sequence = SlottedSequence(memory.static, blocks, block_size=BLOCK_SIZE, longest=memory.session_len, in_place=True)
+            sequence = SlottedSequence(memory.static, blocks, block_size=BLOCK_SIZE, longest=memory.session_len)
         else:
             assert self._kv == "paged"
             tokens = _tokens(prompt, digests) if self._prefix_reuse else []

@@ -58,7 +58,7 @@ class Memory:
     def static(self) -> KvStore:
         """Room for one session, in one piece."""
         if self._static is None:
-            self._static = self.shape.allocate(self._session_blocks * BLOCK_SIZE)
+            self._static = self.shape.allocate(self._session_blocks * BLOCK_SIZE, in_place=True)
         return self._static
 
     @property

@@ -42,7 +42,7 @@ class KvShape:
     def bytes_per_token(self) -> int:
         return 2 * self.n_layers * self.n_kv_heads * self.head_dim * self.dtype.itemsize
 
-    def allocate(self, n_slots: int) -> KvStore:
+    def allocate(self, n_slots: int, *, in_place: bool = False) -> KvStore:
         """Room for that many tokens and one more, all zero.
 
         The last slot is no sequence's. What was never written must be finite: a padded stage reads it, with weight zero.
@@ -52,17 +52,19 @@ class KvShape:
         def zeros() -> torch.Tensor:
             return torch.zeros(shape, dtype=self.dtype, device=self.device)
 
-        return KvStore(layers=tuple((zeros(), zeros()) for _ in range(self.n_layers)))
+        return KvStore(layers=tuple((zeros(), zeros()) for _ in range(self.n_layers)), in_place=in_place)
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class KvStore:
     """Slots for keys and values: a pair of tensors a layer, [n_slots, n_kv_heads, D] each.
 
+    in_place: whether it is for one sequence at a time, token i of which is kept in slot i.
     Each is a tensor of its own: torch.compile takes views of one tensor that are written to for one thing to write.
     """
 
     layers: tuple[tuple[torch.Tensor, torch.Tensor], ...]
+    in_place: bool
 
     @property
     def n_slots(self) -> int:
@@ -81,12 +83,15 @@ class KvStore:
         """int64 [1, n_slots], the slots of a sequence whose token i is in slot i; never changed."""
         return torch.arange(self.n_slots, device=self.device)[None]
 
-    def blank(self, width: int, *, in_place: bool) -> KvTable:
-        """Of no request, so many tokens, all but in place in the last slot."""
-        slots = self.places if in_place else torch.full_like(self.places, self.n_slots - 1)
+    def table(self, slot_of: torch.Tensor, lengths: torch.Tensor, *, padded: bool) -> KvTable:
+        kind = KvTableInPlace if self.in_place else KvTable
+        return kind(slot_of=slot_of, lengths=lengths, store=self, padded=padded)
+
+    def blank(self, width: int) -> KvTable:
+        """A sequence of so many tokens that is no request's: where slots are not their tokens' own, all are the last."""
+        slots = self.places if self.in_place else torch.full_like(self.places, self.n_slots - 1)
         lengths = torch.full((1,), width, dtype=torch.int32, device=self.device)
-        kind = KvTableInPlace if in_place else KvTable
-        return kind(slot_of=slots[:, :width], lengths=lengths, store=self, padded=True)  # a view, as of a sequence
+        return self.table(slots[:, :width], lengths, padded=True)  # a view, as of a request's sequence
 
     def copy_slots(self, source: int, target: int, n: int) -> None:
         """Copy n slots, from one on, to others, in every layer: one call, since each layer's is small."""
@@ -97,13 +102,11 @@ class KvStore:
 class SlottedSequence:
     """One sequence in a store: its blocks in order, and `length` tokens, those of a forward under way included.
 
-    block_size: in tokens. longest: how many tokens it may come to have. in_place: whether token i is kept in slot i of the store.
+    block_size: in tokens. longest: how many tokens it may come to have.
     """
 
-    def __init__(
-        self, store: KvStore, blocks: Sequence[int] = (), *, block_size: int, longest: int, in_place: bool = False
-    ) -> None:
-        self.store, self.block_size, self.longest, self.in_place = store, block_size, longest, in_place
+    def __init__(self, store: KvStore, blocks: Sequence[int] = (), *, block_size: int, longest: int) -> None:
+        self.store, self.block_size, self.longest = store, block_size, longest
         self.blocks: list[int] = []
         self.in_one_piece = True
         self.length = 0
@@ -112,7 +115,7 @@ class SlottedSequence:
     @property
     def n_bytes(self) -> int:
         """What its blocks take, filled or not; in place, all of the store."""
-        if self.in_place:
+        if self.store.in_place:
             return self.store.nbytes
         return len(self.blocks) * self.block_size * (self.store.nbytes // self.store.n_slots)
 
@@ -141,7 +144,7 @@ class SlottedKv:
         self.segments = Segments.before_any(sequences)
         self.made: dict[Any, Any] = {}
         self.visible = None  # all keys that `read` gives are the sequence's
-        self._in_place = len(sequences) == 1 and sequences[0].in_place
+        assert len(sequences) == 1 or not self.store.in_place
         self._slots: torch.Tensor | None = None  # int64 [B, longest]
         self._n_blocks = [0] * len(sequences)  # of each sequence, those whose slots are there
         self._lengths: torch.Tensor | None = None
@@ -200,11 +203,10 @@ class SlottedKv:
         slot_of = self._slot_of()
         if width > slot_of.shape[1]:
             slot_of = F.pad(slot_of, (0, width - slot_of.shape[1]))
-        kind = KvTableInPlace if self._in_place else KvTable
-        return kind(slot_of=slot_of[:, :width], lengths=self._lengths_now(), store=self.store, padded=padded)
+        return self.store.table(slot_of[:, :width], self._lengths_now(), padded=padded)
 
     def _slot_of(self) -> torch.Tensor:
-        if self._in_place:
+        if self.store.in_place:
             return self.store.places
         if self._slots is None:
             size, longest = self._sequences[0].block_size, max(sequence.longest for sequence in self._sequences)

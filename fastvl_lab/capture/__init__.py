@@ -36,30 +36,27 @@ from fastvl_lab.trace import COMPUTED, OF_PADDING, Tracer
 
 
 class Slotted(Protocol):
-    """What stages ask of the cache slot beside the requests' own caches.
-
-    n_slots: of the store that every request's keys and values are in; 0 where each request has tensors of its own.
-    """
+    """The store that every request's keys and values are in."""
 
     @property
     def n_slots(self) -> int: ...
 
     def blank(self, width: int) -> KvTable:
-        """For a step that is no request's, so many keys: it is kept where no token of a request is."""
+        """For a step of so many keys that is no request's: it is kept where no token of a request is."""
 
 
 class Stages:
     """The stages of one recipe, executed as the slot's toggles say.
 
-    Stages that are padded, compiled or recorded need the lean tower and a cache with slots, which the catalogue requires. graphs:
-    where CUDA graphs are kept, None without CUDA.
+    Stages that are padded, compiled or recorded need the lean tower and a cache with slots, which the catalogue requires. store:
+    None where each request has tensors of its own. graphs: where CUDA graphs are kept, None without CUDA.
     """
 
     def __init__(
-        self, slot: Slot, encoder: Encoder, decoder: Decoder, cache: Slotted, *, merge_size: int, graphs: GraphStore | None
+        self, slot: Slot, encoder: Encoder, decoder: Decoder, store: Slotted | None, *, merge_size: int, graphs: GraphStore | None
     ) -> None:
-        self._encoder, self._decoder, self._cache = encoder, decoder, cache
-        self._patches_of_one, self._n_slots = merge_size**2, cache.n_slots
+        self._encoder, self._decoder, self._store = encoder, decoder, store
+        self._patches_of_one, self._n_slots = merge_size**2, store.n_slots if store is not None else 0
         self._size = size = size_of(slot.shapes)
         # Exact graphs of decode steps would be one a length: their keys are padded in any case.
         self._keys: Size | None = keys_of_a_step if size is None and slot.decode == "graph" else size
@@ -150,12 +147,13 @@ class Stages:
         keys by the 64 can be more than the store may keep: then it is those of the fewest keys, for half of its places. Compiled
         code is for any number.
         """
-        if self._n_slots == 0:  # keys and values are nowhere but with their request
+        store = self._store
+        if store is None:  # keys and values are nowhere but with their request
             return
 
         def steps(execute: Execute, widths: list[int]) -> None:
             for width in reversed(widths):
-                table = self._cache.blank(width)
+                table = store.blank(width)
                 token, position = (torch.full((1,), x, device=table.slot_of.device) for x in (0, width - 1))
                 execute(StepInputs(token=token, position=position, kv=table), tracer)
 

@@ -80,26 +80,29 @@ def decode(q: torch.Tensor, cache: KvCache, layer: int) -> torch.Tensor:
     The queries that share a key head stand as rows of one head: they need no causal mask, and keys are read once a group.
     """
     biases = _biases(cache, q.dtype)
-    read = [cache.read(layer, number) for number in range(len(q))]  # [L, K, D] each
-    if biases is not None and len(q) > 1:
+    if len(q) == 1:
+        k_LKD, v_LKD = cache.read(layer, 0)
+        return _call(q, k_LKD[None], v_LKD[None], biases)
+    read = [cache.read(layer, number) for number in range(len(q))]
+    if biases is not None:
         k_BLKD, v_BLKD = (torch.stack(x) for x in zip(*read, strict=True))
         return _call(q, k_BLKD, v_BLKD, biases)
-    parts = [_call(q_1HD, k[None], v[None], biases) for q_1HD, (k, v) in zip(q.split(1), read, strict=True)]
-    return parts[0] if len(parts) == 1 else torch.cat(parts)
+    return torch.cat([_call(q_1HD, k[None], v[None], None) for q_1HD, (k, v) in zip(q.split(1), read, strict=True)])
 
 
 def _call(q_BHD: torch.Tensor, k_BLKD: torch.Tensor, v_BLKD: torch.Tensor, biases: torch.Tensor | None) -> torch.Tensor:
     k_BKLD, v_BKLD = k_BLKD.transpose(1, 2), v_BLKD.transpose(1, 2)
-    q_BKGD = q_BHD.unflatten(1, (k_BKLD.shape[1], -1))
-    bias = None if biases is None else biases[:, None, None].expand(-1, -1, q_BKGD.shape[2], -1)
+    q_BKGD = q_BHD.view(len(q_BHD), k_BKLD.shape[1], -1, q_BHD.shape[2])
+    bias = None if biases is None else biases.expand(-1, -1, q_BKGD.shape[2], -1)
     return F.scaled_dot_product_attention(q_BKGD, k_BKLD, v_BKLD, attn_mask=bias).reshape(q_BHD.shape)
 
 
 def _biases(cache: KvCache, dtype: torch.dtype) -> torch.Tensor | None:
-    """What is added to scores [B, L], made once a step: of a mask of bools every kernel would make it anew in every layer."""
+    """What is added to scores [B, 1, 1, L], made once a step: of a mask of bools every kernel would make it anew in every layer."""
     if cache.visible is None:
         return None
     if _biases not in cache.made:
-        cache.made[_biases] = torch.zeros_like(cache.visible, dtype=dtype).masked_fill_(~cache.visible, float("-inf"))
-    biases: torch.Tensor = cache.made[_biases]
-    return biases
+        biases = torch.zeros_like(cache.visible, dtype=dtype).masked_fill_(~cache.visible, float("-inf"))
+        cache.made[_biases] = biases[:, None, None]
+    made: torch.Tensor = cache.made[_biases]
+    return made

@@ -64,8 +64,10 @@ def _judged(arithmetic: str, *cases: tuple[object, Severity, str]) -> Finding:
     return Finding(*next(found, ("clear", "")), arithmetic)
 
 
-def _needs(what: str) -> Finding:
-    return Finding("not checked", what)
+def _needs(what: str | Mapping[str, object]) -> Finding:
+    """What a verdict lacks: a text, or the names of values that are None."""
+    lacking = what if isinstance(what, str) else ", ".join(name for name, value in what.items() if value is None)
+    return Finding("not checked", lacking)
 
 
 class Device(NamedTuple):
@@ -220,14 +222,12 @@ def audit(
         return _audit_of(_verdicts_on_runs([run] if isinstance(run, Run) else run, device))
     shape = None if model is None else without_weights(model, dtype or "bfloat16")
     seen = _of_numbers(Seen(device=device, model=shape), given, chunks)
-    return _audit_of(_verdicts(_with_image(seen, image)))
+    return _audit_of(_verdicts(seen if image is None else _with_image(seen, image)))
 
 
 def audit_reported(rows: Iterable[Mapping[str, Any]], hardware: str) -> list[Audit]:
     """An audit of each of others' numbers: "ttft" (seconds), "tokens_per_second" and "model"."""
-    return [
-        audit(ttft=row["ttft"], tokens_per_second=row["tokens_per_second"], model=row["model"], hardware=hardware) for row in rows
-    ]
+    return [audit(hardware=hardware, **{name: row[name] for name in ("ttft", "tokens_per_second", "model")}) for row in rows]
 
 
 def _audit_of(said: Iterable[Finding]) -> Audit:
@@ -284,13 +284,11 @@ def _with_arrivals(seen: Seen, arrivals: tuple[tuple[float, int], ...]) -> Seen:
     return replace(seen, ttft=ttft, total=total, n_tokens=n, rate=rate, arrivals=arrivals)
 
 
-def _with_image(seen: Seen, image: tuple[int, int] | None) -> Seen:
-    if image is None:
-        return seen
+def _with_image(seen: Seen, image: tuple[int, int]) -> Seen:
     if seen.model is None:
         raise FastvlError("image is given without model; what an image costs depends on the model")
-    whole = isinstance(image, list | tuple) and all(isinstance(side, int) and side > 0 for side in image)
-    if not whole or len(image) != 2:
+    sides = image if isinstance(image, list | tuple) else ()
+    if len(sides) != 2 or not all(isinstance(side, int) and side > 0 for side in sides):
         raise FastvlError(f"image is {image!r}; give its (width, height) in whole pixels")
     settings = seen.model.image_settings
     (shape,) = shapes_of([image], [AreaLimits(settings.min_pixels, settings.max_pixels)], seen.model)
@@ -360,7 +358,7 @@ def logits_not_finite(seen: Seen) -> Finding:
 def decode_faster_than_memory(seen: Seen) -> Finding:
     rate, bandwidth, model, weights, limit = seen.rate, seen.device.memory_bandwidth, seen.model, seen.weights, seen.fastest
     if rate is None or bandwidth is None or model is None or weights is None:
-        return _missing({"tokens_per_second": rate, "model": model, "hardware or memory_bandwidth": bandwidth})
+        return _needs({"tokens_per_second": rate, "model": model, "hardware or memory_bandwidth": bandwidth})
     if limit is None:
         return _needs(f"weights that no cache holds; these are {gigabytes(weights)}")
     made = f"; up to {limit * seen.ttft:.0f} tokens can be made within the TTFT of {seconds(seen.ttft)}" if seen.ttft else ""
@@ -379,7 +377,7 @@ def decode_faster_than_memory(seen: Seen) -> Finding:
 def ttft_is_the_answer(seen: Seen) -> Finding:
     ttft, total, n, run = seen.ttft, seen.total, seen.n_tokens, seen.run
     if ttft is None or total is None or n is None:
-        return _missing({"ttft": ttft, "total": total, "output_tokens": n})
+        return _needs({"ttft": ttft, "total": total, "output_tokens": n})
     if n <= FEW:
         return _needs(f"more than {FEW} output tokens; there are {n}")
     shown, steps = f"{seconds(ttft)} of {seconds(total)} is {ttft / total:.0%}, with {n} output tokens", []
@@ -441,7 +439,7 @@ def _together(arrivals: tuple[tuple[float, int], ...], steps: Sequence[float]) -
 def faster_than_compute(seen: Seen) -> Finding:
     ttft, peak, work = seen.ttft, seen.device.peak_flops, seen.work
     if ttft is None or peak is None or work is None:
-        said = _missing({"ttft": ttft, "model": seen.model, "image": work, "hardware or peak_flops": peak})
+        said = _needs({"ttft": ttft, "model": seen.model, "image": work, "hardware or peak_flops": peak})
     else:
         least = work / peak
         tokens = f" ({seen.n_visual} visual tokens)" if seen.n_visual else ""
@@ -495,11 +493,6 @@ def too_few_samples(runs: Sequence[Run]) -> Finding:
         f"5% of {n} runs is less than one; of {FOR_A_P95} it is one" if few else f"{n} runs, enough for an interval and a p95",
         (few, "note", "enough runs for an interval of their median, too few for a p95, which would be their maximum"),
     )
-
-
-def _missing(needed: Mapping[str, object]) -> Finding:
-    """The names of what is None."""
-    return _needs(", ".join(name for name, value in needed.items() if value is None))
 
 
 def seconds(value: float) -> str:

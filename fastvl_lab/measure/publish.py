@@ -34,7 +34,7 @@ PHOTOGRAPHS = {"coffee": "coffee.png", "astronaut": "astronaut.png", "rocket": "
 
 
 def notebook_parameters(namespace: Mapping[str, Any], known: Sequence[str]) -> dict[str, Any]:
-    """The values of the `known` parameters in a notebook's `globals()`; raises `RequestError` for one it does not know.
+    """The values of the `known` parameters among a notebook's variables; raises `RequestError` for one it does not know.
 
     papermill only warns about a parameter that the notebook does not have, and assigns it all the same. So every name that its cell
     assigns, which IPython's history (`In`) has, must be known. Call this right after the parameters cell.

@@ -299,8 +299,9 @@ def _request_rows(
     _free()
     checks: list[dict[str, Parity]] = []
     for case, oracles in zip(cases, known, strict=True):
-        checks.append({})
-        yield _first_token_rows(bench, case, oracles, steps, floors[case.image]["patches_floor_ms"], checks[-1])
+        rows, right = _first_token_rows(bench, case, oracles, steps, floors[case.image]["patches_floor_ms"])
+        checks.append(right)
+        yield rows
     for case, right in zip(cases, checks, strict=True):
         if case.part == "main" and right:
             yield _decode_rows(bench, case, right, new_tokens, floors[case.image]["tokens_per_second"])
@@ -352,21 +353,24 @@ def _oracles(bench: Bench, case: Case, steps: int) -> Oracles | str:
 
 
 def _first_token_rows(
-    bench: Bench, case: Case, oracles: Oracles | str, steps: int, floor_ms: float, right: dict[str, Parity]
-) -> list[Row]:
+    bench: Bench, case: Case, oracles: Oracles | str, steps: int, floor_ms: float
+) -> tuple[list[Row], dict[str, Parity]]:
     """Parity of every engine first, with its first run and its memory; then those that are right side by side.
 
-    right: where the checks of those that still are at the end go.
+    Returns the checks of those that were right to the end, too.
     """
     found: dict[str, Row] = {}
     checks: dict[str, Parity] = {}
+
+    def checked(label: str) -> Row:
+        if isinstance(oracles, str):
+            return {"error": oracles, "parity": False}
+        row, checks[label] = _checked(bench.lab, case.engines[label], oracles, steps)
+        return row
+
     for label, engine in case.engines.items():
-        if (reason := cannot_run(engine, bench.lab.checkpoint.target)) is not None:
-            found[label] = {"error": reason}
-        elif isinstance(oracles, str):
-            found[label] = bench.attempt(lambda: {"error": oracles, "parity": False})
-        else:
-            found[label] = bench.attempt(partial(_checked, bench.lab, engine, label, oracles, steps, checks))
+        reason = cannot_run(engine, bench.lab.checkpoint.target)
+        found[label] = bench.attempt(partial(checked, label)) if reason is None else {"error": reason}
     good = {label: engine for label, engine in case.engines.items() if found[label].get("parity")}
     a_round = sum(found[label]["warm_s"] for label in good)
     rounds = bench.deadline.rounds(bench.repeats, min(bench.repeats, _LEAST_ROUNDS), a_round, warm_up=_WARM_UP)
@@ -379,12 +383,12 @@ def _first_token_rows(
     else:
         for label in good:
             found[label] |= {"parity": None, "error": f"within its budget of errors; {bench.deadline.skipped()}"}
-    right |= {label: checks[label] for label in good if found[label]["parity"]}
     place: Row = {"part": case.part, "image": case.image}
-    return [bench.row(place | {"settings": str(case.engines[label])} | row, label) for label, row in found.items()]
+    rows = [bench.row(place | {"settings": str(case.engines[label])} | row, label) for label, row in found.items()]
+    return rows, {label: checks[label] for label in good if found[label]["parity"]}
 
 
-def _checked(lab: Lab, engine: EngineLike, label: str, oracles: Oracles, steps: int, checks: dict[str, Parity]) -> Row:
+def _checked(lab: Lab, engine: EngineLike, oracles: Oracles, steps: int) -> tuple[Row, Parity]:
     """An engine's first run and what was captured for it, seconds of a warm run, its parity, and its memory."""
     if lab.graphs is not None:
         lab.graphs.forget()  # so that what an engine's graphs take is what they take alone
@@ -394,12 +398,12 @@ def _checked(lab: Lab, engine: EngineLike, label: str, oracles: Oracles, steps: 
     row |= capture_row(cold.captures, lab.captures(engine))
     warm = lab.run(request, engine)
     row["warm_s"] = warm.trace.end_ns / 1e9
-    checks[label] = parity = check(oracles, engine, [cold, warm], cold.logits, STOCK, steps=steps)
+    parity = check(oracles, engine, [cold, warm], cold.logits, STOCK, steps=steps)
     row |= memory_of_request(lab, request, engine)
     truth = oracles.truth(parity.oracle, text_tokens(lab, steps))
     over_budget = parity.by == "logits" and parity.error is not None and not parity.error <= (parity.budget or 0.0)
     row["error"] = parity.error if parity.holds or over_budget else parity.why
-    return row | {"own_error": truth.own_error, "parity": parity.holds}
+    return row | {"own_error": truth.own_error, "parity": parity.holds}, parity
 
 
 def _timed_row(comparison: Comparison, label: str, floor_ms: float) -> Row:

@@ -85,7 +85,7 @@ class SweepSettings:
 
     @classmethod
     def from_notebook(cls, namespace: Mapping[str, Any]) -> SweepSettings:
-        """Read a notebook's `globals()`; an unknown parameter or recipe is an error before any work."""
+        """Read a notebook's variables; an unknown parameter or recipe is an error before any work."""
         return cls(**notebook_parameters(namespace, [field.name for field in dataclasses.fields(cls)]))
 
 

@@ -8,14 +8,12 @@ from functools import partial
 import torch
 
 from fastvl_lab.catalogue import Streaming
-from fastvl_lab.streaming.answer import Answer, host_sync, on_device
-from fastvl_lab.streaming.gate import CountingGate
-from fastvl_lab.streaming.launch import CudaStream, PlayedStream
+from fastvl_lab.streaming.answer import Answer, Steps, host_sync, on_device
 from fastvl_lab.streaming.one_by_one import one_by_one
-from fastvl_lab.streaming.rounds import in_rounds
+from fastvl_lab.streaming.rounds import CountingGate, CudaStream, PlayedStream, in_rounds
 
-# Makes an answer whole, and sends it on its way.
-Loop = Callable[[Answer], None]
+# Makes an answer whole by its steps, and sends it on its way.
+Loop = Callable[[Steps, Answer], None]
 
 
 def bind(slot: Streaming, device: torch.device) -> Loop:

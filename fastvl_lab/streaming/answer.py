@@ -1,8 +1,8 @@
-"""One request's answer from its first token on: what every way of streaming it has to work with."""
+"""What every way of streaming has to work with: decode steps on the device, and the answer as the host learns it."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -11,30 +11,41 @@ from fastvl_lab.decoder.steps import Step
 from fastvl_lab.streaming.text import Emitter
 from fastvl_lab.trace import Tracer
 
-# A token int64 [1] and its position int64 [1] to what a step gives.
+# Tokens int64 [B] and their positions int64 [B] to what a step gives.
 Decode = Callable[[torch.Tensor, torch.Tensor], Step]
 
-# From the number of one of the answer's tokens to its position: int64 [1] on the device.
+# From the number of the answers' tokens to their positions: int64 [B] on the device.
 Position = Callable[[int], torch.Tensor]
 
-# The same for an answer, and what waits for all that is launched, where the copy itself would not.
-Positions = Callable[["Answer", Callable[[], None]], Position]
+# The same for steps, and what waits for all that is launched, where the copy itself would not.
+Positions = Callable[["Steps", Callable[[], None]], Position]
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Steps:
+    """Decode steps, a row an answer.
+
+    first: the answers' first tokens, int64 [B] on the device. next_positions: of those tokens. most: how many tokens an answer may
+    have. decode: tokens and their positions to what a step gives; sample: what a step gave to the next tokens, int64 [B]; both
+    launch work and wait for nothing.
+    """
+
+    first: torch.Tensor
+    next_positions: tuple[int, ...]
+    most: int
+    decode: Decode
+    sample: Callable[[Step], torch.Tensor]
+    tracer: Tracer
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Answer:
-    """An answer in the making.
+    """One request's answer in the making.
 
-    first: its first token, int64 [1] on the device. next_position: of that token. decode: a token and its position to what a step
-    gives; sample: what a step gave to the next token, int64 [1]; both launch work and wait for nothing. max_new_tokens, ends: how
-    many tokens there may be, and the ids that end the answer before. tokens: the ids that the host has learnt so far.
+    most, ends: how many tokens there may be, and the ids that end the answer before. tokens: the ids that the host has learnt.
     """
 
-    first: torch.Tensor
-    next_position: int
-    decode: Decode
-    sample: Callable[[Step], torch.Tensor]
-    max_new_tokens: int
+    most: int
     ends: Collection[int]
     emitter: Emitter
     tracer: Tracer
@@ -43,7 +54,12 @@ class Answer:
     def take(self, token: int) -> bool:
         """Note the next token; whether it is the last."""
         self.tokens.append(token)
-        return len(self.tokens) == self.max_new_tokens or token in self.ends
+        return len(self.tokens) == self.most or token in self.ends
+
+    def emit(self, tokens: Sequence[int], *, last: bool) -> None:
+        """Send tokens that were taken on their way, all at once."""
+        with self.tracer.span("emit"):
+            self.emitter.emit(tokens, last=last)
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -68,19 +84,19 @@ class Forced:
         return step
 
 
-def on_device(answer: Answer, _wait: Callable[[], None]) -> Position:
+def on_device(steps: Steps, _wait: Callable[[], None]) -> Position:
     """All positions at once, made on the device before the first step: a step launches nothing for its own."""
-    first = answer.next_position
-    ahead = torch.arange(first, first + answer.max_new_tokens, device=answer.first.device)
-    return lambda number: ahead[number : number + 1]
+    device = steps.first.device
+    ahead = torch.stack([torch.arange(first, first + steps.most, device=device) for first in steps.next_positions], dim=1)
+    return lambda number: ahead[number]
 
 
-def host_sync(answer: Answer, wait: Callable[[], None]) -> Position:
+def host_sync(steps: Steps, wait: Callable[[], None]) -> Position:
     """Each from a Python list when its step is launched: a copy from pageable memory, for which the host waits for the device."""
 
     def position(number: int) -> torch.Tensor:
         wait()
-        return torch.tensor([answer.next_position + number], device=answer.first.device)
+        return torch.tensor([first + number for first in steps.next_positions], device=steps.first.device)
 
     return position
 

@@ -2,21 +2,20 @@
 
 from __future__ import annotations
 
-from fastvl_lab.streaming.answer import Answer, Positions, no_wait
+from fastvl_lab.streaming.answer import Answer, Positions, Steps, no_wait
 
 
-def one_by_one(answer: Answer, *, positions: Positions) -> None:
+def one_by_one(steps: Steps, answer: Answer, *, positions: Positions) -> None:
     """Make the answer; it is complete on return."""
-    span, position, token = answer.tracer.span, positions(answer, no_wait), answer.first
+    span, position, token = steps.tracer.span, positions(steps, no_wait), steps.first
     while True:
         with span("sample"):
             token_id = int(token)  # the host waits for the device
         last = answer.take(token_id)
-        with span("emit"):
-            answer.emitter.emit((token_id,), last=last)
+        answer.emit((token_id,), last=last)
         if last:
             return
         with span("decode"):
-            step = answer.decode(token, position(len(answer.tokens) - 1))
+            step = steps.decode(token, position(len(answer.tokens) - 1))
         with span("sample"):
-            token = answer.sample(step)
+            token = steps.sample(step)

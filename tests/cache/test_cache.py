@@ -170,8 +170,9 @@ def test_answers_stay_right_when_the_caches_are_full(fresh: Lab) -> None:
         assert small.memory.paged.pool.n_used == 0
 
 
-@pytest.mark.parametrize(("fresh", "kind"), [(TINY[0], "static"), (TINY[1], "paged")], indirect=["fresh"])
-def test_two_thousand_steps_leave_memory_as_it_was(fresh: Lab, kind: str) -> None:
+@pytest.mark.parametrize(("name", "kind"), [(TINY[0], "static"), (TINY[1], "paged")])
+def test_two_thousand_steps_leave_memory_as_it_was(shallow_labs: dict[str, Lab], name: str, kind: str) -> None:
+    fresh = shallow_labs[name].apart()
     recipe = Recipe.parse(f"fastest, cache.kv={kind}")
     fresh.run(Request(prompt="Count.", max_new_tokens=3, ignore_eos=True), recipe)
     held, allocated = fresh.memory.n_bytes, []

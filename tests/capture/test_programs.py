@@ -91,7 +91,7 @@ class _Bound:
         self.encoder, self.decoder = encoder, bind_decoder(self.recipe.attention, decoder_weights(checkpoint))
         cache = BoundCache(dataclasses.replace(self.recipe.cache, kv=self.kv), Memory(checkpoint), family="", images_by="")
         slot = Capture(shapes=self.padding, prefill="compile", decode="compile")  # by tables, however they are run
-        self.stages = Stages(slot, encoder, self.decoder, cache, merge_size=2, graphs=None)
+        self.stages = Stages(slot, encoder, self.decoder, cache.store, merge_size=2, graphs=None)
         self.programs = {
             "vit": vit_program(encoder),
             "prefill": prefill_program(self.decoder),
@@ -111,9 +111,9 @@ class _Bound:
 
 
 @torch.inference_mode()
-def test_the_towers_program_writes_into_none_of_its_inputs(lab: Lab) -> None:
+def test_the_towers_program_writes_into_none_of_its_inputs(shallow: Lab) -> None:
     for recipe, padding, kv in _ways("vit"):
-        bound = _Bound(lab=lab, recipe=recipe, padding=padding, kv=kv)
+        bound = _Bound(lab=shallow, recipe=recipe, padding=padding, kv=kv)
         bound.stages.encode(bound.images.pixels(bound.request), OFF)
         made = bound.again("vit")
         plain = bound.encoder(bound.images.pixels(bound.request), OFF)
@@ -122,9 +122,9 @@ def test_the_towers_program_writes_into_none_of_its_inputs(lab: Lab) -> None:
 
 
 @torch.inference_mode()
-def test_the_decoders_programs_write_into_none_of_their_inputs(lab: Lab) -> None:
+def test_the_decoders_programs_write_into_none_of_their_inputs(shallow: Lab) -> None:
     for recipe, padding, kv in _ways("attention"):
-        bound = _Bound(lab=lab, recipe=recipe, padding=padding, kv=kv)
+        bound = _Bound(lab=shallow, recipe=recipe, padding=padding, kv=kv)
         pixels, prompt, kv = bound.images.pixels(bound.request), bound.prompt, bound.place.kv
         vision = bound.encoder(pixels, OFF)
         bound.stages.prefill(merge(prompt, vision, bound.decoder.weights.embed), prompt, vision, kv, OFF)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -14,7 +15,7 @@ from fastvl_lab import Lab, toggles
 from fastvl_lab.cache.concat import ConcatKv, ConcatSequence
 from fastvl_lab.catalogue import Attention
 from fastvl_lab.decoder import bind_decoder, eager, sdpa
-from fastvl_lab.decoder.fixed_kv import FixedKv
+from fastvl_lab.decoder.fixed_kv import KvTableInPlace
 from fastvl_lab.decoder.steps import decode, prefill
 from fastvl_lab.decoder.weights import decoder_weights
 from fastvl_lab.request import Prompt
@@ -195,7 +196,8 @@ def test_the_bias_of_a_mask_is_made_once_a_step(monkeypatch: pytest.MonkeyPatch)
 
     monkeypatch.setattr(F, "scaled_dot_product_attention", seen)
     length = torch.tensor([11], dtype=torch.int32)
-    kv = FixedKv(layers=layers, slot_of=torch.arange(16)[None], lengths=length, rows=1, padded=True, in_place=True)
+    store = SimpleNamespace(layers=layers)
+    kv = KvTableInPlace(slot_of=torch.arange(16)[None], lengths=length, store=store, padded=True).open(1)
     q = torch.randn(1, 4, 8, generator=generator)
     out = [sdpa.decode(q, kv, layer) for layer in range(3)]
     assert len({bias.data_ptr() for bias in biases}) == 1

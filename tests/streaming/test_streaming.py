@@ -14,8 +14,8 @@ import torch
 
 from fastvl_lab import Chunk, Lab, Recipe, Request, RequestCancelledError, Run
 from fastvl_lab.catalogue import toggles
-from fastvl_lab.streaming.gate import CountingGate
-from fastvl_lab.streaming.launch import _Sent
+from fastvl_lab.streaming.answer import Positions, Steps, host_sync, on_device
+from fastvl_lab.streaming.rounds import CountingGate, _Sent
 from fastvl_lab.trace import Tracer
 
 CHOICES = {toggle.name: toggle.values for toggle in toggles() if toggle.slot == "streaming"}
@@ -285,7 +285,7 @@ class _Event:
 def test_a_token_is_asked_for_a_moment_before_the_thread_sleeps(asked: float, slept: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Waking up takes tens of microseconds, which would be part of a token that is there by then."""
     now = iter(range(10_000))
-    monkeypatch.setattr("fastvl_lab.streaming.launch.time.perf_counter", lambda: next(now) * 10e-6)  # 10 us pass with each look
+    monkeypatch.setattr("fastvl_lab.streaming.rounds.time.perf_counter", lambda: next(now) * 10e-6)  # 10 us pass with each look
     event = _Event(asked)
     assert _Sent(torch.tensor([7]), event).read() == 7
     assert event.slept == slept
@@ -307,3 +307,17 @@ def test_spans_of_several_threads_nest_by_thread() -> None:
         thread.join()
     spans = [(s.name, s.lane, s.depth) for s in tracer.finish().spans]
     assert spans == [("emit", "host", 0), ("decode", "device", 0), ("language.layer.0", "device", 1)]
+
+
+@pytest.mark.parametrize("positions", [on_device, host_sync])
+def test_each_answer_of_several_has_positions_of_its_own(positions: Positions) -> None:
+    steps = Steps(
+        first=torch.tensor([7, 8]),
+        next_positions=(3, 10),
+        most=4,
+        decode=lambda tokens, at: pytest.fail("nothing is decoded"),
+        sample=lambda step: pytest.fail("nothing is sampled"),
+        tracer=Tracer(torch.device("cpu"), "off"),
+    )
+    position = positions(steps, lambda: None)
+    assert [position(number).tolist() for number in range(4)] == [[3, 10], [4, 11], [5, 12], [6, 13]]
