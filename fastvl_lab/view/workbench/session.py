@@ -77,7 +77,7 @@ class Question:
         image = ImageInput.of(photo(picture.source, size))
         return replace(image, label=str(picture))
 
-    def about_pictures(self) -> str:
+    def about_picture(self) -> str:
         """Which they are, and what is done to them before the request."""
         names = ", ".join(map(str, self.pictures)) or "no picture"
         done = "as it is" if self.size is None else f"{'within' if self.within else 'resized to'} {self.size[0]}×{self.size[1]}"
