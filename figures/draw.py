@@ -53,7 +53,11 @@ def look_at_the_workbench() -> None:
             for number, (path, option) in enumerate((("vit.patch_embed", "linear"), ("attention.prefill", "sdpa")), start=2):
                 page.locator(f"[data-path='{path}']").get_by_role("radio", name=option, exact=True).click()
                 _settled(page, number)
+            page.mouse.move(700, 980)
             page.screenshot(path=FOLDER / "workbench.png")
+            page.get_by_role("button", name="dark").click()
+            page.locator(".fl-stage[data-stage='vit']").hover()
+            page.screenshot(path=FOLDER / "workbench-dark.png")
         finally:
             browser.close()
             server.terminate()

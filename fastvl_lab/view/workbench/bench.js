@@ -636,6 +636,7 @@ function mount(model, el, libraries) {
   root.addEventListener("focusin", tipped);
   root.addEventListener("mouseout", (event) => { if (event.target.closest("[data-tip]")) unpoint(); });
   root.addEventListener("focusout", unpoint);
+  root.addEventListener("pointerdown", unpoint);
   function helped(open = help.hidden) {
     const list = (pairs) => h("dl", {}, pairs.map(([name, about]) => [h("dt", {}, name), h("dd", {}, about)]));
     help.hidden = !open;
@@ -692,7 +693,12 @@ function mount(model, el, libraries) {
     const theirs = page === undefined ? matchMedia("(prefers-color-scheme: dark)").matches : page === "false";
     ui.dark = chosen === null ? theirs : chosen === "true";
     root.classList.toggle("fl-dark", ui.dark);
-    if (!document.querySelector(".jp-LabShell")) document.body.style.background = HUES[ui.dark ? "dark" : "light"].paper; // a page of its own
+    if (!document.querySelector(".jp-LabShell")) { // a page of its own
+      const { paper } = HUES[ui.dark ? "dark" : "light"];
+      document.documentElement.style.setProperty("--jp-layout-color0", paper);
+      document.body.style.setProperty("--jp-layout-color0", paper);
+      document.body.style.background = paper;
+    }
     dark.setAttribute("aria-pressed", String(ui.dark));
     showResult();
   }

@@ -76,6 +76,7 @@ class Workbench:
         self._moved: tuple[str, ...] = ()
         self._pictures: dict[str, Picture] = {}  # every one that was given, by name
         self._marks: dict[int, tuple[bool, str]] = {}  # of results: whether pinned, and a note
+        self._rows: dict[int, tuple[Any, messages.Row]] = {}  # of the history, with what each was made of
         self._views = views()
         self._view = next(iter(self._views))
         self._shown = self._against = 0  # numbers of results; 0 is the newest, and the one before the shown one
@@ -482,11 +483,11 @@ class Workbench:
         self.widget.tell("advised", said)
 
     def _tell_history(self) -> None:
-        rows = []
         for before, result in zip([None, *self.history], self.history, strict=False):
-            pinned, note = self._marks.get(result.number, (False, ""))
-            rows.append(showing.row(result, before, pinned=pinned, note=note))
-        self.widget.tell("history", tuple(rows))
+            of = (result, before, self._marks.get(result.number, (False, "")))
+            if self._rows.get(result.number, (None,))[0] != of:  # a line takes milliseconds, and there may be hundreds
+                self._rows[result.number] = (of, showing.row(result, before, pinned=of[2][0], note=of[2][1]))
+        self.widget.tell("history", tuple(row for _, row in self._rows.values()))
 
 
 def _this_cell() -> str | None:

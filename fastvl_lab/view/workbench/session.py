@@ -30,6 +30,7 @@ from fastvl_lab.trace import Span
 STOCK, BEFORE, RECIPE = "transformers", "the run before", "this recipe"
 
 _PREVIEW = 128  # pixels of the longer side
+_PATIENCE = 20.0  # seconds to wait for the end of a stage
 _QUIET = 0.5  # seconds without a wish before the background is worked on
 _IN_BACKGROUND = 120.0  # seconds that what each toggle would save may take to measure
 
@@ -76,7 +77,7 @@ class Question:
         image = ImageInput.of(photo(picture.source, size))
         return replace(image, label=str(picture))
 
-    def about_pictures(self) -> str:
+    def about_picture(self) -> str:
         """Which they are, and what is done to them before the request."""
         names = ", ".join(map(str, self.pictures)) or "no picture"
         done = "as it is" if self.size is None else f"{'within' if self.within else 'resized to'} {self.size[0]}×{self.size[1]}"
@@ -238,11 +239,12 @@ class Session:
                 self._running.stop.set()
 
     def close(self) -> None:
-        """End the thread, and what runs on it; the weights are let go."""
+        """End the thread, once what runs on it has come to the end of its stage or step; the weights are let go."""
         self.stop()
         with self._changed:
             self._closed = True
             self._changed.notify_all()
+        self._thread.join(_PATIENCE)
 
     def wake(self) -> None:
         """Look whether there is something to do in the background."""
@@ -346,6 +348,7 @@ class Session:
                 self._tell(News(state="running", ended=stage))
 
         run = lab.run(request, recipe, on_chunk=on_chunk, on_begin=on_begin, on_stage=on_stage, stop=stop)
+        run = replace(run, logits=run.logits[:0])  # which may be half a megabyte: the history holds many runs
         result = Result(
             number=len(self.history) + 1, question=question, recipe=recipe, run=run, held=_held(lab, recipe), before=before
         )

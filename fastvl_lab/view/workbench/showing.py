@@ -97,7 +97,7 @@ def _random(checkpoint: str) -> bool:
 def about_question(question: Question) -> str:
     """In a line: checkpoint, pictures, prompt."""
     prompt = question.prompt if len(question.prompt) <= 40 else f"{question.prompt[:39]}…"
-    return f"{question.checkpoint} · {question.about_pictures()} · “{prompt}” · {question.max_new_tokens} tokens"
+    return f"{question.checkpoint} · {question.about_picture()} · “{prompt}” · {question.max_new_tokens} tokens"
 
 
 def _before(result: Result, other: Result | None) -> tuple[Run | None, str, str]:
@@ -124,7 +124,7 @@ def changes(before: Result | None, result: Result) -> str:
         f"{name} {new}"
         for name, old, new in (
             ("checkpoint", theirs.checkpoint, ours.checkpoint),
-            ("picture", theirs.about_pictures(), ours.about_pictures()),
+            ("picture", theirs.about_picture(), ours.about_picture()),
             ("prompt", f"“{theirs.prompt}”", f"“{ours.prompt}”"),
             ("tokens", theirs.max_new_tokens, ours.max_new_tokens),
         )
