@@ -129,10 +129,10 @@ SEGMENTS = {
 
 def _blocks(groups: tuple[Group, ...], dtype: torch.dtype) -> tuple[torch.Tensor, int]:
     """The table of blocks, and how many queries a block may have."""
-    table, block = attention.triton(dtype).prepare(groups, DEVICE)
-    assert table is not None
-    assert isinstance(block, int)
-    return table, block
+    prepared = attention.triton(dtype).prepare(groups, DEVICE)
+    assert prepared.table is not None
+    assert isinstance(prepared.fixed, int)
+    return prepared.table, prepared.fixed
 
 
 def _skip_what_cannot_run(dtype: torch.dtype) -> None:
@@ -198,6 +198,7 @@ def test_every_query_is_in_one_block_and_no_block_is_empty(segments: str, dtype:
 
 def test_boundaries_for_variable_length_attention() -> None:
     """Built where they are used, without a copy from the host."""
-    boundaries, longest = attention.varlen(torch.bfloat16).prepare(SEGMENTS["windows"], DEVICE)
+    prepared = attention.varlen(torch.bfloat16).prepare(SEGMENTS["windows"], DEVICE)
+    boundaries, longest = prepared.table, prepared.fixed
     assert boundaries.tolist() == [0, 16, 32, 48, 64, 80, 92, 104, 116, 120]
     assert (boundaries.dtype, longest) == (torch.int32, 16)
