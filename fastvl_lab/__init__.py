@@ -11,29 +11,34 @@ from typing import TYPE_CHECKING, Any
 from fastvl_lab import shown
 
 if TYPE_CHECKING:
-    from fastvl_lab.catalogue import toggles
+    from fastvl_lab.catalogue import toggles as toggles
     from fastvl_lab.errors import (
-        CheckpointError,
-        DeviceError,
-        EndpointError,
-        FastvlError,
-        ImageError,
-        MissingExtraError,
-        RecipeError,
-        RequestCancelledError,
-        RequestError,
+        CheckpointError as CheckpointError,
+        DeviceError as DeviceError,
+        EndpointError as EndpointError,
+        FastvlError as FastvlError,
+        ImageError as ImageError,
+        MissingExtraError as MissingExtraError,
+        RecipeError as RecipeError,
+        RequestCancelledError as RequestCancelledError,
+        RequestError as RequestError,
     )
-    from fastvl_lab.lab import Lab
-    from fastvl_lab.measure.audit import Audit, audit
-    from fastvl_lab.measure.compare import Attribution, Comparison, attribute, compare
-    from fastvl_lab.measure.floors import Floor, floor
-    from fastvl_lab.measure.publish import photo
-    from fastvl_lab.measure.sweep import SweepSettings, sweep
-    from fastvl_lab.recipe import Recipe
-    from fastvl_lab.request import Chunk, Request
-    from fastvl_lab.run import Run
-    from fastvl_lab.trace import Trace
-    from fastvl_lab.view.workbench import workbench
+    from fastvl_lab.lab import Lab as Lab
+    from fastvl_lab.measure.audit import Audit as Audit, audit as audit
+    from fastvl_lab.measure.compare import (
+        Attribution as Attribution,
+        Comparison as Comparison,
+        attribute as attribute,
+        compare as compare,
+    )
+    from fastvl_lab.measure.floors import Floor as Floor, floor as floor
+    from fastvl_lab.measure.publish import photo as photo
+    from fastvl_lab.measure.sweep import SweepSettings as SweepSettings, sweep as sweep
+    from fastvl_lab.recipe import Recipe as Recipe
+    from fastvl_lab.request import Chunk as Chunk, Request as Request
+    from fastvl_lab.run import Run as Run
+    from fastvl_lab.trace import Trace as Trace
+    from fastvl_lab.view.workbench import workbench as workbench
 
 # Public name -> the module that defines it.
 _PUBLIC = {

@@ -15,11 +15,8 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypeAlias
 import numpy as np
 from PIL import Image
 
-from fastvl_lab.errors import RequestError
-from fastvl_lab.errors import check_whole_number as check_whole_number
-from fastvl_lab.image_input import MAX_IMAGE_BYTES as MAX_IMAGE_BYTES
-from fastvl_lab.image_input import ImageInput as ImageInput
-from fastvl_lab.image_input import ImageSource as ImageSource
+from fastvl_lab.errors import RequestError, check_whole_number as check_whole_number
+from fastvl_lab.image_input import MAX_IMAGE_BYTES as MAX_IMAGE_BYTES, ImageInput as ImageInput, ImageSource as ImageSource
 from fastvl_lab.messages import Message, check_limits, count_images, read_messages
 
 if TYPE_CHECKING:

@@ -10,8 +10,7 @@ import torch
 from fastvl_lab import shown
 from fastvl_lab.capture.execute import Capture
 from fastvl_lab.recipe import Recipe
-from fastvl_lab.request import UNNAMED, Chunk, Grid, ImageShape
-from fastvl_lab.request import Kind as Kind
+from fastvl_lab.request import UNNAMED, Chunk, Grid, ImageShape, Kind as Kind
 from fastvl_lab.trace import Trace
 
 if TYPE_CHECKING:

@@ -17,8 +17,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from playwright.sync_api import Error as PlaywrightError
-from playwright.sync_api import sync_playwright
+from playwright.sync_api import Error as PlaywrightError, sync_playwright
 
 import fastvl_lab as fl
 from fastvl_lab import Run, view

@@ -9,8 +9,7 @@ from collections.abc import Iterator
 import pytest
 import torch
 
-from fastvl_lab import Lab, Recipe, RecipeError, Request, compare
-from fastvl_lab import engine as engines
+from fastvl_lab import Lab, Recipe, RecipeError, Request, compare, engine as engines
 from fastvl_lab.cache.memory import Memory
 from fastvl_lab.capture.graphs import GraphStore
 from fastvl_lab.checkpoint import Checkpoint

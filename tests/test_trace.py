@@ -10,8 +10,7 @@ import time
 import pytest
 import torch
 
-from fastvl_lab import Lab, Request, photo
-from fastvl_lab import trace as trace_module
+from fastvl_lab import Lab, Request, photo, trace as trace_module
 from fastvl_lab.measure.samples import Interval, median_interval
 from fastvl_lab.trace import STAGES, Span, Trace, Tracer, module_spans
 

@@ -17,8 +17,7 @@ import torch
 import transformers
 from transformers import AutoConfig, AutoImageProcessor, AutoModelForImageTextToText, AutoTokenizer, GenerationConfig
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
-from transformers.utils import is_torchvision_available
-from transformers.utils import logging as transformers_logging
+from transformers.utils import is_torchvision_available, logging as transformers_logging
 
 from fastvl_lab.catalogue import Target
 from fastvl_lab.checkpoint import tiny

@@ -10,8 +10,7 @@ from fastvl_lab.checkpoint import Checkpoint
 from fastvl_lab.checkpoint.fused import side_by_side
 from fastvl_lab.decoder.rope import MRope
 from fastvl_lab.errors import CheckpointError
-from fastvl_lab.families.text import Layer as StockLayer
-from fastvl_lab.families.text import Linear, head_dim
+from fastvl_lab.families.text import Layer as StockLayer, Linear, head_dim
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)

@@ -186,11 +186,11 @@ def _scattered(lengths: list[int], n_slots: int) -> torch.Tensor:
     return slot_of.to("cuda")
 
 
-def _kept(n_slots: int, kv_heads: int, dim: int, dtype: torch.dtype) -> list[torch.Tensor]:
-    stores = [_randn(n_slots, kv_heads, dim, dtype=dtype, seed=seed) for seed in (1, 2)]
-    for store in stores:
+def _kept(n_slots: int, kv_heads: int, dim: int, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
+    keys, values = (_randn(n_slots, kv_heads, dim, dtype=dtype, seed=seed) for seed in (1, 2))
+    for store in (keys, values):
         store[-1] = float("nan")
-    return stores
+    return keys, values
 
 
 # Of the decoders of 3B, 4B and 7B, and a head that is no power of two.
@@ -234,7 +234,7 @@ def test_prefill_attention_native(heads: int, kv_heads: int, dim: int, dtype: to
     table = torch.tensor(blocks, dtype=torch.int32, device="cuda")
     q = _randn(sum(new), heads + 2, dim, dtype=dtype)[:, :heads]
     kept, slot_of = _kept(sum(lengths) + 9, kv_heads, dim, dtype), _scattered(lengths, sum(lengths) + 9)
-    truth = prefill_attention_reference(q.double(), *(x.double() for x in kept), slot_of, table)
+    truth = prefill_attention_reference(q.double(), kept[0].double(), kept[1].double(), slot_of, table)
     ours = prefill_attention(q, *kept, slot_of, table, longest=max(lengths))
     plain = prefill_attention_reference(q, *kept, slot_of, table)
     _assert_budget(ours, plain, truth)
@@ -248,7 +248,7 @@ def test_decode_attention_native(heads: int, kv_heads: int, dim: int, dtype: tor
     q = _randn(len(lengths), heads + 1, dim, dtype=dtype)[:, :heads]
     kept, slot_of = _kept(sum(lengths) + 9, kv_heads, dim, dtype), _scattered(lengths, sum(lengths) + 9)
     counts = torch.tensor(lengths, dtype=torch.int32, device="cuda")
-    truth = decode_attention_reference(q.double(), *(x.double() for x in kept), slot_of, counts)
+    truth = decode_attention_reference(q.double(), kept[0].double(), kept[1].double(), slot_of, counts)
     plain = decode_attention_reference(q, *kept, slot_of, counts)
     for longest in (5000, 5001, 100_000):
         _assert_budget(decode_attention(q, *kept, slot_of, counts, longest=longest), plain, truth)
@@ -291,7 +291,7 @@ def test_tracing_adds_no_synchronisation_to_a_request() -> None:
         with torch.profiler.profile(
             activities=[torch.profiler.ProfilerActivity.CPU, torch.profiler.ProfilerActivity.CUDA]
         ) as profile:
-            lab.run(request, "fastest", trace=level)  # type: ignore[arg-type]
+            lab.run(request, "fastest", trace=level)
         names = [event.key for event in profile.key_averages() for _ in range(event.count)]
         counts[level] = names.count("cudaStreamSynchronize")
     assert counts["off"] == counts["stages"]
@@ -372,9 +372,10 @@ def test_a_capture_that_fails_leaves_stream_and_recorder_usable() -> None:
         return (y,)
 
     with pytest.raises(RuntimeError):
-        recorder.record(waits)
+        recorder.record(waits, 2**30)
     assert torch.cuda.current_stream() == stream
-    recording = recorder.record(lambda: (x @ x,))
+    recording = recorder.record(lambda: (x @ x,), 2**30)
+    assert recording is not None
     x.fill_(2)
     recording.replay()
     assert torch.equal(recording.outputs[0], torch.full_like(x, 256))

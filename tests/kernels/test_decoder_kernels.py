@@ -8,10 +8,12 @@ from __future__ import annotations
 import pytest
 import torch
 
-from fastvl_lab.kernels import argmax as argmax_module
-from fastvl_lab.kernels import decode_attention as decode_module
-from fastvl_lab.kernels import prefill_attention as prefill_module
-from fastvl_lab.kernels import rotate_and_keep as rotate_module
+from fastvl_lab.kernels import (
+    argmax as argmax_module,
+    decode_attention as decode_module,
+    prefill_attention as prefill_module,
+    rotate_and_keep as rotate_module,
+)
 from fastvl_lab.kernels.argmax import argmax, argmax_reference
 from fastvl_lab.kernels.decode_attention import decode_attention, decode_attention_reference
 from fastvl_lab.kernels.prefill_attention import block_size, prefill_attention, prefill_attention_reference

@@ -7,8 +7,7 @@ import json
 from typing import Any
 
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
+from hypothesis import given, settings, strategies as st
 
 from fastvl_lab.errors import EndpointError
 from fastvl_lab.peers.answers import Event, Model, Usage, read_events, read_models, said

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
+from hypothesis import given, strategies as st
 
 from fastvl_lab.peers.counts import Piece, tokens_of
 from fastvl_lab.request import UNNAMED
