@@ -48,14 +48,15 @@ sweep: $(STAMP)
 # First what can share the machine, a test a core; then what waits on clocks and browsers. pytest's exit 5 is "none of these here".
 test: $(STAMP)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(TESTS) -n auto -m "not alone and not native and not nightly and not benchmark" || [ $$? -eq 5 ]
-	$(BIN)/python -m pytest $(TESTS) -m "alone and not benchmark" || [ $$? -eq 5 ]
+	$(BIN)/python -m pytest $(TESTS) -m "alone and not nightly and not benchmark" || [ $$? -eq 5 ]
 
 # All launch settings of all kernels, for GPUs from Ampere to Blackwell: minutes of compiling.
 test-native: $(STAMP)
 	$(BIN)/python -m pytest tests/kernels -n auto -m native
 
 test-nightly: $(STAMP)
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(TESTS) -n auto -m "native or nightly"
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(TESTS) -n auto -m "(native or nightly) and not alone"
+	$(BIN)/python -m pytest $(TESTS) -m "nightly and alone"
 
 OLDEST := kernels capture attention language vit cache test_parity.py
 test-oldest:

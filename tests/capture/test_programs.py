@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
+import pytest
 import torch
 
 from fastvl_lab import Lab, Recipe, Request, photo, preprocessor, vit
@@ -122,7 +123,10 @@ def test_the_towers_program_writes_into_none_of_its_inputs(shallow: Lab) -> None
 
 
 @torch.inference_mode()
-def test_the_decoders_programs_write_into_none_of_their_inputs(shallow: Lab) -> None:
+@pytest.mark.parametrize("name", [pytest.param("tiny-qwen2.5-vl", marks=pytest.mark.nightly), "tiny-qwen3-vl"])
+def test_the_decoders_programs_write_into_none_of_their_inputs(shallow_labs: dict[str, Lab], name: str) -> None:
+    """Of the family with DeepStack; the other's are the same without it."""
+    shallow = shallow_labs[name]
     for recipe, padding, kv in _ways("attention"):
         bound = _Bound(lab=shallow, recipe=recipe, padding=padding, kv=kv)
         pixels, prompt, kv = bound.images.pixels(bound.request), bound.prompt, bound.place.kv

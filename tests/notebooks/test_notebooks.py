@@ -143,7 +143,7 @@ def test_the_panels_notebook_runs_headless(tmp_path: Path) -> None:
 
 
 @pytest.mark.alone
-@pytest.mark.parametrize("checkpoint", ["tiny-qwen2.5-vl", "tiny-qwen3-vl"])
+@pytest.mark.parametrize("checkpoint", ["tiny-qwen2.5-vl", pytest.param("tiny-qwen3-vl", marks=pytest.mark.nightly)])
 def test_the_report_is_reproduced_named_and_cured_in_a_notebook(checkpoint: str, run_cells: RunCells) -> None:
     """128 tokens; in process, and from outside through a server."""
     parameters = {"checkpoint": checkpoint, "image_size": [168, 140], "repeats": 6}
