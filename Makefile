@@ -58,7 +58,7 @@ test-nightly: $(STAMP)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(TESTS) -n auto -m "(native or nightly) and not alone"
 	$(BIN)/python -m pytest $(TESTS) -m "nightly and alone"
 
-OLDEST := kernels capture attention language vit cache test_parity.py
+OLDEST := kernels capture decoder vit cache test_parity.py
 test-oldest:
 	$(MAKE) test VENV=.venv-oldest LIMITS=constraints-oldest.txt TESTS='$(addprefix tests/,$(OLDEST))'
 

@@ -272,7 +272,9 @@ class Lab:
 
     def _check_turn(self, key: Engine) -> None:
         if getattr(self._telling, "now", False) and not key.remote:
-            raise RequestError("a request waits for what it is told to call, in which the lab serves no other; ask after it")
+            raise RequestError(
+                "a request waits for its on_chunk, on_begin and on_stage, in which the lab serves no other; ask after it"
+            )
 
     def _told(self, key: Engine, callback: Callable[..., object] | None) -> Callable[..., object] | None:
         """The callback; within it no request can have a turn, where the one that it is told of has it and waits for it."""

@@ -279,3 +279,8 @@ def test_pages_name_files_and_links_that_there_are(repository: Path) -> None:
         for file in re.findall(r"`((?:[a-z_]+/)*[a-z_0-9]+(?:\.py|/))`", text):
             assert (package / file).exists() or (repository / file).exists(), (page.name, file)
     assert len((repository / "README.md").read_text().splitlines()) < 200
+
+
+def test_the_oldest_versions_are_tested_by_tests_that_there_are(repository: Path) -> None:
+    (named,) = re.findall(r"^OLDEST := (.*)$", (repository / "Makefile").read_text(), re.MULTILINE)
+    assert [name for name in named.split() if not (repository / "tests" / name).exists()] == []

@@ -297,7 +297,7 @@ def _first_advice(last: Result, target: Target) -> Advised:
     longest = max(stages, key=lambda stage: stages[stage])
     share = stages[longest] / 1e9 / last.shown.ttft
     return Advised(
-        savings={}, sentence=f"Most of the time, {share:.0%}, is in {longest}. Try {path}={value}.", path=path, value=value
+        savings={}, sentence=f"{longest} takes longest, {share:.0%} of TTFT. Try {path}={value}.", path=path, value=value
     )
 
 
