@@ -447,7 +447,7 @@ function mount(model, el, libraries) {
     const [ticks, decimals] = ticksOf(from, to);
     const bottom = AXIS + rows.length * ROW;
     const mark = (value, stroke, dash, name) => value < from || value > to ? [] : [s("line", { x1: x(value), x2: x(value), y1: AXIS - 4, y2: bottom, stroke, "stroke-width": 1.5, "stroke-dasharray": dash, class: name })];
-    const title = result.recipe.open ? "a run under way" : `waterfall of #${result.number}: ${result.pills.length ? "" : ""}TTFT ${ms(result.recipe.ttft)}`;
+    const title = result.recipe.open ? "a run under way" : `waterfall of #${result.number}: TTFT ${ms(result.recipe.ttft)}`;
     const focused = chart.contains(document.activeElement) ? document.activeElement.dataset?.stage : null;
     const drawing = s("svg", { width, height, viewBox: `0 0 ${width} ${height}`, role: "group", "aria-label": title, style: `font:${FONT}` },
       s("defs", {}, s("pattern", { id: "fl-hatch", width: 5, height: 5, patternUnits: "userSpaceOnUse", patternTransform: "rotate(45)" }, s("rect", { width: 2, height: 5, fill: colours.ink })),
