@@ -48,6 +48,16 @@ def test_a_built_in_checkpoint_is_an_ordinary_folder_and_always_the_same(name: s
     assert _digest(tiny.folder(name)) == first
 
 
+@pytest.mark.parametrize("name", [name for name in tiny.names() if name not in tiny.NAMES])
+def test_a_small_checkpoint_is_answered_as_transformers_answers_it(name: str, picture: bytes) -> None:
+    lab, request = Lab(name, device="cpu"), Request(images=[picture], prompt="What is this?", max_new_tokens=24, ignore_eos=True)
+    stock, fastest = lab.run(request, "transformers"), lab.run(request, "fastest")
+    assert len(set(stock.tokens)) > 4, "nothing varies, so nothing is compared"
+    assert fastest.tokens == stock.tokens
+    torch.testing.assert_close(fastest.logits, stock.logits, atol=1e-4, rtol=0)
+    assert lab.checkpoint.config.text_config.num_hidden_layers == 8
+
+
 def test_built_in_models_have_what_makes_the_families_what_they_are(labs: dict[str, Lab]) -> None:
     first, second = (labs[name].checkpoint for name in tiny.NAMES)
     assert 0 < len(first.config.vision_config.fullatt_block_indexes) < first.config.vision_config.depth
