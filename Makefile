@@ -45,9 +45,12 @@ sweep: $(STAMP)
 		$(if $(call given,RECIPES),-y $(call quote,recipes: $(RECIPES))) $(call given,PARAMETERS)
 	@$(BIN)/python -m fastvl_lab.view $(call quote,$(FOLDER))
 
+# Tests start the package some thirty times: what Python has compiled of it and of the tests is kept, whatever is said outside.
+test test-native test-nightly: export PYTHONDONTWRITEBYTECODE =
+
 # First what can share the machine, a test a core; then what waits on clocks and browsers. pytest's exit 5 is "none of these here".
 test: $(STAMP)
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(TESTS) -n auto -m "not alone and not native and not nightly and not benchmark" || [ $$? -eq 5 ]
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(TESTS) -n auto --dist worksteal -m "not alone and not native and not nightly and not benchmark" || [ $$? -eq 5 ]
 	$(BIN)/python -m pytest $(TESTS) -m "alone and not nightly and not benchmark" || [ $$? -eq 5 ]
 
 # All launch settings of all kernels, for GPUs from Ampere to Blackwell: minutes of compiling.
@@ -55,7 +58,7 @@ test-native: $(STAMP)
 	$(BIN)/python -m pytest tests/kernels -n auto -m native
 
 test-nightly: $(STAMP)
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(TESTS) -n auto -m "(native or nightly) and not alone"
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(TESTS) -n auto --dist worksteal -m "(native or nightly) and not alone"
 	$(BIN)/python -m pytest $(TESTS) -m "nightly and alone"
 
 OLDEST := kernels capture decoder vit cache test_parity.py

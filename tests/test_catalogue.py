@@ -166,7 +166,6 @@ def test_a_checkpoint_is_a_target_of_which_all_is_known(lab: Lab) -> None:
     )
 
 
-@pytest.mark.alone
 @pytest.mark.parametrize(
     ("needs", "why"),
     [

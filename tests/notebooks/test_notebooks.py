@@ -22,13 +22,16 @@ from IPython.utils.capture import capture_output
 from papermill.exceptions import PapermillExecutionError
 from traitlets.config import Config
 
-from fastvl_lab import SweepSettings
+import fastvl_lab
+from fastvl_lab import Lab, SweepSettings
 from fastvl_lab.errors import FastvlError
 from fastvl_lab.measure.publish import MIME_TYPE
 from fastvl_lab.trace import STAGES
 
 REPOSITORY = Path(__file__).parents[2]
 NOTEBOOKS = sorted((REPOSITORY / "notebooks").glob("*.ipynb"))
+
+CHECKPOINTS = ("tiny-qwen2.5-vl", "tiny-qwen3-vl")
 
 RunCells = Callable[[Path, dict[str, Any]], list[dict[str, Any]]]
 
@@ -93,13 +96,27 @@ def run_cells(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[RunCe
     InteractiveShell.clear_instance()
 
 
-# Streaming's own test below runs it in both, and panels are a page of their own.
-IN_BOTH_FAMILIES = [path for path in NOTEBOOKS if path.stem not in ("streaming", "workbench", "workbench_from_cells", "ttft_sweep")]
+# Those of compiled stages and of streaming have tests of their own below, and panels are a page of their own.
+BY_THEMSELVES = ("graph_capture", "streaming", "workbench", "workbench_from_cells", "ttft_sweep")
+IN_BOTH_FAMILIES = [path for path in NOTEBOOKS if path.stem not in BY_THEMSELVES]
 
 
-@pytest.mark.parametrize("checkpoint", ["tiny-qwen2.5-vl", "tiny-qwen3-vl"])
+@pytest.mark.parametrize("checkpoint", CHECKPOINTS)
 @pytest.mark.parametrize("path", IN_BOTH_FAMILIES, ids=lambda path: path.stem)
 def test_a_notebook_runs_headless_and_its_result_is_consistent(path: Path, checkpoint: str, run_cells: RunCells) -> None:
+    _check(_published(run_cells(path, SMALL[path.stem] | {"checkpoint": checkpoint})))
+
+
+@pytest.mark.parametrize("inductor", [False, pytest.param(True, marks=pytest.mark.nightly)], ids=["as read", "inductor"])
+@pytest.mark.parametrize("checkpoint", CHECKPOINTS)
+def test_the_notebook_of_compiled_stages_runs_headless(
+    checkpoint: str, inductor: bool, run_cells: RunCells, shallow_labs: dict[str, Lab], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of two blocks and layers, as torch has read them: a test of capture holds what Inductor compiles to Transformers."""
+    if not inductor:
+        monkeypatch.setattr(fastvl_lab, "Lab", lambda name, **_: shallow_labs[name].apart())
+        monkeypatch.setattr("torch._inductor.compile_fx.compile_fx", lambda graph, inputs: graph)
+    path = REPOSITORY / "notebooks" / "graph_capture.ipynb"
     _check(_published(run_cells(path, SMALL[path.stem] | {"checkpoint": checkpoint})))
 
 
@@ -143,7 +160,7 @@ def test_the_panels_notebook_runs_headless(tmp_path: Path) -> None:
 
 
 @pytest.mark.alone
-@pytest.mark.parametrize("checkpoint", ["tiny-qwen2.5-vl", pytest.param("tiny-qwen3-vl", marks=pytest.mark.nightly)])
+@pytest.mark.parametrize("checkpoint", [CHECKPOINTS[0], pytest.param(CHECKPOINTS[1], marks=pytest.mark.nightly)])
 def test_the_report_is_reproduced_named_and_cured_in_a_notebook(checkpoint: str, run_cells: RunCells) -> None:
     """128 tokens; in process, and from outside through a server."""
     parameters = {"checkpoint": checkpoint, "image_size": [168, 140], "repeats": 6}

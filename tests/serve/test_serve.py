@@ -688,7 +688,6 @@ async def _storm(server: Any, picture: bytes, expected: str, number: int, longes
     return outcomes
 
 
-@pytest.mark.alone
 def test_a_termination_finishes_what_is_running(labs: dict[str, Lab], tmp_path: Path) -> None:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
