@@ -28,10 +28,23 @@ from fastvl_lab.vit.attention import Prepared, SegmentAttention
 pytest.importorskip("anywidget")
 
 
-@pytest.fixture
-def bench() -> Iterator[Workbench]:
+def opened() -> Workbench:
     made = workbench("tiny-qwen3-vl", "coffee", image_size=(112, 84), max_new_tokens=6, repeats=1, device="cpu")
     assert made.wait(60)
+    return made
+
+
+@pytest.fixture
+def bench() -> Iterator[Workbench]:
+    made = opened()
+    yield made
+    made.close()
+
+
+@pytest.fixture(scope="module")
+def looked_at() -> Iterator[Workbench]:
+    """One panel for the tests that choose nothing in it."""
+    made = opened()
     yield made
     made.close()
 
@@ -152,13 +165,13 @@ def test_pictures_are_measured_as_they_are_unless_a_size_is_chosen(picture: byte
         ("rival", "quick", "the choices are baseline, fastest"),
     ],
 )
-def test_a_field_that_cannot_be_read_says_so_and_asks_for_nothing(bench: Workbench, field: str, text: str, says: str) -> None:
-    before = bench.widget.asked
-    clicked(bench, "Fill", field=field, text=text)
-    assert says in bench.widget.live["error"]
-    assert bench.widget.asked == before  # the field is put back
-    assert bench.wait(60)
-    assert len(bench.history) == 1
+def test_a_field_that_cannot_be_read_says_so_and_asks_for_nothing(looked_at: Workbench, field: str, text: str, says: str) -> None:
+    before = looked_at.widget.asked
+    clicked(looked_at, "Fill", field=field, text=text)
+    assert says in looked_at.widget.live["error"]
+    assert looked_at.widget.asked == before  # the field is put back
+    assert looked_at.wait(60)
+    assert len(looked_at.history) == 1
 
 
 def test_what_a_cell_asks_for_and_looks_at_is_what_the_panel_shows(bench: Workbench) -> None:
@@ -404,13 +417,13 @@ def test_the_recipe_is_copied_and_the_history_written(bench: Workbench, tmp_path
 
 
 @pytest.mark.parametrize("view", list(views()))
-def test_every_view_measures_what_it_lacks_and_shows_a_figure_and_a_table(bench: Workbench, view: str) -> None:
-    clicked(bench, "Look", view=view)
-    assert bench.wait(90)
-    assert bench.widget.live["state"] == "idle"
-    assert not bench._views[view].lacks(bench.history[-1])
-    assert bench.figure.data
-    told = bench.widget.figure
+def test_every_view_measures_what_it_lacks_and_shows_a_figure_and_a_table(looked_at: Workbench, view: str) -> None:
+    clicked(looked_at, "Look", view=view)
+    assert looked_at.wait(90)
+    assert looked_at.widget.live["state"] == "idle"
+    assert not looked_at._views[view].lacks(looked_at.history[-1])
+    assert looked_at.figure.data
+    told = looked_at.widget.figure
     if view == "waterfall":
         assert not told  # its bars are told apart
     else:
@@ -419,11 +432,11 @@ def test_every_view_measures_what_it_lacks_and_shows_a_figure_and_a_table(bench:
         assert all(len(row) == len(told["columns"]) for row in told["rows"])
         assert told["rows"]
     if view == "toggle by toggle":
-        found = bench.history[-1].attribution
+        found = looked_at.history[-1].attribution
         assert found is not None
-        assert set(bench.figure.data[0].y) == {"transformers", *found.steps, "in the end"}
+        assert set(looked_at.figure.data[0].y) == {"transformers", *found.steps, "in the end"}
     with pytest.raises(RecipeError, match="no view 'x'; the choices are waterfall, "):
-        bench.look("x")
+        looked_at.look("x")
 
 
 def test_the_history_says_what_changed_and_keeps_pins_and_notes(bench: Workbench) -> None:
