@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import atexit
 import dataclasses
+import json
 import os
 import shutil
+import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
@@ -175,6 +177,27 @@ def without_inductor(monkeypatch: pytest.MonkeyPatch) -> None:
     from torch._dynamo.backends.debugging import aot_eager  # seconds to import
 
     monkeypatch.setattr("torch._inductor.compile_fx.compile_fx", aot_eager)
+
+
+@pytest.fixture(scope="session")
+def forked(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[..., str]]:
+    """Run a script in a process of its own, without Triton's interpreter: what it printed. See `forked.py`."""
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    command = [sys.executable, str(Path(__file__).with_name("forked.py"))]
+    with subprocess.Popen(command, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as parent:
+        assert parent.stdin is not None
+        assert parent.stdout is not None
+        asks, answers, out = parent.stdin, parent.stdout, tmp_path_factory.mktemp("forked") / "out"
+
+        def run(path: Path, *arguments: str, **environment: str | None) -> str:
+            asked = {"path": str(path), "arguments": arguments, "environment": environment, "out": str(out)}
+            print(json.dumps(asked), file=asks, flush=True)
+            status = answers.readline().strip()
+            assert status == "0", f"{status}: {out.read_text()}"
+            return out.read_text()
+
+        yield run
+        asks.close()
 
 
 @pytest.fixture

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import pytest
 import torch
@@ -123,10 +122,10 @@ def test_a_peer_is_added_by_its_decorator_alone(lab: Lab, picture: bytes, echo: 
         lab.run(request, "ecco")
 
 
-def test_peers_are_imported_when_a_text_is_no_recipe() -> None:
-    code = (
+def test_peers_are_imported_when_a_text_is_no_recipe(forked: Callable[..., str], tmp_path: Path) -> None:
+    code = tmp_path / "code.py"
+    code.write_text(
         "import sys; from fastvl_lab.engine import find; find('fastest'); print('fastvl_lab.peers.http' in sys.modules);"
         "find('transformers'); print('fastvl_lab.peers.http' in sys.modules)"
     )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert done.stdout.split() == ["False", "True"]
+    assert forked(code).split() == ["False", "True"]

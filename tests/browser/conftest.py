@@ -12,11 +12,13 @@ import time
 import urllib.error
 import urllib.request
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pytest
+from jupyter_client import BlockingKernelClient
 
 TOKEN = "a-token-for-tests"
 
@@ -47,13 +49,56 @@ def page(browser: Any) -> Iterator[Any]:
 
 @dataclass(frozen=True)
 class JupyterLab:
-    """A running server: `url` of a notebook in its root folder."""
+    """A running server: `url` of a notebook in its root folder, in a workspace of no tab but that one."""
 
     port: int
-    root: Path
+    home: Path
+
+    @property
+    def root(self) -> Path:
+        return self.home / "root"
 
     def url(self, notebook: str) -> str:
-        return f"http://127.0.0.1:{self.port}/lab/tree/{notebook}?token={TOKEN}"
+        return f"http://127.0.0.1:{self.port}/lab/tree/{notebook}?token={TOKEN}&reset"
+
+    def ask(self, path: str, method: str = "GET") -> Any:
+        """What the server's own interface answers."""
+        url = f"http://127.0.0.1:{self.port}/api/{path}?token={TOKEN}"
+        with urllib.request.urlopen(urllib.request.Request(url, method=method), timeout=20) as answer:
+            return json.loads(answer.read() or b"null")
+
+    def clear(self) -> None:
+        """Empty the kernel of bench.ipynb for whoever opens it next: to start one and import takes a third of most tests.
+
+        Every other kernel goes, and this one too where it does not answer.
+        """
+        for session in self.ask("sessions"):
+            kernel = self.home / "jupyter_runtime_dir" / f"kernel-{session['kernel']['id']}.json"
+            with ThreadPoolExecutor(1) as thread:  # playwright's loop runs in this one
+                cleared = session["path"] == "bench.ipynb" and thread.submit(_cleared, kernel).result()
+            if not cleared:
+                self.ask(f"sessions/{session['id']}", "DELETE")
+
+
+CLEAR = """
+bench.close()
+__import__("ipywidgets").Widget.close_all()
+get_ipython().run_line_magic("reset", "-f")
+"""
+
+
+def _cleared(connection_file: Path) -> bool:
+    client = BlockingKernelClient(connection_file=str(connection_file))
+    client.load_connection_file()
+    client.start_channels()
+    try:
+        client.wait_for_ready(timeout=10)
+        answer = client.execute_interactive(CLEAR, store_history=False, timeout=10, output_hook=lambda _: None)
+    except (RuntimeError, TimeoutError):
+        return False
+    finally:
+        client.stop_channels()
+    return bool(answer["content"]["status"] == "ok")
 
 
 @pytest.fixture
@@ -78,28 +123,34 @@ def page_of_its_own(tmp_path: Path) -> Iterator[Callable[..., str]]:
         server.wait(20)
 
 
-@pytest.fixture
-def jupyterlab(tmp_path: Path) -> Iterator[JupyterLab]:
+@pytest.fixture(scope="session")
+def running_jupyterlab(tmp_path_factory: pytest.TempPathFactory) -> Iterator[JupyterLab]:
     """JupyterLab with its own configuration and root folder; news and update pop-ups are off."""
-    root, home = tmp_path / "root", tmp_path / "jupyter"
-    root.mkdir()
+    home = tmp_path_factory.mktemp("jupyter")
+    (home / "root").mkdir()
     names = ("JUPYTER_CONFIG_DIR", "JUPYTER_DATA_DIR", "JUPYTER_RUNTIME_DIR", "JUPYTERLAB_WORKSPACES_DIR", "IPYTHONDIR")
     environment = os.environ | {name: str(home / name.lower()) for name in names}
     settings = home / "jupyter_config_dir" / "lab" / "user-settings" / "@jupyterlab" / "apputils-extension"
     settings.mkdir(parents=True)
     quiet = {"fetchNews": "false", "checkForUpdates": False}
     (settings / "notification.jupyterlab-settings").write_text(json.dumps(quiet))
-    port = _free_port()
-    options = [f"--ServerApp.port={port}", f"--ServerApp.root_dir={root}", f"--IdentityProvider.token={TOKEN}", "--no-browser"]
-    options += ["--LabApp.expose_app_in_browser=True", "--ServerApp.allow_root=True", "--ServerApp.ip=127.0.0.1"]
-    with (tmp_path / "server.log").open("w") as log:
+    lab = JupyterLab(_free_port(), home)
+    options = [f"--ServerApp.port={lab.port}", f"--ServerApp.root_dir={lab.root}", f"--IdentityProvider.token={TOKEN}"]
+    options += ["--LabApp.expose_app_in_browser=True", "--ServerApp.allow_root=True", "--ServerApp.ip=127.0.0.1", "--no-browser"]
+    with (home / "server.log").open("w") as log:
         server = subprocess.Popen([sys.executable, "-m", "jupyterlab", *options], env=environment, stdout=log, stderr=log)
         try:
-            _wait_for(f"http://127.0.0.1:{port}/api/status?token={TOKEN}")
-            yield JupyterLab(port, root)
+            _wait_for(f"http://127.0.0.1:{lab.port}/api/status?token={TOKEN}")
+            yield lab
         finally:
             server.terminate()
             server.wait(20)
+
+
+@pytest.fixture
+def jupyterlab(running_jupyterlab: JupyterLab) -> Iterator[JupyterLab]:
+    yield running_jupyterlab
+    running_jupyterlab.clear()
 
 
 def _free_port() -> int:

@@ -30,7 +30,7 @@ def _run_all(page: Any, jupyterlab: Any, name: str) -> int:
     assert "[168, 140]" in parameters.source
     nbformat.write(notebook, jupyterlab.root / name)
 
-    page.goto(jupyterlab.url(name) + "&reset")  # with no tab of a notebook before
+    page.goto(jupyterlab.url(name))
     page.wait_for_function(IDLE, timeout=60_000)
     # Every cell is drawn, also below the fold, so that its output can be looked at.
     page.evaluate("() => window.jupyterapp.shell.currentWidget.content.notebookConfig.windowingMode = 'none'")

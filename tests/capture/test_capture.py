@@ -5,8 +5,6 @@ from __future__ import annotations
 import dataclasses
 import gc
 import os
-import subprocess
-import sys
 import weakref
 from collections.abc import Callable
 from pathlib import Path
@@ -606,23 +604,21 @@ assert len(stage.captures) == 1
 """
 
 
-def test_compiled_code_is_kept_between_processes_and_a_damaged_cache_is_no_obstacle(tmp_path: Path) -> None:
-    environment = {name: value for name, value in os.environ.items() if name not in ("TORCHINDUCTOR_CACHE_DIR", "TRITON_CACHE_DIR")}
-    environment["XDG_CACHE_HOME"] = str(tmp_path)
-
-    def compile_it() -> None:
-        done = subprocess.run([sys.executable, "-c", COMPILE], capture_output=True, text=True, check=False, env=environment)
-        assert done.returncode == 0, done.stderr[-2000:]
-
-    compile_it()
+def test_compiled_code_is_kept_between_processes_and_a_damaged_cache_is_no_obstacle(
+    tmp_path: Path, forked: Callable[..., str]
+) -> None:
+    script = tmp_path / "compile.py"
+    script.write_text(COMPILE)
+    own = {"XDG_CACHE_HOME": str(tmp_path), "TORCHINDUCTOR_CACHE_DIR": None, "TRITON_CACHE_DIR": None}
+    forked(script, **own)
     compiled = [path for path in (tmp_path / "fastvl_lab" / "compiled").rglob("*") if path.is_file()]
     stamps = {path: path.stat().st_mtime_ns for path in compiled if path.suffix == ".so"}
     assert stamps
-    compile_it()
+    forked(script, **own)
     assert all(path.stat().st_mtime_ns == stamp for path, stamp in stamps.items()), "nothing was compiled again"
     for path in compiled:
         path.write_bytes(b"damaged")
-    compile_it()
+    forked(script, **own)
 
 
 def test_a_cache_folder_of_somebody_else_is_left_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-import subprocess
-import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -20,25 +19,23 @@ CALLS = {90: ("windows_80", "frames_80", "frames_64", "prefill", "decode", "rest
 CALLS[100] = ("frames_80", "decode")
 
 
-def _script(name: str, cache: Path, *arguments: str) -> Any:
-    """What it prints, in a process without Triton's interpreter."""
-    environment = os.environ | {"TRITON_CACHE_DIR": str(cache)}
-    environment.pop("TRITON_INTERPRET", None)
-    command = [sys.executable, str(HERE / name), *arguments]
-    done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
-    assert done.returncode == 0, done.stderr
-    return json.loads(done.stdout)
-
-
-def _native(cache: Path, gpu: int | str, *calls: str) -> dict[str, Any]:
-    found: dict[str, Any] = _script("native.py", cache, str(gpu), *calls)
-    return found
-
-
-@pytest.fixture(scope="session")
+@pytest.fixture
 def shared_cache() -> Path:
     """What one of these scripts has compiled no other compiles again."""
     return Path(os.environ["XDG_CACHE_HOME"]) / "native"
+
+
+@pytest.fixture
+def script(forked: Callable[..., str]) -> Callable[..., Any]:
+    """What a script of this folder prints, given Triton's cache and arguments."""
+    return lambda name, cache, *arguments: json.loads(
+        forked(HERE / name, *arguments, TRITON_CACHE_DIR=str(cache)).strip().splitlines()[-1]
+    )
+
+
+@pytest.fixture
+def native(script: Callable[..., Any]) -> Callable[..., dict[str, Any]]:
+    return lambda cache, gpu, *calls: script("native.py", cache, str(gpu), *calls)
 
 
 EVERY = "--every-launch"
@@ -49,9 +46,11 @@ EVERY = "--every-launch"
     [(90, ()), *(pytest.param(capability, (EVERY,), marks=pytest.mark.native) for capability in CALLS)],
     ids=lambda value: str(value) if isinstance(value, int) else "".join(value) or "extremes",
 )
-def test_every_kernel_compiles_and_has_a_launch_that_fits(capability: int, options: tuple[str, ...], shared_cache: Path) -> None:
+def test_every_kernel_compiles_and_has_a_launch_that_fits(
+    native: Callable[..., dict[str, Any]], capability: int, options: tuple[str, ...], shared_cache: Path
+) -> None:
     """On cards from Ampere to Blackwell: into shared memory and registers, and onto the card's tensor cores."""
-    compiled = _native(shared_cache, capability, *CALLS[capability], *options)["compiled"]
+    compiled = native(shared_cache, capability, *CALLS[capability], *options)["compiled"]
     for call in [call for call in CALLS[capability] if call != "rest"]:
         launches = [kernel for kernel in compiled if kernel["call"].startswith(call) and kernel["block_k"]]
         assert [kernel for kernel in launches if kernel["shared"] <= SHARED_MEMORY[capability] and kernel["stack"] == 0], launches
@@ -61,9 +60,9 @@ def test_every_kernel_compiles_and_has_a_launch_that_fits(capability: int, optio
     assert [kernel for kernel in compiled if kernel["call"].startswith("rest") and kernel["stack"] > 0] == []
 
 
-def test_torch_compile_reads_every_kernel_and_leaves_none_out(shared_cache: Path) -> None:
+def test_torch_compile_reads_every_kernel_and_leaves_none_out(script: Callable[..., Any], shared_cache: Path) -> None:
     """What it must read where a stage is compiled on a device."""
-    kernels = _script("traced.py", shared_cache)
+    kernels = script("traced.py", shared_cache)
     assert set(kernels) >= set(CALLS[90])
     assert kernels["prefill"] == ["prefill_attention_kernel"]
     assert kernels["decode"] == ["decode_share_kernel", "_gather_kernel"]
@@ -81,10 +80,10 @@ COMPILED = tuple(f"capture.{stage}=compile" for stage in ("vit", "prefill", "dec
     ],
 )
 def test_another_size_of_image_is_no_reason_to_compile(
-    checkpoint: str, choices: tuple[str, ...], stages: list[str], shared_cache: Path
+    script: Callable[..., Any], checkpoint: str, choices: tuple[str, ...], stages: list[str], shared_cache: Path
 ) -> None:
     """Whatever can be is Triton's: all of it is compiled for the first request, and a stage again where it is another program."""
-    first, *others = _script("dry_run.py", shared_cache, checkpoint, *choices)
+    first, *others = script("dry_run.py", shared_cache, checkpoint, *choices)
     assert {"_patchify_kernel", "segment_attention_kernel", "prefill_attention_kernel", "decode_share_kernel"} <= {
         *first["kernels"]
     }
@@ -95,12 +94,12 @@ def test_another_size_of_image_is_no_reason_to_compile(
     assert again == ([["vit"]] if stages else [])  # of the image whose only segment is a window
 
 
-def test_what_was_tuned_is_kept_for_other_processes_on_the_same_card(tmp_path: Path) -> None:
-    first = _native(tmp_path, "90,H100 SXM", "decode")
+def test_what_was_tuned_is_kept_for_other_processes_on_the_same_card(native: Callable[..., dict[str, Any]], tmp_path: Path) -> None:
+    first = native(tmp_path, "90,H100 SXM", "decode")
     n_launches = first["measured"]
     assert n_launches > 1
     last_launch = first["compiled"][n_launches - 1]
-    again = _native(tmp_path, "90,H100 SXM", "decode", "decode_250")
+    again = native(tmp_path, "90,H100 SXM", "decode", "decode_250")
     assert again["measured"] == 0  # 200 and 250 keys share settings
     assert again["compiled"][0] == last_launch  # the one that was made out to be the fastest
-    assert _native(tmp_path, "90,H100 PCIe", "decode")["measured"] == n_launches
+    assert native(tmp_path, "90,H100 PCIe", "decode")["measured"] == n_launches

@@ -6,8 +6,6 @@ import contextlib
 import gc
 import io
 import json
-import subprocess
-import sys
 import weakref
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -173,9 +171,12 @@ def test_a_checkpoint_is_gone_before_the_next_is_loaded(monkeypatch: pytest.Monk
     assert len(models) == 2
 
 
-def test_the_command_needs_torch_transformers_and_triton_alone() -> None:
-    code = "import sys, fastvl_lab.measure.report; print([m for m in ('plotly', 'pandas', 'skimage') if m in sys.modules])"
-    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip() == "[]"
+def test_the_command_needs_torch_transformers_and_triton_alone(forked: Callable[..., str], tmp_path: Path) -> None:
+    code = tmp_path / "code.py"
+    code.write_text(
+        "import sys, fastvl_lab.measure.report; print([m for m in ('plotly', 'pandas', 'skimage') if m in sys.modules])"
+    )
+    assert forked(code).strip() == "[]"
 
 
 # Of one stage

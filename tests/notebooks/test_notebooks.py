@@ -92,6 +92,8 @@ def run_cells(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[RunCe
         return [output.data for output in captured.outputs]
 
     yield run
+    if "bench" in shell.user_ns:
+        shell.user_ns["bench"].close()
     shell.reset(new_session=False)
     InteractiveShell.clear_instance()
 
@@ -120,11 +122,15 @@ def test_the_notebook_of_compiled_stages_runs_headless(
     _check(_published(run_cells(path, SMALL[path.stem] | {"checkpoint": checkpoint})))
 
 
-@pytest.mark.parametrize("name", ["ttft_sweep", "workbench_from_cells"])
-def test_papermill_runs_it_in_a_kernel_of_its_own(name: str, tmp_path: Path) -> None:
-    """The sweep has both families by itself."""
-    path = REPOSITORY / "notebooks" / f"{name}.ipynb"
-    _check(_published(_shown(_execute(path, tmp_path / path.name, SMALL[name]))))
+def test_papermill_runs_the_sweep_in_a_kernel_of_its_own(tmp_path: Path) -> None:
+    """It has both families by itself."""
+    path = REPOSITORY / "notebooks" / "ttft_sweep.ipynb"
+    _check(_published(_shown(_execute(path, tmp_path / path.name, SMALL[path.stem]))))
+
+
+def test_the_panel_is_used_from_cells(run_cells: RunCells) -> None:
+    path = REPOSITORY / "notebooks" / "workbench_from_cells.ipynb"
+    _check(_published(run_cells(path, SMALL[path.stem])))
 
 
 def _check(result: dict[str, Any]) -> None:
