@@ -14,6 +14,7 @@ from numbers import Real
 from statistics import median
 from typing import Any, Literal, NamedTuple, get_args
 
+from fastvl_lab.account import Begins, PartName
 from fastvl_lab.checkpoint import Checkpoint
 from fastvl_lab.checkpoint.memory import gigabytes
 from fastvl_lab.checkpoint.shape import without_weights
@@ -24,7 +25,7 @@ from fastvl_lab.measure.hardware import find_hardware
 from fastvl_lab.measure.samples import FOR_AN_INTERVAL
 from fastvl_lab.preprocessor.layout import AreaLimits, shapes_of
 from fastvl_lab.request import Grid
-from fastvl_lab.run import Run
+from fastvl_lab.run import ELSEWHERE, Run
 
 Severity = Literal["impossible", "suspect", "note", "clear", "not checked"]
 
@@ -38,6 +39,14 @@ _WHOLE = 0.9  # of the whole time; a TTFT above it is that of the answer
 _CACHED = 10**9  # bytes; of a smaller model a good part may stay in the device's caches, and memory is no limit
 _OFF = 0.01  # of TTFT, by which stages may differ from it
 _LARGE = 0.2  # of TTFT, spent in no stage
+
+# What an engine's own TTFT leaves out, by what it begins with: parts of its account, and in words.
+_BEFORE: dict[Begins, tuple[PartName, ...]] = {"arrival": (), "preprocessed": ("preprocess",), "scheduled": ("preprocess", "queue")}
+_TRAPS: dict[Begins, str] = {
+    "arrival": "reading the body and sending the first text are outside",
+    "preprocessed": "fetching and unpacking images, the processor and tokenizing are outside",
+    "scheduled": "fetching and unpacking images, the processor, tokenizing and the queue are outside (as in vLLM's issue 41267)",
+}
 
 _KNOWN_CAUSE = (
     "a known cause is LMDeploy 0.9.0 to 0.11.1, which holds tokens of Qwen-VL models by a gate for each round of 16 steps and a "
@@ -304,7 +313,10 @@ def _verdicts(seen: Seen) -> list[Finding]:
     """Every verdict on one request."""
     of_all = (decode_faster_than_memory, ttft_is_the_answer, bursts, faster_than_compute)
     of_runs = (stages_do_not_add_up, logits_not_finite)
-    return [_finding(judge, seen) for judge in (of_all if seen.run is None else of_all + of_runs)]
+    if seen.run is None:
+        return [_finding(judge, seen) for judge in of_all]
+    elsewhere = (own_ttft_leaves_out,) if seen.run.device == ELSEWHERE else ()
+    return [_finding(judge, seen) for judge in (*of_all, *of_runs, *elsewhere)]
 
 
 def _finding(judge: Callable[[Any], Finding], about: Any) -> Finding:
@@ -468,6 +480,30 @@ def stages_do_not_add_up(seen: Seen) -> Finding:
         (abs(whole / ttft - 1) > _OFF, "suspect", overlap),
         (unaccounted > _LARGE * ttft, "note", unexplained),
     )
+
+
+def own_ttft_leaves_out(seen: Seen) -> Finding:
+    run = seen.run
+    if run is None or run.account is None or (run.account.ttft is None and not run.account.notes):
+        return _needs("the engine's own TTFT (vLLM: --enable-per-request-metrics; SGLang: --enable-metrics)")
+    account, trace = run.account, run.trace
+    dropped = f"figures of {account.source} cannot be this request's, and are left out: {'; '.join(account.notes)}"
+    if account.ttft is None:
+        return Finding("note", dropped)
+    sent = max((span.end_ns for span in trace.within_ttft() if span.name == "upload"), default=0) / 1e9
+    waited, outside = run.ttft - sent, run.ttft - sent - account.ttft
+    before = [f"{part.name} {seconds(part.seconds)}" for part in account.parts if part.name in _BEFORE[account.begins]]
+    since = "the upload's end" if sent else "the request's bytes"
+    told = f"; of it the engine tells {' and '.join(before)}" if before else ""
+    shown = (
+        f"{seconds(waited)} from {since} to the first text - {seconds(account.ttft)} by {account.source} = "
+        f"{seconds(outside)} outside, {outside / waited:.0%}{told}"
+    )
+    why = (
+        f"the engine's own TTFT, {seconds(account.ttft)}, is not what a client waits for: it runs from {account.begins} to first "
+        f"token; {_TRAPS[account.begins]}"
+    )
+    return _judged(shown, (outside > _LARGE * waited, "suspect", why), (account.notes, "note", dropped))
 
 
 def cold_among_warm(runs: Sequence[Run]) -> Finding:
