@@ -56,7 +56,7 @@ class _Draft:
         """Seconds from one instant to another, both in seconds by one clock."""
         if start is None or end is None:
             return None
-        good = all(isinstance(t, int | float) and not isinstance(t, bool) and abs(t) <= _LATEST for t in (start, end))
+        good = all(isinstance(t, int | float) and not isinstance(t, bool) and 0 < t <= _LATEST for t in (start, end))
         return self.seconds(name, end - start if good else (start, end))
 
     def add(self, name: PartName, seconds: float | None) -> None:
@@ -65,10 +65,10 @@ class _Draft:
 
     def account(self) -> Account | None:
         """None where nothing is told, be it amiss."""
-        told = {"ttft": self.ttft, "e2e": self.e2e, "parts": tuple(self.parts), "notes": tuple(self.notes)}
-        if not any(value not in (None, ()) for value in told.values()):
+        parts, notes = tuple(self.parts), tuple(self.notes)
+        if self.ttft is None and self.e2e is None and not parts and not notes:
             return None
-        return Account(source=self.source, begins=self.begins, **told)  # type: ignore[arg-type]
+        return Account(source=self.source, parts=parts, ttft=self.ttft, begins=self.begins, e2e=self.e2e, notes=notes)
 
 
 def in_answer(event: Mapping[str, Any]) -> Account | None:
