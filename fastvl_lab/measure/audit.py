@@ -309,14 +309,11 @@ def _work(model: Checkpoint, grids: Sequence[Grid], n_prompt: int) -> int:
     return vit_flops(model, grids, frames=1).total + prefill_flops(model, n_prompt, last_token_alone=True).total
 
 
-def _verdicts(seen: Seen) -> list[Finding]:
-    """Every verdict on one request."""
+def _verdicts(seen: Seen, *, served: bool = False) -> list[Finding]:
+    """Every verdict on one request. served: by an engine behind an address, which may tell of itself."""
     of_all = (decode_faster_than_memory, ttft_is_the_answer, bursts, faster_than_compute)
-    of_runs = (stages_do_not_add_up, logits_not_finite)
-    if seen.run is None:
-        return [_finding(judge, seen) for judge in of_all]
-    elsewhere = (own_ttft_leaves_out,) if seen.run.device == ELSEWHERE else ()
-    return [_finding(judge, seen) for judge in (*of_all, *of_runs, *elsewhere)]
+    of_runs = (stages_do_not_add_up, logits_not_finite) if seen.run is not None else ()
+    return [_finding(judge, seen) for judge in (*of_all, *of_runs, *((own_ttft_leaves_out,) if served else ()))]
 
 
 def _finding(judge: Callable[[Any], Finding], about: Any) -> Finding:
@@ -335,11 +332,12 @@ def _verdicts_on_runs(runs: Sequence[Run], device: Device) -> list[Finding]:
     model = None
     with suppress(FastvlError):  # of which nothing is known without its weights
         model = without_weights(runs[0].checkpoint, runs[0].dtype)
+    served = any(run.device == ELSEWHERE or run.account is not None for run in runs)
     found = []
     for run in runs:
         seen = _with_arrivals(Seen(device=device, model=model), tuple((chunk.time, len(chunk.tokens)) for chunk in run.chunks))
         work = None if model is None else _work(model, [shape.grid for shape in run.shapes], run.n_prompt)
-        found.append(_verdicts(replace(seen, ttft=run.ttft, n_visual=run.visual_tokens, work=work, run=run)))
+        found.append(_verdicts(replace(seen, ttft=run.ttft, n_visual=run.visual_tokens, work=work, run=run), served=served))
     of_samples = (too_few_samples,) if len(runs) == 1 else (cold_among_warm, too_few_samples)
     return [*_over_runs(found), *(_finding(judge, runs) for judge in of_samples)]
 

@@ -2,11 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import math
+import os
 import re
-from collections.abc import Callable, Mapping, Sequence
+import signal
+import socket
+import subprocess
+import time
+import urllib.request
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import pytest
@@ -14,6 +21,7 @@ from hypothesis import given, settings, strategies as st
 
 from fastvl_lab import Lab, Request, Run, audit, view
 from fastvl_lab.account import OF_WAIT, PARTS, REST, WAIT, Account, Part
+from fastvl_lab.checkpoint import tiny
 from fastvl_lab.measure.audit import Finding
 from fastvl_lab.peers import accounts
 from fastvl_lab.peers.accounts import Counted, in_answer, of_sglang, of_tensorrt_llm, of_vllm, read_page, told_between
@@ -406,5 +414,60 @@ def test_the_audit_names_what_an_engines_own_ttft_leaves_out(served: Callable[..
     unsound = dataclasses.replace(run, account=dataclasses.replace(own, ttft=9.0).held_against(trace))
     assert _verdict(unsound).severity == "note"
     assert "TTFT of 9 s is longer than" in _verdict(unsound).sentence
-    of_the_lab = dataclasses.replace(run, device="cpu")
+    of_the_lab = dataclasses.replace(run, device="CPU (1 threads)", account=None)
     assert "own_ttft_leaves_out" not in [finding.verdict for finding in audit(of_the_lab).said]
+    told_once = [run, dataclasses.replace(run, account=None), run]
+    assert "in 2 of 3 runs" in next(f for f in audit(told_once).findings if f.verdict == "own_ttft_leaves_out").sentence
+
+
+@pytest.fixture(scope="module")
+def vllm(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """The address of a real vLLM that serves the tiny checkpoint, and ends with all its processes."""
+    program = os.environ.get("FASTVL_LAB_VLLM")
+    if not program:
+        pytest.skip("FASTVL_LAB_VLLM, the path of a vllm, is not set")
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    log = tmp_path_factory.mktemp("vllm") / "log"
+    flags = f"--host 127.0.0.1 --port {port} --served-model-name m --dtype float32 --max-model-len 2048 --max-num-seqs 2 --enforce-eager"
+    caches = "--no-enable-prefix-caching --mm-processor-cache-gb 0 --skip-mm-profiling --enable-per-request-metrics"
+    few = ["--limit-mm-per-prompt", '{"image": 1, "video": 0}']
+    of_cpus = {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_CPU_OMP_THREADS_BIND": "0-1"}
+    serve = [program, "serve", str(tiny.folder("tiny-qwen2.5-vl")), *flags.split(), *caches.split(), *few]
+    with log.open("w") as out:
+        started = subprocess.Popen(serve, stdout=out, stderr=out, env={**os.environ, **of_cpus}, start_new_session=True)
+    try:
+        until = time.monotonic() + 600
+        while True:
+            assert started.poll() is None and time.monotonic() < until, log.read_text()[-2000:]
+            with contextlib.suppress(OSError), urllib.request.urlopen(f"http://127.0.0.1:{port}/health"):
+                break
+            time.sleep(1)
+        yield f"http://127.0.0.1:{port}/v1"
+    finally:
+        os.killpg(started.pid, signal.SIGKILL)
+        started.wait()
+
+
+@pytest.mark.engine
+@pytest.mark.alone
+def test_a_real_vllm_gives_its_account(vllm: str, lab: Lab, request_: Request) -> None:
+    lab.run(request_, vllm)
+    run = lab.run(request_, vllm)
+    assert run.account is not None
+    assert run.account.notes == ()
+    assert run.account.source == "vLLM's metrics and vLLM's Prometheus"
+    assert run.account.begins == "scheduled"
+    parts = _seconds(run.account)
+    assert list(parts) == ["preprocess", "queue", "prefill"]
+    assert run.account.ttft == parts["prefill"] > 0
+    assert 0 < parts["preprocess"] < run.ttft
+    assert run.account.e2e is not None
+    assert sum(parts.values()) < run.account.e2e
+    rows = {row["stage"]: row["host_ms"] for row in run.stage_table()}
+    assert sum(ms for name, ms in rows.items() if name.startswith(OF_WAIT)) == pytest.approx(rows[WAIT], rel=1e-6)
+    assert _verdict(run).severity in ("suspect", "clear")
+    alone = dataclasses.replace(lab.apart().run(request_, f"{vllm}, account=off"), trace=run.trace)
+    assert alone.account is not None  # what comes unasked is read
+    assert list(_seconds(alone.account)) == ["queue", "prefill"]
