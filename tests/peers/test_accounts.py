@@ -430,8 +430,8 @@ def vllm(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     log = tmp_path_factory.mktemp("vllm") / "log"
-    flags = f"--host 127.0.0.1 --port {port} --served-model-name m --dtype float32 --max-model-len 2048 --max-num-seqs 2 --enforce-eager"
-    caches = "--no-enable-prefix-caching --mm-processor-cache-gb 0 --skip-mm-profiling --enable-per-request-metrics"
+    flags = f"--host 127.0.0.1 --port {port} --served-model-name m --dtype float32 --max-model-len 2048 --max-num-seqs 2"
+    caches = "--enforce-eager --no-enable-prefix-caching --mm-processor-cache-gb 0 --skip-mm-profiling --enable-per-request-metrics"
     few = ["--limit-mm-per-prompt", '{"image": 1, "video": 0}']
     of_cpus = {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_CPU_OMP_THREADS_BIND": "0-1"}
     serve = [program, "serve", str(tiny.folder("tiny-qwen2.5-vl")), *flags.split(), *caches.split(), *few]
@@ -440,7 +440,8 @@ def vllm(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     try:
         until = time.monotonic() + 600
         while True:
-            assert started.poll() is None and time.monotonic() < until, log.read_text()[-2000:]
+            assert started.poll() is None, log.read_text()[-2000:]
+            assert time.monotonic() < until, log.read_text()[-2000:]
             with contextlib.suppress(OSError), urllib.request.urlopen(f"http://127.0.0.1:{port}/health"):
                 break
             time.sleep(1)
