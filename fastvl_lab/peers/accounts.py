@@ -8,13 +8,14 @@ note, and never raises.
 from __future__ import annotations
 
 import json
+import math
 import re
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 from fastvl_lab.account import Account, Begins, Part, PartName
 
@@ -198,38 +199,26 @@ _LINE = re.compile(r"([a-zA-Z_:][\w:]*)_(sum|count)(?:\{(.*)\})?\s+(\S+)")
 _STAGE = re.compile(r'(?:^|,)\s*stage="([^"]*)"')
 
 
-@dataclass(kw_only=True)
-class Histogram:
-    """Of one name and stage, over all other labels: the sum of what was seen, and how often."""
-
-    total: float = 0
-    count: float = 0
+# A number by its series' name without its ending, the ending, and the stage in its labels, "" where there is none.
+Page = Mapping[tuple[str, Literal["sum", "count"], str], float]
 
 
-# By name and stage, "" where there is none.
-Page = Mapping[tuple[str, str], Histogram]
-
-
-def read_page(text: str) -> Page:
-    """The histograms of a page in Prometheus' text format; lines of another form are passed over.
+def read_page(body: bytes) -> Page:
+    """The sums and counts of a page in Prometheus' text format, over all labels but a stage; other lines are passed over.
 
     Format: https://prometheus.io/docs/instrumenting/exposition_formats/
     """
-    page: dict[tuple[str, str], Histogram] = {}
-    for line in text.splitlines():
+    page: dict[tuple[str, Literal["sum", "count"], str], float] = {}
+    for line in body.decode(errors="replace").splitlines():
         if (found := _LINE.match(line)) is None:
             continue
-        name, kind, labels, number = found.groups()
+        name, ending, labels, number = found.groups()
         stage = _STAGE.search(labels or "")
-        histogram = page.setdefault((name, stage[1] if stage else ""), Histogram())
+        key: tuple[str, Any, str] = (name, ending, stage[1] if stage else "")
         try:
-            value = float(number)
+            page[key] = page.get(key, 0.0) + float(number)
         except ValueError:
-            value = float("nan")
-        if kind == "sum":
-            histogram.total += value
-        else:
-            histogram.count += value
+            page[key] = math.nan
     return page
 
 
@@ -239,18 +228,17 @@ def between_pages(owner: str, before: Page, after: Page) -> Account | None:
     draft = _Draft(source=series.source, begins=series.begins)
 
     def added(what: str, name: str, stage: str = "") -> float | None:
-        later, earlier = after.get((name, stage)), before.get((name, stage), Histogram())
-        if later is None or later.count == earlier.count:
+        times = after.get((name, "count", stage), 0.0) - before.get((name, "count", stage), 0.0)
+        if times not in (0, 1):
+            draft.notes.append(f"{what} was counted {times:g} times since it was last read")
+        if times != 1:
             return None
-        if later.count - earlier.count != 1:
-            draft.notes.append(f"{what} was counted {later.count - earlier.count:g} times since it was last read")
-            return None
-        return draft.seconds(what, later.total - earlier.total)
+        return draft.seconds(what, after.get((name, "sum", stage), math.nan) - before.get((name, "sum", stage), 0.0))
 
     draft.ttft, draft.e2e = added("TTFT", series.ttft), added("the whole request", series.e2e)
     queue, prefill = added("the queue", series.queue), added("prefill", series.prefill, series.stage)
-    if None not in (draft.ttft, queue, prefill) and series.begins == "arrival":
-        draft.add("preprocess", draft.seconds("preprocessing", draft.ttft - queue - prefill))  # type: ignore[operator]
+    if series.begins == "arrival" and draft.ttft is not None and queue is not None and prefill is not None:
+        draft.add("preprocess", draft.seconds("preprocessing", draft.ttft - queue - prefill))
     draft.add("queue", queue)
     draft.add("prefill", prefill)
     return draft.account()
@@ -258,17 +246,14 @@ def between_pages(owner: str, before: Page, after: Page) -> Account | None:
 
 def told_between(owner: str, before: bytes, after: bytes) -> Account | None:
     """What two looks at an engine's metrics tell of the one request that ended between them."""
-    if owner == _TENSORRT_LLM:
-        return of_tensorrt_llm(after)
-    return between_pages(owner, *(read_page(body.decode(errors="replace")) for body in (before, after)))
+    return of_tensorrt_llm(after) if owner == _TENSORRT_LLM else between_pages(owner, read_page(before), read_page(after))
 
 
-def _has_ended(owner: str, before: bytes, after: bytes) -> bool:
-    """Whether a request has been counted to its end since."""
+def _ended(owner: str, body: bytes) -> float | None:
+    """How many requests an engine has counted to their end; None where it counts none."""
     if owner == _TENSORRT_LLM:
-        return after.strip() not in (b"", b"[]")
-    counts = [read_page(body.decode(errors="replace")).get((_SERIES[owner].e2e, "")) for body in (before, after)]
-    return counts[0] != counts[1]
+        return None if body.strip() in (b"", b"[]") else math.nan  # those since the last look, which are never those before it
+    return read_page(body).get((_SERIES[owner].e2e, "count", ""))
 
 
 class Counted:
@@ -280,8 +265,8 @@ class Counted:
 
     def __init__(self, owner: str, fetch: Callable[[str], bytes | None]) -> None:
         self._owner, self._fetch = owner, fetch
-        self._path = "/perf_metrics" if owner == _TENSORRT_LLM else "/metrics" if owner in _SERIES else None
-        self._before = None if self._path is None else fetch(self._path)
+        self._path = "/perf_metrics" if owner == _TENSORRT_LLM else "/metrics" if owner in _SERIES else ""
+        self._before = fetch(self._path) if self._path else None
         self._counting, self._looking = threading.Lock(), threading.Lock()
         self._open, self._overlap = 0, False
 
@@ -300,20 +285,21 @@ class Counted:
     def account(self) -> Account | None:
         """Of the request that has ended last; waits up to half a second until the engine has counted it."""
         with self._looking:
-            before, self._before = self._before, None
-            if before is None or self._path is None:
-                return None
             with self._counting:
-                alone, self._overlap = not (self._overlap or self._open), self._open > 0
-            until = time.monotonic() + _PATIENCE
-            while (after := self._fetch(self._path)) is not None and alone and time.monotonic() < until:
-                if _has_ended(self._owner, before, after):
+                under_way, overlap = self._open > 0, self._overlap
+                self._overlap = under_way
+            if self._before is None or under_way:
+                return None
+            before, until = self._before, time.monotonic() + _PATIENCE
+            while (after := self._fetch(self._path)) is not None and not overlap and time.monotonic() < until:
+                if (ended := _ended(self._owner, after)) is not None and ended != _ended(self._owner, before):
                     break
                 time.sleep(_PAUSE)
-            account = None if after is None or not alone else told_between(self._owner, before, after)
-            # An engine that tells nothing of a request is not asked again.
-            self._before = None if alone and account is None else after
-            return account
+            if after is None:
+                return None
+            # An engine that counts nothing is not asked again.
+            self._before = None if _ended(self._owner, after) is None else after
+            return None if overlap else told_between(self._owner, before, after)
 
 
 def _of(data: Any, name: str) -> Any:

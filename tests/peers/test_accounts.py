@@ -183,10 +183,13 @@ def test_of_what_several_requests_have_added_nothing_is_anybodys() -> None:
 
 
 def test_a_page_is_read_over_all_labels_but_a_stage() -> None:
-    page = read_page('a_sum{x="1"} 2\na_sum{x="2",stage="s"} 4 1700000000\na_count 1e0\na_count{x="}"} 2\na_sum bad\n\x00\nb 3')
-    assert (page["a", ""].count, page["a", "s"].total) == (3, 4)
-    assert math.isnan(page["a", ""].total)
-    assert set(page) == {("a", ""), ("a", "s")}
+    page = read_page(
+        b'a_sum{x="1"} 2\na_sum{x="2",stage="s"} 4 1700000000\na_count 1e0\na_count{x="}"} 2\na_sum bad\n\xff\x00\nb 3'
+    )
+    assert page["a", "count", ""] == 3
+    assert page["a", "sum", "s"] == 4
+    assert math.isnan(page["a", "sum", ""])
+    assert len(page) == 3
 
 
 def _trace(*, wait: float = 0.1, upload: float = 0.002, whole: float = 0.2) -> Trace:
@@ -285,21 +288,51 @@ def test_an_engine_is_asked_for_no_page_it_has_not() -> None:
     assert [nothing.account(), nothing.account(), asked] == [None, None, ["/metrics"]]
 
 
-def test_counts_are_waited_for_and_requests_that_overlap_get_none(monkeypatch: pytest.MonkeyPatch) -> None:
-    pages = iter([_page("vllm", n).encode() for n in (1, 1, 1, 2, 4, 5)])
-    counted = Counted("vllm", lambda path: next(pages))
+def _looks(owner: str, pages: Sequence[str | None]) -> Counted:
+    """What looks at these pages in turn."""
+    left = iter(pages)
+    return Counted(owner, lambda path: None if (page := next(left)) is None else page.encode())
+
+
+def _one_ends(counted: Counted) -> Account | None:
     with counted.request():
         pass
-    assert _seconds(counted.account()) == pytest.approx(WHOLE)  # at the third look
-    with counted.request(), counted.request():
-        pass
+    return counted.account()
+
+
+def test_a_request_is_waited_for_until_it_is_counted() -> None:
+    counted = _looks("vllm", [_page("vllm", n) for n in (1, 1, 1, 2)])
+    assert _seconds(_one_ends(counted)) == pytest.approx(WHOLE)
+    forgets = _looks("tensorrt_llm", [json.dumps([TENSORRT_LLM] * n) for n in (3, 0, 1, 1)])  # what it has told
+    assert _seconds(_one_ends(forgets)) == pytest.approx(WHOLE)
+    assert _seconds(_one_ends(forgets)) == pytest.approx(WHOLE)
+
+
+def test_requests_that_overlap_get_no_account_and_the_next_one_does() -> None:
+    counted = _looks("vllm", [_page("vllm", n) for n in (1, 3, 4)])
+    with counted.request():
+        assert _one_ends(counted) is None  # and nothing is read while the other is under way
     assert counted.account() is None
-    with counted.request():
-        pass
-    assert _seconds(counted.account()) == pytest.approx(WHOLE)
-    monkeypatch.setattr(accounts, "_PATIENCE", 0.05)
-    silent = Counted("vllm", lambda path: b"up 1")
-    assert silent.account() is None
+    assert _seconds(_one_ends(counted)) == pytest.approx(WHOLE)
+
+
+def test_one_look_that_fails_costs_one_account(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(accounts, "_PATIENCE", 0.0)
+    counted = _looks("vllm", [_page("vllm", 1), None, _page("vllm", 3), _page("vllm", 4)])
+    assert _one_ends(counted) is None
+    two = _one_ends(counted)
+    assert two is not None
+    assert two.notes
+    assert _seconds(_one_ends(counted)) == pytest.approx(WHOLE)
+    asked: list[str] = []
+
+    def without_counts(path: str) -> bytes:
+        asked.append(path)
+        return b"up 1"
+
+    silent = Counted("vllm", without_counts)
+    assert [_one_ends(silent) for _ in range(3)] == [None] * 3
+    assert asked == ["/metrics"] * 2
 
 
 @pytest.fixture(scope="module")
