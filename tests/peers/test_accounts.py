@@ -27,6 +27,7 @@ from fastvl_lab.peers import accounts
 from fastvl_lab.peers.accounts import Counted, in_answer, of_sglang, of_tensorrt_llm, of_vllm, read_page, told_between
 from fastvl_lab.trace import Span, Trace
 from fastvl_lab.view.report import run_html
+from fastvl_lab.view.workbench.showing import series
 
 Make = Callable[..., dict[str, Any]]
 
@@ -399,6 +400,17 @@ def test_the_waterfall_draws_the_account_inside_wait_and_names_whose_clock_it_is
     plain = view.waterfall([dataclasses.replace(run, account=None)])
     assert "its own account" not in {bars.legendgroup for bars in plain.data}
     assert len(plain.data) == len(figure.data) - 1
+
+
+def test_the_workbench_draws_the_account_of_the_bar_to_beat(served: Callable[..., Run]) -> None:
+    run = served("someone", {"metrics": VLLM})
+    drawn, plain = series(run, "vLLM"), series(dataclasses.replace(run, account=None), "vLLM")
+    own = [bar for bar in drawn.bars if bar[1] == "own"]
+    assert [name for name, *_ in own] == [REST, "wait: queue", "wait: prefill"]
+    assert sum(length for *_, length in own) == pytest.approx(drawn.host[WAIT])
+    assert drawn.host["wait: prefill"] == pytest.approx(PREFILL * 1e3)
+    assert drawn.files["wait: prefill"] == "by the clock of vLLM's metrics"
+    assert [bar for bar in drawn.bars if bar[1] != "own"] == list(plain.bars)
 
 
 def test_whoever_is_not_known_is_asked_nothing_more_and_off_is_off(served: Callable[..., Run], fake: Any) -> None:
