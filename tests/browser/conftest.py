@@ -92,8 +92,8 @@ def _cleared(connection_file: Path) -> bool:
     client.load_connection_file()
     client.start_channels()
     try:
-        client.wait_for_ready(timeout=10)
-        answer = client.execute_interactive(CLEAR, store_history=False, timeout=10, output_hook=lambda _: None)
+        client.wait_for_ready(timeout=20)
+        answer = client.execute_interactive(CLEAR, store_history=False, timeout=20, output_hook=lambda _: None)
     except (RuntimeError, TimeoutError):
         return False
     finally:

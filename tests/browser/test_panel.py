@@ -550,6 +550,7 @@ def test_a_reload_a_second_tab_and_a_restart(jupyterlab: Any, page: Any, errors:
     panel = opened(jupyterlab, page, ONE_CALL)
     panel.option("vit.attention", "grouped").click()
     panel.measured(2)
+    panel.says("fl-learnt", "floor", 60)  # which is measured in the background, while somebody looks on
     before = shown(panel)
     page.evaluate("() => window.jupyterapp.commands.execute('docmanager:save')")
     page.wait_for_function("() => !document.querySelector('.jp-mod-dirty')")
