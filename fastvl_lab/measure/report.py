@@ -412,7 +412,8 @@ def _timed_row(comparison: Comparison, label: str, floor_ms: float) -> Row:
         return {"parity": False, "error": comparison.failures[label]}
     runs = comparison.runs(label)
     if not runs:
-        return {"parity": None, "error": "no run was warm: its graphs were given up for want of room"}
+        busy = comparison.busy(label)
+        return {"parity": None, "error": busy or "no run was warm: its graphs were given up for want of room"}
     ttft, patches = median_interval([run.ttft * 1e3 for run in runs]), _median([since_upload(run.trace) for run in runs])
     row: Row = {"rounds": len(runs), "ttft_ms": ttft.median, "ttft_low_ms": ttft.low, "ttft_high_ms": ttft.high}
     row |= {"patches_ms": patches, "floor_ms": floor_ms, "floor_share": floor_ms / patches}
@@ -474,7 +475,7 @@ def _decode_rows(bench: Bench, case: Case, right: Mapping[str, Parity], new_toke
         elif label in comparison.failures:
             found[label] = {"error": comparison.failures[label], "parity": False}
         elif not (tpots := [run.tpot for run in comparison.runs(label) if run.tpot is not None]):
-            found[label] = {"error": "no run was warm"}
+            found[label] = {"error": comparison.busy(label) or "no run was warm"}
         else:
             rate = 1 / median_interval(tpots).median
             found[label] = {"parity": True, "rounds": len(tpots), "tpot_ms": 1e3 / rate, "tokens_per_second": rate}

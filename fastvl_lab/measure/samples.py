@@ -15,6 +15,7 @@ import numpy as np
 import torch
 
 from fastvl_lab.errors import RequestError
+from fastvl_lab.measure.quiet import QUIET, Quiet, Use, Watch
 from fastvl_lab.run import Kind, Run
 from fastvl_lab.trace import Trace
 
@@ -76,15 +77,32 @@ def saves(saved: Interval | None) -> bool:
     return saved is not None and saved.low > 0
 
 
-# What one engine took in one round; rounds of warm-up have negative numbers, and kinds are never pooled.
-
-
 @dataclass(frozen=True, kw_only=True, eq=False)
-class StageSample:
-    """One run of one stage alone. steps: the seconds of each."""
+class Sample:
+    """What one engine took in one round; rounds of warm-up have negative numbers, and kinds are never pooled.
+
+    use: what others used of the machine meanwhile, None where nobody watched. A disturbed sample is kept, and is in no median.
+    """
 
     engine: str
     round: int
+    use: Use | None = None
+
+    @property
+    def disturbed(self) -> bool | None:
+        """Whether others used too much of the machine; None where that is not known."""
+        return None if self.use is None else self.use.disturbed
+
+    @property
+    def others(self) -> float | None:
+        """How many cores others used; None where that is not known."""
+        return None if self.use is None else self.use.others
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class StageSample(Sample):
+    """One run of one stage alone. steps: the seconds of each."""
+
     steps: Mapping[str, float]
     kind: Kind = "warm"
 
@@ -94,17 +112,20 @@ class StageSample:
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
-class RunSample:
+class RunSample(Sample):
     """One run of a whole request. turn: which of a chat's it is, from 0."""
 
-    engine: str
-    round: int
     run: Run
     turn: int = 0
 
     @property
     def kind(self) -> Kind:
         return self.run.kind
+
+    @property
+    def disturbed(self) -> bool | None:
+        """As `Sample` has it; None of a cold run, whose compilers are processes of their own and are not told from others."""
+        return None if self.kind == "cold" else super().disturbed
 
     def seconds(self, *names: str) -> float | None:
         """Its "ttft", its "tpot" if it has one, or "patches", which begin where the upload ends."""
@@ -122,7 +143,10 @@ S = TypeVar("S", StageSample, RunSample)
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Samples(Generic[S]):
-    """Every sample of a measurement; what is derived is of timed ones, whose round is not negative. names: as a sample's."""
+    """Every sample of a measurement; what is derived is of timed ones, whose round is not negative, that were not disturbed.
+
+    names: as a sample's.
+    """
 
     samples: tuple[S, ...]
 
@@ -134,9 +158,20 @@ class Samples(Generic[S]):
         """Those of which `keep` says so."""
         return Samples(samples=tuple(filter(keep, self.samples)))
 
+    @property
+    def busy(self) -> str | None:
+        """What others did to the timed samples, in words; None where none was disturbed."""
+        judged = [s for s in self.samples if s.round >= 0 and s.disturbed is not None]
+        uses = [s.use for s in judged if s.disturbed and s.use]
+        if not uses:
+            return None
+        typical = sorted(uses, key=lambda use: (use.others or 0.0, use.gpu or 0.0))[len(uses) // 2]
+        return f"the machine was busy: {typical.why}, during {len(uses)} of {len(judged)} runs, which are in no median"
+
     def by_round(self, engine: str, *names: str) -> dict[int, float]:
         """Round -> seconds, in order of rounds; without those that have no such time."""
-        mine = sorted((s for s in self.samples if s.engine == engine and s.round >= 0), key=lambda sample: sample.round)
+        mine = [s for s in self.samples if s.engine == engine and s.round >= 0 and not s.disturbed]
+        mine.sort(key=lambda sample: sample.round)
         return {sample.round: value for sample in mine if (value := sample.seconds(*names)) is not None}
 
     def seconds(self, engine: str, *names: str) -> list[float]:
@@ -144,8 +179,9 @@ class Samples(Generic[S]):
         return list(self.by_round(engine, *names).values())
 
     def median(self, engine: str, *names: str) -> Interval:
-        """Seconds, with the interval of the median; there must be at least one sample."""
-        return median_interval(self.seconds(engine, *names))
+        """Seconds, with the interval of the median; NaN where every sample was disturbed."""
+        seconds = self.seconds(engine, *names)
+        return median_interval(seconds) if seconds else Interval(nan, nan, nan)
 
     def ratio(self, engine: str, over: str, *names: str) -> Interval | None:
         """How many times as fast as `over` the engine is, paired by round; None without a round of both."""
@@ -185,12 +221,27 @@ def check_rounds(repeats: int, warm_up: int) -> None:
         raise RequestError(f"repeats is {repeats} and warm_up {warm_up}; repeats must be at least 1, and warm_up at least 0")
 
 
-def time_rounds(timed: Mapping[str, Timed], *, repeats: int = 10, warm_up: int = 2, seed: int = 0) -> Samples[StageSample]:
-    """Run each `warm_up + repeats` times in interleaved rounds; those of warm-up are not kept. Raises as `check_rounds`."""
+def time_rounds(
+    timed: Mapping[str, Timed],
+    *,
+    repeats: int = 10,
+    warm_up: int = 2,
+    seed: int = 0,
+    quiet: Quiet | None = QUIET,
+    device: torch.device | None = None,
+) -> Samples[StageSample]:
+    """Run each `warm_up + repeats` times in interleaved rounds; those of warm-up are not kept.
+
+    quiet: waited for before each timed run, and a disturbed one is measured again; None does neither. device: where they compute.
+    Raises as `check_rounds`.
+    """
     check_rounds(repeats, warm_up)
-    samples = [
-        StageSample(engine=label, round=number, steps=timed[label]())
-        for number, _, order in interleaved(timed, repeats=repeats, warm_up=warm_up, seed=seed)
-        for label in order
-    ]
-    return Samples(samples=tuple(s for label in timed for s in samples if s.engine == label and s.round >= 0))
+    watch, samples = Watch(quiet, device), []
+    for number, _, order in interleaved(timed, repeats=repeats, warm_up=warm_up, seed=seed):
+        for label in order:
+            if number < 0:
+                timed[label]()
+                continue
+            made = watch.measured(timed[label])
+            samples += [StageSample(engine=label, round=number, steps=steps, use=use) for steps, use in made]
+    return Samples(samples=tuple(s for label in timed for s in samples if s.engine == label))
