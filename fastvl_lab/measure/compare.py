@@ -18,7 +18,7 @@ from fastvl_lab.engine import Engine, EngineLike, find_recipe
 from fastvl_lab.errors import RecipeError, RequestCancelledError, RequestError, require, sentence
 from fastvl_lab.lab import Lab
 from fastvl_lab.measure.parity import Oracles, Parity, check
-from fastvl_lab.measure.quiet import QUIET, Quiet, Watch
+from fastvl_lab.measure.quiet import QUIET, Quiet, Started, Watch
 from fastvl_lab.measure.recipes import START, STOCK, steps_between
 from fastvl_lab.measure.samples import Interval, RunSample, Samples, as_row, check_rounds, interleaved, json_value, median_interval
 from fastvl_lab.recipe import Recipe
@@ -244,7 +244,7 @@ def compare(
             for label in [name for name in order if name not in failures]:
                 try:
                     once = partial(lab.run, request, keys[label], stop=stop)
-                    for run, use in watch.measured(once, _computing(keys[label]), again=number >= 0, stop=stop):
+                    for run, use in watch.measured(once, _computing(lab, keys[label]), again=number >= 0, stop=stop):
                         if label not in logits or not run.finite:
                             logits[label] = run.logits
                         made.append(RunSample(engine=label, round=number, run=_without_logits(run, label), use=use))
@@ -271,9 +271,10 @@ def compare(
     return Comparison(samples=samples, reference=reference, checks=checked, failures=failures, notes=watch.notes())
 
 
-def _computing(engine: Engine) -> tuple[int, ...] | None:
+def _computing(lab: Lab, engine: Engine) -> tuple[int, ...] | None:
     """The processes that compute for an engine beside this one; None of an address, behind which they are not known."""
-    return None if engine.remote else ()
+    bound = lab._engines.get(engine)
+    return bound.processes() if isinstance(bound, Started) else None if engine.remote else ()
 
 
 def _by_label(made: Sequence[RunSample], engines: Iterable[str]) -> tuple[RunSample, ...]:
@@ -434,7 +435,7 @@ def converse(
             own.memory.forget()
         for label in order:
             once = partial(labs[label].run, requests[turn], keys[label])
-            ((run, use),) = watch.measured(once, _computing(keys[label]), again=False)
+            ((run, use),) = watch.measured(once, _computing(labs[label], keys[label]), again=False)
             made.append(RunSample(engine=label, round=number, turn=turn, run=_without_logits(run, label), use=use))
             if label == reference and turn + 1 == len(requests) < len(texts):
                 messages += [{"role": "assistant", "content": run.text}, {"role": "user", "content": texts[turn + 1]}]

@@ -39,7 +39,10 @@ class Interval(NamedTuple):
 
     def times(self) -> str:
         """A ratio in words, such as "1.62× (95% CI 1.59 to 1.66)"."""
-        return f"{self.median:.2f}× ({self.known})"
+        return f"{self.median:.2f}× ({self.known})" if self.median == self.median else "not shown (no undisturbed rounds of both)"
+
+
+UNKNOWN = Interval(nan, nan, nan)  # in the place of a ratio that no round bears
 
 
 def median_interval(samples: Sequence[float]) -> Interval:
@@ -181,7 +184,7 @@ class Samples(Generic[S]):
     def median(self, engine: str, *names: str) -> Interval:
         """Seconds, with the interval of the median; NaN where every sample was disturbed."""
         seconds = self.seconds(engine, *names)
-        return median_interval(seconds) if seconds else Interval(nan, nan, nan)
+        return median_interval(seconds) if seconds else UNKNOWN
 
     def ratio(self, engine: str, over: str, *names: str) -> Interval | None:
         """How many times as fast as `over` the engine is, paired by round; None without a round of both."""

@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import dataclasses
 import os
+import subprocess
 import sys
 import threading
 import time
 import types
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from statistics import median
 
+import pandas
 import pytest
 import torch
 
-from fastvl_lab import Lab, Request, RequestError, attribute, compare
+from fastvl_lab import Lab, Request, RequestError, SweepSettings, attribute, compare, photo, sweep
 from fastvl_lab.measure import quiet
 from fastvl_lab.measure.compare import converse
 from fastvl_lab.measure.quiet import Quiet, Reading, Watch, between
@@ -387,3 +390,86 @@ def test_chats_and_stages_are_watched_as_well(
     never = time_rounds({"a": lambda: played.passes(0.04) or {"s": 0.04}}, repeats=2, quiet=Quiet(total=0.0))
     assert never.median("a").median != never.median("a").median
     assert never.ratio("a", "a") is None
+
+
+# Real neighbours
+
+
+@pytest.fixture
+def neighbour() -> Iterator[str]:
+    """The address of a server on this machine that burns every core for a second after each answer."""
+    script = str(Path(__file__).with_name("neighbour.py"))
+    server = subprocess.Popen([sys.executable, script, "1"], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    assert server.stdout is not None
+    yield f"http://127.0.0.1:{server.stdout.readline().strip()}/v1"
+    server.communicate(timeout=10)
+
+
+@pytest.mark.alone
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_a_neighbour_that_does_not_sleep_is_waited_for(neighbour: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every engine's TTFT beside it is within a tenth of its TTFT alone; without waiting it is several times that."""
+    monkeypatch.delenv(quiet.VARIABLE)
+    lab = Lab("tiny-qwen2.5-vl", device="cpu", dtype="float32")
+    request = Request(images=[photo("coffee", (448, 448))], prompt="What is this?", max_new_tokens=4, ignore_eos=True)
+    own: dict[str, str] = {"transformers": "transformers", "fastest": "fastest"}
+    alone, beside = {name: [] for name in own}, {name: [] for name in own}
+    for attempt in range(3):  # a pause of the machine may spoil one
+        for _ in range(3):  # interleaved: a machine may be slower for a while
+            for engines, kept in ((own, alone), (own | {"neighbour": neighbour}, beside)):
+                found = compare(lab, request, engines, repeats=3, warm_up=1)
+                for name in own:
+                    kept[name] += [run.ttft for run in found.runs(name)]
+        apart = {name: median(beside[name]) / median(alone[name]) for name in own}
+        print(f"attempt {attempt}: beside it / alone {apart}, of {[len(beside[name]) for name in own]} runs")
+        if all(abs(ratio - 1) < 0.1 for ratio in apart.values()):
+            break
+    assert apart == pytest.approx(dict.fromkeys(own, 1.0), abs=0.1)
+
+    hurried = compare(lab, request, own | {"neighbour": neighbour}, repeats=5, warm_up=1, quiet=Quiet(total=0.0))
+    mine = [sample for sample in hurried.samples if sample.engine in own and sample.round >= 0]
+    assert all(sample.disturbed for sample in mine)
+    assert hurried.speedup("fastest", "transformers") is None
+    slow = {name: median(s.run.ttft for s in mine if s.engine == name) / median(alone[name]) for name in own}
+    print(f"without waiting / alone {slow}")
+    assert min(slow.values()) > 1.5
+    assert "the machine was busy: others used" in "\n".join(hurried.findings())
+    assert "during the runs of neighbour is not known" in "\n".join(hurried.findings())
+
+
+@pytest.mark.alone
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_a_sweep_beside_a_busy_process_prints_no_speed_up(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.delenv(quiet.VARIABLE)
+    busy = [subprocess.Popen([sys.executable, "-c", "while True: pass"]) for _ in range(os.cpu_count() or 1)]
+    try:
+        settings = SweepSettings(
+            checkpoints=["tiny-qwen3-vl"],
+            recipes=["transformers", "fastest"],
+            image="coffee",
+            image_sizes=[[168, 140]],
+            prompt="What is this?",
+            max_new_tokens=3,
+            repeats=6,
+            warm_up=1,
+            device="cpu",
+            dtype="",
+            seed=0,
+            output_dir=str(tmp_path),
+            quiet=1.0,
+        )
+        result = sweep(settings, progress=False)
+    finally:
+        for process in busy:
+            process.kill()
+            process.wait()
+    assert [row["speedup"] for row in result.summary()] == [None, None]
+    assert not any("as fast as" in line for line in result.findings())
+    assert any("the machine was busy: others used" in line for line in result.findings())
+    assert any("quiet never came in 1 s of waiting" in line for line in result.findings())
+    result.write()
+    kept = pandas.read_parquet(tmp_path / "results.parquet")
+    assert kept[kept.kind == "warm"].disturbed.all()
+    assert (kept[kept.kind == "warm"].others > 0.3).all()
+    assert kept[kept.kind == "cold"].disturbed.isna().all()
+    assert "the machine was busy" in (tmp_path / "report.html").read_text()
