@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import operator
 import random
 import time
@@ -9,7 +10,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
 from math import comb, nan
-from typing import Generic, NamedTuple, TypeVar
+from typing import Any, Generic, NamedTuple, TypeVar
 
 import numpy as np
 import torch
@@ -134,6 +135,17 @@ class RunSample(Sample):
         """Its "ttft", its "tpot" if it has one, or "patches", which begin where the upload ends."""
         (name,) = names
         return since_upload(self.run.trace) / 1e9 if name == "patches" else getattr(self.run, name)
+
+    def to_record(self) -> dict[str, Any]:
+        """Everything but the logits as JSON-ready data; `from_record` reads it back."""
+        own = {"engine": self.engine, "round": self.round, "turn": self.turn, "disturbed": self.disturbed, "others": self.others}
+        return own | {"use": None if self.use is None else dataclasses.asdict(self.use), "run": self.run.to_record()}
+
+    @classmethod
+    def from_record(cls, record: Mapping[str, Any]) -> RunSample:
+        """Read `to_record`'s form; of one that says nothing of others, what they used is not known."""
+        use, run = record.get("use"), Run.from_record(record["run"])
+        return cls(engine=record["engine"], round=record["round"], turn=record["turn"], use=use and Use(**use), run=run)
 
 
 def since_upload(trace: Trace) -> int:

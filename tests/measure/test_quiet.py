@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import os
 import subprocess
 import sys
@@ -21,7 +22,8 @@ from fastvl_lab import Lab, Request, RequestError, SweepSettings, attribute, com
 from fastvl_lab.measure import quiet
 from fastvl_lab.measure.compare import converse
 from fastvl_lab.measure.quiet import Quiet, Reading, Watch, between
-from fastvl_lab.measure.samples import time_rounds
+from fastvl_lab.measure.samples import RunSample, time_rounds
+from fastvl_lab.view import sample_dots
 
 
 def _reading(at: float, *, idle: float | None, own: float = 0.0, cores: int = 2, **waited: float) -> Reading:
@@ -343,6 +345,14 @@ def test_what_was_disturbed_is_kept_and_counts_for_nothing(
     assert found.speedup("ours") is not None
     assert f"during {len(disturbed)} of {len(found.samples)} runs, which are in no median" in found.findings()[-1]
     assert disturbed[0].others == pytest.approx(1.3)
+    record = json.loads(json.dumps(disturbed[0].to_record()))
+    again = RunSample.from_record(record)
+    assert (again.disturbed, again.use, again.run.ttft) == (True, disturbed[0].use, disturbed[0].run.ttft)
+    older = RunSample.from_record({key: value for key, value in record.items() if key not in ("use", "disturbed", "others")})
+    assert (older.disturbed, older.others) == (None, None)
+    hollow = [trace for trace in sample_dots(found).data if trace.marker.symbol == "circle-open"]
+    assert sorted(x for trace in hollow for x in trace.x) == sorted(s.run.ttft * 1e3 for s in disturbed)
+    assert all("others used 1.3 of 2 cores" in about for trace in hollow for about in trace.customdata)
 
 
 def test_where_nothing_was_undisturbed_nothing_is_compared(
