@@ -41,7 +41,7 @@ class Quiet:
     share: float = 0.125
     window: float = 0.05
     wait: float = 10.0
-    total: float = 60.0
+    total: float = 120.0
     again: int = 2
 
     def __post_init__(self) -> None:
