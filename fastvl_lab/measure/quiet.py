@@ -104,13 +104,13 @@ class Reading:
 
 def reading(processes: Sequence[int] = ()) -> Reading:
     """The clocks now, with this process and those of these ids as ours."""
-    cores, idle, grain = _idle()
+    (cores, idle, grain), at = _idle(), time.perf_counter()
     own, waited = time.process_time(), {}
     for process in ("self", *map(str, processes)):
         for ran, behind, thread in _threads(process):
             waited[thread] = behind
             own += 0.0 if process == "self" else ran  # the process's own clock knows threads that have ended, too
-    return Reading(at=time.perf_counter(), cores=cores, idle=idle, grain=grain, own=own, waited=waited)
+    return Reading(at=at, cores=cores, idle=idle, grain=grain, own=own, waited=waited)
 
 
 def _idle() -> tuple[int, float | None, float]:
@@ -120,7 +120,9 @@ def _idle() -> tuple[int, float | None, float]:
         lines = [line.split() for line in (PROC / "stat").read_text().splitlines() if line.startswith("cpu")]
         clock = os.sysconf("SC_CLK_TCK")
         idle = {name: int(fields[3]) + int(fields[4]) for name, *fields in lines}  # waiting for a disk is idle
-        if all(f"cpu{core}" in idle for core in allowed) and len(allowed) == len(idle) - 1:
+        if not idle["cpu"]:  # a sandbox that has the file and tells nothing
+            return len(allowed), None, 0.0
+        if len(allowed) == len(idle) - 1:
             return len(allowed), idle["cpu"] / clock, 1 / clock
         return len(allowed), sum(idle[f"cpu{core}"] for core in allowed) / clock, len(allowed) / clock
     except (OSError, ValueError, IndexError, KeyError):
@@ -172,7 +174,9 @@ def others_on_gpu(device: torch.device, processes: Sequence[int] = ()) -> float 
             return 0.0
         since = int((time.time() - _GPU_SECONDS) * 1e6)
         used = {s.pid: s for s in sorted(nvml.nvmlDeviceGetProcessUtilization(handle, since), key=lambda s: s.timeStamp)}
-        return float(sum(sample.smUtil for pid, sample in used.items() if pid not in ours)) / 100
+        return float(sum(used[pid].smUtil for pid in running - ours if pid in used)) / 100
+    except nvml.NVMLError_NotFound:  # none of them did anything
+        return 0.0
     except nvml.NVMLError:
         return None
 

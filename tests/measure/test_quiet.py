@@ -75,6 +75,8 @@ def test_the_systems_clocks_are_read_and_stolen_time_is_not_idle(tmp_path: Path,
         folder.mkdir(parents=True, exist_ok=True)
         (folder / "schedstat").write_text(f"{ran} {waited} 17\n")
 
+    (tmp_path / "stat").write_text("cpu  0 0 0 0 0 0 0 0 0 0\ncpu0 0 0 0 0 0 0 0 0 0 0\n")
+    assert quiet.reading().idle is None  # as gVisor has it
     write(1000, 0)
     schedule("self", "11", 5_000_000_000, 2_000_000)
     schedule("77", "78", 40_000_000, 1_000_000)
@@ -242,6 +244,9 @@ class Card:
     class NVMLError(Exception):
         pass
 
+    class NVMLError_NotFound(NVMLError):  # noqa: N801, N818 (its name)
+        pass
+
     def __init__(self, running: dict[int, int], *, tells: bool = True) -> None:
         self.running, self.tells = running, tells
 
@@ -257,6 +262,8 @@ class Card:
     def nvmlDeviceGetProcessUtilization(self, handle: str, since: int) -> list[types.SimpleNamespace]:
         if not self.tells:
             raise self.NVMLError("not supported")
+        if not any(self.running.values()):
+            raise self.NVMLError_NotFound
         now = [types.SimpleNamespace(pid=pid, smUtil=share, timeStamp=since + 2) for pid, share in self.running.items()]
         return [*now, *(types.SimpleNamespace(pid=s.pid, smUtil=100, timeStamp=since + 1) for s in now)]
 
@@ -267,6 +274,7 @@ class Card:
         ({os.getpid(): 90}, True, (), 0.0, False),
         ({os.getpid(): 10, 5: 60, 6: 3}, True, (), 0.63, True),
         ({os.getpid(): 10, 5: 60, 6: 3}, True, (5,), 0.03, False),
+        ({os.getpid(): 0, 5: 0}, True, (), 0.0, False),  # a neighbour that sleeps
         ({5: 60}, True, (), None, False),  # as in a container, whose processes have other ids outside of it
         ({os.getpid(): 10, 5: 60}, False, (), None, False),
     ],
