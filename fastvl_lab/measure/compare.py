@@ -66,6 +66,11 @@ class Comparison:
         runs = sorted(self.runs(engine, kind) or everything, key=lambda run: run.ttft)
         return runs[(len(runs) - 1) // 2]
 
+    def disturbed(self, engine: str) -> bool:
+        """Whether others disturbed all runs of an engine that could be compared, its representative one included."""
+        kind = self.compared(engine)
+        return not self.runs(engine, kind) and any(s.disturbed and s.kind == kind for s in self.samples if s.engine == engine)
+
     def parity(self, *engines: str) -> bool:
         """Whether these engines compute what Transformers computes, on the pixels that they may make (`measure.parity`)."""
         return all(self.checks[engine].holds for engine in engines)

@@ -46,7 +46,7 @@ def report_html(result: SweepResult) -> str:
         ]
     for point in result.points:
         runs = [point.comparison.representative(engine) for engine in point.comparison.engines]
-        figures = (waterfall(runs), sample_dots(point.comparison))
+        figures = (point.comparison.waterfall(), sample_dots(point.comparison))
         body += [f"<h2>{html.escape(point.label)}</h2>", *map(figure_html, figures), table_html(stage_frame(runs))]
     if found := result.findings():
         lines = "".join(f"<li>{html.escape(line)}</li>" for line in found)
