@@ -249,14 +249,16 @@ def compare(
             for label in [name for name in order if name not in failures]:
                 try:
                     once = partial(lab.run, request, keys[label], stop=stop)
-                    for run, use in watch.measured(once, _computing(lab, keys[label]), again=number >= 0, stop=stop):
-                        if label not in logits or not run.finite:
-                            logits[label] = run.logits
-                        made.append(RunSample(engine=label, round=number, run=_without_logits(run, label), use=use))
-                        if on_sample is not None:
-                            on_sample(made[-1])
+                    measured = list(watch.measured(once, _computing(lab, keys[label]), again=number >= 0, stop=stop))
                 except Exception as error:
                     gave_up(label, error)
+                    measured = []
+                for run, use in measured:
+                    if label not in logits or not run.finite:
+                        logits[label] = run.logits
+                    made.append(RunSample(engine=label, round=number, run=_without_logits(run, label), use=use))
+                    if on_sample is not None:
+                        on_sample(made[-1])
                 if on_run is not None:
                     on_run(label)
         runs = {label: [s.run for s in made if s.engine == label] for label in engines if label in logits}
