@@ -33,7 +33,7 @@ STOCK, BEFORE, RECIPE = "transformers", "the run before", "this recipe"
 _PREVIEW = 128  # pixels of the longer side
 _PATIENCE = 20.0  # seconds to wait for the end of a stage
 _QUIET = 0.5  # seconds without a wish before the background is worked on
-_ROUNDS_QUIET = Quiet(wait=2.0, total=6.0)  # somebody looks on
+_ROUNDS_QUIET = Quiet(wait=2.0, total=10.0)  # somebody looks on
 _IN_BACKGROUND = 120.0  # seconds that what each toggle would save may take to measure
 
 
