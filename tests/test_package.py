@@ -27,7 +27,7 @@ LAYERS = (
     ("recipe", "families"),
     ("checkpoint",),
     ("decoder",),
-    ("tokenizer", *SLOTS),
+    ("tokenizer", "processes", *SLOTS),
     ("pipeline",),
     ("engine", "peers", "run"),  # a peer registers with the engine, which knows of `peers` its folder alone
     ("lab",),
