@@ -49,8 +49,8 @@ _OUT_OF_MEMORY = ("can't allocate memory", "out of memory", "ALLOC_FAILED", "ALL
 class Lab:
     """A checkpoint on a device, and the engines bound to it.
 
-    name: a folder, a hub id, "tiny-qwen2.5-vl", "tiny-qwen3-vl", or "random:<hub id>" (see `checkpoint.load`). All of a device's
-    labs load and compute on one thread of the process, one request at a time; a second caller waits before its clock starts. In
+    name: a folder, a hub id, a built-in one such as "tiny-qwen2.5-vl", or "random:<hub id>" (see `checkpoint.load`). All labs of a
+    device load and compute on one thread of the process, one request at a time; a second caller waits before its clock starts. In
     float32 on CUDA, TF32 is off while the lab computes.
 
     session_len: tokens of prompt and answer that a request may have together; by default up to 32,768, as memory and model allow.

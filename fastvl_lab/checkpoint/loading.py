@@ -141,7 +141,7 @@ def load(
 ) -> Checkpoint:
     """Load `name` onto a device in a dtype.
 
-    name: a folder in Hugging Face format, a hub id, "tiny-qwen2.5-vl", "tiny-qwen3-vl", or "random:<hub id>".
+    name: a folder in Hugging Face format, a hub id, a built-in one (`tiny.names`), or "random:<hub id>".
     device: "cpu", "cuda", "cuda:1", …; by default CUDA where present. dtype: by default the checkpoint's own on CUDA and
     float32 on a CPU. families: those that it may be of. Loads of other threads are waited for. Raises `CheckpointError` and
     `DeviceError`.

@@ -1,8 +1,8 @@
-"""The built-in checkpoints: tiny, random, deterministic models of each family's true architecture.
+"""The built-in checkpoints: random, deterministic models of each family's true architecture, tiny and small.
 
-They are saved once to the user's cache as ordinary checkpoint folders and then read by the loading code of any other. They
+They are saved once to the user's cache as ordinary checkpoint folders and then read by the loading code of any other. Tiny ones
 are sized so that on two CPU cores a 1280x960 image takes some hundred milliseconds to its first token, with preprocessing, ViT and
-prefill all visible.
+prefill all visible; small ones so that their time is that of matrix products, as a real model's is.
 """
 
 from __future__ import annotations
@@ -26,11 +26,12 @@ SEED = 20251
 
 
 def names(families: Sequence[Family] = FAMILIES) -> tuple[str, ...]:
-    """Those of the families."""
-    return tuple(name for family in families for name in family.tiny)
+    """Those of the families, the tiny ones first."""
+    sizes = [[family.tiny for family in families], [family.small for family in families]]
+    return tuple(name for size in sizes for geometries in size for name in geometries)
 
 
-NAMES = names()
+NAMES = tuple(name for family in FAMILIES for name in family.tiny)
 
 
 def folder(name: str, families: Sequence[Family] = FAMILIES) -> Path:
@@ -38,8 +39,8 @@ def folder(name: str, families: Sequence[Family] = FAMILIES) -> Path:
 
     Its name carries the Transformers version, because that library chooses the file format.
     """
-    family = next(family for family in families if name in family.tiny)
-    write = partial(_write, family=family, geometry=family.tiny[name])
+    family, geometry = next((f, size[name]) for f in families for size in (f.tiny, f.small) if name in size)
+    write = partial(_write, family=family, geometry=geometry)
     return whole_folder(f"{name}-v{FORMAT}-transformers-{transformers.__version__}", write)
 
 

@@ -64,8 +64,8 @@ class Family:
     positions(is_image, grids, merge_size): what each token's rotation turns by, int64 [3, n_tokens], and the next token's position;
     is_image: bool [n_unexpanded], true at each image's placeholder.
 
-    chat_template: of checkpoints without one of their own, tiny and random: by name and by hub id, their shapes. idle: options of
-    the vit slot, as "toggle=value", that change nothing in this family's tower.
+    chat_template: of checkpoints without one of their own, tiny, small and published: by name and by hub id, their shapes. idle:
+    options of the vit slot, as "toggle=value", that change nothing in this family's tower.
     """
 
     model_type: str
@@ -84,6 +84,7 @@ class Family:
     positions: Callable[[np.ndarray, Sequence[Grid], int], tuple[np.ndarray, int]]
     chat_template: str
     tiny: Mapping[str, Geometry] = field(default_factory=dict)
+    small: Mapping[str, Geometry] = field(default_factory=dict)
     published: Mapping[str, Geometry] = field(default_factory=dict)
     idle: tuple[str, ...] = ()
 

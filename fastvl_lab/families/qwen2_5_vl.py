@@ -97,6 +97,12 @@ _TINY = _geometry(
     vocab_size=320,
     sections=[8, 12, 12],
 )
+_SMALL = _geometry(
+    {"hidden_size": 512, "intermediate_size": 1408, "num_hidden_layers": 8, "num_attention_heads": 8, "num_key_value_heads": 2},
+    {"depth": 8, "hidden_size": 320, "intermediate_size": 864, "num_heads": 4, "fullatt_block_indexes": [3, 7]},
+    vocab_size=320,
+    sections=[8, 12, 12],
+)
 _VISION = {"depth": 32, "hidden_size": 1280, "intermediate_size": 3420, "num_heads": 16, "fullatt_block_indexes": [7, 15, 23, 31]}
 _3B = _geometry(
     {"hidden_size": 2048, "intermediate_size": 11008, "num_hidden_layers": 36, "num_attention_heads": 16, "num_key_value_heads": 2},
@@ -132,6 +138,7 @@ FAMILY = Family(
         + qwen.CHAT_TEMPLATE
     ),
     tiny={"tiny-qwen2.5-vl": _TINY},
+    small={"small-qwen2.5-vl": _SMALL},
     published={"Qwen/Qwen2.5-VL-3B-Instruct": _3B, "Qwen/Qwen2.5-VL-7B-Instruct": _7B},
     idle=("interpolation=fused",),
 )

@@ -103,19 +103,38 @@ _TINY = _geometry(
     vocab_size=320,
     sections=[8, 8, 8],
 )
-_SMALL = {"depth": 24, "hidden_size": 1024, "intermediate_size": 4096, "num_heads": 16, "deepstack_visual_indexes": [5, 11, 17]}
-_LARGE = {"depth": 27, "hidden_size": 1152, "intermediate_size": 4304, "num_heads": 16, "deepstack_visual_indexes": [8, 16, 24]}
+_SMALL = _geometry(
+    {"hidden_size": 512, "intermediate_size": 1408, "num_hidden_layers": 8, "num_attention_heads": 8, "num_key_value_heads": 2},
+    {"depth": 8, "hidden_size": 256, "intermediate_size": 1024, "num_heads": 4, "deepstack_visual_indexes": [1, 3, 5]},
+    head_dim=64,
+    vocab_size=320,
+    sections=[12, 10, 10],
+)
+_VISION_SMALL = {
+    "depth": 24,
+    "hidden_size": 1024,
+    "intermediate_size": 4096,
+    "num_heads": 16,
+    "deepstack_visual_indexes": [5, 11, 17],
+}
+_VISION_LARGE = {
+    "depth": 27,
+    "hidden_size": 1152,
+    "intermediate_size": 4304,
+    "num_heads": 16,
+    "deepstack_visual_indexes": [8, 16, 24],
+}
 _2B = _published(
     {"hidden_size": 2048, "intermediate_size": 6144, "num_hidden_layers": 28, "num_attention_heads": 16, "num_key_value_heads": 8},
-    _SMALL,
+    _VISION_SMALL,
 )
 _4B = _published(
     {"hidden_size": 2560, "intermediate_size": 9728, "num_hidden_layers": 36, "num_attention_heads": 32, "num_key_value_heads": 8},
-    _SMALL,
+    _VISION_SMALL,
 )
 _8B = _published(
     {"hidden_size": 4096, "intermediate_size": 12288, "num_hidden_layers": 36, "num_attention_heads": 32, "num_key_value_heads": 8},
-    _LARGE,
+    _VISION_LARGE,
     tied=False,
 )
 
@@ -136,6 +155,7 @@ FAMILY = Family(
     positions=qwen.mrope_positions,
     chat_template=qwen.CHAT_TEMPLATE,
     tiny={"tiny-qwen3-vl": _TINY},
+    small={"small-qwen3-vl": _SMALL},
     published={"Qwen/Qwen3-VL-2B-Instruct": _2B, "Qwen/Qwen3-VL-4B-Instruct": _4B, "Qwen/Qwen3-VL-8B-Instruct": _8B},
     idle=("activation=fused", "norms=native"),
 )

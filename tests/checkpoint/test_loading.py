@@ -14,7 +14,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from fastvl_lab import CheckpointError, DeviceError, Lab, Request
+from fastvl_lab import CheckpointError, DeviceError, Lab, Request, compare
 from fastvl_lab.checkpoint import load, memory, tiny, user_cache
 from fastvl_lab.checkpoint.random_weights import published, random_model, write_published_folder
 from fastvl_lab.families import FAMILIES, qwen3_vl
@@ -46,6 +46,15 @@ def test_a_built_in_checkpoint_is_an_ordinary_folder_and_always_the_same(name: s
     first = _digest(folder)
     shutil.rmtree(folder)
     assert _digest(tiny.folder(name)) == first
+
+
+@pytest.mark.parametrize("name", [name for name in tiny.names() if name not in tiny.NAMES])
+def test_a_small_checkpoint_is_answered_as_transformers_answers_it(name: str, picture: bytes) -> None:
+    lab, request = Lab(name, device="cpu"), Request(images=[picture], prompt="What is this?", max_new_tokens=24, ignore_eos=True)
+    comparison = compare(lab, request, {"stock": "transformers", "fastest": "fastest"}, repeats=1, warm_up=0)
+    assert len(set(comparison.representative("stock").tokens)) > 4, "nothing varies, so nothing is compared"
+    assert comparison.parity("stock", "fastest"), comparison.checks
+    assert lab.checkpoint.config.text_config.num_hidden_layers == 8
 
 
 def test_built_in_models_have_what_makes_the_families_what_they_are(labs: dict[str, Lab]) -> None:

@@ -23,7 +23,7 @@ BOXES = (AS_IT_IS, "within 448×448", "within 640×480", "within 1280×960")
 
 def known_checkpoints() -> list[str]:
     """What can be loaded by its name and no network: built in, random:<hub id>, and what the hub's cache holds of the families."""
-    return [*tiny.NAMES, *(RANDOM_PREFIX + name for name in published()), *sorted(_cached())]
+    return [*tiny.names(), *(RANDOM_PREFIX + name for name in published()), *sorted(_cached())]
 
 
 def _cached() -> Iterator[str]:
