@@ -116,15 +116,20 @@ class Lab:
         """End the servers that this lab and its copies have started; an engine that is run again starts again."""
         self.servers.close()
 
-    def start(self, engine: EngineLike, *, tell: Callable[[str], object] | None = None) -> None:
-        """Make an engine ready, which for one with a server can take minutes; `run` does it where it has not been done.
+    def start(
+        self, engine: EngineLike, *, tell: Callable[[str], object] | None = None, stop: threading.Event | None = None
+    ) -> None:
+        """Make an engine ready, as `run` does where it has not been done; a server starts in minutes, beside what the lab serves.
 
-        tell: given a line now and then while a server starts; by default a bar shows it. Raises `EndpointError` with what the
-        server says of its failure, and what binding an engine raises.
+        tell: given a line now and then while it starts; by default a bar shows it. stop: once it is set, the start ends with a
+        `RequestCancelledError`. Raises `EndpointError` with what the server says of its failure, and what binding an engine raises.
         """
         key = self.engine(engine)
+        if key.started:
+            key.bind(self._place(tell, stop))  # which finds it again when it is run
+            return
         self._check_turn(key)
-        self._in_turn(key, lambda: self._bind(key, tell=tell))
+        self._in_turn(key, lambda: self._bind(key))
 
     def processes(self, engine: EngineLike) -> tuple[int, ...]:
         """Ids of the processes that an engine has beside this one: those of a server that was started for it."""
@@ -160,7 +165,7 @@ class Lab:
                 tell_chunk(chunks[-1])
 
         def served() -> tuple[Outcome, Trace, torch.Tensor, Kind]:
-            bound = self._bind(key, stop=stop)
+            bound = self._bind(key, stop)
             tracer.start()
             outcome = self._serve(bound, request, tracer, deliver)
             return outcome, tracer.finish(), outcome.logits.cpu(), self._kind(key, outcome)
@@ -196,7 +201,7 @@ class Lab:
 
         def produce() -> None:
             try:
-                bound = self._bind(key, stop=gone)
+                bound = self._bind(key, gone)
                 tracer.start()
                 self._kind(key, self._serve(bound, request, tracer, lambda text, tokens: ready.put((text, tokens))))
                 ready.put(None)
@@ -321,22 +326,15 @@ class Lab:
 
         return told
 
-    def _bind(
-        self, key: Engine, *, tell: Callable[[str], object] | None = None, stop: threading.Event | None = None
-    ) -> BoundEngine:
+    def _place(self, tell: Callable[[str], object] | None, stop: threading.Event | None) -> Place:
+        return Place(checkpoint=self.checkpoint, memory=self.memory, graphs=self.graphs, servers=self.servers, tell=tell, stop=stop)
+
+    def _bind(self, key: Engine, stop: threading.Event | None = None) -> BoundEngine:
         """The engine, bound now or before; on the lab's thread."""
         if isinstance(bound := self._engines.get(key), StartedEngine) and not bound.alive:
             self._forget(key)
         if key not in self._engines:
-            place = Place(
-                checkpoint=self.checkpoint,
-                memory=self.memory,
-                graphs=self.graphs,
-                servers=self.servers,
-                tell=tell,
-                stop=stop,
-            )
-            self._engines[key] = key.bind(place)
+            self._engines[key] = key.bind(self._place(None, stop))
         self._engines.move_to_end(key)
         self._let_go()
         return self._engines[key]

@@ -6,6 +6,7 @@ import contextlib
 import http.client
 import os
 import re
+import shlex
 import subprocess
 import sys
 import tempfile
@@ -91,7 +92,7 @@ class Server:
 
     def __init__(self, name: str, command: Sequence[str], port: int, *, env: Mapping[str, str]) -> None:
         self.name, self.port, self.log = name, port, _new_log(name)
-        self.log.write_text(f"$ {' '.join(command)}\n")
+        self.log.write_text(f"$ {shlex.join(command)}\n")
         self.kept = Kept(command, env=env, log=self.log)
 
     def __repr__(self) -> str:
@@ -131,8 +132,7 @@ class Server:
                     f"{self.name} was not ready after {most:g} seconds, which {START_SECONDS} can change: {self.telling_line()}; "
                     f"its log is {self.log}"
                 )
-            if stop is not None and stop.is_set():
-                raise RequestCancelledError(f"the request was given up while {self.name} started")
+            _check(stop, self.name)
             tell(f"{self.name} starts, {taken:.0f} s: {shortened(self.last_line(), 90)}")
             time.sleep(_LOOK_UP)
         if not self.alive:  # somebody else's server answers on this port
@@ -164,6 +164,7 @@ class Servers:
         self._servers: dict[str, Server] = {}
         self._folder: tuple[Checkpoint, str] | None = None
         self._kept: list[Kept] = []
+        self._one_at_a_time = threading.Lock()
         weakref.finalize(self, _end_all, self._kept, os.getpid())
 
     def folder(self, checkpoint: Checkpoint) -> str:
@@ -185,20 +186,27 @@ class Servers:
     def get(self, name: str, start: Callable[[], Server], ready: str, tell: Tell, stop: threading.Event | None = None) -> Server:
         """The server of that name, started where there is none that runs, once a GET of `ready` answers 200.
 
-        Raises `EndpointError` for one that does not become ready; it is ended, as by any interruption.
+        One starts at a time; another thread's is waited for. Raises `EndpointError` for one that does not become ready, and
+        `RequestCancelledError` once `stop` is set; it is ended, as by any interruption.
         """
-        server = self._servers.get(name)
-        if server is None or not server.alive:
-            server = start()
-            self._kept.append(server.kept)
-            try:
-                server.wait_until_ready(ready, tell, stop)
-            except BaseException:
-                _end_all([server.kept])
-                self._kept.remove(server.kept)
-                raise
-            self._servers[name] = server
-        return server
+        while not self._one_at_a_time.acquire(timeout=_LOOK_UP):
+            _check(stop, name)
+        try:
+            server = self._servers.get(name)
+            if server is None or not server.alive:
+                server = start()
+                self._kept.append(server.kept)
+                try:
+                    server.wait_until_ready(ready, tell, stop)
+                except BaseException:
+                    _end_all([server.kept])
+                    raise
+                finally:
+                    self._kept[:] = [kept for kept in self._kept if kept.exit_code is None]
+                self._servers[name] = server
+            return server
+        finally:
+            self._one_at_a_time.release()
 
     def __repr__(self) -> str:
         return "\n".join(map(repr, self._servers.values())) or "no server has been started"
@@ -208,6 +216,11 @@ class Servers:
         _end_all(self._kept)
         self._servers.clear()
         self._folder = None
+
+
+def _check(stop: threading.Event | None, name: str) -> None:
+    if stop is not None and stop.is_set():
+        raise RequestCancelledError(f"the request was given up while {name} started")
 
 
 def _end_all(kept: list[Kept], owner: int | None = None) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import signal
@@ -84,6 +85,25 @@ def test_engines_with_other_options_are_other_servers(lab: Lab, notes: Any) -> N
     assert len({_port(note) for note in notes()}) == 3
 
 
+def test_weights_that_are_in_memory_alone_are_written_once(
+    lab: Lab, notes: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """For all engines and copies of the lab, into a folder that goes with it."""
+    lab.run(REQUEST, "vllm")
+    assert notes()[0]["command"][1] == lab.checkpoint.source  # a folder is used as it is
+    lab.close()
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    lab.checkpoint = dataclasses.replace(lab.checkpoint, source=None)
+    lab.run(REQUEST, "vllm")
+    lab.apart().run(REQUEST, "vllm, graphs=off")
+    folders = {note["command"][1] for note in notes()[1:]}
+    (folder,) = folders
+    assert Path(folder).parent == tmp_path
+    assert (Path(folder) / "model.safetensors").exists()
+    lab.close()
+    assert not Path(folder).exists()
+
+
 def test_servers_stay_however_many_engines_are_let_go(lab: Lab, notes: Any) -> None:
     lab.run(REQUEST, "vllm")
     for size in ("multiples_of_64", "multiples_of_256", "powers_of_two"):
@@ -147,6 +167,23 @@ def test_a_start_can_be_given_up(lab: Lab, marked: Alive, monkeypatch: pytest.Mo
     with pytest.raises(RequestCancelledError, match="given up while vllm started"):
         lab.run(REQUEST, "vllm", stop=stop)
     assert not marked()
+
+
+def test_a_start_leaves_the_lab_free_and_is_waited_for_by_a_run(
+    lab: Lab, notes: Any, until: Until, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("STUB_DELAY", "2")
+    told: list[str] = []
+    starting = threading.Thread(target=lab.start, args=("vllm",), kwargs={"tell": told.append})
+    starting.start()
+    until(lambda: told)
+    began = time.monotonic()
+    lab.run(REQUEST, "fastest")
+    assert starting.is_alive()
+    assert time.monotonic() - began < 2
+    assert lab.run(REQUEST, "vllm").text == "aaa"
+    starting.join()
+    assert len(notes()) == 1
 
 
 def test_a_server_that_dies_is_told_of_and_started_again(
