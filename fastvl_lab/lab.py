@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import os
 import queue
 import threading
 from collections import Counter, OrderedDict
@@ -133,8 +134,7 @@ class Lab:
 
     def processes(self, engine: EngineLike) -> tuple[int, ...]:
         """Ids of the processes that an engine has beside this one: those of a server that was started for it."""
-        bound = self._engines.get(self.engine(engine))
-        return bound.processes() if isinstance(bound, StartedEngine) else ()
+        return self.servers.processes(self.engine(engine).name)
 
     def run(
         self,
@@ -178,7 +178,7 @@ class Lab:
             engine=engine if isinstance(engine, str) else key.text(self.device),
             recipe=key.recipe,
             checkpoint=outcome.model or self.checkpoint.name,
-            device=ELSEWHERE if key.elsewhere else device_name(self.device),
+            device=ELSEWHERE if key.elsewhere else device_name(self.device, threads=not key.started),
             dtype="unknown" if key.elsewhere else dtype_name(self.dtype),
             remote=key.remote,
             kind=kind,
@@ -424,11 +424,11 @@ def _without_tf32() -> Iterator[None]:
             backend.allow_tf32 = allowed
 
 
-def device_name(device: torch.device) -> str:
-    """What ran: the GPU's name, or the CPU with its thread count."""
+def device_name(device: torch.device, *, threads: bool = True) -> str:
+    """What ran: the GPU's name, or the CPU with torch's threads, or else with the cores that a program started here has."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
-    return f"CPU ({torch.get_num_threads()} threads)"
+    return f"CPU ({torch.get_num_threads()} threads)" if threads else f"CPU ({len(os.sched_getaffinity(0))} cores)"
 
 
 def dtype_name(dtype: torch.dtype) -> str:

@@ -13,7 +13,7 @@ import tempfile
 import threading
 import time
 import weakref
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 from fastvl_lab.checkpoint import Checkpoint
@@ -208,8 +208,15 @@ class Servers:
         finally:
             self._one_at_a_time.release()
 
+    def processes(self, name: str) -> tuple[int, ...]:
+        """Ids of the processes of the server of that name, and of its keeper; none where there is none."""
+        return self._servers[name].kept.processes() if name in self._servers else ()
+
+    def __iter__(self) -> Iterator[Server]:
+        return iter(tuple(self._servers.values()))
+
     def __repr__(self) -> str:
-        return "\n".join(map(repr, self._servers.values())) or "no server has been started"
+        return "\n".join(map(repr, self)) or "no server has been started"
 
     def close(self) -> None:
         """End them, and remove the checkpoint's folder; what is asked for afterwards is started again."""
@@ -275,7 +282,8 @@ def _lines(log: Path, most: int = 65_536) -> list[str]:
     with contextlib.suppress(OSError), open(log, "rb") as file:
         file.seek(max(0, file.seek(0, os.SEEK_END) - most))
         text = _COLOUR.sub("", file.read().decode(errors="replace"))
-        return [line.rstrip("\r").rpartition("\r")[2] for line in text.split("\n") if line.strip()]
+        lines = (line.rstrip("\r").rpartition("\r")[2] for line in text.split("\n"))
+        return [line for line in lines if line.strip() and not line.startswith("$ ")]  # which is the command
     return []
 
 
