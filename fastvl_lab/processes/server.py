@@ -38,7 +38,7 @@ Tell = Callable[[str], object]
 
 
 class Kept:
-    """A program under a keeper, or a folder that a keeper removes: both end with this object's `end`, or with the process."""
+    """A program under a keeper, or a folder that a keeper removes: both end with `let_go`, and with this process."""
 
     def __init__(
         self,

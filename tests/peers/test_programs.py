@@ -116,6 +116,7 @@ def test_an_options_variable_and_the_labs_device_reach_the_program(program: Path
     env = SGLANG.launch(_wanted(), values, flags)[1]
     assert (env["SGLANG_VIT_ENABLE_CUDA_GRAPH"], env["SGLANG_VLM_CACHE_SIZE_MB"], env["CUDA_VISIBLE_DEVICES"]) == ("1", "0", "5")
     assert "PYTHONPATH" not in env
+    assert env["PATH"].startswith(f"{program.parent}:")
     _, values, flags = find("vllm").bind.args  # type: ignore[attr-defined]
     env = VLLM.launch(_wanted(CPU, "float32"), values, flags)[1]
     assert env["CUDA_VISIBLE_DEVICES"] == ""
