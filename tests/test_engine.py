@@ -119,8 +119,8 @@ def test_a_peer_is_added_by_its_decorator_alone(lab: Lab, picture: bytes, echo: 
 
 def test_peers_are_imported_when_a_text_is_no_recipe() -> None:
     code = (
-        "import sys; from fastvl_lab.engine import find; find('fastest'); print('fastvl_lab.peers.http' in sys.modules);"
-        "find('transformers'); print('fastvl_lab.peers.http' in sys.modules)"
+        "import sys; from fastvl_lab.engine import find; find('fastest'); print('fastvl_lab.peer.http' in sys.modules);"
+        "find('transformers'); print('fastvl_lab.peer.http' in sys.modules)"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.split() == ["False", "True"]

@@ -28,9 +28,9 @@ import torch
 from fastvl_lab.account import WAIT, Account
 from fastvl_lab.engine import Engine, engine
 from fastvl_lab.errors import EndpointError, RecipeError
-from fastvl_lab.peers.accounts import Counted
-from fastvl_lab.peers.answers import MAX_EVENT, Event, Model, Usage, read_events, read_models, said
-from fastvl_lab.peers.counts import Piece, tokens_of
+from fastvl_lab.peer.accounts import Counted
+from fastvl_lab.peer.answers import MAX_EVENT, Event, Model, Usage, read_events, read_models, said
+from fastvl_lab.peer.counts import Piece, tokens_of
 from fastvl_lab.pipeline import Outcome
 from fastvl_lab.preprocessor.decode_image import rgb_of
 from fastvl_lab.request import ImageInput, Kind, Request

@@ -24,7 +24,7 @@ from fastvl_lab.cache.slotted import KvShape
 from fastvl_lab.checkpoint import Checkpoint
 from fastvl_lab.engine import Engine, PeerInfo, PeerOption, Place, engine
 from fastvl_lab.errors import EndpointError, RecipeError, quoted
-from fastvl_lab.peers.http import HttpPeer
+from fastvl_lab.peer.http import HttpPeer
 from fastvl_lab.pipeline import Outcome
 from fastvl_lab.processes.server import Server, Tell
 from fastvl_lab.request import Request
