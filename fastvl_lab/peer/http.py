@@ -51,7 +51,8 @@ def endpoint(text: str) -> Engine:
 
     account=off: the engine is not asked for its own account, and its metrics are not read.
     """
-    address, *options = (part.strip() for part in text.split(","))
+    address, rest = (part.strip() for part in text.partition(",")[::2])  # a model's name may have commas
+    options = [part.strip() for part in re.split(r",(?=\s*(?:model|account)=)", rest)] if rest else []
     for option in options:
         if not re.fullmatch("model=.+|account=(on|off)", option):
             choices = "model=<name>, account=on and account=off"
