@@ -12,6 +12,7 @@ from fastvl_lab import shown
 
 if TYPE_CHECKING:
     from fastvl_lab.catalogue import toggles as toggles
+    from fastvl_lab.equivalents import Flags as Flags, flags as flags
     from fastvl_lab.errors import (
         CheckpointError as CheckpointError,
         DeviceError as DeviceError,
@@ -47,6 +48,8 @@ _PUBLIC = {
     "Chunk": "request",
     "Recipe": "recipe",
     "toggles": "catalogue",
+    "flags": "equivalents",
+    "Flags": "equivalents",
     "Run": "run",
     "Trace": "trace",
     "compare": "measure.compare",
