@@ -17,10 +17,11 @@ from huggingface_hub import scan_cache_dir
 
 from fastvl_lab import Recipe, RecipeError, RequestError, Run, SweepSettings, photo, sweep, view, workbench
 from fastvl_lab.catalogue import Option, Target, catalogue_markdown, toggles
+from fastvl_lab.measure.recipes import STOCK
 from fastvl_lab.measure.samples import Interval
 from fastvl_lab.view.workbench import Workbench, reading, showing
 from fastvl_lab.view.workbench.messages import from_json, to_json
-from fastvl_lab.view.workbench.session import BEFORE, RECIPE, STOCK, Advice
+from fastvl_lab.view.workbench.session import BEFORE, RECIPE, Advice
 from fastvl_lab.view.workbench.views import views
 from fastvl_lab.vit import attention
 from fastvl_lab.vit.attention import Prepared, SegmentAttention

@@ -129,23 +129,27 @@ function mount(model, el, libraries) {
       const input = h("input", { type: "text", "aria-label": field, ...attributes, onchange: () => fill(field)(input.value) });
       return { box: label(field, about, input), show: (value) => { input.value = value; } };
     };
-    // A list of what there is, and an entry for all else, which counts at Enter.
-    const picker = (name, about, other, field = name) => {
-      const input = h("input", { type: "text", placeholder: other, "aria-label": other, hidden: true,
+    // A list of what there is, and an entry for all else, which counts at Enter. options: names, or {text, about, unmet}.
+    const picker = (name, about, other, field = name, example = other) => {
+      const input = h("input", { type: "text", placeholder: example, "aria-label": other, hidden: true,
         onkeydown: (event) => { if (event.key === "Enter" && input.value.trim()) { fill(field)(input.value); leave(); } else if (event.key === "Escape") leave(); } });
       const list = h("select", { "aria-label": name, onchange: () => { if (list.value === "\0") { input.hidden = false; input.value = ""; input.focus(); list.value = list.dataset.value; } else fill(field)(list.value); } });
       const leave = () => { input.hidden = true; list.focus(); };
       return { box: label(name, about, list, input), show: (options, value) => {
+        const known = options.map((option) => option.text === undefined ? { text: option } : option);
+        if (!known.some(({ text }) => text === value)) known.push({ text: value });
+        const why = ({ about, unmet }) => unmet ? `cannot run here: ${unmet}` : about;
         list.dataset.value = value;
-        list.replaceChildren(...[...new Set([...options, value])].map((name) => h("option", { value: name }, name)), h("option", { value: "\0" }, `${other}…`));
+        list.replaceChildren(...known.map((one) => h("option", { value: one.text, title: why(one), "aria-description": why(one), disabled: Boolean(one.unmet) }, one.text)), h("option", { value: "\0" }, `${other}…`));
         list.value = value;
+        list.closest("label").dataset.tip = [about, ...known.filter(({ unmet }) => unmet).map((one) => `${one.text} ${why(one)}`)].join("\n");
       } };
     };
     const fields = {
       checkpoint: picker("checkpoint", "what is loaded: built in, random weights of a real geometry, or what the hub's cache holds", "a folder or hub id"),
       pictures: picker("pictures", "drop, paste or choose files anywhere on the panel; paths are separated by commas", "a path"),
       size: picker("size", "pictures are measured as they are, within a box of the same aspect ratio, or resized exactly", "W×H"),
-      rival: picker("to beat", "the bar to beat: an engine that runs in the same rounds", "http://host:8000/v1", "rival"),
+      rival: picker("to beat", "the bar to beat: an engine that runs in the same rounds", "address", "rival", "http://host:8000/v1"),
     };
     const texts = {
       max_pixels: entry("max_pixels", "the limit on the area of a resized picture; empty is the checkpoint's own", { placeholder: "default", inputmode: "numeric" }),
@@ -255,11 +259,11 @@ function mount(model, el, libraries) {
     const live = model.get("live");
     ui.liveAt = performance.now();
     const state = live.state === "running" && live.stages?.length ? `running ${live.stages.at(-1)[0]}` : live.state;
-    status.textContent = [state, live.progress].filter(Boolean).join(" · ");
+    status.textContent = [live.starting, state, live.progress].filter(Boolean).join(" · ");
     status.dataset.tip = status.textContent;
     root.dataset.state = live.state; // for whoever waits for it
-    root.classList.toggle("fl-busy", Boolean(live.busy));
-    stop.disabled = !live.busy;
+    root.classList.toggle("fl-busy", Boolean(live.busy || live.starting));
+    stop.disabled = !live.busy && !live.starting;
     said(live.error);
     answer.textContent = live.busy && live.text ? live.text : (model.get("shown").answer ?? "");
     showStrip();

@@ -19,11 +19,12 @@ from fastvl_lab.engine import find, find_recipe
 from fastvl_lab.errors import FastvlError, RecipeError, RequestError, require, sentence
 from fastvl_lab.lab import Lab, device_name
 from fastvl_lab.measure.publish import PHOTOGRAPHS
-from fastvl_lab.recipe import PRESETS, Recipe
-from fastvl_lab.view.workbench import messages, reading, showing
+from fastvl_lab.measure.recipes import STOCK
+from fastvl_lab.recipe import Recipe
+from fastvl_lab.view.workbench import messages, reading, rivals, showing
 from fastvl_lab.view.workbench.controls import controls
 from fastvl_lab.view.workbench.export import export, page_of, static_text
-from fastvl_lab.view.workbench.session import STOCK, News, Picture, Question, Result, Session
+from fastvl_lab.view.workbench.session import News, Picture, Question, Result, Session
 from fastvl_lab.view.workbench.views import View, views
 
 _BETWEEN_NEWS = 0.08  # seconds: a page that is told more often draws no more
@@ -142,7 +143,8 @@ class Workbench:
     def ask(self, **changes: Any) -> None:
         """Change some fields of the `Question`, such as `checkpoint`, `pictures`, `size` or `max_pixels`, and run.
 
-        picture: a name, a path or bytes in place of all pictures. rival: the bar to beat, an engine's text.
+        picture: a name, a path or bytes in place of all pictures. rival: the bar to beat, an engine's text; it is measured once its
+        server has started, where it has one.
         """
         if "rival" in changes:
             self._rival = find(changes.pop("rival"), self.device).text(self.device)
@@ -348,6 +350,9 @@ class Workbench:
     def _hear(self, news: News) -> None:
         """Show what the session tells, on its thread. What passes within a run is passed on later, by a thread of its own: telling
         takes time, which would be the run's."""
+        if news.starting is not None:
+            self._hear_of_start(news.starting, news.error)
+            return
         with self._telling:
             changes: dict[str, Any] = {"state": news.state, "busy": news.state not in ("idle", "stopped", "failed")}
             if news.began is not None:
@@ -386,6 +391,18 @@ class Workbench:
             self._say()
         if news.result is not None and news.state == "idle":
             self._measure_for_view(self.result(self._shown))
+
+    def _hear_of_start(self, how_far: str, error: str) -> None:
+        """On the thread that starts the bar to beat; one that fails is none."""
+        with self._telling:
+            self._live = dataclasses.replace(self._live, starting=how_far, error=error or self._live.error)
+            if how_far:
+                self._news.set()
+                return
+            if error:
+                self._rival = STOCK
+                self.run()
+            self._say()
 
     def _expected(self) -> tuple[tuple[str, float, float], ...]:
         """The stages of the last run that was asked the same, for one that is under way to be drawn beside."""
@@ -448,7 +465,7 @@ class Workbench:
                 checkpoints=tuple(reading.known_checkpoints()),
                 photographs=tuple(PHOTOGRAPHS),
                 boxes=reading.BOXES,
-                rivals=(STOCK, *PRESETS),
+                rivals=rivals.known_rivals(),
                 note=note,
             ),
         )

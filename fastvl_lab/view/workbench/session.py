@@ -20,14 +20,16 @@ from fastvl_lab.measure.compare import Attribution, Comparison, attribute, compa
 from fastvl_lab.measure.floors import Ceilings, floor
 from fastvl_lab.measure.parity import Parity
 from fastvl_lab.measure.publish import photo
+from fastvl_lab.measure.recipes import STOCK
 from fastvl_lab.measure.samples import FOR_AN_INTERVAL, Interval, RunSample
 from fastvl_lab.preprocessor.decode_image import open_image, read_orientation, rgb_of
 from fastvl_lab.recipe import Recipe
 from fastvl_lab.request import Chunk, ImageInput, Request
 from fastvl_lab.run import Run
 from fastvl_lab.trace import Span
+from fastvl_lab.view.workbench import rivals
 
-STOCK, BEFORE, RECIPE = "transformers", "the run before", "this recipe"
+BEFORE, RECIPE = "the run before", "this recipe"
 
 _PREVIEW = 128  # pixels of the longer side
 _PATIENCE = 20.0  # seconds to wait for the end of a stage
@@ -155,8 +157,8 @@ class News:
     """What a session tells while it works: its state, and with it any of these.
 
     progress: counts and seconds. text: the answer so far. began: a stage and its start (ns); ended: one that has ended. sample: a
-    round's run. previews: a small JPEG of each picture that is asked about. result: a new one, or one that knows more. error: in a
-    sentence.
+    round's run. previews: a small JPEG of each picture that is asked about. result: a new one, or one that knows more. starting:
+    how far the start of the bar to beat is, "" once it is over; told on a thread of its own. error: in a sentence.
     """
 
     state: str
@@ -168,6 +170,7 @@ class News:
     previews: tuple[bytes, ...] = ()
     result: Result | None = None
     advice: Advice | None = None
+    starting: str | None = None
     error: str = ""
 
 
@@ -184,12 +187,23 @@ class _Wish:
     stop: threading.Event = field(default_factory=threading.Event)
 
 
+@dataclass(kw_only=True)
+class _Start:
+    """A bar to beat whose server starts. then: wishes for what waits for it."""
+
+    lab: Lab
+    rival: EngineLike
+    then: Callable[[], None]
+    stop: threading.Event = field(default_factory=threading.Event)
+
+
 class Session:
     """Runs what is wished for on one thread that lives as long as it does: torch has a pool of threads for each that computes.
 
     A question with its recipe takes the place of what waits, and ends what runs at its next stage or step; what a view needs waits
-    for its turn. What each toggle would save is measured once nothing has been wished for a while, if `advise` is set, and gives
-    way to any wish. tell: is given `News` on that thread. borrow: a lab that has a checkpoint already, if there is one.
+    for its turn. A bar to beat whose server must be started starts on a thread of its own; recipes run meanwhile, and the newest is
+    measured once it is ready. What each toggle would save is measured once nothing has been wished for a while, if `advise` is set,
+    and gives way to any wish. tell: is given `News`, on either thread. borrow: a lab that has the checkpoint, if any has.
     """
 
     def __init__(
@@ -209,6 +223,8 @@ class Session:
         self._changed = threading.Condition()
         self._wishes: list[_Wish] = []
         self._running: _Wish | None = None
+        self._starting: _Start | None = None
+        self._started: set[str] = set()  # bars to beat whose servers have been started for this lab
         self._closed = False
         self._thread = threading.Thread(target=self._work, name="fastvl-workbench", daemon=True)
         self._thread.start()
@@ -218,6 +234,7 @@ class Session:
     ) -> None:
         """Wish for an answer, and for it to be measured beside the bar to beat and the recipe before; returns at once."""
         self._wish_for(question, "running", partial(self._answer, question, recipe, repeats, before, rival), first=True)
+        self._give_up_start(unless=rival)
 
     def open_up(self, result: Result) -> None:
         """Wish for every block and layer of a result's recipe and of Transformers."""
@@ -232,7 +249,8 @@ class Session:
         self._wish_for(result.question, "measuring toggle by toggle", partial(self._attribute, result.number, repeats))
 
     def stop(self) -> None:
-        """End what runs, and forget what waits."""
+        """End what runs or starts, and forget what waits."""
+        self._give_up_start()
         with self._changed:
             self._wishes.clear()
             if self._running is not None:
@@ -254,7 +272,10 @@ class Session:
     def wait(self, seconds: float | None = None) -> bool:
         """Until there is nothing to do that was wished for; whether that came in time."""
         with self._changed:
-            return self._changed.wait_for(lambda: not self._wishes and (self._running is None or self._running.background), seconds)
+            return self._changed.wait_for(self._nothing_to_do, seconds)
+
+    def _nothing_to_do(self) -> bool:
+        return not self._wishes and self._starting is None and (self._running is None or self._running.background)
 
     def _wish_for(self, question: Question, state: str, work: Work, *, first: bool = False) -> None:
         with self._changed:
@@ -312,6 +333,8 @@ class Session:
         question = wish.question
         if self.lab is None or self.lab.checkpoint.name != question.checkpoint:
             self._tell(News(state=f"loading {question.checkpoint}"))
+            self._give_up_start()
+            self._started.clear()
             self.lab = None  # first: there may be no room for two models, and the session's length follows from what is free
             gc.collect()
             borrowed = self._borrow(question.checkpoint)
@@ -355,12 +378,64 @@ class Session:
         self.history.append(result)
         if repeats == 0:
             return result
+        measure = partial(self._measure, result.number, recipe, repeats, before, rival)
+        if rivals.must_start(rival) and not self._is_started(lab, rival, partial(self._wish_for, question, "measuring", measure)):
+            return result
         self._tell(News(state="measuring", text=run.text, result=result))
+        return measure(lab, request, stop)
+
+    def _is_started(self, lab: Lab, rival: EngineLike, then: Callable[[], None]) -> bool:
+        """Whether the bar to beat is ready; where it is not it starts, unless it does already, and `then` is done afterwards."""
+        with self._changed:
+            if str(rival) in self._started:
+                return True
+            if self._starting is not None and str(self._starting.rival) == str(rival):
+                self._starting.then = then
+                return False
+            self._starting = start = _Start(lab=lab, rival=rival, then=then)
+        threading.Thread(target=self._start, args=(start,), name="fastvl-start", daemon=True).start()
+        return False
+
+    def _start(self, start: _Start) -> None:
+        error = ""
+        try:
+            rivals.start(start.lab, start.rival, lambda line: self._tell(News(state="starting", starting=line)), start.stop)
+        except Exception as failed:  # said in the panel, which lives on
+            error = "" if start.stop.is_set() else sentence(failed)
+        self._tell(News(state="starting", starting="", error=error))
+        with self._changed:
+            if self._starting is start:
+                self._starting = None
+                if not error:
+                    self._started.add(str(start.rival))
+                    start.then()
+            self._changed.notify_all()
+
+    def _give_up_start(self, unless: EngineLike | None = None) -> None:
+        with self._changed:
+            if self._starting is not None and (unless is None or str(unless) != str(self._starting.rival)):
+                self._starting.stop.set()
+                self._starting = None
+                self._changed.notify_all()
+
+    def _measure(
+        self,
+        number: int,
+        recipe: Recipe,
+        repeats: int,
+        before: Recipe | None,
+        rival: EngineLike,
+        lab: Lab,
+        request: Request,
+        stop: threading.Event,
+    ) -> Result:
+        if number < len(self.history):  # what came since is measured by itself
+            return self.history[number - 1]
         label = rival if isinstance(rival, str) else str(rival)
         engines: dict[str, EngineLike] = {label: rival, **({BEFORE: before} if before else {}), RECIPE: recipe}
         told = self._counted("measuring", len(engines) * (repeats + 1))
         measured = compare(lab, request, engines, repeats=repeats, on_sample=told, stop=stop)
-        return self._know(result.number, comparison=measured)
+        return self._know(number, comparison=measured)
 
     def _counted(self, state: str, runs: int, what: str = "") -> Callable[[RunSample], None]:
         """Tells of each run how many there are, and how long all of them may take."""

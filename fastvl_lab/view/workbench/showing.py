@@ -8,12 +8,13 @@ from itertools import zip_longest
 
 from fastvl_lab.catalogue import Target, toggles
 from fastvl_lab.measure.compare import Comparison
+from fastvl_lab.measure.recipes import STOCK
 from fastvl_lab.measure.samples import Interval
 from fastvl_lab.recipe import Recipe
 from fastvl_lab.run import Run, in_words
 from fastvl_lab.trace import STAGES
 from fastvl_lab.view.workbench.messages import Advised, Pill, Row, Series, Shown
-from fastvl_lab.view.workbench.session import BEFORE, RECIPE, STOCK, Advice, Question, Result, candidates
+from fastvl_lab.view.workbench.session import BEFORE, RECIPE, Advice, Question, Result, candidates
 
 _BUSY = 3.0  # the slowest warm round over the fastest, from which a machine is busy with something else
 
