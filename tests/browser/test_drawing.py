@@ -214,6 +214,36 @@ def test_a_start_shows_how_far_it_is_and_can_be_stopped(page: Any, show: Callabl
     assert stop.is_disabled()
 
 
+LEGEND = """() => {
+  const room = document.querySelector(".fl-chart svg").getBoundingClientRect();
+  return [...document.querySelectorAll(".fl-legend")].map((text) => {
+    const box = text.getBoundingClientRect();
+    const inside = box.left >= room.left && box.right <= room.right && box.bottom <= room.bottom;
+    return [text.textContent, inside, text.getAttribute("y")];
+  });
+}"""
+
+
+@pytest.mark.parametrize(("width", "lines"), [(1280, 1), (760, 3), (380, 3)])
+def test_the_legend_takes_as_many_lines_as_it_needs(page: Any, show: Callable[..., Any], width: int, lines: int) -> None:
+    page.set_viewport_size({"width": width, "height": 800})
+    show()
+    found = page.evaluate(LEGEND)
+    assert [text for text, inside, _ in found if not inside] == []
+    assert found[0][0] == "this recipe"
+    assert any(text.startswith("before: ") for text, *_ in found)
+    assert found[-1][0] == "│ floor"
+    assert len({y for *_, y in found}) == lines
+
+
+def test_a_row_of_the_history_is_deleted(page: Any, show: Callable[..., Any]) -> None:
+    records = show()
+    page.get_by_role("button", name="delete 1", exact=True).click()
+    assert page.evaluate("window.sent.at(-1)") == {"kind": "Delete", "number": 1}
+    page.evaluate("(rows) => window.tell('history', rows)", records["history"][1:])
+    assert [row.get_attribute("data-number") for row in page.locator(".fl-history tbody tr").all()] == ["2"]
+
+
 def test_a_run_under_way_grows_and_counts(page: Any, show: Callable[..., Any]) -> None:
     show()
     stages = [["decode_image", 0.0, 300.0], ["vit", 310.0, None]]

@@ -231,14 +231,21 @@ class Mark:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Delete:
+    """A result is taken out of the history."""
+
+    number: int
+
+
+@dataclass(frozen=True, kw_only=True)
 class Press:
     """A button without a value; "open" says that a page is there, "plotly" and "trace" ask for what it lacks."""
 
     button: str
 
 
-Wish = Choose | Use | Fill | Take | Look | Measure | Mark | Press
-_WISHES: dict[str, type[Any]] = {kind.__name__: kind for kind in (Choose, Use, Fill, Take, Look, Measure, Mark, Press)}
+Wish = Choose | Use | Fill | Take | Look | Measure | Mark | Delete | Press
+_WISHES: dict[str, type[Any]] = {kind.__name__: kind for kind in (Choose, Use, Fill, Take, Look, Measure, Mark, Delete, Press)}
 
 
 def from_json(content: Any) -> Wish:

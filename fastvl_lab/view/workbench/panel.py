@@ -110,10 +110,12 @@ class Workbench:
 
     def result(self, number: int = 0) -> Result:
         """A result by its number, 0 being the newest; raises `RecipeError` if there is none, with what went wrong."""
-        if not self.history or not 0 <= number <= len(self.history):
-            there_are = f"the history has 1 to {len(self.history)}" if self.history else self._live.error or "nothing has run yet"
-            raise RecipeError(f"there is no result{f' {number}' if number else ''}: {there_are}")
-        return self.history[number - 1]
+        for result in reversed(self.history):
+            if number in (0, result.number):
+                return result
+        numbers = ", ".join(str(result.number) for result in self.history)
+        there_are = f"the history has {numbers}" if numbers else self._live.error or "nothing has run yet"
+        raise RecipeError(f"there is no result{f' {number}' if number else ''}: {there_are}")
 
     def _ipython_display_(self) -> None:
         """The panel, and above it what is shown where no kernel lives: text, which the panel's style hides where it does."""
@@ -192,6 +194,18 @@ class Workbench:
         self._marks[self.result(number).number] = (pinned, note)
         self._tell_history()
 
+    def delete(self, number: int) -> None:
+        """Take a result out of the history; raises `RecipeError` for the only one."""
+        if len(self.history) == 1 and self.result(number):
+            raise RecipeError(f"result {number} is the only one; run something else first")
+        self._session.delete(self.result(number).number)
+        self._rows.pop(number, None)
+        self._marks.pop(number, None)
+        if number in (self._shown, self._against):
+            self._shown = self._against = 0
+        self._tell_history()
+        self._draw()
+
     def stop(self) -> None:
         """End what runs at its next stage or step."""
         open_stage = next((name for name, _, end in self._live.stages if end is None), None)
@@ -262,7 +276,7 @@ class Workbench:
         """What it is held against: the chosen one, else the one it was measured beside, else the one before it."""
         if self._against and self._against != result.number:
             return self.result(self._against)
-        earlier = self.history[: result.number - 1][::-1]
+        earlier = [one for one in self.history if one.number < result.number][::-1]
         beside = (one for one in earlier if one.recipe == result.before and one.question == result.question)
         return next(beside, next(iter(earlier), None))
 
@@ -298,6 +312,8 @@ class Workbench:
                 self.measure(number, against)
             case messages.Mark(number=number, pinned=pinned, note=note):
                 self.mark(number, pinned=pinned, note=note)
+            case messages.Delete(number=number):
+                self.delete(number)
             case messages.Press(button=button):
                 self._press(button)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import io
+import itertools
 import threading
 import time
 from collections.abc import Callable, Mapping
@@ -224,6 +225,7 @@ class Session:
         self._wishes: list[_Wish] = []
         self._running: _Wish | None = None
         self._starting: _Start | None = None
+        self._numbers = itertools.count(1)
         self._started: set[str] = set()  # bars to beat whose servers have been started for this lab
         self._closed = False
         self._thread = threading.Thread(target=self._work, name="fastvl-workbench", daemon=True)
@@ -247,6 +249,11 @@ class Session:
     def attribute(self, result: Result, *, repeats: int) -> None:
         """Wish for what each toggle of a result's recipe takes off TTFT, on the way from the baseline."""
         self._wish_for(result.question, "measuring toggle by toggle", partial(self._attribute, result.number, repeats))
+
+    def delete(self, number: int) -> None:
+        """Forget a result; what is measured of it then is lost."""
+        with self._changed:
+            self.history.remove(self._result(number))
 
     def stop(self) -> None:
         """End what runs or starts, and forget what waits."""
@@ -373,7 +380,7 @@ class Session:
         run = lab.run(request, recipe, on_chunk=on_chunk, on_begin=on_begin, on_stage=on_stage, stop=stop)
         run = replace(run, logits=run.logits[:0])  # which may be half a megabyte: the history holds many runs
         result = Result(
-            number=len(self.history) + 1, question=question, recipe=recipe, run=run, held=_held(lab, recipe), before=before
+            number=next(self._numbers), question=question, recipe=recipe, run=run, held=_held(lab, recipe), before=before
         )
         self.history.append(result)
         if repeats == 0:
@@ -429,8 +436,8 @@ class Session:
         request: Request,
         stop: threading.Event,
     ) -> Result:
-        if number < len(self.history):  # what came since is measured by itself
-            return self.history[number - 1]
+        if (result := self._result(number)) is not self.history[-1]:  # what came since is measured by itself
+            return result
         label = rival if isinstance(rival, str) else str(rival)
         engines: dict[str, EngineLike] = {label: rival, **({BEFORE: before} if before else {}), RECIPE: recipe}
         told = self._counted("measuring", len(engines) * (repeats + 1))
@@ -452,7 +459,7 @@ class Session:
         return told
 
     def _open_up(self, number: int, lab: Lab, request: Request, stop: threading.Event) -> Result:
-        result, layers = self.history[number - 1], {}
+        result, layers = self._result(number), {}
         engines: dict[str, EngineLike] = {STOCK: STOCK, RECIPE: result.recipe}
         for label, engine in engines.items():
             for _ in range(2):  # the second is warm
@@ -469,7 +476,7 @@ class Session:
         return {stage: seconds for stage, seconds in found.seconds.items() if seconds > 0}
 
     def _attribute(self, number: int, repeats: int, lab: Lab, request: Request, stop: threading.Event) -> Result:
-        recipe = self.history[number - 1].recipe
+        recipe = self._result(number).recipe
         told = self._counted("measuring toggle by toggle", (len(_steps(recipe)) + 2) * (repeats + 1))
         return self._know(number, attribution=attribute(lab, request, recipe, repeats=repeats, on_sample=told, stop=stop))
 
@@ -492,9 +499,16 @@ class Session:
 
     def _know(self, number: int, **more: object) -> Result:
         """Remember of a result what has been measured since."""
-        result = replace(self.history[number - 1], **more)  # type: ignore[arg-type]
-        self.history[number - 1] = result
+        with self._changed:
+            result = replace(known := self._result(number), **more)  # type: ignore[arg-type]
+            self.history[self.history.index(known)] = result
         return result
+
+    def _result(self, number: int) -> Result:
+        for result in self.history:
+            if result.number == number:
+                return result
+        raise RequestCancelledError(f"result {number} was deleted")
 
 
 # The stages in which the toggles of a slot work.
