@@ -39,7 +39,7 @@ LAYERS = (
     ("recipe", "equivalents", "families"),
     ("checkpoint",),
     ("decoder",),
-    ("tokenizer", *SLOTS),
+    ("tokenizer", "processes", *SLOTS),
     ("pipeline",),
     ("engine", "peers", "run"),  # a peer registers with the engine, which knows of `peers` its folder alone
     ("lab",),

@@ -50,7 +50,7 @@ def endpoint(text: str) -> Engine:
     address, name = address.rstrip("/"), model.removeprefix("model=") or None
     return Engine(
         name=", ".join([address, *([model] if comma else [])]),
-        bind=lambda checkpoint, memory, graphs: HttpPeer(address, name, checkpoint.tokenizer),
+        bind=lambda place: HttpPeer(address, name, place.checkpoint.tokenizer),
         remote=True,
         held_against="transformers",
     )

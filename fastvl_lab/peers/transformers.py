@@ -17,11 +17,9 @@ import torch.nn.functional as F
 from transformers import GenerationConfig
 from transformers.generation.streamers import BaseStreamer
 
-from fastvl_lab.cache.memory import Memory
-from fastvl_lab.capture.graphs import GraphStore
 from fastvl_lab.catalogue import Preprocessor
 from fastvl_lab.checkpoint import Checkpoint
-from fastvl_lab.engine import Engine, engine
+from fastvl_lab.engine import Engine, Place, engine
 from fastvl_lab.errors import RecipeError
 from fastvl_lab.pipeline import Outcome
 from fastvl_lab.preprocessor import bind
@@ -44,9 +42,9 @@ def transformers(text: str) -> Engine:
         if path not in _TOGGLES:
             raise RecipeError(f"{text!r} changes {path}, which a peer does not have; the choices are {', '.join(_TOGGLES)}")
 
-    def over(checkpoint: Checkpoint, memory: Memory, graphs: GraphStore | None) -> TransformersPeer:
-        recipe.check(checkpoint.target)
-        return TransformersPeer(checkpoint, recipe.preprocessor)
+    def over(place: Place) -> TransformersPeer:
+        recipe.check(place.checkpoint.target)
+        return TransformersPeer(place.checkpoint, recipe.preprocessor)
 
     changed = (f"{path}={value}" for path, value in recipe.changes().items())
     return Engine(name=", ".join([name.strip(), *changed]), bind=over)
