@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import pytest
 
@@ -61,10 +63,42 @@ def until(holds: Callable[[], bool], seconds: float = 20) -> None:
         time.sleep(0.02)
 
 
-def test_the_list_is_told_with_what_keeps_an_engine_out(monkeypatch: pytest.MonkeyPatch, bench: Workbench) -> None:
-    told = bench.widget.choices["rivals"]
-    assert [rival["text"] for rival in told][:3] == [STOCK, "baseline", "fastest"]
-    assert all(rival["about"] and (rival["unmet"] is None or rival["unmet"]) for rival in told)
+def test_the_list_says_what_keeps_an_engine_out(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    (tmp_path / "sglang").touch(mode=0o755)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.setenv("FASTVL_LAB_VLLM", str(tmp_path / "none"))
+    for variable in ("FASTVL_LAB_SGLANG", "FASTVL_LAB_LMDEPLOY"):
+        monkeypatch.delenv(variable, raising=False)
+    known = {rival.text: rival for rival in rivals.known_rivals()}
+    assert list(known)[:3] == [STOCK, "baseline", "fastest"]
+    assert set(known) == {STOCK, "baseline", "fastest", "vllm", "sglang", "lmdeploy"}
+    assert all(known[text].unmet is None for text in (STOCK, "baseline", "fastest"))
+    assert "none', which is no program" in str(known["vllm"].unmet)
+    assert "no program lmdeploy on the PATH; set FASTVL_LAB_LMDEPLOY" in str(known["lmdeploy"].unmet)
+
+
+def test_an_engine_that_is_found_here_starts_and_is_measured(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """The engine is a stub that says what it wants, so its own tokens are wrong."""
+    stub = Path(__file__).parents[1] / "processes" / "stub_engine.py"
+    program = tmp_path / "vllm"
+    program.write_text(f'#!/bin/sh\nexec {sys.executable} -S {stub} "$@"\n')
+    program.chmod(0o755)
+    monkeypatch.setenv("FASTVL_LAB_VLLM", str(program))
+    bench = workbench("tiny-qwen2.5-vl", "coffee", image_size=(56, 56), max_new_tokens=2, repeats=1, device="cpu")
+    assert bench.wait(60)
+    assert {rival["text"]: rival["unmet"] for rival in bench.widget.choices["rivals"]}["vllm"] is None
+    bench.ask(rival="vllm")
+    assert bench.wait(60)
+    assert bench.widget.live["error"] == ""
+    comparison = bench.history[-1].comparison
+    assert comparison is not None
+    assert comparison.reference == "vllm"
+    monkeypatch.setenv("STUB_FAILS", "argument")
+    bench.ask(rival="vllm, graphs=off")  # another server
+    assert bench.wait(60)
+    until(lambda: "unrecognized arguments: --warp" in bench.widget.live["error"])
+    assert bench.widget.asked["rival"] == STOCK
+    bench.close()
 
 
 def test_recipes_run_while_a_bar_to_beat_starts_and_the_newest_is_measured_once_it_is_ready(
