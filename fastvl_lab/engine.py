@@ -6,6 +6,7 @@ decorates the function that reads its texts with `@engine(word)`; it is imported
 
 from __future__ import annotations
 
+import html
 import importlib
 import pkgutil
 import threading
@@ -122,6 +123,9 @@ class PeerOption:
     values: tuple[str, ...]
     does: str
 
+    def __str__(self) -> str:
+        return f"{self.name}={'|'.join(self.values) or 'N'}: {self.does}"
+
 
 @dataclass(frozen=True, kw_only=True)
 class PeerInfo:
@@ -141,15 +145,17 @@ class Peers(tuple[PeerInfo, ...]):
         lines = []
         for peer in self:
             lines.append(f"{peer.word:<12} {peer.version or '':<12} {peer.missing or 'runs here'}")
-            lines += [f"{'':<25} {option.name}={'|'.join(option.values) or 'N'}: {option.does}" for option in peer.options]
+            lines += [f"{'':<25} {option}" for option in peer.options]
         return "\n".join(lines)
 
     def frame(self) -> Any:
         """A row a peer, as a pandas DataFrame; raises `MissingExtraError` without pandas."""
         return shown.frame(self)
 
-    def _repr_mimebundle_(self, include: Any = None, exclude: Any = None) -> dict[str, Any]:
-        return shown.bundle(self)
+    def _repr_html_(self) -> str:
+        cells = ((peer.word, peer.version or "", peer.missing or "runs here", "\n".join(map(str, peer.options))) for peer in self)
+        rows = ("".join(f"<td>{html.escape(cell).replace(chr(10), '<br>')}</td>" for cell in row) for row in cells)
+        return "<table>" + "".join(f"<tr style='text-align:left; vertical-align:top'>{row}</tr>" for row in rows) + "</table>"
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import os
 import queue
 import threading
 from collections import Counter, OrderedDict
@@ -116,20 +117,24 @@ class Lab:
         """End the servers that this lab and its copies have started; an engine that is run again starts again."""
         self.servers.close()
 
-    def start(self, engine: EngineLike, *, tell: Callable[[str], object] | None = None) -> None:
-        """Make an engine ready, which for one with a server can take minutes; `run` does it where it has not been done.
+    def start(
+        self, engine: EngineLike, *, tell: Callable[[str], object] | None = None, stop: threading.Event | None = None
+    ) -> None:
+        """Make an engine ready, as `run` does where it has not been done; a server starts in minutes, beside what the lab serves.
 
-        tell: given a line now and then while a server starts; by default a bar shows it. Raises `EndpointError` with what the
-        server says of its failure, and what binding an engine raises.
+        tell: given a line now and then while it starts; by default a bar shows it. stop: once it is set, the start ends with a
+        `RequestCancelledError`. Raises `EndpointError` with what the server says of its failure, and what binding an engine raises.
         """
         key = self.engine(engine)
+        if key.started:
+            key.bind(self._place(tell, stop))  # which finds it again when it is run
+            return
         self._check_turn(key)
-        self._in_turn(key, lambda: self._bind(key, tell=tell))
+        self._in_turn(key, lambda: self._bind(key))
 
     def processes(self, engine: EngineLike) -> tuple[int, ...]:
         """Ids of the processes that an engine has beside this one: those of a server that was started for it."""
-        bound = self._engines.get(self.engine(engine))
-        return bound.processes() if isinstance(bound, StartedEngine) else ()
+        return self.servers.processes(self.engine(engine).name)
 
     def run(
         self,
@@ -160,7 +165,7 @@ class Lab:
                 tell_chunk(chunks[-1])
 
         def served() -> tuple[Outcome, Trace, torch.Tensor, Kind]:
-            bound = self._bind(key, stop=stop)
+            bound = self._bind(key, stop)
             tracer.start()
             outcome = self._serve(bound, request, tracer, deliver)
             return outcome, tracer.finish(), outcome.logits.cpu(), self._kind(key, outcome)
@@ -169,11 +174,12 @@ class Lab:
         if outcome.chunk_tokens is not None:
             known = zip(chunks, outcome.chunk_tokens, strict=True)
             chunks = [dataclasses.replace(chunk, tokens=tokens) for chunk, tokens in known if chunk.text or tokens]
+        own = None if outcome.account is None else outcome.account()
         return Run(
             engine=engine if isinstance(engine, str) else key.text(self.device),
             recipe=key.recipe,
             checkpoint=outcome.model or self.checkpoint.name,
-            device=ELSEWHERE if key.elsewhere else device_name(self.device),
+            device=ELSEWHERE if key.elsewhere else device_name(self.device, threads=not key.started),
             dtype="unknown" if key.elsewhere else dtype_name(self.dtype),
             remote=key.remote,
             kind=kind,
@@ -185,6 +191,7 @@ class Lab:
             logits=logits,
             captures=outcome.captures,
             finite=bool(logits.isfinite().all()),
+            account=None if own is None else own.held_against(finished),
         )
 
     def stream(self, request: Request, engine: EngineLike | None = None) -> Iterator[Chunk]:
@@ -196,7 +203,7 @@ class Lab:
 
         def produce() -> None:
             try:
-                bound = self._bind(key, stop=gone)
+                bound = self._bind(key, gone)
                 tracer.start()
                 self._kind(key, self._serve(bound, request, tracer, lambda text, tokens: ready.put((text, tokens))))
                 ready.put(None)
@@ -321,22 +328,15 @@ class Lab:
 
         return told
 
-    def _bind(
-        self, key: Engine, *, tell: Callable[[str], object] | None = None, stop: threading.Event | None = None
-    ) -> BoundEngine:
+    def _place(self, tell: Callable[[str], object] | None, stop: threading.Event | None) -> Place:
+        return Place(checkpoint=self.checkpoint, memory=self.memory, graphs=self.graphs, servers=self.servers, tell=tell, stop=stop)
+
+    def _bind(self, key: Engine, stop: threading.Event | None = None) -> BoundEngine:
         """The engine, bound now or before; on the lab's thread."""
         if isinstance(bound := self._engines.get(key), StartedEngine) and not bound.alive:
             self._forget(key)
         if key not in self._engines:
-            place = Place(
-                checkpoint=self.checkpoint,
-                memory=self.memory,
-                graphs=self.graphs,
-                servers=self.servers,
-                tell=tell,
-                stop=stop,
-            )
-            self._engines[key] = key.bind(place)
+            self._engines[key] = key.bind(self._place(None, stop))
         self._engines.move_to_end(key)
         self._let_go()
         return self._engines[key]
@@ -426,11 +426,11 @@ def _without_tf32() -> Iterator[None]:
             backend.allow_tf32 = allowed
 
 
-def device_name(device: torch.device) -> str:
-    """What ran: the GPU's name, or the CPU with its thread count."""
+def device_name(device: torch.device, *, threads: bool = True) -> str:
+    """What ran: the GPU's name, or the CPU with torch's threads, or else with the cores that a program started here has."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
-    return f"CPU ({torch.get_num_threads()} threads)"
+    return f"CPU ({torch.get_num_threads()} threads)" if threads else f"CPU ({len(os.sched_getaffinity(0))} cores)"
 
 
 def dtype_name(dtype: torch.dtype) -> str:

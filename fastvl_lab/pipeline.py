@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 
 from fastvl_lab import preprocessor, streaming, vit
+from fastvl_lab.account import Account
 from fastvl_lab.cache import BoundCache, Place
 from fastvl_lab.cache.memory import Memory
 from fastvl_lab.capture import Stages
@@ -33,7 +35,7 @@ class Outcome:
 
     reused: whether anything of an earlier request was used. captures: what was compiled or captured on the way. Of an endpoint
     alone, model: what it calls the model that it serves; kind: what its words make of the run, where they decide it; chunk_tokens:
-    the tokens of each chunk, which may be known only at the end.
+    the tokens of each chunk, which may be known only at the end; account: asked once the request has ended, its engine's own.
     """
 
     tokens: tuple[int, ...]
@@ -45,6 +47,7 @@ class Outcome:
     model: str | None = None
     kind: Kind | None = None
     chunk_tokens: tuple[tuple[int, ...], ...] | None = None
+    account: Callable[[], Account | None] | None = None
 
 
 class Pipeline:

@@ -24,6 +24,7 @@ SLOTS = ("preprocessor", "vit", "cache", "capture", "streaming")
 # Lowest first; a module imports from its own layer or below. Parts of the package that do not exist yet have their place too.
 LAYERS = (
     (
+        "account",
         "errors",
         "image_input",
         "inputs",

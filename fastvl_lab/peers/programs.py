@@ -210,9 +210,10 @@ class Program:
         for flag in flags:
             if (own := flag.partition("=")[0].replace("_", "-")) in arguments:
                 raise RecipeError(f"{self.word} is given {own}, which the lab sets itself")
-        env = _environment(wanted.device) | dict(self.env(wanted))
+        command = self.command()
+        env = _environment(command[0], wanted.device) | dict(self.env(wanted))
         env |= dict(pair.split("=", 1) for value in values.values() for pair in value.env)
-        return (*self.command(), *arguments, *flags), env
+        return (*command, *arguments, *flags), env
 
     def _bind(self, name: str, values: Mapping[str, Value], flags: Sequence[str], place: Place) -> StartedPeer:
         servers, checkpoint = place.servers, place.checkpoint
@@ -300,16 +301,18 @@ _OWN = (
     "PYTHONHOME",
     "PYTHONSTARTUP",
     "VIRTUAL_ENV",
+    "VLLM_API_KEY",
     "TRITON_INTERPRET",
     "TRITON_CACHE_DIR",
     "TORCHINDUCTOR_CACHE_DIR",
 )
 
 
-def _environment(device: torch.device) -> dict[str, str]:
-    """This process's environment without what is its own, with the lab's device alone in sight."""
+def _environment(program: str, device: torch.device) -> dict[str, str]:
+    """This process's environment without what is its own, with the program's tools first, and the lab's device alone in sight."""
     env = {name: value for name, value in os.environ.items() if name not in _OWN}
     visible = [one.strip() for one in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if one.strip()]
     number = device.index or 0
     env["CUDA_VISIBLE_DEVICES"] = "" if device.type == "cpu" else visible[number] if number < len(visible) else str(number)
-    return env | {"PYTHONUNBUFFERED": "1", "DO_NOT_TRACK": "1"}
+    path = os.pathsep.join([str(Path(program).parent), os.environ.get("PATH", os.defpath)])
+    return env | {"PATH": path, "PYTHONUNBUFFERED": "1", "DO_NOT_TRACK": "1"}

@@ -14,12 +14,12 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from transformers import GenerationConfig
+from transformers import GenerationConfig, __version__ as VERSION
 from transformers.generation.streamers import BaseStreamer
 
 from fastvl_lab.catalogue import Preprocessor
 from fastvl_lab.checkpoint import Checkpoint
-from fastvl_lab.engine import Engine, Place, engine
+from fastvl_lab.engine import Engine, PeerInfo, Place, engine
 from fastvl_lab.errors import RecipeError
 from fastvl_lab.pipeline import Outcome
 from fastvl_lab.preprocessor import bind
@@ -33,7 +33,7 @@ from fastvl_lab.trace import Tracer
 _TOGGLES = ("preprocessor.decode", "preprocessor.resize", "preprocessor.patchify")
 
 
-@engine("transformers")
+@engine("transformers", about=lambda: PeerInfo(word="transformers", does="Transformers in this process", version=VERSION))
 def transformers(text: str) -> Engine:
     """Read "transformers", then changes of the toggles that decide on pixels: "transformers, preprocessor.resize=torch"."""
     name, comma, changes = text.partition(",")

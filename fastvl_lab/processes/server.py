@@ -6,13 +6,14 @@ import contextlib
 import http.client
 import os
 import re
+import shlex
 import subprocess
 import sys
 import tempfile
 import threading
 import time
 import weakref
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 from fastvl_lab.checkpoint import Checkpoint
@@ -37,7 +38,7 @@ Tell = Callable[[str], object]
 
 
 class Kept:
-    """A program under a keeper, or a folder that a keeper removes: both end with this object's `end`, or with the process."""
+    """A program under a keeper, or a folder that a keeper removes: both end with `let_go`, and with this process."""
 
     def __init__(
         self,
@@ -91,7 +92,7 @@ class Server:
 
     def __init__(self, name: str, command: Sequence[str], port: int, *, env: Mapping[str, str]) -> None:
         self.name, self.port, self.log = name, port, _new_log(name)
-        self.log.write_text(f"$ {' '.join(command)}\n")
+        self.log.write_text(f"$ {shlex.join(command)}\n")
         self.kept = Kept(command, env=env, log=self.log)
 
     def __repr__(self) -> str:
@@ -131,8 +132,7 @@ class Server:
                     f"{self.name} was not ready after {most:g} seconds, which {START_SECONDS} can change: {self.telling_line()}; "
                     f"its log is {self.log}"
                 )
-            if stop is not None and stop.is_set():
-                raise RequestCancelledError(f"the request was given up while {self.name} started")
+            _check(stop, self.name)
             tell(f"{self.name} starts, {taken:.0f} s: {shortened(self.last_line(), 90)}")
             time.sleep(_LOOK_UP)
         if not self.alive:  # somebody else's server answers on this port
@@ -164,6 +164,7 @@ class Servers:
         self._servers: dict[str, Server] = {}
         self._folder: tuple[Checkpoint, str] | None = None
         self._kept: list[Kept] = []
+        self._one_at_a_time = threading.Lock()
         weakref.finalize(self, _end_all, self._kept, os.getpid())
 
     def folder(self, checkpoint: Checkpoint) -> str:
@@ -185,29 +186,48 @@ class Servers:
     def get(self, name: str, start: Callable[[], Server], ready: str, tell: Tell, stop: threading.Event | None = None) -> Server:
         """The server of that name, started where there is none that runs, once a GET of `ready` answers 200.
 
-        Raises `EndpointError` for one that does not become ready; it is ended, as by any interruption.
+        One starts at a time; another thread's is waited for. Raises `EndpointError` for one that does not become ready, and
+        `RequestCancelledError` once `stop` is set; it is ended, as by any interruption.
         """
-        server = self._servers.get(name)
-        if server is None or not server.alive:
-            server = start()
-            self._kept.append(server.kept)
-            try:
-                server.wait_until_ready(ready, tell, stop)
-            except BaseException:
-                _end_all([server.kept])
-                self._kept.remove(server.kept)
-                raise
-            self._servers[name] = server
-        return server
+        while not self._one_at_a_time.acquire(timeout=_LOOK_UP):
+            _check(stop, name)
+        try:
+            server = self._servers.get(name)
+            if server is None or not server.alive:
+                server = start()
+                self._kept.append(server.kept)
+                try:
+                    server.wait_until_ready(ready, tell, stop)
+                except BaseException:
+                    _end_all([server.kept])
+                    raise
+                finally:
+                    self._kept[:] = [kept for kept in self._kept if kept.exit_code is None]
+                self._servers[name] = server
+            return server
+        finally:
+            self._one_at_a_time.release()
+
+    def processes(self, name: str) -> tuple[int, ...]:
+        """Ids of the processes of the server of that name, and of its keeper; none where there is none."""
+        return self._servers[name].kept.processes() if name in self._servers else ()
+
+    def __iter__(self) -> Iterator[Server]:
+        return iter(tuple(self._servers.values()))
 
     def __repr__(self) -> str:
-        return "\n".join(map(repr, self._servers.values())) or "no server has been started"
+        return "\n".join(map(repr, self)) or "no server has been started"
 
     def close(self) -> None:
         """End them, and remove the checkpoint's folder; what is asked for afterwards is started again."""
         _end_all(self._kept)
         self._servers.clear()
         self._folder = None
+
+
+def _check(stop: threading.Event | None, name: str) -> None:
+    if stop is not None and stop.is_set():
+        raise RequestCancelledError(f"the request was given up while {name} started")
 
 
 def _end_all(kept: list[Kept], owner: int | None = None) -> None:
@@ -262,7 +282,8 @@ def _lines(log: Path, most: int = 65_536) -> list[str]:
     with contextlib.suppress(OSError), open(log, "rb") as file:
         file.seek(max(0, file.seek(0, os.SEEK_END) - most))
         text = _COLOUR.sub("", file.read().decode(errors="replace"))
-        return [line.rstrip("\r").rpartition("\r")[2] for line in text.split("\n") if line.strip()]
+        lines = (line.rstrip("\r").rpartition("\r")[2] for line in text.split("\n"))
+        return [line for line in lines if line.strip() and not line.startswith("$ ")]  # which is the command
     return []
 
 

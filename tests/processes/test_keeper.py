@@ -23,11 +23,6 @@ def _kept(*arguments: str, parent: int | None = None) -> subprocess.Popen[bytes]
     return subprocess.Popen([*KEEPER, str(parent or os.getpid()), *arguments], stdin=subprocess.PIPE, stderr=subprocess.PIPE)
 
 
-@pytest.fixture(autouse=True)
-def short(monkeypatch: pytest.MonkeyPatch, marked: Alive) -> None:
-    """What a test leaves is seen by its mark."""
-
-
 def test_descendants_are_found_in_whichever_session(marked: Alive, until: Callable[..., None]) -> None:
     kept = _kept("", "sh", "-c", STUBBORN)
     until(lambda: len(keeper.descendants(kept.pid)) == 4)
@@ -86,7 +81,7 @@ def test_a_program_that_there_is_not_is_said(marked: Alive) -> None:
 
 
 @pytest.mark.parametrize("with_program", [False, True])
-def test_a_folder_goes_with_it(with_program: bool, tmp_path: Path) -> None:
+def test_a_folder_goes_with_it(with_program: bool, marked: Alive, tmp_path: Path) -> None:
     folder = tmp_path / "weights"
     folder.mkdir()
     (folder / "model.safetensors").write_bytes(b"0")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import signal
@@ -59,14 +60,15 @@ def test_an_engine_starts_once_serves_and_ends_with_its_lab(lab: Lab, notes: Any
     assert [(run.tokens, run.text, run.kind) for run in runs] == [
         ((65, 66, 67), "aaa", kind) for kind in ("cold", "warm", "cold")
     ]  # it reuses nothing, and says nothing of it
-    mine = lab.run(REQUEST, "baseline")
-    assert (runs[0].device, runs[0].dtype, runs[0].checkpoint) == (mine.device, mine.dtype, mine.checkpoint)
+    assert (runs[0].device, runs[0].dtype) == (f"CPU ({len(os.sched_getaffinity(0))} cores)", "float32")
+    assert runs[0].checkpoint == lab.run(REQUEST, "baseline").checkpoint
     assert runs[0].remote
     assert runs[0].subtitle() == "12 prompt tokens, as the endpoint counts them"
     (note,) = notes()
     processes = lab.processes("vllm")
     assert sorted(processes) == sorted(marked())
     assert len(processes) == 4
+    assert lab._engines[lab.engine("vllm")].processes() == processes
     assert lab.processes("baseline") == lab.processes("vllm, graphs=off") == ()
     assert _listens(_port(note))
     lab.close()
@@ -82,6 +84,25 @@ def test_engines_with_other_options_are_other_servers(lab: Lab, notes: Any) -> N
     assert ["--enforce-eager" in note["command"] for note in notes()] == [False, True, False]
     assert notes()[2]["command"][-1] == "--block-size=32"
     assert len({_port(note) for note in notes()}) == 3
+
+
+def test_weights_that_are_in_memory_alone_are_written_once(
+    lab: Lab, notes: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """For all engines and copies of the lab, into a folder that goes with it."""
+    lab.run(REQUEST, "vllm")
+    assert notes()[0]["command"][1] == lab.checkpoint.source  # a folder is used as it is
+    lab.close()
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    lab.checkpoint = dataclasses.replace(lab.checkpoint, source=None)
+    lab.run(REQUEST, "vllm")
+    lab.apart().run(REQUEST, "vllm, graphs=off")
+    folders = {note["command"][1] for note in notes()[1:]}
+    (folder,) = folders
+    assert Path(folder).parent == tmp_path
+    assert (Path(folder) / "model.safetensors").exists()
+    lab.close()
+    assert not Path(folder).exists()
 
 
 def test_servers_stay_however_many_engines_are_let_go(lab: Lab, notes: Any) -> None:
@@ -129,10 +150,8 @@ def test_a_start_that_fails_is_one_sentence_with_the_telling_line(
 
 def test_a_start_has_a_limit(lab: Lab, marked: Alive, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("STUB_FAILS", "never")
-    monkeypatch.setenv("FASTVL_LAB_START_SECONDS", "0.5")
-    with pytest.raises(
-        EndpointError, match=r"not ready after 0.5 seconds, which FASTVL_LAB_START_SECONDS can change: INFO loading"
-    ):
+    monkeypatch.setenv("FASTVL_LAB_START_SECONDS", "4")
+    with pytest.raises(EndpointError, match=r"not ready after 4 seconds, which FASTVL_LAB_START_SECONDS can change: INFO loading"):
         lab.start("vllm")
     assert not marked()
     monkeypatch.setenv("FASTVL_LAB_START_SECONDS", "soon")
@@ -147,6 +166,23 @@ def test_a_start_can_be_given_up(lab: Lab, marked: Alive, monkeypatch: pytest.Mo
     with pytest.raises(RequestCancelledError, match="given up while vllm started"):
         lab.run(REQUEST, "vllm", stop=stop)
     assert not marked()
+
+
+def test_a_start_leaves_the_lab_free_and_is_waited_for_by_a_run(
+    lab: Lab, notes: Any, until: Until, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("STUB_DELAY", "2")
+    told: list[str] = []
+    starting = threading.Thread(target=lab.start, args=("vllm",), kwargs={"tell": told.append})
+    starting.start()
+    until(lambda: told)
+    began = time.monotonic()
+    lab.run(REQUEST, "fastest")
+    assert starting.is_alive()
+    assert time.monotonic() - began < 2
+    assert lab.run(REQUEST, "vllm").text == "aaa"
+    starting.join()
+    assert len(notes()) == 1
 
 
 def test_a_server_that_dies_is_told_of_and_started_again(
