@@ -16,6 +16,15 @@ from fastvl_lab.errors import RequestError
 
 
 @dataclass(frozen=True, kw_only=True)
+class Rival:
+    """A bar to beat. text: that of its engine; unmet: why it cannot run here, None if it can."""
+
+    text: str
+    about: str
+    unmet: str | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
 class Choices:
     """What there is to choose from. toggles: slot, name, path, and options, each with why it cannot run here (None if it can)."""
 
@@ -24,7 +33,7 @@ class Choices:
     checkpoints: tuple[str, ...]
     photographs: tuple[str, ...]
     boxes: tuple[str, ...]
-    rivals: tuple[str, ...]
+    rivals: tuple[Rival, ...]
     note: str
 
 
@@ -56,7 +65,7 @@ class Chosen:
 @dataclass(frozen=True, kw_only=True)
 class Live:
     """What goes on. elapsed: since the run began, when this was said. stages: name, start, and end unless it runs still; expected:
-    those of the last run that was asked the same. rounds: label -> TTFT so far."""
+    those of the last run that was asked the same. rounds: label -> TTFT so far. starting: how far a start is."""
 
     state: str
     busy: bool
@@ -66,6 +75,7 @@ class Live:
     stages: tuple[tuple[str, float, float | None], ...] = ()
     expected: tuple[tuple[str, float, float], ...] = ()
     rounds: Mapping[str, tuple[float, ...]] = field(default_factory=dict)
+    starting: str = ""
     error: str = ""
 
 
@@ -225,14 +235,21 @@ class Mark:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Delete:
+    """A result is taken out of the history."""
+
+    number: int
+
+
+@dataclass(frozen=True, kw_only=True)
 class Press:
     """A button without a value; "open" says that a page is there, "plotly" and "trace" ask for what it lacks."""
 
     button: str
 
 
-Wish = Choose | Use | Fill | Take | Look | Measure | Mark | Press
-_WISHES: dict[str, type[Any]] = {kind.__name__: kind for kind in (Choose, Use, Fill, Take, Look, Measure, Mark, Press)}
+Wish = Choose | Use | Fill | Take | Look | Measure | Mark | Delete | Press
+_WISHES: dict[str, type[Any]] = {kind.__name__: kind for kind in (Choose, Use, Fill, Take, Look, Measure, Mark, Delete, Press)}
 
 
 def from_json(content: Any) -> Wish:
