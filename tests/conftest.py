@@ -41,6 +41,11 @@ TINY = ("tiny-qwen2.5-vl", "tiny-qwen3-vl")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    if not os.environ.get("FASTVL_LAB_VLLM"):
+        skip = pytest.mark.skip(reason="needs vLLM, and FASTVL_LAB_VLLM names no program")
+        for item in items:
+            if item.get_closest_marker("engine"):
+                item.add_marker(skip)
     if not torch.cuda.is_available():
         skip = pytest.mark.skip(reason="needs a CUDA device, and torch sees none")
         for item in items:

@@ -6,8 +6,10 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from operator import attrgetter, itemgetter
 from typing import Any, TypeVar
 
+from fastvl_lab import shown
 from fastvl_lab.capture.execute import Capture
 from fastvl_lab.catalogue import toggles
+from fastvl_lab.engine import PeerInfo, Peers
 from fastvl_lab.errors import require
 from fastvl_lab.measure.audit import Audit
 from fastvl_lab.measure.compare import Attribution, Comparison, Conversation, break_even
@@ -61,6 +63,19 @@ def catalogue_frame() -> Any:
         "what it does; who does it": lambda pair: pair[1].does,
     }
     return frame([(toggle, option) for toggle in toggles() for option in toggle.options], columns)
+
+
+@shown.frame.register(Peers)
+def peers_frame(peers: Peers) -> Any:
+    """Every peer: whether it runs here or what is missing, its version, and its options."""
+    columns: dict[str, Callable[[PeerInfo], object]] = {
+        "peer": attrgetter("word"),
+        "version": attrgetter("version"),
+        "here": lambda peer: peer.missing or "runs here",
+        "options": lambda peer: "; ".join(map(str, peer.options)) or None,
+        "what it is": attrgetter("does"),
+    }
+    return frame(peers, columns)
 
 
 # Runs and comparisons

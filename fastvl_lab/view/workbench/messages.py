@@ -19,6 +19,15 @@ Dot = tuple[float, str]
 
 
 @dataclass(frozen=True, kw_only=True)
+class Rival:
+    """A bar to beat. text: that of its engine; unmet: why it cannot run here, None if it can."""
+
+    text: str
+    about: str
+    unmet: str | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
 class Choices:
     """What there is to choose from. toggles: slot, name, path, and options, each with why it cannot run here (None if it can)."""
 
@@ -27,7 +36,7 @@ class Choices:
     checkpoints: tuple[str, ...]
     photographs: tuple[str, ...]
     boxes: tuple[str, ...]
-    rivals: tuple[str, ...]
+    rivals: tuple[Rival, ...]
     note: str
 
 
@@ -59,7 +68,7 @@ class Chosen:
 @dataclass(frozen=True, kw_only=True)
 class Live:
     """What goes on. elapsed: since the run began, when this was said. stages: name, start, and end unless it runs still; expected:
-    those of the last run that was asked the same. rounds: label -> `Dot`s so far."""
+    those of the last run that was asked the same. rounds: label -> `Dot`s so far. starting: how far a start is."""
 
     state: str
     busy: bool
@@ -69,6 +78,7 @@ class Live:
     stages: tuple[tuple[str, float, float | None], ...] = ()
     expected: tuple[tuple[str, float, float], ...] = ()
     rounds: Mapping[str, tuple[Dot, ...]] = field(default_factory=dict)
+    starting: str = ""
     error: str = ""
 
 
@@ -228,14 +238,21 @@ class Mark:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Delete:
+    """A result is taken out of the history."""
+
+    number: int
+
+
+@dataclass(frozen=True, kw_only=True)
 class Press:
     """A button without a value; "open" says that a page is there, "plotly" and "trace" ask for what it lacks."""
 
     button: str
 
 
-Wish = Choose | Use | Fill | Take | Look | Measure | Mark | Press
-_WISHES: dict[str, type[Any]] = {kind.__name__: kind for kind in (Choose, Use, Fill, Take, Look, Measure, Mark, Press)}
+Wish = Choose | Use | Fill | Take | Look | Measure | Mark | Delete | Press
+_WISHES: dict[str, type[Any]] = {kind.__name__: kind for kind in (Choose, Use, Fill, Take, Look, Measure, Mark, Delete, Press)}
 
 
 def from_json(content: Any) -> Wish:

@@ -8,12 +8,13 @@ from itertools import zip_longest
 
 from fastvl_lab.catalogue import Target, toggles
 from fastvl_lab.measure.compare import Comparison
+from fastvl_lab.measure.recipes import STOCK
 from fastvl_lab.measure.samples import Interval, RunSample
 from fastvl_lab.recipe import Recipe
 from fastvl_lab.run import Run, in_words
 from fastvl_lab.trace import STAGES
 from fastvl_lab.view.workbench.messages import Advised, Dot, Pill, Row, Series, Shown
-from fastvl_lab.view.workbench.session import BEFORE, RECIPE, STOCK, Advice, Question, Result, candidates
+from fastvl_lab.view.workbench.session import BEFORE, RECIPE, Advice, Question, Result, candidates
 
 _BUSY = 3.0  # the slowest warm round over the fastest, from which a machine is busy with something else
 
@@ -182,17 +183,16 @@ def _busy(comparison: Comparison, *labels: str) -> str | None:
     return f"rounds lie ×{apart:.0f} apart" if apart >= _BUSY else None
 
 
-def faster(ratio: Interval | None, than: str) -> tuple[str, str]:
+def as_fast(ratio: Interval | None, than: str) -> tuple[str, str]:
     """A ratio of times to the first token as a sentence, and how sure it is: "good", "bad" or "plain"."""
     if ratio is None:
         return f"no warm rounds to compare with {than}", "plain"
     if ratio.low != ratio.low:
         return f"too few rounds to compare with {than}: 6 are needed", "plain"
     median, low, high = ratio
-    if low > 1:
-        return f"{median:.2f}× faster to first token than {than} ({low:.2f}–{high:.2f}×)", "good"
-    if high < 1:
-        return f"{1 / median:.2f}× slower to first token than {than} ({1 / high:.2f}–{1 / low:.2f}×)", "bad"
+    if low > 1 or high < 1:
+        said = f"{median:.2f}× as fast as {than} to the first token ({low:.2f}–{high:.2f}×)"
+        return said, "good" if low > 1 else "bad"
     return f"no difference from {than} shown ({low:.2f}–{high:.2f}×)", "plain"
 
 
@@ -223,7 +223,7 @@ def pills(result: Result) -> list[Pill]:
             if (busy := _busy(comparison, RECIPE, label)) is not None:
                 text, state = f"machine busy: {busy}, no ratio to {name}", "bad"
             else:
-                text, state = faster(ratio, name)
+                text, state = as_fast(ratio, name)
             about = "the median of ratios paired by round, with its 95% confidence interval; below six rounds none is printed"
             found.append(Pill(text=text, state=state, about=about))
     return [*found, _audited(result)]
