@@ -12,6 +12,8 @@ from fastvl_lab import shown
 
 if TYPE_CHECKING:
     from fastvl_lab.catalogue import toggles as toggles
+    from fastvl_lab.engine import PeerInfo as PeerInfo, Peers as Peers, peers as peers
+    from fastvl_lab.equivalents import Flags as Flags, flags as flags
     from fastvl_lab.errors import (
         CheckpointError as CheckpointError,
         DeviceError as DeviceError,
@@ -33,6 +35,7 @@ if TYPE_CHECKING:
     )
     from fastvl_lab.measure.floors import Floor as Floor, floor as floor
     from fastvl_lab.measure.publish import photo as photo
+    from fastvl_lab.measure.quiet import Quiet as Quiet
     from fastvl_lab.measure.sweep import SweepSettings as SweepSettings, sweep as sweep
     from fastvl_lab.recipe import Recipe as Recipe
     from fastvl_lab.request import Chunk as Chunk, Request as Request
@@ -47,6 +50,11 @@ _PUBLIC = {
     "Chunk": "request",
     "Recipe": "recipe",
     "toggles": "catalogue",
+    "peers": "engine",
+    "Peers": "engine",
+    "PeerInfo": "engine",
+    "flags": "equivalents",
+    "Flags": "equivalents",
     "Run": "run",
     "Trace": "trace",
     "compare": "measure.compare",
@@ -60,6 +68,7 @@ _PUBLIC = {
     "floor": "measure.floors",
     "Floor": "measure.floors",
     "photo": "measure.publish",
+    "Quiet": "measure.quiet",
     "workbench": "view.workbench",
     "FastvlError": "errors",
     "RequestError": "errors",
