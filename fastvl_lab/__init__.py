@@ -34,6 +34,7 @@ if TYPE_CHECKING:
     )
     from fastvl_lab.measure.floors import Floor as Floor, floor as floor
     from fastvl_lab.measure.publish import photo as photo
+    from fastvl_lab.measure.quiet import Quiet as Quiet
     from fastvl_lab.measure.sweep import SweepSettings as SweepSettings, sweep as sweep
     from fastvl_lab.recipe import Recipe as Recipe
     from fastvl_lab.request import Chunk as Chunk, Request as Request
@@ -63,6 +64,7 @@ _PUBLIC = {
     "floor": "measure.floors",
     "Floor": "measure.floors",
     "photo": "measure.publish",
+    "Quiet": "measure.quiet",
     "workbench": "view.workbench",
     "FastvlError": "errors",
     "RequestError": "errors",

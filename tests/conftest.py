@@ -21,6 +21,7 @@ if "PYTEST_XDIST_WORKER" not in os.environ:
     os.environ["XDG_CACHE_HOME"] = tempfile.mkdtemp(prefix="fastvl-lab-tests-")
     atexit.register(shutil.rmtree, os.environ["XDG_CACHE_HOME"], ignore_errors=True)
 os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["FASTVL_LAB_QUIET"] = "off"  # tests share the cores on purpose; those of quiet itself switch it on
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # kernels run in Triton's interpreter, on tensors of the host
 

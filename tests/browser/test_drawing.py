@@ -142,6 +142,16 @@ def test_host_and_device_are_two_lanes_of_a_row_and_the_run_before_an_outline(pa
         assert said in tip
 
 
+def test_a_round_that_others_disturbed_is_a_hollow_dot_that_says_why(
+    page: Any, show: Callable[..., Any], records: dict[str, Any]
+) -> None:
+    records["live"]["rounds"] = {"this recipe": [[10.0, ""], [11.0, ""], [90.0, "others used 1.3 of 2 cores"]]}
+    show()
+    looks = [dot.get_attribute("fill") == "none" for dot in page.locator(".fl-strip circle").all()]
+    assert looks == [False, False, True]
+    assert "90.0 (others used 1.3 of 2 cores)" in page.locator(".fl-strip").get_attribute("data-tip")
+
+
 @pytest.mark.parametrize("light", ["true", "false"])
 def test_all_can_be_read_and_has_a_name(page: Any, show: Callable[..., Any], light: str) -> None:
     show()

@@ -17,8 +17,9 @@ from huggingface_hub import scan_cache_dir
 
 from fastvl_lab import Recipe, RecipeError, RequestError, Run, SweepSettings, photo, sweep, view, workbench
 from fastvl_lab.catalogue import Option, Target, catalogue_markdown, toggles
+from fastvl_lab.measure.quiet import Use
 from fastvl_lab.measure.recipes import STOCK
-from fastvl_lab.measure.samples import Interval
+from fastvl_lab.measure.samples import Interval, RunSample
 from fastvl_lab.view.workbench import Workbench, reading, showing
 from fastvl_lab.view.workbench.messages import from_json, to_json
 from fastvl_lab.view.workbench.session import BEFORE, RECIPE, Advice
@@ -313,6 +314,16 @@ def test_a_busy_machine_is_said_as_such_and_gets_no_ratio(bench: Workbench) -> N
     ]
     busy = dataclasses.replace(result, comparison=dataclasses.replace(result.comparison, samples=tuple(slow)))
     assert any(pill.text == "machine busy: rounds lie ×10 apart, no ratio to Transformers" for pill in showing.pills(busy))
+    use = Use(seconds=0.1, cores=2, others=1.3, waited=0.2, disturbed=True)
+    warm = [s for s in result.comparison.samples if s.round >= 0]
+    disturbed = [dataclasses.replace(s, use=use) for s in warm]
+    busy = dataclasses.replace(result, comparison=dataclasses.replace(result.comparison, samples=tuple(disturbed)))
+    why = "others used 1.3 of 2 cores, and a thread waited for a core for 20% of the time"
+    said = f"machine busy: {why}, in {len(warm)} of {len(warm)} rounds, no ratio to Transformers"
+    assert any(pill.text == said for pill in showing.pills(busy))
+    shown = showing.shown(busy, None, view="waterfall", against=0, pending=False)
+    assert shown.spread == "the machine was busy in every round"
+    assert {text for _, text in shown.recipe.rounds} == {why}
 
 
 def test_a_cache_hit_is_labelled_and_shown() -> None:
@@ -425,9 +436,13 @@ def test_the_recipe_is_copied_and_the_history_written(bench: Workbench, tmp_path
     exec("import fastvl_lab as fl\n" + texts["Python"], scope)
     assert scope["recipe"] == bench.recipe
     assert texts["serve"] == 'python -m fastvl_lab.serve --checkpoint tiny-qwen3-vl --recipe "baseline"'
-    record, trace, page, *pictures = bench.export(tmp_path / "new")
+    record, trace, rounds, page, *pictures = bench.export(tmp_path / "new")
     assert Run.from_record(json.loads(record.read_text())).tokens == bench.history[0].shown.tokens
     assert json.loads(trace.read_text())["traceEvents"]
+    compared = bench.history[0].comparison
+    assert compared is not None
+    samples = [RunSample.from_record(sample) for sample in json.loads(rounds.read_text())]
+    assert [sample.run.ttft for sample in samples] == [sample.run.ttft for sample in compared.samples]
     text = page.read_text()
     assert "✓ same tokens as Transformers" in text
     assert "plotly.js v" in text  # the page needs no network

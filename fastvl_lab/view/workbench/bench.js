@@ -300,15 +300,17 @@ function mount(model, el, libraries) {
   function showStrip() {
     const [live, { recipe, rival }] = [model.get("live"), model.get("shown")];
     const rounds = Object.keys(live.rounds ?? {}).length ? live.rounds : recipe ? { [rival?.label ?? "rival"]: rival?.rounds ?? [], [recipe.label]: recipe.rounds } : {};
-    const every = Object.values(rounds).flat();
+    const every = Object.values(rounds).flat().map(([ms]) => ms);
     if (every.length === 0) return strip.replaceChildren();
     const [least, most] = [Math.min(...every), Math.max(...every)];
     const colours = HUES[ui.dark ? "dark" : "light"];
     const x = (value) => 5 + 80 * (most > least ? (value - least) / (most - least) : 0.5);
-    const lines = Object.entries(rounds).map(([label, values], line) => values.map((value) =>
-      s("circle", { cx: x(value), cy: 5 + 7 * line, r: 2.5, fill: label === "this recipe" ? colours.blue : label === "the run before" ? colours.orange : colours.rival })));
-    const about = Object.entries(rounds).map(([label, values]) => `${label}: ${values.map((value) => value.toFixed(1)).join(", ")} ms`).join("\n");
-    strip.dataset.tip = `rounds, a dot each\n${about}`;
+    const colour = (label) => label === "this recipe" ? colours.blue : label === "the run before" ? colours.orange : colours.rival;
+    const lines = Object.entries(rounds).map(([label, dots], line) => dots.map(([ms, disturbed]) =>
+      s("circle", { cx: x(ms), cy: 5 + 7 * line, r: disturbed ? 2 : 2.5, stroke: disturbed ? colour(label) : "none", fill: disturbed ? "none" : colour(label) })));
+    const about = Object.entries(rounds).map(([label, dots]) =>
+      `${label}: ${dots.map(([ms, disturbed]) => ms.toFixed(1) + (disturbed ? ` (${disturbed})` : "")).join(", ")} ms`).join("\n");
+    strip.dataset.tip = `rounds, a dot each; hollow: others disturbed it, so it counts for nothing\n${about}`;
     strip.replaceChildren(s("svg", { width: 90, height: 4 + 7 * Math.max(lines.length, 2), role: "img", "aria-label": `TTFT of rounds. ${about}` }, lines));
   }
 

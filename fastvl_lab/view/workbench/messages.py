@@ -14,6 +14,9 @@ from typing import Any
 from fastvl_lab.catalogue import OptionValue
 from fastvl_lab.errors import RequestError
 
+# TTFT of a round, and where others disturbed it how, else "".
+Dot = tuple[float, str]
+
 
 @dataclass(frozen=True, kw_only=True)
 class Rival:
@@ -65,7 +68,7 @@ class Chosen:
 @dataclass(frozen=True, kw_only=True)
 class Live:
     """What goes on. elapsed: since the run began, when this was said. stages: name, start, and end unless it runs still; expected:
-    those of the last run that was asked the same. rounds: label -> TTFT so far. starting: how far a start is."""
+    those of the last run that was asked the same. rounds: label -> `Dot`s so far. starting: how far a start is."""
 
     state: str
     busy: bool
@@ -74,14 +77,14 @@ class Live:
     elapsed: float | None = None
     stages: tuple[tuple[str, float, float | None], ...] = ()
     expected: tuple[tuple[str, float, float], ...] = ()
-    rounds: Mapping[str, tuple[float, ...]] = field(default_factory=dict)
+    rounds: Mapping[str, tuple[Dot, ...]] = field(default_factory=dict)
     starting: str = ""
     error: str = ""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Series:
-    """One run to draw. bars: stage, lane, start, length; host, device: what stages took there; rounds: TTFT of each.
+    """One run to draw. bars: stage, lane, start, length; host, device: what stages took there; rounds: a `Dot` each.
 
     Parts of `wait` that an endpoint's engine tells of are on the lane "own", and in `host`. files: where to look for a stage's
     work, or whose clock timed it.
@@ -93,7 +96,7 @@ class Series:
     host: Mapping[str, float]
     device: Mapping[str, float]
     files: Mapping[str, str]
-    rounds: tuple[float, ...]
+    rounds: tuple[Dot, ...]
 
 
 @dataclass(frozen=True, kw_only=True)

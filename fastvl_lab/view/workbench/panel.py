@@ -385,8 +385,8 @@ class Workbench:
                 changes["stages"] = (*(stage for stage in self._live.stages if stage[2] is not None), ended)
             elif news.progress:
                 if news.sample is not None and news.sample.round >= 0:
-                    label, ttft = news.sample.engine, news.sample.run.ttft * 1e3
-                    changes["rounds"] = self._live.rounds | {label: (*self._live.rounds.get(label, ()), ttft)}  # type: ignore[operator]
+                    label, rounds = news.sample.engine, dict(self._live.rounds)
+                    changes["rounds"] = rounds | {label: (*rounds.get(label, ()), showing.dot(news.sample))}
             else:
                 changes |= {"stages": (), "rounds": {}, "error": news.error or self._live.error}
                 self._began_ns = None

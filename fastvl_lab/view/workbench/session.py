@@ -21,6 +21,7 @@ from fastvl_lab.measure.compare import Attribution, Comparison, attribute, compa
 from fastvl_lab.measure.floors import Ceilings, floor
 from fastvl_lab.measure.parity import Parity
 from fastvl_lab.measure.publish import photo
+from fastvl_lab.measure.quiet import Quiet
 from fastvl_lab.measure.recipes import STOCK
 from fastvl_lab.measure.samples import FOR_AN_INTERVAL, Interval, RunSample
 from fastvl_lab.preprocessor.decode_image import open_image, read_orientation, rgb_of
@@ -35,6 +36,7 @@ BEFORE, RECIPE = "the run before", "this recipe"
 _PREVIEW = 128  # pixels of the longer side
 _PATIENCE = 20.0  # seconds to wait for the end of a stage
 _QUIET = 0.5  # seconds without a wish before the background is worked on
+_ROUNDS_QUIET = Quiet(wait=2.0, total=10.0)  # somebody looks on
 _IN_BACKGROUND = 120.0  # seconds that what each toggle would save may take to measure
 
 
@@ -441,17 +443,16 @@ class Session:
         label = rival if isinstance(rival, str) else str(rival)
         engines: dict[str, EngineLike] = {label: rival, **({BEFORE: before} if before else {}), RECIPE: recipe}
         told = self._counted("measuring", len(engines) * (repeats + 1))
-        measured = compare(lab, request, engines, repeats=repeats, on_sample=told, stop=stop)
+        measured = compare(lab, request, engines, repeats=repeats, on_sample=told, quiet=_ROUNDS_QUIET, stop=stop)
         return self._know(number, comparison=measured)
 
     def _counted(self, state: str, runs: int, what: str = "") -> Callable[[RunSample], None]:
         """Tells of each run how many there are, and how long all of them may take."""
-        began, done = time.monotonic(), 0
+        began, seen = time.monotonic(), set[tuple[str, int]]()
 
         def told(sample: RunSample) -> None:
-            nonlocal done
-            done += 1
-            spent = time.monotonic() - began
+            seen.add((sample.engine, sample.round))  # one that was disturbed comes again
+            done, spent = len(seen), time.monotonic() - began
             said = f"{what}run {done} of {runs} · {spent:.1f} of about {spent / done * runs:.1f} s"
             shown = None if state == "idle" else sample
             self._tell(News(state=state, progress=said if done < runs else "checking parity", sample=shown))
@@ -478,7 +479,8 @@ class Session:
     def _attribute(self, number: int, repeats: int, lab: Lab, request: Request, stop: threading.Event) -> Result:
         recipe = self._result(number).recipe
         told = self._counted("measuring toggle by toggle", (len(_steps(recipe)) + 2) * (repeats + 1))
-        return self._know(number, attribution=attribute(lab, request, recipe, repeats=repeats, on_sample=told, stop=stop))
+        found = attribute(lab, request, recipe, repeats=repeats, on_sample=told, quiet=_ROUNDS_QUIET, stop=stop)
+        return self._know(number, attribution=found)
 
     def _advise(self, last: Result, lab: Lab, request: Request, stop: threading.Event) -> Advice:
         """What each toggle saves that the fastest known recipe has elsewhere, alone beside the recipe, in the time there is."""
