@@ -12,6 +12,7 @@ from fastvl_lab import shown
 
 if TYPE_CHECKING:
     from fastvl_lab.catalogue import toggles as toggles
+    from fastvl_lab.engine import PeerInfo as PeerInfo, Peers as Peers, peers as peers
     from fastvl_lab.equivalents import Flags as Flags, flags as flags
     from fastvl_lab.errors import (
         CheckpointError as CheckpointError,
@@ -49,6 +50,9 @@ _PUBLIC = {
     "Chunk": "request",
     "Recipe": "recipe",
     "toggles": "catalogue",
+    "peers": "engine",
+    "Peers": "engine",
+    "PeerInfo": "engine",
     "flags": "equivalents",
     "Flags": "equivalents",
     "Run": "run",

@@ -1,4 +1,4 @@
-"""What can answer a request, by name: recipes, and the peers that the files of `peers/` register.
+"""What can answer a request, by name: recipes, and the peers that the files of `peer/` register.
 
 A text's first word says who reads it: "baseline" and "fastest" begin a recipe, "transformers" or "http://" a peer. A peer's file
 decorates the function that reads its texts with `@engine(word)`; it is imported when a text is first found to be no recipe.
@@ -17,7 +17,7 @@ from typing import Any, Protocol, runtime_checkable
 
 import torch
 
-from fastvl_lab import peers, shown
+from fastvl_lab import peer as files, shown
 from fastvl_lab.cache.memory import Memory
 from fastvl_lab.capture.graphs import GraphStore
 from fastvl_lab.catalogue import ImageBackend
@@ -215,7 +215,7 @@ def find_recipe(given: EngineLike, device: torch.device | str | None = None) -> 
     return recipe
 
 
-def known_peers() -> Peers:
+def peers() -> Peers:
     """Every peer by the word that its texts begin with: whether it can run here or what is missing, its version, its options.
 
     An engine that comes as a program is looked for on the PATH, or where its variable says, such as FASTVL_LAB_VLLM; it is not run.
@@ -239,7 +239,7 @@ def _word(text: str) -> str:
 
 @cache
 def _peers() -> dict[str, _Peer]:
-    """Who is registered, once every file of `peers/` has been imported."""
-    for module in pkgutil.iter_modules(peers.__path__, f"{peers.__name__}."):
+    """Who is registered, once every file of `peer/` has been imported."""
+    for module in pkgutil.iter_modules(files.__path__, f"{files.__name__}."):
         importlib.import_module(module.name)
     return _PEERS

@@ -36,6 +36,7 @@ def test_fastest_is_another_engine_on_another_device() -> None:
         ("transformers,preprocessor.resize=torch", *["transformers, preprocessor.resize=torch"] * 2),
         (" http://127.0.0.1:8000/v1/ ", "http://127.0.0.1:8000/v1", "transformers"),
         ("https://[::1]/v1,model=a,b", "https://[::1]/v1, model=a,b", "transformers"),
+        ("http://h/v1, model=a,b,account=off", "http://h/v1, model=a,b, account=off", "transformers"),
     ],
 )
 def test_a_peer_has_one_spelling_and_one_that_answers_for_it(text: str, name: str, oracle: str) -> None:
@@ -119,8 +120,8 @@ def test_a_peer_is_added_by_its_decorator_alone(lab: Lab, picture: bytes, echo: 
 
 def test_peers_are_imported_when_a_text_is_no_recipe() -> None:
     code = (
-        "import sys; from fastvl_lab.engine import find; find('fastest'); print('fastvl_lab.peers.http' in sys.modules);"
-        "find('transformers'); print('fastvl_lab.peers.http' in sys.modules)"
+        "import sys; from fastvl_lab.engine import find; find('fastest'); print('fastvl_lab.peer.http' in sys.modules);"
+        "find('transformers'); print('fastvl_lab.peer.http' in sys.modules)"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.split() == ["False", "True"]

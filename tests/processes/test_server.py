@@ -78,6 +78,13 @@ def test_an_engine_starts_once_serves_and_ends_with_its_lab(lab: Lab, notes: Any
     assert len(notes()) == 2
 
 
+def test_a_bar_shows_a_start_and_nothing_else(lab: Lab, capsys: pytest.CaptureFixture[str]) -> None:
+    lab.run(REQUEST, "vllm")
+    assert "vllm starts" in capsys.readouterr().err
+    lab.apart().run(REQUEST, "vllm")
+    assert capsys.readouterr().err == ""
+
+
 def test_engines_with_other_options_are_other_servers(lab: Lab, notes: Any) -> None:
     for text in ("vllm", "vllm, graphs=off", "vllm, graphs=on", "vllm, --block-size=32"):
         lab.run(REQUEST, text)

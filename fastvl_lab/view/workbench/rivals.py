@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable
 
-from fastvl_lab.engine import EngineLike, Place, find, known_peers
+from fastvl_lab.engine import EngineLike, find, peers
 from fastvl_lab.lab import Lab
 from fastvl_lab.measure.recipes import STOCK
 from fastvl_lab.recipe import PRESETS
@@ -14,11 +14,11 @@ from fastvl_lab.view.workbench.messages import Rival
 
 def known_rivals() -> tuple[Rival, ...]:
     """Every bar to beat that has a name; any other engine is chosen by its text, such as an address."""
-    peers = [peer for peer in known_peers() if peer.word != STOCK and peer.word.isidentifier()]  # not addresses
+    named = [peer for peer in peers() if peer.word != STOCK and peer.word.isidentifier()]  # not addresses
     return (
         Rival(text=STOCK, about="Transformers on the same weights"),
         *(Rival(text=preset, about=f"the lab's preset {preset}") for preset in PRESETS),
-        *(Rival(text=peer.word, about=f"{peer.does} {peer.version or ''}".rstrip(), unmet=peer.missing or None) for peer in peers),
+        *(Rival(text=peer.word, about=f"{peer.does} {peer.version or ''}".rstrip(), unmet=peer.missing or None) for peer in named),
     )
 
 
@@ -32,5 +32,4 @@ def start(lab: Lab, rival: EngineLike, tell: Callable[[str], object], stop: thre
 
     Raises `EndpointError` for one that does not start, and `RequestCancelledError` once `stop` is set.
     """
-    place = Place(checkpoint=lab.checkpoint, memory=lab.memory, graphs=lab.graphs, servers=lab.servers, tell=tell, stop=stop)
-    lab.engine(rival).bind(place)
+    lab.start(rival, tell=tell, stop=stop)

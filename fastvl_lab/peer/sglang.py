@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 
-from fastvl_lab.peers.programs import MAX_BATCH, Option, Program, Value, Wanted, register
+from fastvl_lab.peer.programs import MAX_BATCH, Option, Program, Value, Wanted, register
 from fastvl_lab.request import MAX_IMAGES
 
 

@@ -10,12 +10,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from fastvl_lab import EndpointError, Lab, RecipeError, Request
-from fastvl_lab.engine import Place, find, known_peers as peers
-from fastvl_lab.peers.lmdeploy import LMDEPLOY
-from fastvl_lab.peers.programs import Program, Wanted
-from fastvl_lab.peers.sglang import SGLANG
-from fastvl_lab.peers.vllm import VLLM
+from fastvl_lab import EndpointError, Lab, RecipeError, Request, peers
+from fastvl_lab.engine import Place, find
+from fastvl_lab.peer.lmdeploy import LMDEPLOY
+from fastvl_lab.peer.programs import Program, Wanted
+from fastvl_lab.peer.sglang import SGLANG
+from fastvl_lab.peer.vllm import VLLM
 from fastvl_lab.request import MAX_IMAGES
 
 PROGRAMS = (VLLM, SGLANG, LMDEPLOY)

@@ -12,10 +12,11 @@ import re
 import shutil
 import socket
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from tqdm.auto import tqdm
@@ -24,7 +25,7 @@ from fastvl_lab.cache.slotted import KvShape
 from fastvl_lab.checkpoint import Checkpoint
 from fastvl_lab.engine import Engine, PeerInfo, PeerOption, Place, engine
 from fastvl_lab.errors import EndpointError, RecipeError, quoted
-from fastvl_lab.peers.http import HttpPeer
+from fastvl_lab.peer.http import HttpPeer
 from fastvl_lab.pipeline import Outcome
 from fastvl_lab.processes.server import Server, Tell
 from fastvl_lab.request import Request
@@ -271,9 +272,16 @@ class StartedPeer:
 
 @contextmanager
 def _shown(name: str) -> Iterator[Tell]:
-    """A bar with the seconds and the log's last line."""
-    with tqdm(desc=f"{name} starts", bar_format="{desc} [{elapsed}]{postfix}", leave=False) as bar:
-        yield lambda line: bar.set_postfix_str(line.partition(": ")[2])
+    """A bar with the seconds and the log's last line, once there is one to show."""
+    with ExitStack() as stack:
+        bars: list[tqdm[Any]] = []
+
+        def tell(line: str) -> None:
+            if not bars:
+                bars.append(stack.enter_context(tqdm(desc=f"{name} starts", bar_format="{desc} [{elapsed}]{postfix}", leave=False)))
+            bars[0].set_postfix_str(line.partition(": ")[2])
+
+        yield tell
 
 
 def _pieces(text: str) -> list[str]:

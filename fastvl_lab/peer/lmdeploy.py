@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-from fastvl_lab.peers.programs import MAX_BATCH, Option, Program, Value, Wanted, register
+from fastvl_lab.peer.programs import MAX_BATCH, Option, Program, Value, Wanted, register
 
 
 def arguments(wanted: Wanted) -> Sequence[str]:

@@ -6,7 +6,7 @@ import json
 import os
 from collections.abc import Mapping, Sequence
 
-from fastvl_lab.peers.programs import MAX_BATCH, Option, Program, Value, Wanted, register
+from fastvl_lab.peer.programs import MAX_BATCH, Option, Program, Value, Wanted, register
 from fastvl_lab.request import MAX_IMAGES
 
 
