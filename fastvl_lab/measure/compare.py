@@ -18,7 +18,7 @@ from fastvl_lab.engine import Engine, EngineLike, find_recipe
 from fastvl_lab.errors import RecipeError, RequestCancelledError, RequestError, require, sentence
 from fastvl_lab.lab import Lab
 from fastvl_lab.measure.parity import Oracles, Parity, check
-from fastvl_lab.measure.quiet import QUIET, Quiet, Started, Watch
+from fastvl_lab.measure.quiet import QUIET, Quiet, Watch
 from fastvl_lab.measure.recipes import START, STOCK, steps_between
 from fastvl_lab.measure.samples import Interval, RunSample, Samples, as_row, check_rounds, interleaved, json_value, median_interval
 from fastvl_lab.recipe import Recipe
@@ -280,8 +280,7 @@ def compare(
 
 def _computing(lab: Lab, engine: Engine) -> tuple[int, ...] | None:
     """The processes that compute for an engine beside this one; None of an address, behind which they are not known."""
-    bound = lab._engines.get(engine)
-    return bound.processes() if isinstance(bound, Started) else None if engine.remote else ()
+    return None if engine.elsewhere else lab.processes(engine)
 
 
 def _by_label(made: Sequence[RunSample], engines: Iterable[str]) -> tuple[RunSample, ...]:

@@ -16,7 +16,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol, TypeVar, runtime_checkable
+from typing import Any, TypeVar
 
 import torch
 
@@ -52,13 +52,6 @@ class Quiet:
 
 
 QUIET = Quiet()
-
-
-@runtime_checkable
-class Started(Protocol):
-    """A bound engine that computes in processes of its own on this machine."""
-
-    def processes(self) -> tuple[int, ...]: ...
 
 
 @dataclass(frozen=True, kw_only=True)

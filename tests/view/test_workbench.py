@@ -188,7 +188,7 @@ def test_a_result_is_deleted_and_the_others_keep_their_numbers(bench: Workbench)
     assert [row["number"] for row in bench.widget.history] == [1, 3]
     assert bench.widget.history[-1]["changed"] == "vit.tower=lean, vit.patch_embed=linear"  # of what is before it now
     assert bench.widget.shown["number"] == 3  # the newest, where the deleted one was looked at
-    with pytest.raises(RecipeError, match="there is no result 2: the history has 1, 3"):
+    with pytest.raises(RecipeError, match="there is no result 2: the history has 1 to 3, and 2 was deleted"):
         bench.look(number=2)
     bench.run()
     assert bench.wait(60)

@@ -113,8 +113,11 @@ class Workbench:
         for result in reversed(self.history):
             if number in (0, result.number):
                 return result
-        numbers = ", ".join(str(result.number) for result in self.history)
-        there_are = f"the history has {numbers}" if numbers else self._live.error or "nothing has run yet"
+        if numbers := [result.number for result in self.history]:
+            gone = ", ".join(str(one) for one in range(1, numbers[-1]) if one not in numbers)
+            there_are = f"the history has {numbers[0]} to {numbers[-1]}" + (f", and {gone} was deleted" if gone else "")
+        else:
+            there_are = self._live.error or "nothing has run yet"
         raise RecipeError(f"there is no result{f' {number}' if number else ''}: {there_are}")
 
     def _ipython_display_(self) -> None:
