@@ -32,6 +32,7 @@ if TYPE_CHECKING:
         compare as compare,
     )
     from fastvl_lab.measure.floors import Floor as Floor, floor as floor
+    from fastvl_lab.measure.load import Load as Load, load as load
     from fastvl_lab.measure.publish import photo as photo
     from fastvl_lab.measure.sweep import SweepSettings as SweepSettings, sweep as sweep
     from fastvl_lab.recipe import Recipe as Recipe
@@ -59,6 +60,8 @@ _PUBLIC = {
     "Audit": "measure.audit",
     "floor": "measure.floors",
     "Floor": "measure.floors",
+    "load": "measure.load",
+    "Load": "measure.load",
     "photo": "measure.publish",
     "workbench": "view.workbench",
     "FastvlError": "errors",

@@ -29,6 +29,8 @@ from fastvl_lab.families import FAMILIES, Family
 from fastvl_lab.pipeline import Outcome, Pipeline
 from fastvl_lab.request import Chunk, Request, check_whole_number
 from fastvl_lab.run import ELSEWHERE, Kind, Run
+from fastvl_lab.schedule.inbox import Inbox, Job
+from fastvl_lab.schedule.loop import Step, one_at_a_time
 from fastvl_lab.streaming.text import Deliver
 from fastvl_lab.trace import Level, Span, Trace, Tracer
 
@@ -136,6 +138,18 @@ class Lab:
             return outcome, tracer.finish(), outcome.logits.cpu(), self._kind(key, outcome)
 
         outcome, finished, logits, kind = self._in_turn(key, served)
+        return self._made(key, engine, outcome, finished, logits, kind, chunks)
+
+    def _made(
+        self,
+        key: Engine,
+        engine: EngineLike | None,
+        outcome: Outcome,
+        finished: Trace,
+        logits: torch.Tensor,
+        kind: Kind,
+        chunks: list[Chunk],
+    ) -> Run:
         if outcome.chunk_tokens is not None:
             known = zip(chunks, outcome.chunk_tokens, strict=True)
             chunks = [dataclasses.replace(chunk, tokens=tokens) for chunk, tokens in known if chunk.text or tokens]
@@ -184,6 +198,46 @@ class Lab:
             gone.set()
             if not job.cancel():
                 job.wait()
+
+    def job(
+        self,
+        request: Request,
+        engine: EngineLike,
+        *,
+        number: int = 0,
+        trace: Level = "stages",
+        on_end: Callable[[Run | Exception], object],
+        on_chunk: Callable[[Chunk], object] | None = None,
+        stop: threading.Event | None = None,
+    ) -> Job:
+        """A request for `serve`, whose clock starts now. on_end: given its run or its error; on_chunk, stop: as `run` has them."""
+        key, tracer, chunks = self._admitted(request, engine), Tracer(self.device, trace, stop=stop), list[Chunk]()
+
+        def deliver(text: str, tokens: tuple[int, ...]) -> None:
+            chunks.append(Chunk(text=text, tokens=tokens, time=tracer.delivered()))
+            if on_chunk is not None:
+                on_chunk(chunks[-1])
+
+        def end(outcome: Outcome | Exception) -> None:
+            if isinstance(outcome, Exception):
+                on_end(self._in_words(outcome))
+                return
+            finished, logits = tracer.finish(), outcome.logits.cpu()
+            on_end(self._made(key, engine, outcome, finished, logits, self._kind(key, outcome), chunks))
+
+        return Job(number=number, request=request, tracer=tracer, deliver=deliver, end=end)
+
+    def serve(self, engine: EngineLike, inbox: Inbox) -> list[Step]:
+        """Serve jobs as they come, on the lab's thread, until the inbox is closed and all have ended: the steps that it took."""
+        key = self.engine(engine)
+
+        def served() -> list[Step]:
+            bound = self._bind(key)
+            if isinstance(bound, Pipeline):
+                return bound.serve(inbox)
+            return one_at_a_time(lambda job: bound.run(job.request, job.tracer, job.deliver), self.device, inbox)
+
+        return self.compute(served)
 
     def warm_up(
         self, recipe: EngineLike, shapes: Iterable[Shape], *, max_new_tokens: int = 32, progress: bool = True
@@ -314,13 +368,20 @@ class Lab:
             with computing(self.device, self.dtype):
                 return engine.run(request, tracer, deliver)
         except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
-            known = isinstance(error, torch.OutOfMemoryError | MemoryError)
-            if not known and not any(words in str(error) for words in _OUT_OF_MEMORY):
+            meant = self._in_words(error)
+            if meant is error:
                 raise
-            raise DeviceError(
-                f"{device_name(self.device)} ran out of memory ({next(iter(str(error).splitlines()), 'no detail')}); "
-                f"set a smaller max_pixels or max_new_tokens, or load a smaller checkpoint or dtype"
-            ) from error
+            raise meant from error
+
+    def _in_words(self, error: Exception) -> Exception:
+        """A `DeviceError` in the place of one that says that memory has run out; any other as it is."""
+        known = isinstance(error, torch.OutOfMemoryError | MemoryError)
+        if not known and not (isinstance(error, RuntimeError) and any(words in str(error) for words in _OUT_OF_MEMORY)):
+            return error
+        return DeviceError(
+            f"{device_name(self.device)} ran out of memory ({next(iter(str(error).splitlines()), 'no detail')}); "
+            f"set a smaller max_pixels or max_new_tokens, or load a smaller checkpoint or dtype"
+        )
 
     def _kind(self, key: Engine, outcome: Outcome) -> Kind:
         """Whether anything was reused, else whether its engine has run this shape before, to as many tokens or more.

@@ -28,6 +28,7 @@ LAYERS = (
     ("checkpoint",),
     ("decoder",),
     ("tokenizer", *SLOTS),
+    ("outcome", "schedule"),
     ("pipeline",),
     ("engine", "peers", "run"),  # a peer registers with the engine, which knows of `peers` its folder alone
     ("lab",),

@@ -28,6 +28,7 @@ import torch
 from fastvl_lab import EndpointError, Lab, Recipe, RecipeError, Request, RequestError, Run
 from fastvl_lab.errors import DeviceError, FastvlError
 from fastvl_lab.measure.compare import compare
+from fastvl_lab.measure.load import load, varied
 from fastvl_lab.serve import serving
 from fastvl_lab.serve.__main__ import main
 from fastvl_lab.serve.app import _Front, create_app
@@ -136,6 +137,15 @@ def test_an_endpoint_is_compared_by_its_tokens(server: Any, labs: dict[str, Lab]
     assert [(other.parity(name), other.speedup(name)) for name in ("ours", "served")] == [(True, None), (False, None)]
     assert "no time is compared with served: its tokens differ from those of transformers" in other.findings()[0]
     assert [other.representative(name).checkpoint for name in ("ours", "served")] == ["tiny-qwen3-vl", MODEL]
+
+
+def test_many_at_once_are_asked_of_an_endpoint(server: Any, labs: dict[str, Lab], picture: bytes) -> None:
+    lab, request = labs["tiny-qwen2.5-vl"], Request(images=[picture], prompt="Hi", max_new_tokens=6, ignore_eos=True)
+    made = load(lab, request, f"{server.url}/v1", concurrency=3, n=6)
+    assert not made.failures
+    assert made.steps == (), "nobody sees an endpoint's steps"
+    assert [run.tokens for run in made.finished] == [lab.run(varied(request, n), "fastest").tokens for n in range(6)]
+    assert made.begun[2] < 0.1 < made.begun[5]
 
 
 @pytest.mark.parametrize(
