@@ -207,10 +207,14 @@ class Lab:
         number: int = 0,
         trace: Level = "stages",
         on_end: Callable[[Run | Exception], object],
+        on_begin: Callable[[], object] = lambda: None,
         on_chunk: Callable[[Chunk], object] | None = None,
         stop: threading.Event | None = None,
     ) -> Job:
-        """A request for `serve`, whose clock starts now. on_end: given its run or its error; on_chunk, stop: as `run` has them."""
+        """A request for `serve`, whose clock starts now.
+
+        on_begin: called when it is admitted; on_end: given its run or its error; on_chunk, stop: as `run` has them.
+        """
         key, tracer, chunks = self._admitted(request, engine), Tracer(self.device, trace, stop=stop), list[Chunk]()
 
         def deliver(text: str, tokens: tuple[int, ...]) -> None:
@@ -225,17 +229,21 @@ class Lab:
             finished, logits = tracer.finish(), outcome.logits.cpu()
             on_end(self._made(key, engine, outcome, finished, logits, self._kind(key, outcome), chunks))
 
-        return Job(number=number, request=request, tracer=tracer, deliver=deliver, end=end)
+        return Job(number=number, request=request, tracer=tracer, deliver=deliver, begin=on_begin, end=end)
 
-    def serve(self, engine: EngineLike, inbox: Inbox) -> list[Step]:
-        """Serve jobs as they come, on the lab's thread, until the inbox is closed and all have ended: the steps that it took."""
+    def serve(self, engine: EngineLike, inbox: Inbox, *, lingers: bool = True) -> list[Step]:
+        """Serve jobs as they come, on the lab's thread, until the inbox is closed and all have ended: the steps that it took.
+
+        lingers: whether the thread waits for more where there are none; else it is given back.
+        """
         key = self.engine(engine)
 
         def served() -> list[Step]:
             bound = self._bind(key)
             if isinstance(bound, Pipeline):
-                return bound.serve(inbox)
-            return one_at_a_time(lambda job: bound.run(job.request, job.tracer, job.deliver), self.device, inbox)
+                return bound.serve(inbox, lingers=lingers)
+            run = bound.run
+            return one_at_a_time(lambda job: run(job.request, job.tracer, job.deliver), self.device, inbox, lingers=lingers)
 
         return self.compute(served)
 
