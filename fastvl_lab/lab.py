@@ -153,6 +153,7 @@ class Lab:
         if outcome.chunk_tokens is not None:
             known = zip(chunks, outcome.chunk_tokens, strict=True)
             chunks = [dataclasses.replace(chunk, tokens=tokens) for chunk, tokens in known if chunk.text or tokens]
+        own = None if outcome.account is None else outcome.account()
         return Run(
             engine=engine if isinstance(engine, str) else key.text(self.device),
             recipe=key.recipe,
@@ -168,6 +169,7 @@ class Lab:
             logits=logits,
             captures=outcome.captures,
             finite=bool(logits.isfinite().all()),
+            account=None if own is None else own.held_against(finished),
         )
 
     def stream(self, request: Request, engine: EngineLike | None = None) -> Iterator[Chunk]:

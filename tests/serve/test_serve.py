@@ -108,6 +108,10 @@ def test_the_lab_measures_the_server_from_outside(server: Any, labs: dict[str, L
     assert list(run.trace.stages()) == ["encode", "connect", "upload", "wait"]
     assert sum(run.trace.stages().values()) + run.trace.unaccounted_ns == pytest.approx(run.trace.first_chunk_ns, rel=0.01)
     assert "as the endpoint counts them" in repr(run)
+    assert run.account is not None
+    assert [part.name for part in run.account.parts] == ["queue", "preprocess", "vit", "prefill"]  # as its own trace has them
+    assert 0 < sum(part.seconds for part in run.account.parts) < run.ttft
+    assert run.account.notes == ()
     assert [chunk.tokens for chunk in labs[MODEL].stream(request, f"{server.url}/v1")] == [c.tokens for c in run.chunks]
     heard: list[Run] = []  # while an endpoint answers, the lab itself is free
     labs[MODEL].run(request, f"{server.url}/v1", on_chunk=lambda chunk: heard.append(labs[MODEL].run(request, "fastest")))
