@@ -11,7 +11,7 @@
 #   make lab          (JupyterLab on the workbench)
 #   make lint
 #   make figures [MEASURE=--measure]
-#   make toggles      (docs/toggles.md, from the catalogue)
+#   make toggles      (docs/toggles.md and docs/flags.md, from the catalogue and what other engines have)
 
 PYTHON ?= python3
 VENV   ?= .venv
@@ -82,3 +82,4 @@ figures: $(STAMP)
 
 toggles: $(STAMP)
 	$(BIN)/python -c 'from fastvl_lab.catalogue import catalogue_markdown; print(catalogue_markdown())' > docs/toggles.md
+	$(BIN)/python -c 'from fastvl_lab.equivalents import flags_markdown; print(flags_markdown())' > docs/flags.md

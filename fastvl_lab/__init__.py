@@ -12,6 +12,8 @@ from fastvl_lab import shown
 
 if TYPE_CHECKING:
     from fastvl_lab.catalogue import toggles as toggles
+    from fastvl_lab.engine import PeerInfo as PeerInfo, Peers as Peers, peers as peers
+    from fastvl_lab.equivalents import Flags as Flags, flags as flags
     from fastvl_lab.errors import (
         CheckpointError as CheckpointError,
         DeviceError as DeviceError,
@@ -34,6 +36,7 @@ if TYPE_CHECKING:
     from fastvl_lab.measure.floors import Floor as Floor, floor as floor
     from fastvl_lab.measure.load import Load as Load, load as load
     from fastvl_lab.measure.publish import photo as photo
+    from fastvl_lab.measure.quiet import Quiet as Quiet
     from fastvl_lab.measure.sweep import SweepSettings as SweepSettings, sweep as sweep
     from fastvl_lab.recipe import Recipe as Recipe
     from fastvl_lab.request import Chunk as Chunk, Request as Request
@@ -48,6 +51,11 @@ _PUBLIC = {
     "Chunk": "request",
     "Recipe": "recipe",
     "toggles": "catalogue",
+    "peers": "engine",
+    "Peers": "engine",
+    "PeerInfo": "engine",
+    "flags": "equivalents",
+    "Flags": "equivalents",
     "Run": "run",
     "Trace": "trace",
     "compare": "measure.compare",
@@ -63,6 +71,7 @@ _PUBLIC = {
     "load": "measure.load",
     "Load": "measure.load",
     "photo": "measure.publish",
+    "Quiet": "measure.quiet",
     "workbench": "view.workbench",
     "FastvlError": "errors",
     "RequestError": "errors",

@@ -680,8 +680,8 @@ class Schedule:
         Option(value="fifo", does="who came first is admitted first; vLLM, SGLang"),
         Option(
             value="shortest_first",
-            does="the shortest prompt is admitted first, and each second of waiting counts as 1,000 tokens less; SJF with ageing, "
-            "as learning-to-rank schedulers have it (arXiv 2408.15792)",
+            does="the shortest prompt is admitted first, and each second of waiting counts as 1,000 tokens less; LMDeploy, and "
+            "without ageing SGLang's shortest-prefill-first",
             requires=_CONTINUOUS,
         ),
     )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import os
 import queue
 import threading
 from collections import Counter, OrderedDict
@@ -22,15 +23,16 @@ from fastvl_lab.capture.compile_cache import keep_compiled
 from fastvl_lab.capture.execute import Capture
 from fastvl_lab.capture.graphs import GraphStore
 from fastvl_lab.capture.warm_up import Shape, requests_of
-from fastvl_lab.engine import BoundEngine, Engine, EngineLike, find
+from fastvl_lab.engine import BoundEngine, Engine, EngineLike, Place, StartedEngine, find
 from fastvl_lab.engine_thread import EngineThread
 from fastvl_lab.errors import CheckpointError, DeviceError, RequestError
 from fastvl_lab.families import FAMILIES, Family
 from fastvl_lab.pipeline import Outcome, Pipeline
+from fastvl_lab.processes.server import Servers
 from fastvl_lab.request import Chunk, Request, check_whole_number
 from fastvl_lab.run import ELSEWHERE, Kind, Run
 from fastvl_lab.schedule.inbox import Inbox, Job
-from fastvl_lab.schedule.loop import Step, one_at_a_time
+from fastvl_lab.schedule.loop import Step, one_at_a_time, side_by_side
 from fastvl_lab.streaming.text import Deliver
 from fastvl_lab.trace import Level, Span, Trace, Tracer
 
@@ -58,6 +60,9 @@ class Lab:
     memory_budget: bytes that recipes' caches may take (`cache.memory.Memory`); by default what two sessions take and an eighth.
     graph_budget: bytes that CUDA graphs may take, of all recipes together; at most `MAX_GRAPHS` are kept. families: those that the
     checkpoint may be of; a new one is given as `(*FAMILIES, mine)`.
+
+    Engines such as "vllm" are servers, which start with their first run or by `start`, and end with `close`, with the lab and its
+    copies, and with the process. As a context manager, a lab closes at the end.
     """
 
     def __init__(
@@ -87,6 +92,7 @@ class Lab:
         self.checkpoint = dataclasses.replace(loaded, session_len=session_len)
         self.memory = Memory(self.checkpoint, memory_budget)
         self.graphs = _graph_store(self.device, graph_budget)
+        self.servers = Servers()
         self._engines: OrderedDict[Engine, BoundEngine] = OrderedDict()
         self._held: Counter[Engine] = Counter()
         self._seen: dict[Engine, dict[tuple[object, ...], int]] = {}
@@ -103,6 +109,35 @@ class Lab:
     def __repr__(self) -> str:
         return f"Lab({self.checkpoint.name!r}, device={str(self.device)!r}, dtype={dtype_name(self.dtype)!r})"
 
+    def __enter__(self) -> Lab:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """End the servers that this lab and its copies have started; an engine that is run again starts again."""
+        self.servers.close()
+
+    def start(
+        self, engine: EngineLike, *, tell: Callable[[str], object] | None = None, stop: threading.Event | None = None
+    ) -> None:
+        """Make an engine ready, as `run` does where it has not been done; a server starts in minutes, beside what the lab serves.
+
+        tell: given a line now and then while it starts; by default a bar shows it. stop: once it is set, the start ends with a
+        `RequestCancelledError`. Raises `EndpointError` with what the server says of its failure, and what binding an engine raises.
+        """
+        key = self.engine(engine)
+        if key.started:
+            key.bind(self._place(tell, stop))  # which finds it again when it is run
+            return
+        self._check_turn(key)
+        self._in_turn(key, lambda: self._bind(key))
+
+    def processes(self, engine: EngineLike) -> tuple[int, ...]:
+        """Ids of the processes that an engine has beside this one: those of a server that was started for it."""
+        return self.servers.processes(self.engine(engine).name)
+
     def run(
         self,
         request: Request,
@@ -116,11 +151,11 @@ class Lab:
     ) -> Run:
         """Serve a request to the end and report on it.
 
-        engine: a `Recipe`, a recipe's text such as "fastest, vit.tower=lean", or a peer's text such as "transformers" or
-        "http://127.0.0.1:8000/v1"; by default the baseline. trace: "off", "stages", or "layers" to also time ViT blocks and decoder
-        layers. on_chunk: given each chunk as it leaves, on_begin each stage's name and start (ns) as it begins, on_stage its span
-        as it ends; the engine waits for them. stop: once it is set, the request ends at its next stage or step with a
-        `RequestCancelledError`. Raises `FastvlError`s.
+        engine: a `Recipe`, a recipe's text such as "fastest, vit.tower=lean", or a peer's text such as "transformers", "vllm" or
+        "http://127.0.0.1:8000/v1" (`peers`); by default the baseline. trace: "off", "stages", or "layers" to also time ViT blocks
+        and decoder layers. on_chunk: given each chunk as it leaves, on_begin each stage's name and start (ns) as it begins,
+        on_stage its span as it ends; the engine waits for them. stop: once it is set, the request ends at its next stage or step
+        with a `RequestCancelledError`. Raises `FastvlError`s.
         """
         key = self._admitted(request, engine)
         tell_chunk, tell_begin, tell_stage = (self._told(key, tell) for tell in (on_chunk, on_begin, on_stage))
@@ -132,7 +167,7 @@ class Lab:
                 tell_chunk(chunks[-1])
 
         def served() -> tuple[Outcome, Trace, torch.Tensor, Kind]:
-            bound = self._bind(key)
+            bound = self._bind(key, stop)
             tracer.start()
             outcome = self._serve(bound, request, tracer, deliver)
             return outcome, tracer.finish(), outcome.logits.cpu(), self._kind(key, outcome)
@@ -158,8 +193,9 @@ class Lab:
             engine=engine if isinstance(engine, str) else key.text(self.device),
             recipe=key.recipe,
             checkpoint=outcome.model or self.checkpoint.name,
-            device=ELSEWHERE if key.remote else device_name(self.device),
-            dtype="unknown" if key.remote else dtype_name(self.dtype),
+            device=ELSEWHERE if key.elsewhere else device_name(self.device, threads=not key.started),
+            dtype="unknown" if key.elsewhere else dtype_name(self.dtype),
+            remote=key.remote,
             kind=kind,
             n_prompt=outcome.n_prompt,
             shapes=outcome.shapes,
@@ -181,7 +217,7 @@ class Lab:
 
         def produce() -> None:
             try:
-                bound = self._bind(key)
+                bound = self._bind(key, gone)
                 tracer.start()
                 self._kind(key, self._serve(bound, request, tracer, lambda text, tokens: ready.put((text, tokens))))
                 ready.put(None)
@@ -189,7 +225,7 @@ class Lab:
                 ready.put(error)
 
         # What an endpoint makes is waited for on a thread of its own: the lab's is for what computes here.
-        thread = EngineThread("fastvl-stream") if key.remote else self._thread
+        thread = EngineThread("fastvl-stream") if key.elsewhere else self._thread
         job = thread.submit(produce)
         try:
             while (item := ready.get()) is not None:
@@ -236,7 +272,7 @@ class Lab:
     def serve(self, engine: EngineLike, inbox: Inbox, *, lingers: bool = True) -> list[Step]:
         """Serve jobs as they come, on the lab's thread, until the inbox is closed and all have ended: the steps that it took.
 
-        lingers: whether the thread waits for more where there are none; else it is given back.
+        What a server computes is asked of it by all at once. lingers: whether to wait for more where there are none.
         """
         key = self.engine(engine)
 
@@ -244,10 +280,15 @@ class Lab:
             bound = self._bind(key)
             if isinstance(bound, Pipeline):
                 return bound.serve(inbox, lingers=lingers)
-            run = bound.run
-            return one_at_a_time(lambda job: run(job.request, job.tracer, job.deliver), self.device, inbox, lingers=lingers)
 
-        return self.compute(served)
+            def run(job: Job) -> Outcome:
+                return bound.run(job.request, job.tracer, job.deliver)
+
+            if key.remote:
+                return side_by_side(run, inbox, lingers=lingers)
+            return one_at_a_time(run, self.device, inbox, lingers=lingers)
+
+        return served() if key.elsewhere else self.compute(served)
 
     def warm_up(
         self, recipe: EngineLike, shapes: Iterable[Shape], *, max_new_tokens: int = 32, progress: bool = True
@@ -335,14 +376,14 @@ class Lab:
         return key
 
     def _check_turn(self, key: Engine) -> None:
-        if getattr(self._telling, "now", False) and not key.remote:
+        if getattr(self._telling, "now", False) and not key.elsewhere:
             raise RequestError(
                 "a request waits for its on_chunk, on_begin and on_stage, in which the lab serves no other; ask after it"
             )
 
     def _told(self, key: Engine, callback: Callable[..., object] | None) -> Callable[..., object] | None:
         """The callback; within it no request can have a turn, where the one that it is told of has it and waits for it."""
-        if callback is None or key.remote:
+        if callback is None or key.elsewhere:
             return callback
 
         def told(*news: Any) -> None:
@@ -354,24 +395,35 @@ class Lab:
 
         return told
 
-    def _bind(self, key: Engine) -> BoundEngine:
+    def _place(self, tell: Callable[[str], object] | None, stop: threading.Event | None) -> Place:
+        return Place(checkpoint=self.checkpoint, memory=self.memory, graphs=self.graphs, servers=self.servers, tell=tell, stop=stop)
+
+    def _bind(self, key: Engine, stop: threading.Event | None = None) -> BoundEngine:
         """The engine, bound now or before; on the lab's thread."""
+        if isinstance(bound := self._engines.get(key), StartedEngine) and not bound.alive:
+            self._forget(key)
         if key not in self._engines:
-            self._engines[key] = key.bind(self.checkpoint, self.memory, self.graphs)
+            self._engines[key] = key.bind(self._place(None, stop))
         self._engines.move_to_end(key)
         self._let_go()
         return self._engines[key]
 
     def _let_go(self) -> None:
-        """Forget the engines unused for longest beyond `MAX_ENGINES`; what is run of them again is cold."""
-        free = [key for key in self._engines if self._held[key] <= 0]
+        """Forget the engines unused for longest beyond `MAX_ENGINES`; what is run of them again is cold.
+
+        Those with a server stay: it takes a minute to start, and little here.
+        """
+        free = [key for key in self._engines if self._held[key] <= 0 and not key.started]
         for key in free[:-MAX_ENGINES]:
-            del self._engines[key]
-            self._seen.pop(key, None)
+            self._forget(key)
+
+    def _forget(self, key: Engine) -> None:
+        del self._engines[key]
+        self._seen.pop(key, None)
 
     def _in_turn(self, key: Engine, work: Callable[[], T]) -> T:
         """One request at a time on the device; what an endpoint serves is elsewhere, or takes its own turn here."""
-        return work() if key.remote else self._thread.call(work)
+        return work() if key.elsewhere else self._thread.call(work)
 
     def _serve(self, engine: BoundEngine, request: Request, tracer: Tracer, deliver: Deliver) -> Outcome:
         try:
@@ -448,11 +500,11 @@ def _without_tf32() -> Iterator[None]:
             backend.allow_tf32 = allowed
 
 
-def device_name(device: torch.device) -> str:
-    """What ran: the GPU's name, or the CPU with its thread count."""
+def device_name(device: torch.device, *, threads: bool = True) -> str:
+    """What ran: the GPU's name, or the CPU with torch's threads, or else with the cores that a program started here has."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
-    return f"CPU ({torch.get_num_threads()} threads)"
+    return f"CPU ({torch.get_num_threads()} threads)" if threads else f"CPU ({len(os.sched_getaffinity(0))} cores)"
 
 
 def dtype_name(dtype: torch.dtype) -> str:

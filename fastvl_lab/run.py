@@ -34,7 +34,8 @@ class Run:
     are its `captures`), "warm" after that, "cache_hit" when something was reused from an earlier request. An endpoint's run is what
     the endpoint says of it, and "unknown" where it does not say whether it reused anything. `logits` are those of the last prompt
     token, float32 [vocab] on the host; finite: whether all of them were finite numbers, without which tokens mean nothing.
-    `n_prompt` is 0 where an endpoint does not count. `account` is what the endpoint's engine tells of the request by its own clock.
+    `n_prompt` is 0 where an endpoint does not count. remote: the engine is behind an address, here or elsewhere, and shows neither
+    its pixels nor its logits. `account` is what the endpoint's engine tells of the request by its own clock.
     """
 
     engine: str
@@ -51,6 +52,7 @@ class Run:
     logits: torch.Tensor
     captures: tuple[Capture, ...] = ()
     finite: bool = True
+    remote: bool = False
     account: Account | None = None
 
     @property
@@ -80,7 +82,7 @@ class Run:
 
     def subtitle(self) -> str:
         """What became of the images: unpacked size, resized size, patches, visual tokens."""
-        if self.device == ELSEWHERE:
+        if self.remote:
             return f"{self.n_prompt} prompt tokens, as the endpoint counts them" if self.n_prompt else "prompt tokens not counted"
         if not self.shapes:
             return f"text only → {self.n_prompt} prompt tokens"
@@ -134,6 +136,7 @@ class Run:
             "trace": self.trace.to_record(),
             "captures": [vars(capture) for capture in self.captures],
             "finite": self.finite,
+            "remote": self.remote,
             "account": None if self.account is None else self.account.to_record(),
         }
 
@@ -149,6 +152,7 @@ class Run:
         data["account"] = None if own is None else Account.from_record(own)
         data["trace"] = Trace.from_record(record["trace"])
         data["captures"] = tuple(Capture(**capture) for capture in record.get("captures", ()))  # absent in older records
+        data["remote"] = record.get("remote", record["device"] == ELSEWHERE)
         return cls(**data, logits=torch.empty(0))
 
     def _bar(self, intervals: list[tuple[int, int]]) -> str:

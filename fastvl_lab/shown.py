@@ -21,6 +21,12 @@ def figure(result: Any) -> Any:
 
 
 @singledispatch
+def frame(result: Any) -> Any:
+    """A result as a pandas DataFrame; raises `MissingExtraError` without pandas."""
+    return _once_loaded(frame, result)
+
+
+@singledispatch
 def page(result: Any) -> str:
     """A result as one page of HTML that needs nothing beside it; raises `MissingExtraError` without plotly or pandas."""
     return str(_once_loaded(page, result))

@@ -21,6 +21,7 @@ if "PYTEST_XDIST_WORKER" not in os.environ:
     os.environ["XDG_CACHE_HOME"] = tempfile.mkdtemp(prefix="fastvl-lab-tests-")
     atexit.register(shutil.rmtree, os.environ["XDG_CACHE_HOME"], ignore_errors=True)
 os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["FASTVL_LAB_QUIET"] = "off"  # tests share the cores on purpose; those of quiet itself switch it on
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # kernels run in Triton's interpreter, on tensors of the host
 
@@ -40,6 +41,11 @@ TINY = ("tiny-qwen2.5-vl", "tiny-qwen3-vl")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    if not os.environ.get("FASTVL_LAB_VLLM"):
+        skip = pytest.mark.skip(reason="needs vLLM, and FASTVL_LAB_VLLM names no program")
+        for item in items:
+            if item.get_closest_marker("engine"):
+                item.add_marker(skip)
     if not torch.cuda.is_available():
         skip = pytest.mark.skip(reason="needs a CUDA device, and torch sees none")
         for item in items:

@@ -12,7 +12,7 @@ import torch
 
 from fastvl_lab import Lab, Recipe, RecipeError, Request, toggles, view, workbench
 from fastvl_lab.catalogue import SLOTS, HeadDims, Needs, Option, Target, catalogue_markdown
-from fastvl_lab.engine import find
+from fastvl_lab.engine import Place, find
 from fastvl_lab.vit import attention
 
 CPU, CUDA = Target(device=torch.device("cpu")), Target(device=torch.device("cuda"))
@@ -202,7 +202,7 @@ def test_an_options_needs_are_a_word_in_the_catalogue(
     with pytest.raises(RecipeError, match=refused):
         lab.run(request, recipe)
     with pytest.raises(RecipeError, match=refused):
-        lab.compute(lambda: find(recipe).bind(lab.checkpoint, lab.memory, None))
+        lab.compute(lambda: find(recipe).bind(Place(checkpoint=lab.checkpoint, memory=lab.memory)))
 
     bench = workbench("tiny-qwen2.5-vl", "coffee", image_size=(56, 56), max_new_tokens=2, repeats=0, device="cpu")
     assert bench.wait(60)

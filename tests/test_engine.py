@@ -10,10 +10,7 @@ import pytest
 import torch
 
 from fastvl_lab import Lab, Recipe, RecipeError, Request, compare, engine as engines
-from fastvl_lab.cache.memory import Memory
-from fastvl_lab.capture.graphs import GraphStore
-from fastvl_lab.checkpoint import Checkpoint
-from fastvl_lab.engine import BoundEngine, Engine, engine, find, find_recipe
+from fastvl_lab.engine import Engine, engine, find, find_recipe
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 
@@ -39,6 +36,7 @@ def test_fastest_is_another_engine_on_another_device() -> None:
         ("transformers,preprocessor.resize=torch", *["transformers, preprocessor.resize=torch"] * 2),
         (" http://127.0.0.1:8000/v1/ ", "http://127.0.0.1:8000/v1", "transformers"),
         ("https://[::1]/v1,model=a,b", "https://[::1]/v1, model=a,b", "transformers"),
+        ("http://h/v1, model=a,b,account=off", "http://h/v1, model=a,b, account=off", "transformers"),
     ],
 )
 def test_a_peer_has_one_spelling_and_one_that_answers_for_it(text: str, name: str, oracle: str) -> None:
@@ -58,9 +56,9 @@ def test_a_recipe_is_held_against_what_it_says(text: str, image_backend: str) ->
     assert found.exact is recipe.exact
 
 
-@pytest.mark.parametrize("given", ["quickest", "vllm, model=x", "baselin, vit.tower=slow", "ftp://127.0.0.1/v1", 5, None, ""])
+@pytest.mark.parametrize("given", ["quickest", "llm, model=x", "baselin, vit.tower=slow", "ftp://127.0.0.1/v1", 5, None, ""])
 def test_what_is_no_engine_is_refused_with_the_choices(given: object) -> None:
-    with pytest.raises(RecipeError, match=r"; or a peer: transformers, an http\(s\) address ending in /v1"):
+    with pytest.raises(RecipeError, match=r"; or a peer: vllm, sglang, lmdeploy, transformers, an http\(s\) address ending in /v1"):
         find(given)  # type: ignore[arg-type]
 
 
@@ -91,7 +89,7 @@ def test_where_only_a_recipe_will_do_a_peer_is_refused(text: str) -> None:
             find_recipe(given)
 
 
-@pytest.mark.parametrize("text", ["quickest", "vllm, model=x", "baselin, vit.tower=lean"])
+@pytest.mark.parametrize("text", ["quickest", "llm, model=x", "baselin, vit.tower=lean"])
 def test_where_only_a_recipe_will_do_no_peer_is_a_choice(text: str) -> None:
     with pytest.raises(RecipeError, match="the choices are baseline, fastest") as raised:
         find_recipe(text)
@@ -104,10 +102,7 @@ def echo() -> Iterator[str]:
 
     @engine("echo")
     def read(text: str) -> Engine:
-        def bind(checkpoint: Checkpoint, memory: Memory, graphs: GraphStore | None) -> BoundEngine:
-            return find("transformers").bind(checkpoint, memory, graphs)
-
-        return Engine(name=text.strip(), bind=bind, held_against="transformers")
+        return Engine(name=text.strip(), bind=find("transformers").bind, held_against="transformers")
 
     yield "echo"
     del engines._PEERS["echo"]
@@ -119,14 +114,14 @@ def test_a_peer_is_added_by_its_decorator_alone(lab: Lab, picture: bytes, echo: 
     run = lab.run(request, echo)
     assert (run.engine, run.recipe, run.tokens) == (echo, None, lab.run(request, "transformers").tokens)
     assert compare(lab, request, {"theirs": echo, "ours": "fastest"}, repeats=1).parity("theirs")
-    with pytest.raises(RecipeError, match=r"or a peer: echo, transformers, an http"):
+    with pytest.raises(RecipeError, match=r"or a peer: echo, vllm, sglang, lmdeploy, transformers, an http"):
         lab.run(request, "ecco")
 
 
 def test_peers_are_imported_when_a_text_is_no_recipe() -> None:
     code = (
-        "import sys; from fastvl_lab.engine import find; find('fastest'); print('fastvl_lab.peers.http' in sys.modules);"
-        "find('transformers'); print('fastvl_lab.peers.http' in sys.modules)"
+        "import sys; from fastvl_lab.engine import find; find('fastest'); print('fastvl_lab.peer.http' in sys.modules);"
+        "find('transformers'); print('fastvl_lab.peer.http' in sys.modules)"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.split() == ["False", "True"]

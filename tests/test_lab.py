@@ -63,8 +63,8 @@ def test_an_engine_may_be_a_recipe_its_text_or_a_peer(labs: dict[str, Lab], requ
     runs = [lab.run(request_, engine) for engine in (None, Recipe.baseline(), "baseline", "transformers")]
     assert [run.recipe for run in runs] == [Recipe.baseline()] * 3 + [None]
     assert [run.engine for run in runs] == ["baseline", "baseline", "baseline", "transformers"]
-    with pytest.raises(RecipeError, match=r"the choices are baseline, fastest.*or a peer: transformers"):
-        lab.run(request_, "vllm")
+    with pytest.raises(RecipeError, match=r"the choices are baseline, fastest.*or a peer: vllm, sglang, lmdeploy, transformers"):
+        lab.run(request_, "quickest")
 
 
 def test_what_no_request_is_is_refused(lab: Lab) -> None:

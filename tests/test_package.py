@@ -34,15 +34,16 @@ LAYERS = (
         "trace",
         "kernels",
         "catalogue",
+        "elsewhere",
         "engine_thread",
     ),
-    ("recipe", "families"),
+    ("recipe", "equivalents", "families"),
     ("checkpoint",),
     ("decoder",),
-    ("tokenizer", *SLOTS),
+    ("tokenizer", "processes", *SLOTS),
     ("outcome", "schedule"),
     ("pipeline",),
-    ("engine", "peers", "run"),  # a peer registers with the engine, which knows of `peers` its folder alone
+    ("engine", "peer", "run"),  # a peer registers with the engine, which knows of `peer` its folder alone
     ("lab",),
     ("measure",),
     ("view", "serve"),
@@ -136,9 +137,9 @@ def test_a_circle_is_found_inside_a_function(tmp_path: Path) -> None:
 
 
 def test_the_registry_of_engines_imports_no_engine_of_others() -> None:
-    found = {module for module in _imports(PACKAGE / "engine.py") if module.startswith("peers")}
-    assert found == {"peers"}
-    assert not _imports(PACKAGE / "peers" / "__init__.py")
+    found = {module for module in _imports(PACKAGE / "engine.py") if module.startswith("peer")}
+    assert found == {"peer"}
+    assert not _imports(PACKAGE / "peer" / "__init__.py")
 
 
 def test_slots_do_not_import_each_other() -> None:

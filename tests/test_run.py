@@ -79,7 +79,7 @@ def test_a_run_whose_reuse_nobody_tells_says_so(run: Run) -> None:
     assert unsaid.title().endswith("· reuse unknown")
     assert dataclasses.replace(run, kind="cache_hit").title().endswith("· cache hit")
     assert Run.from_record(unsaid.to_record()).kind == "unknown"
-    elsewhere = dataclasses.replace(unsaid, device="elsewhere")
+    elsewhere = dataclasses.replace(unsaid, remote=True)
     assert elsewhere.subtitle() == f"{run.n_prompt} prompt tokens, as the endpoint counts them"
     assert dataclasses.replace(elsewhere, n_prompt=0).subtitle() == "prompt tokens not counted"
 

@@ -8,7 +8,7 @@ import re
 import threading
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
@@ -52,7 +52,7 @@ class Checkpoint:
     `model` is the stock Transformers module in eval mode, whose parameters every engine shares. `image_processor` and `tokenizer`
     are the checkpoint's own. `max_length` is how many tokens, prompt and answer together, the model can attend to
     (`max_position_embeddings`), and `session_len`, no larger, how many a request may have. `eos_token_ids` end an answer
-    (generation_config.json).
+    (generation_config.json). source: the folder or hub id that its weights were read from; None for weights that are nowhere else.
     """
 
     name: str
@@ -66,6 +66,7 @@ class Checkpoint:
     device: torch.device
     dtype: torch.dtype
     image_processor_file: str = "preprocessor_config.json"
+    source: str | None = None
 
     @property
     def config(self) -> Any:
@@ -200,7 +201,8 @@ def _from_pretrained(
             output_loading_info=True,
         )
         _check_report(name, model, report)
-        return _checkpoint(name, family, model.to(device), source)
+        where = str(Path(source).absolute()) if Path(source).is_dir() else source
+        return replace(_checkpoint(name, family, model.to(device), source), source=where)
 
 
 # What older versions of the models saved though they compute it anew, by the last part of its name: tables of rotary positions.

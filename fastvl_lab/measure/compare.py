@@ -7,6 +7,7 @@ import math
 import threading
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -17,6 +18,7 @@ from fastvl_lab.engine import Engine, EngineLike, find_recipe
 from fastvl_lab.errors import RecipeError, RequestCancelledError, RequestError, require, sentence
 from fastvl_lab.lab import Lab
 from fastvl_lab.measure.parity import Oracles, Parity, check
+from fastvl_lab.measure.quiet import QUIET, Quiet, Watch
 from fastvl_lab.measure.recipes import START, STOCK, steps_between
 from fastvl_lab.measure.samples import Interval, RunSample, Samples, as_row, check_rounds, interleaved, json_value, median_interval
 from fastvl_lab.recipe import Recipe
@@ -30,13 +32,14 @@ class Comparison:
     """What `compare` measured.
 
     reference: the label that speed-ups refer to, a peer's where one ran, else the first engine's. checks: by label; failures: by
-    label, the error that took the engine out.
+    label, the error that took the engine out. notes: what came of waiting for quiet, in sentences.
     """
 
     samples: tuple[RunSample, ...]
     reference: str
     checks: Mapping[str, Parity]
     failures: Mapping[str, str]
+    notes: tuple[str, ...] = ()
 
     @property
     def engines(self) -> tuple[str, ...]:
@@ -47,18 +50,26 @@ class Comparison:
         return f"Comparison({len(self.samples)} runs: {'; '.join([*self.findings(), *failed])})"
 
     def runs(self, engine: str, kind: Kind = "warm") -> list[Run]:
-        """The timed runs of an engine that were of that kind; of "cold" ones those of warm-up rounds too."""
-        return [s.run for s in self.samples if s.engine == engine and s.kind == kind and (s.round >= 0 or kind == "cold")]
+        """The timed runs of an engine that were of that kind, and not disturbed; of "cold" ones those of warm-up rounds too."""
+        mine = [s for s in self.samples if s.engine == engine and s.kind == kind and not s.disturbed]
+        return [sample.run for sample in mine if sample.round >= 0 or kind == "cold"]
 
     def compared(self, engine: str) -> Kind:
         """The kind of the engine's runs that are compared: warm, or unknown where an endpoint does not say it of any."""
         return "unknown" if self.runs(engine, "unknown") and not self.runs(engine) else "warm"
 
     def representative(self, engine: str) -> Run:
-        """The run whose TTFT is the (lower) median of those compared; of all its runs where there are none."""
-        everything = [sample.run for sample in self.samples if sample.engine == engine]
-        runs = sorted(self.runs(engine, self.compared(engine)) or everything, key=lambda run: run.ttft)
+        """The run whose TTFT is the (lower) median of those compared; of the disturbed ones, or of all, where there are none."""
+        mine, kind = [sample for sample in self.samples if sample.engine == engine], self.compared(engine)
+        disturbed = [sample.run for sample in mine if sample.disturbed and sample.kind == kind]
+        everything = disturbed or [sample.run for sample in mine]
+        runs = sorted(self.runs(engine, kind) or everything, key=lambda run: run.ttft)
         return runs[(len(runs) - 1) // 2]
+
+    def disturbed(self, engine: str) -> bool:
+        """Whether others disturbed all runs of an engine that could be compared, its representative one included."""
+        kind = self.compared(engine)
+        return not self.runs(engine, kind) and any(s.disturbed and s.kind == kind for s in self.samples if s.engine == engine)
 
     def parity(self, *engines: str) -> bool:
         """Whether these engines compute what Transformers computes, on the pixels that they may make (`measure.parity`)."""
@@ -72,7 +83,7 @@ class Comparison:
     def speedup(self, engine: str, over: str | None = None, *, of: Literal["ttft", "tpot", "patches"] = "ttft") -> Interval | None:
         """The time of `over`, by default the reference, over the engine's, paired by round. of: `RunSample.seconds`.
 
-        None where either fails parity or no round has a run of each that is `compared`.
+        None where either fails parity or no round has an undisturbed run of each that is `compared`.
         """
         over = self.reference if over is None else over
         return self._timed(engine, over).ratio(engine, over, of) if self.parity(engine, over) else None
@@ -92,6 +103,7 @@ class Comparison:
         for engine in self.engines:
             kind, cold, hits = self.compared(engine), self.runs(engine, "cold"), self.runs(engine, "cache_hit")
             timed, checked = self.runs(engine, kind), self.checks[engine]
+            mine = [s for s in self.samples if s.engine == engine and s.round >= 0]
             ttft, low, high = median_interval([run.ttft * 1e3 for run in timed]) if timed else (None, None, None)
             tpots = [run.tpot * 1e3 for run in timed or hits if run.tpot is not None]
             row = {
@@ -100,6 +112,10 @@ class Comparison:
                 "visual_tokens": self.representative(engine).visual_tokens,
                 "warm_runs": len(timed) if kind == "warm" else 0,
                 "unknown_runs": len(timed) if kind == "unknown" else 0,
+                "disturbed_runs": sum(bool(sample.disturbed) for sample in mine),
+                "others_cores": median_interval(others).median
+                if (others := [s.others for s in mine if s.others is not None])
+                else None,
                 "ttft_ms": ttft,
                 "ttft_low_ms": low,
                 "ttft_high_ms": high,
@@ -120,7 +136,7 @@ class Comparison:
         return rows
 
     def findings(self) -> list[str]:
-        """One sentence an engine: where its TTFT goes, and how it stands against the reference."""
+        """One sentence an engine: where its TTFT goes, and how it stands against the reference; then how quiet it was."""
         lines = []
         for engine in self.engines:
             run = self.representative(engine)
@@ -136,7 +152,20 @@ class Comparison:
             if self.compared(engine) == "unknown":
                 line += "; the endpoint does not say whether it reused anything of earlier requests, so its runs may be cache hits"
             lines.append(line if engine == self.reference else f"{line}; {self._against(engine)}")
-        return lines
+        return [*lines, *self._quietness()]
+
+    def busy(self, *engines: str) -> str | None:
+        """What others did to the runs of these engines, in words; None where none was disturbed."""
+        return Samples(samples=self.samples).only(lambda sample: sample.engine in engines).busy
+
+    def _quietness(self) -> list[str]:
+        """Whether others disturbed it, and of which engines that is not known."""
+        watched = [s for s in self.samples if s.round >= 0 and s.use is not None and s.kind != "cold"]
+        unknown = dict.fromkeys(s.engine for s in watched if s.disturbed is None)
+        lines = [busy] if (busy := self.busy(*self.engines)) else []
+        if unknown:
+            lines.append(f"what others used of the machine during the runs of {', '.join(unknown)} is not known")
+        return [*lines, *self.notes]
 
     def _against(self, engine: str) -> str:
         """A speed-up in words, and no claim that its interval does not bear."""
@@ -146,7 +175,7 @@ class Comparison:
         if not checked.holds:
             return f"{checked.why}, so its time is not compared"
         if speedup is None:
-            return f"no warm rounds to compare with {reference}"
+            return f"no {'undisturbed' if self.busy(engine, reference) else 'warm'} rounds to compare with {reference}"
         text = f"{speedup.median:.2f}× as fast as {reference}"
         if speedup.low <= 1 <= speedup.high:
             text = f"no difference from {reference} shown ({text}, {speedup.known})"
@@ -182,13 +211,15 @@ def compare(
     on_sample: Callable[[RunSample], object] | None = None,
     keep_going: bool = False,
     checks: Mapping[str, Parity] | None = None,
+    quiet: Quiet | None = QUIET,
     stop: threading.Event | None = None,
 ) -> Comparison:
     """Run every engine on the request `warm_up + repeats` times, in rounds whose order is shuffled by `seed`; then check parity.
 
     engines: label -> recipe, recipe text, or peer. on_run is called after each run with its label, on_sample with what it gave.
     keep_going: record an engine's error in `failures` and go on without it; otherwise errors are raised. checks: by label, those
-    that were made before. stop: as `Lab.run` has it.
+    that were made before. quiet: what is waited for before each run, and held against each (`measure.quiet`); None watches nothing.
+    stop: as `Lab.run` has it.
     """
     if not isinstance(engines, Mapping) or not engines:
         raise RequestError(f"engines is {engines!r}; give at least one recipe or peer, as label -> engine")
@@ -200,6 +231,7 @@ def compare(
     made: list[RunSample] = []
     failures: dict[str, str] = {}
     logits: dict[str, torch.Tensor] = {}
+    watch = Watch(quiet, lab.device)
 
     def gave_up(label: str, error: Exception, what: str = "") -> str:
         if not keep_going or isinstance(error, RequestCancelledError):
@@ -216,13 +248,15 @@ def compare(
         for number, _, order in interleaved(engines, repeats=repeats, warm_up=warm_up, seed=seed):
             for label in [name for name in order if name not in failures]:
                 try:
-                    run = lab.run(request, keys[label], stop=stop)
+                    once = partial(lab.run, request, keys[label], stop=stop)
+                    measured = list(watch.measured(once, _computing(lab, keys[label]), again=number >= 0, stop=stop))
                 except Exception as error:
                     gave_up(label, error)
-                else:
+                    measured = []
+                for run, use in measured:
                     if label not in logits or not run.finite:
                         logits[label] = run.logits
-                    made.append(RunSample(engine=label, round=number, run=_without_logits(run, label)))
+                    made.append(RunSample(engine=label, round=number, run=_without_logits(run, label), use=use))
                     if on_sample is not None:
                         on_sample(made[-1])
                 if on_run is not None:
@@ -240,7 +274,13 @@ def compare(
                 why = gave_up(label, error, "its parity check failed: ")
                 found[label] = Parity(oracle=oracles.of(keys[label]), holds=False, why=why)
     checked = {label: found[label] for label in runs}
-    return Comparison(samples=_by_label(made, engines), reference=reference, checks=checked, failures=failures)
+    samples = _by_label(made, engines)
+    return Comparison(samples=samples, reference=reference, checks=checked, failures=failures, notes=watch.notes())
+
+
+def _computing(lab: Lab, engine: Engine) -> tuple[int, ...] | None:
+    """The processes that compute for an engine beside this one; None of an address, behind which they are not known."""
+    return None if engine.elsewhere else lab.processes(engine)
 
 
 def _by_label(made: Sequence[RunSample], engines: Iterable[str]) -> tuple[RunSample, ...]:
@@ -278,6 +318,7 @@ def attribute(
     start: Recipe | str | None = None,
     repeats: int = 6,
     on_sample: Callable[[RunSample], object] | None = None,
+    quiet: Quiet | None = QUIET,
     stop: threading.Event | None = None,
 ) -> Attribution:
     """Measure Transformers, the recipe `start` (by default the baseline), and every step from it to `recipe`, as `compare` does.
@@ -285,17 +326,21 @@ def attribute(
     A step's saving depends on the steps before it: in another order it would be another one.
     """
     ways = steps_between(find_recipe(START if start is None else start, lab.device), find_recipe(recipe, lab.device))
-    comparison = compare(lab, request, {STOCK: STOCK, **ways}, repeats=repeats, on_sample=on_sample, stop=stop)
+    comparison = compare(lab, request, {STOCK: STOCK, **ways}, repeats=repeats, on_sample=on_sample, quiet=quiet, stop=stop)
     return Attribution(comparison=comparison, steps=tuple(step for step in ways if step in comparison.engines))
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Conversation:
-    """What `converse` measured. texts: what the user says, turn by turn; reference: the engine whose answers are in the history."""
+    """What `converse` measured.
+
+    texts: what the user says, turn by turn; reference: the engine whose answers are in the history; notes: as `Comparison` has it.
+    """
 
     texts: tuple[str, ...]
     reference: str
     samples: tuple[RunSample, ...]
+    notes: tuple[str, ...] = ()
 
     @property
     def engines(self) -> tuple[str, ...]:
@@ -306,11 +351,12 @@ class Conversation:
         return [s for s in self.samples if s.round >= 0 and (s.engine, s.turn) == (engine, turn)][-1].kind
 
     def runs(self, engine: str, turn: int) -> list[Run]:
-        """The timed runs of a turn that are of its kind: cold ones are not pooled with others."""
-        return [sample.run for sample in self._timed(turn, engine).samples]
+        """The timed runs of a turn that are of its kind: cold ones are not pooled with others. Disturbed only where all are."""
+        runs = self._timed(turn, engine).samples
+        return [sample.run for sample in runs if not sample.disturbed] or [sample.run for sample in runs]
 
     def ttft(self, engine: str, turn: int) -> Interval:
-        """Seconds."""
+        """Seconds; NaN where every run was disturbed."""
         return self._timed(turn, engine).median(engine, "ttft")
 
     def found(self, engine: str, turn: int) -> tuple[int, int]:
@@ -332,6 +378,10 @@ class Conversation:
         equal = self.tokens_equal(engine) and self.tokens_equal(over)
         return self._timed(turn, engine, over).ratio(engine, over, "ttft") if equal else None
 
+    def findings(self) -> list[str]:
+        """How quiet it was, where there is something to say."""
+        return [*([busy] if (busy := Samples(samples=self.samples).busy) else []), *self.notes]
+
     def _timed(self, turn: int, *engines: str) -> Samples[RunSample]:
         kinds = {engine: self.kind(engine, turn) for engine in engines}
         of_turn = Samples(samples=self.samples).only(lambda sample: sample.round >= 0 and sample.turn == turn)
@@ -351,7 +401,7 @@ class Conversation:
                     "prompt_tokens": run.n_prompt,
                     "tokens_found": tokens,
                     "images_found": images,
-                    "ttft_ms": self.ttft(engine, turn).median * 1e3,
+                    "ttft_ms": json_value(self.ttft(engine, turn).median * 1e3),
                     "tokens_equal": self.tokens_equal(engine, turn),
                     **{key: json_value(value) for key, value in speedup.items()},
                 }
@@ -369,13 +419,14 @@ def converse(
     repeats: int = 6,
     warm_up: int = 1,
     seed: int = 0,
+    quiet: Quiet | None = QUIET,
 ) -> Conversation:
     """Play a chat `warm_up + repeats` times on every engine: the image and the first text, an answer, the next text, and so on.
 
     engines: label -> recipe, recipe text, or peer. Every turn sends the whole history, with the first engine's answers of the first
     round, so all engines are asked the same; at each turn all of them run, in an order shuffled by `seed`. Every engine has caches
-    of its own (`Lab.apart`), which forget everything before a round begins. Raises `RequestError` for a turn that no session has
-    room for.
+    of its own (`Lab.apart`), which forget everything before a round begins. quiet: as `compare` has it; a disturbed turn is not
+    measured again, since it would find what it left. Raises `RequestError` for a turn that no session has room for.
     """
     if not engines or not texts:
         raise RequestError("engines or texts is empty; a conversation takes at least one of each")
@@ -384,17 +435,18 @@ def converse(
     labs, reference = {label: lab.apart() for label in keys}, next(iter(engines))
     first: list[dict[str, Any]] = [{"type": "image", "image": ImageInput.of(image)}, {"type": "text", "text": texts[0]}]
     messages: list[dict[str, Any]] = [{"role": "user", "content": first}]
-    requests, made = [Request(messages=messages, max_new_tokens=max_new_tokens)], []
+    requests, made, watch = [Request(messages=messages, max_new_tokens=max_new_tokens)], [], Watch(quiet, lab.device)
     for number, turn, order in interleaved(engines, repeats=repeats, warm_up=warm_up, seed=seed, turns=len(texts)):
         for own in labs.values() if turn == 0 else ():
             own.memory.forget()
         for label in order:
-            run = labs[label].run(requests[turn], keys[label])
-            made.append(RunSample(engine=label, round=number, turn=turn, run=_without_logits(run, label)))
+            once = partial(labs[label].run, requests[turn], keys[label])
+            ((run, use),) = watch.measured(once, _computing(labs[label], keys[label]), again=False)
+            made.append(RunSample(engine=label, round=number, turn=turn, run=_without_logits(run, label), use=use))
             if label == reference and turn + 1 == len(requests) < len(texts):
                 messages += [{"role": "assistant", "content": run.text}, {"role": "user", "content": texts[turn + 1]}]
                 requests.append(Request(messages=messages, max_new_tokens=max_new_tokens))
-    return Conversation(texts=tuple(texts), reference=reference, samples=_by_label(made, engines))
+    return Conversation(texts=tuple(texts), reference=reference, samples=_by_label(made, engines), notes=watch.notes())
 
 
 def break_even(captures: Iterable[Capture], *, eager: float, captured: float) -> int | None:

@@ -12,7 +12,7 @@ import torch
 from fastvl_lab.cache.slotted import KvShape
 from fastvl_lab.checkpoint import Checkpoint
 from fastvl_lab.engine_thread import EngineThread
-from fastvl_lab.errors import DeviceError
+from fastvl_lab.errors import DeviceError, RequestError
 from fastvl_lab.lab import Lab, device_name, dtype_name
 from fastvl_lab.measure.hardware import find_hardware
 from fastvl_lab.measure.samples import now, time_rounds
@@ -265,7 +265,7 @@ def _median_seconds(device: torch.device, work: Callable[[], object], repeats: i
         work()
         return {"": now(device) - started}
 
-    return time_rounds({"": once}, repeats=repeats).median("").median  # the rounds of warm-up set libraries up
+    return time_rounds({"": once}, repeats=repeats, quiet=None).median("").median  # the rounds of warm-up set libraries up
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -284,9 +284,13 @@ class Cost:
 def fit_cost(patches: Sequence[int], seconds: Sequence[float]) -> Cost:
     """The cost that comes nearest in relative error, by least squares over the terms that can be positive together.
 
-    Of all subsets of terms whose best fit has no negative term, the one with the least error is taken.
+    Of all subsets of terms whose best fit has no negative term, the one with the least error is taken. NaN, the time of what was
+    always disturbed, is left out; raises `RequestError` where nothing is left.
     """
     n, t = np.asarray(patches, float), np.asarray(seconds, float)
+    n, t = n[np.isfinite(t)], t[np.isfinite(t)]
+    if not n.size:
+        raise RequestError("there is no time to fit a cost to: the machine was busy during every round")
     columns = np.stack([np.ones_like(n), n, n * n], axis=1) / t[:, None]
     best, least = np.zeros(3), np.inf
     for chosen in ([0, 1, 2], [1, 2], [0, 2], [0, 1], [2], [1], [0]):

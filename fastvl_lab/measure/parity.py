@@ -21,7 +21,7 @@ import torch
 
 from fastvl_lab import preprocessor, vit
 from fastvl_lab.checkpoint.wider import in_wider_dtype, wider
-from fastvl_lab.engine import Engine, EngineLike, find, find_recipe
+from fastvl_lab.engine import Engine, EngineLike, Place, find, find_recipe
 from fastvl_lab.errors import sentence
 from fastvl_lab.lab import Lab, dtype_name
 from fastvl_lab.measure.tasks import (
@@ -146,7 +146,7 @@ def truth_along(lab: Lab, request: Request, oracle: str, tokens: Sequence[int]) 
     given = torch.tensor(tokens, dtype=torch.int64)
 
     def in_wider() -> torch.Tensor:
-        return find(oracle).bind(in_wider_dtype(lab.checkpoint), lab.memory, None).logits_along(request, given)
+        return find(oracle).bind(Place(checkpoint=in_wider_dtype(lab.checkpoint), memory=lab.memory)).logits_along(request, given)
 
     logits = lab.compute(in_wider)
     off = float((own.to(logits.dtype) - logits).abs().max())

@@ -36,6 +36,7 @@ from fastvl_lab.measure.floors import Ceilings, decode_bytes, floor, prefill_flo
 from fastvl_lab.measure.parity import Oracles, Parity, StageCheck, check, check_decoder, check_tower, within_budget
 from fastvl_lab.measure.profile import device_idle, kernels_of_request, memory_of_request, tuned_launches
 from fastvl_lab.measure.publish import environment, picture
+from fastvl_lab.measure.quiet import Quiet
 from fastvl_lab.measure.recipes import STOCK, cannot_run
 from fastvl_lab.measure.samples import as_row, json_value, median_interval, since_upload
 from fastvl_lab.measure.tables import Row, text
@@ -72,6 +73,9 @@ MINUTES = 9.0
 
 # Room for the longest prompt here, and for the graphs of all recipes at one size.
 _SESSION_LEN, _GRAPH_BUDGET = 8192, 20 * 2**30
+
+# The box is ours while it reports, and its minutes are few.
+_QUIET = Quiet(window=0.02, wait=2.0, total=10.0)
 
 # Rounds: with fewer for TTFT there is no interval; each for TPOT is a mean of many steps already.
 _WARM_UP, _LEAST_ROUNDS, _DECODE_ROUNDS = 2, 5, 3
@@ -234,7 +238,7 @@ def _stage_rows(
     reference = next(iter(engines))
     right = within_budget({label: checked.error for label, checked in found.items()}, reference, bench.lab.dtype)
     good = {label: engine for label, engine in engines.items() if label in right}
-    samples = time_task(bench.lab, task, good, repeats=bench.repeats)
+    samples = time_task(bench.lab, task, good, repeats=bench.repeats, quiet=_QUIET)
     rows = []
     for label, engine in engines.items():
         known = bench.lab.engine(engine)
@@ -372,10 +376,11 @@ def _first_token_rows(
         reason = cannot_run(engine, bench.lab.checkpoint.target)
         found[label] = bench.attempt(partial(checked, label)) if reason is None else {"error": reason}
     good = {label: engine for label, engine in case.engines.items() if found[label].get("parity")}
-    a_round = sum(found[label]["warm_s"] for label in good)
+    a_round = sum(found[label]["warm_s"] + _QUIET.window for label in good)
     rounds = bench.deadline.rounds(bench.repeats, min(bench.repeats, _LEAST_ROUNDS), a_round, warm_up=_WARM_UP)
     if good and rounds:
-        comparison = compare(bench.lab, case.request, good, repeats=rounds, warm_up=_WARM_UP, keep_going=True, checks=checks)
+        more: dict[str, Any] = {"warm_up": _WARM_UP, "keep_going": True, "checks": checks, "quiet": _QUIET}
+        comparison = compare(bench.lab, case.request, good, repeats=rounds, **more)
         for label in good:
             found[label] |= _timed_row(comparison, label, floor_ms)
         for label in good:
@@ -412,7 +417,8 @@ def _timed_row(comparison: Comparison, label: str, floor_ms: float) -> Row:
         return {"parity": False, "error": comparison.failures[label]}
     runs = comparison.runs(label)
     if not runs:
-        return {"parity": None, "error": "no run was warm: its graphs were given up for want of room"}
+        busy = comparison.busy(label)
+        return {"parity": None, "error": busy or "no run was warm: its graphs were given up for want of room"}
     ttft, patches = median_interval([run.ttft * 1e3 for run in runs]), _median([since_upload(run.trace) for run in runs])
     row: Row = {"rounds": len(runs), "ttft_ms": ttft.median, "ttft_low_ms": ttft.low, "ttft_high_ms": ttft.high}
     row |= {"patches_ms": patches, "floor_ms": floor_ms, "floor_share": floor_ms / patches}
@@ -467,14 +473,14 @@ def _decode_rows(bench: Bench, case: Case, right: Mapping[str, Parity], new_toke
     good = {label: case.engines[label] for label, row in found.items() if "error" not in row}
     rounds = bench.deadline.rounds(_DECODE_ROUNDS, 1, sum(found[label].pop("seconds") for label in good), warm_up=1)
     if good and rounds:
-        comparison = compare(bench.lab, request, good, repeats=rounds, warm_up=1, keep_going=True, checks=right)
+        comparison = compare(bench.lab, request, good, repeats=rounds, warm_up=1, keep_going=True, checks=right, quiet=_QUIET)
     for label in good:
         if not rounds:
             found[label] = {"error": bench.deadline.skipped()}
         elif label in comparison.failures:
             found[label] = {"error": comparison.failures[label], "parity": False}
         elif not (tpots := [run.tpot for run in comparison.runs(label) if run.tpot is not None]):
-            found[label] = {"error": "no run was warm"}
+            found[label] = {"error": comparison.busy(label) or "no run was warm"}
         else:
             rate = 1 / median_interval(tpots).median
             found[label] = {"parity": True, "rounds": len(tpots), "tpot_ms": 1e3 / rate, "tokens_per_second": rate}

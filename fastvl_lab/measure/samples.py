@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import operator
 import random
 import time
@@ -9,12 +10,13 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
 from math import comb, nan
-from typing import Generic, NamedTuple, TypeVar
+from typing import Any, Generic, NamedTuple, TypeVar
 
 import numpy as np
 import torch
 
 from fastvl_lab.errors import RequestError
+from fastvl_lab.measure.quiet import QUIET, Quiet, Use, Watch
 from fastvl_lab.run import Kind, Run
 from fastvl_lab.trace import Trace
 
@@ -38,7 +40,10 @@ class Interval(NamedTuple):
 
     def times(self) -> str:
         """A ratio in words, such as "1.62× (95% CI 1.59 to 1.66)"."""
-        return f"{self.median:.2f}× ({self.known})"
+        return f"{self.median:.2f}× ({self.known})" if self.median == self.median else "not shown (no undisturbed rounds of both)"
+
+
+UNKNOWN = Interval(nan, nan, nan)  # in the place of a ratio that no round bears
 
 
 def median_interval(samples: Sequence[float]) -> Interval:
@@ -76,15 +81,32 @@ def saves(saved: Interval | None) -> bool:
     return saved is not None and saved.low > 0
 
 
-# What one engine took in one round; rounds of warm-up have negative numbers, and kinds are never pooled.
-
-
 @dataclass(frozen=True, kw_only=True, eq=False)
-class StageSample:
-    """One run of one stage alone. steps: the seconds of each."""
+class Sample:
+    """What one engine took in one round; rounds of warm-up have negative numbers, and kinds are never pooled.
+
+    use: what others used of the machine meanwhile, None where nobody watched. A disturbed sample is kept, and is in no median.
+    """
 
     engine: str
     round: int
+    use: Use | None = None
+
+    @property
+    def disturbed(self) -> bool | None:
+        """Whether others used too much of the machine; None where that is not known."""
+        return None if self.use is None else self.use.disturbed
+
+    @property
+    def others(self) -> float | None:
+        """How many cores others used; None where that is not known."""
+        return None if self.use is None else self.use.others
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class StageSample(Sample):
+    """One run of one stage alone. steps: the seconds of each."""
+
     steps: Mapping[str, float]
     kind: Kind = "warm"
 
@@ -94,11 +116,9 @@ class StageSample:
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
-class RunSample:
+class RunSample(Sample):
     """One run of a whole request. turn: which of a chat's it is, from 0."""
 
-    engine: str
-    round: int
     run: Run
     turn: int = 0
 
@@ -106,10 +126,26 @@ class RunSample:
     def kind(self) -> Kind:
         return self.run.kind
 
+    @property
+    def disturbed(self) -> bool | None:
+        """As `Sample` has it; None of a cold run, whose compilers are processes of their own and are not told from others."""
+        return None if self.kind == "cold" else super().disturbed
+
     def seconds(self, *names: str) -> float | None:
         """Its "ttft", its "tpot" if it has one, or "patches", which begin where the upload ends."""
         (name,) = names
         return since_upload(self.run.trace) / 1e9 if name == "patches" else getattr(self.run, name)
+
+    def to_record(self) -> dict[str, Any]:
+        """Everything but the logits as JSON-ready data; `from_record` reads it back."""
+        own = {"engine": self.engine, "round": self.round, "turn": self.turn, "disturbed": self.disturbed, "others": self.others}
+        return own | {"use": None if self.use is None else dataclasses.asdict(self.use), "run": self.run.to_record()}
+
+    @classmethod
+    def from_record(cls, record: Mapping[str, Any]) -> RunSample:
+        """Read `to_record`'s form; of one that says nothing of others, what they used is not known."""
+        use, run = record.get("use"), Run.from_record(record["run"])
+        return cls(engine=record["engine"], round=record["round"], turn=record["turn"], use=use and Use(**use), run=run)
 
 
 def since_upload(trace: Trace) -> int:
@@ -122,7 +158,10 @@ S = TypeVar("S", StageSample, RunSample)
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Samples(Generic[S]):
-    """Every sample of a measurement; what is derived is of timed ones, whose round is not negative. names: as a sample's."""
+    """Every sample of a measurement; what is derived is of timed ones, whose round is not negative, that were not disturbed.
+
+    names: as a sample's.
+    """
 
     samples: tuple[S, ...]
 
@@ -134,9 +173,20 @@ class Samples(Generic[S]):
         """Those of which `keep` says so."""
         return Samples(samples=tuple(filter(keep, self.samples)))
 
+    @property
+    def busy(self) -> str | None:
+        """What others did to the timed samples, in words; None where none was disturbed."""
+        judged = [s for s in self.samples if s.round >= 0 and s.disturbed is not None]
+        uses = [s.use for s in judged if s.disturbed and s.use]
+        if not uses:
+            return None
+        typical = sorted(uses, key=lambda use: (use.others or 0.0, use.gpu or 0.0))[len(uses) // 2]
+        return f"the machine was busy: {typical.why}, during {len(uses)} of {len(judged)} runs, which are in no median"
+
     def by_round(self, engine: str, *names: str) -> dict[int, float]:
         """Round -> seconds, in order of rounds; without those that have no such time."""
-        mine = sorted((s for s in self.samples if s.engine == engine and s.round >= 0), key=lambda sample: sample.round)
+        mine = [s for s in self.samples if s.engine == engine and s.round >= 0 and not s.disturbed]
+        mine.sort(key=lambda sample: sample.round)
         return {sample.round: value for sample in mine if (value := sample.seconds(*names)) is not None}
 
     def seconds(self, engine: str, *names: str) -> list[float]:
@@ -144,8 +194,9 @@ class Samples(Generic[S]):
         return list(self.by_round(engine, *names).values())
 
     def median(self, engine: str, *names: str) -> Interval:
-        """Seconds, with the interval of the median; there must be at least one sample."""
-        return median_interval(self.seconds(engine, *names))
+        """Seconds, with the interval of the median; NaN where every sample was disturbed."""
+        seconds = self.seconds(engine, *names)
+        return median_interval(seconds) if seconds else UNKNOWN
 
     def ratio(self, engine: str, over: str, *names: str) -> Interval | None:
         """How many times as fast as `over` the engine is, paired by round; None without a round of both."""
@@ -185,12 +236,27 @@ def check_rounds(repeats: int, warm_up: int) -> None:
         raise RequestError(f"repeats is {repeats} and warm_up {warm_up}; repeats must be at least 1, and warm_up at least 0")
 
 
-def time_rounds(timed: Mapping[str, Timed], *, repeats: int = 10, warm_up: int = 2, seed: int = 0) -> Samples[StageSample]:
-    """Run each `warm_up + repeats` times in interleaved rounds; those of warm-up are not kept. Raises as `check_rounds`."""
+def time_rounds(
+    timed: Mapping[str, Timed],
+    *,
+    repeats: int = 10,
+    warm_up: int = 2,
+    seed: int = 0,
+    quiet: Quiet | None = QUIET,
+    device: torch.device | None = None,
+) -> Samples[StageSample]:
+    """Run each `warm_up + repeats` times in interleaved rounds; those of warm-up are not kept.
+
+    quiet: waited for before each timed run, and a disturbed one is measured again; None does neither. device: where they compute.
+    Raises as `check_rounds`.
+    """
     check_rounds(repeats, warm_up)
-    samples = [
-        StageSample(engine=label, round=number, steps=timed[label]())
-        for number, _, order in interleaved(timed, repeats=repeats, warm_up=warm_up, seed=seed)
-        for label in order
-    ]
-    return Samples(samples=tuple(s for label in timed for s in samples if s.engine == label and s.round >= 0))
+    watch, samples = Watch(quiet, device), []
+    for number, _, order in interleaved(timed, repeats=repeats, warm_up=warm_up, seed=seed):
+        for label in order:
+            if number < 0:
+                timed[label]()
+                continue
+            made = watch.measured(timed[label])
+            samples += [StageSample(engine=label, round=number, steps=steps, use=use) for steps, use in made]
+    return Samples(samples=tuple(s for label in timed for s in samples if s.engine == label))

@@ -22,6 +22,7 @@ from fastvl_lab.lab import Lab
 from fastvl_lab.measure import publish
 from fastvl_lab.measure.compare import Comparison, compare
 from fastvl_lab.measure.publish import document, notebook_parameters, photo, published_point
+from fastvl_lab.measure.quiet import QUIET
 from fastvl_lab.request import Request
 
 # JPEG has no larger.
@@ -33,9 +34,9 @@ class SweepSettings:
     """What a sweep runs; its fields are the parameters of notebooks/ttft_sweep.ipynb.
 
     recipes: recipe texts and peers, such as "transformers", "baseline", "fastest, vit.tower=lean". image: a path or a built-in
-    photograph. image_sizes: [width, height] pairs the image is resized to; empty leaves it as it is. device, dtype: "" is the
-    default. output_dir: "" keeps nothing on disk. Raises `FastvlError`s for what can be known before any work, one of a list twice
-    included: its samples could not be told apart.
+    photograph. image_sizes: [width, height] pairs the image is resized to; empty leaves it as it is. quiet: seconds that a point
+    may wait for a quiet machine. device, dtype: "" is the default. output_dir: "" keeps nothing on disk. Raises `FastvlError`s for
+    what can be known before any work, one of a list twice included: its samples could not be told apart.
     """
 
     checkpoints: Sequence[str]
@@ -50,6 +51,7 @@ class SweepSettings:
     dtype: str
     seed: int
     output_dir: str
+    quiet: float = QUIET.total
 
     def __post_init__(self) -> None:
         for name in ("checkpoints", "recipes", "image_sizes"):
@@ -72,6 +74,8 @@ class SweepSettings:
         _refuse_twice("image_sizes", self.image_sizes, tuple, RequestError)
         for name, least in (("repeats", 1), ("warm_up", 0), ("max_new_tokens", 1), ("seed", 0)):
             check_whole_number(name, getattr(self, name), least=least)
+        if isinstance(self.quiet, bool) or not isinstance(self.quiet, int | float) or not 0 <= self.quiet < float("inf"):
+            raise RequestError(f"quiet is {self.quiet!r}; it must be a number of seconds from 0 up")
         for name in ("image", "prompt", "device", "dtype", "output_dir"):
             if not isinstance(getattr(self, name), str):
                 raise RequestError(f"{name} is {getattr(self, name)!r}; it must be a text (papermill: -r {name} …)")
@@ -120,7 +124,10 @@ class SweepResult:
         ]
 
     def samples(self) -> list[dict[str, Any]]:
-        """One row a run, raw: percentiles are derived from these, never stored instead of them."""
+        """One row a run, raw: percentiles are derived from these, never stored instead of them.
+
+        disturbed: None where it is not known; others: the cores that others used.
+        """
         return [
             {
                 "checkpoint": point.checkpoint,
@@ -128,6 +135,8 @@ class SweepResult:
                 "engine": sample.engine,
                 "round": sample.round,
                 "kind": sample.run.kind,
+                "disturbed": sample.disturbed,
+                "others": sample.others,
                 "visual_tokens": sample.run.visual_tokens,
                 "prompt_tokens": sample.run.n_prompt,
                 "new_tokens": len(sample.run.tokens),
@@ -174,6 +183,7 @@ class SweepResult:
         runs = [(point, sample) for point in self.points for sample in point.comparison.samples]
         for number, (point, sample) in enumerate(runs):
             title = f"{point.label} · {sample.engine} · round {sample.round} · {sample.run.kind}"
+            title += " · disturbed" if sample.disturbed else ""
             path = folder / "traces" / f"{number:04d}-{_file_name(title)}.json"
             events = sample.run.trace.to_chrome(title, ours=sample.run.recipe is not None)
             path.write_text(json.dumps(events), encoding="utf-8")
@@ -230,6 +240,7 @@ def _compare_at(lab: Lab, settings: SweepSettings, size: tuple[int, int] | None,
     image = photo(settings.image, size)
     request = Request(images=[image], prompt=settings.prompt, max_new_tokens=settings.max_new_tokens, ignore_eos=True)
     rounds: dict[str, Any] = {"repeats": settings.repeats, "warm_up": settings.warm_up, "seed": settings.seed}
+    rounds["quiet"] = dataclasses.replace(QUIET, total=settings.quiet)
     return compare(lab, request, {recipe: recipe for recipe in settings.recipes}, **rounds, on_run=on_run, keep_going=True)
 
 

@@ -19,6 +19,7 @@ from fastvl_lab.decoder.weights import decoder_weights
 from fastvl_lab.engine import Engine, EngineLike, find_recipe
 from fastvl_lab.errors import RequestError
 from fastvl_lab.lab import Lab
+from fastvl_lab.measure.quiet import QUIET, Quiet
 from fastvl_lab.measure.recipes import cannot_run
 from fastvl_lab.measure.samples import Samples, StageSample, Timed, now, time_rounds
 from fastvl_lab.recipe import Recipe
@@ -39,11 +40,21 @@ class Task(Protocol):
 
 
 def time_task(
-    lab: Lab, task: Task, engines: Mapping[str, EngineLike], *, repeats: int = 10, warm_up: int = 2, seed: int = 0
+    lab: Lab,
+    task: Task,
+    engines: Mapping[str, EngineLike],
+    *,
+    repeats: int = 10,
+    warm_up: int = 2,
+    seed: int = 0,
+    quiet: Quiet | None = QUIET,
 ) -> Samples[StageSample]:
-    """Seconds of each of a task's steps for every engine (label -> recipe, its text, or "transformers"), side by side."""
+    """Seconds of each of a task's steps for every engine (label -> recipe, its text, or "transformers"), side by side.
+
+    quiet: as `time_rounds` has it.
+    """
     timed = {label: task.bind(lab, lab.engine(engine)) for label, engine in engines.items()}
-    return time_rounds(timed, repeats=repeats, warm_up=warm_up, seed=seed)
+    return time_rounds(timed, repeats=repeats, warm_up=warm_up, seed=seed, quiet=quiet, device=lab.device)
 
 
 @dataclass(frozen=True)

@@ -61,6 +61,28 @@ def one_at_a_time(run: Callable[[Job], Outcome], device: torch.device, inbox: In
     return steps
 
 
+def side_by_side(run: Callable[[Job], Outcome], inbox: Inbox, *, lingers: bool) -> list[Step]:
+    """Hand each job on as it comes, on a thread of its own: a server elsewhere says who waits. Nobody sees its steps."""
+
+    def ask(job: Job) -> None:
+        job.tracer.start_at(job.since_ns, Anchor(job.since_ns, None))
+        job.begin()
+        try:
+            ended: Outcome | Exception = run(job)
+        except Exception as error:
+            ended = error
+        job.end(ended)
+
+    asking: list[threading.Thread] = []
+    while jobs := inbox.take(wait=lingers):
+        for job in jobs:
+            asking.append(threading.Thread(target=ask, args=(job,), name="fastvl-ask", daemon=True))
+            asking[-1].start()
+    for thread in asking:
+        thread.join()
+    return []
+
+
 class Loop:
     """The requests of one recipe that are under way together, and the steps that serve them.
 

@@ -10,6 +10,7 @@ from fastvl_lab.view.figures import (
     memory_bars as memory_bars,
     padding_by_size as padding_by_size,
     reported_rates as reported_rates,
+    sample_dots as sample_dots,
     step_bars as step_bars,
     step_down as step_down,
     step_panels as step_panels,

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from fastvl_lab.measure.audit import Audit
-from fastvl_lab.measure.compare import Attribution, Conversation
+from fastvl_lab.measure.compare import Attribution, Comparison, Conversation
 from fastvl_lab.measure.floors import Cost
 from fastvl_lab.measure.recipes import STOCK
 from fastvl_lab.measure.samples import Samples, StageSample, saves
@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     import plotly.graph_objects as go
 
 _PATTERNS = ("", "/", ".", "x", "-")
+_BUSY = "the machine was busy"
 
 
 def ttft_against_visual_tokens(rows: Sequence[Mapping[str, Any]]) -> go.Figure:
@@ -48,6 +49,22 @@ def ttft_against_visual_tokens(rows: Sequence[Mapping[str, Any]]) -> go.Figure:
     return panels(parts)
 
 
+def sample_dots(comparison: Comparison) -> go.Figure:
+    """TTFT (ms) of every timed run, a dot a run; hollow where others disturbed it, which counts for nothing."""
+    rows, traces = comparison.engines, []
+    for number, engine in enumerate(rows):
+        colour = style.SERIES_COLOURS[number % len(style.SERIES_COLOURS)]
+        for disturbed in (False, True):
+            mine = [s for s in comparison.samples if s.engine == engine and s.round >= 0 and bool(s.disturbed) is disturbed]
+            marker = {"color": colour, "size": 9, "symbol": "circle-open" if disturbed else "circle", "line": {"width": 2}}
+            about = [f"round {s.round}, {in_words(s.kind)}{f'; {s.use.why}' if s.use else ''}" for s in mine]
+            xs, look = [s.run.ttft * 1e3 for s in mine], {"mode": "markers", "marker": marker}
+            told = "%{y}: %{x:.2f} ms, %{customdata}"
+            traces.append(line("", xs, [said(engine)] * len(mine), look, told=told, customdata=about))
+    x = Axis(title="TTFT, ms; a dot a run, hollow where others disturbed it", zero=True)
+    return panels([Panel(traces=[trace for trace in traces if trace.x], x=x, rows=rows)])
+
+
 def _reach(high: float, low: float) -> float:
     """Length of one arm of an error bar; an interval that does not exist has none."""
     return 0.0 if high != high or low != low else max(high - low, 0.0)
@@ -67,8 +84,8 @@ def step_bars(rounds: Samples[StageSample], title: str) -> go.Figure:
         for number, step in enumerate(rounds.samples[0].steps)
     ]
     totals = dict(zip(rounds.engines, _medians(rounds), strict=True))
-    notes = [(total, label, f"{total:.1f} ms") for label, total in totals.items()]
-    x = Axis(title="milliseconds (medians)", until=max(totals.values()) * 1.15)
+    notes = [(total, label, f"{total:.1f} ms") if total == total else (0.0, label, _BUSY) for label, total in totals.items()]
+    x = Axis(title="milliseconds (medians)", until=_longest(totals.values()) * 1.15)
     return panels([Panel(traces=traces, x=x, rows=rounds.engines, notes=notes)], row=32, barmode="stack", title=title)
 
 
@@ -78,15 +95,21 @@ def step_panels(rounds: Samples[StageSample], titles: Mapping[str, str]) -> go.F
     for step, title in titles.items():
         medians = _medians(rounds, step)
         colour, told = style.STAGE_COLOURS.get(step, style.SERIES_COLOURS[0]), f"%{{y}}, {step}: %{{x:.3f}} ms"
-        trace = bars(rounds.engines, medians, colour, texts=[f"{median:.2f}" for median in medians], told=told)
-        x = Axis(title="milliseconds (medians)", until=max(medians) * 1.25)
+        texts = [f"{median:.2f}" if median == median else _BUSY for median in medians]
+        trace = bars(rounds.engines, medians, colour, texts=texts, told=told)
+        x = Axis(title="milliseconds (medians)", until=_longest(medians) * 1.25)
         parts.append(Panel(title=title, traces=[trace], x=x, rows=rounds.engines))
     return panels(parts)
 
 
 def _medians(rounds: Samples[StageSample], *steps: str) -> list[float]:
-    """Milliseconds of these steps, of all if none is named, for each variant."""
+    """Milliseconds of these steps, of all if none is named, for each variant; NaN where others disturbed every round."""
     return [rounds.median(label, *steps).median * 1e3 for label in rounds.engines]
+
+
+def _longest(times: Iterable[float]) -> float:
+    """Of those that are numbers; 1 where none is."""
+    return max((time for time in times if time == time), default=1.0)
 
 
 def cost_against_size(points: Mapping[float, Samples[StageSample]], *, x_title: str, y_title: str) -> go.Figure:
@@ -104,7 +127,7 @@ def steps_against_length(points: Mapping[int, Samples[StageSample]], titles: Map
     parts = []
     for step, title in titles.items():
         traces = _against_size(points, step, told="%{x} tokens: %{y:.3f} ms")
-        drawn = [y for trace in traces for y in trace.y]
+        drawn = [y for trace in traces for y in trace.y if y == y] or [1.0]
         ticks = decades(1, 2, 5) if max(drawn) > 10 * min(drawn) else decades(1, 1.5, 2, 3, 4, 5, 7)
         y = Axis(title="milliseconds (medians)", ticks=ticks)
         parts.append(Panel(title=title, traces=traces, x=Axis(title="tokens of the prompt", ticks=sorted(points)), y=y))
@@ -206,7 +229,7 @@ def turn_bars(chat: Conversation) -> go.Figure:
     traces, highest = [], 0.0
     for number, engine in enumerate(chat.engines):
         medians = [chat.ttft(engine, turn).median * 1e3 for turn in turns]
-        highest = max(highest, *medians)
+        highest = max(highest, _longest(medians))
         patterns = ["/" if chat.kind(engine, turn) == "cache_hit" else "" for turn in turns]
         colour = style.SERIES_COLOURS[number % len(style.SERIES_COLOURS)]
         traces.append(
@@ -216,7 +239,7 @@ def turn_bars(chat: Conversation) -> go.Figure:
                 name=said(engine),
                 offsetgroup=str(number),
                 marker={"color": colour, "pattern": {"shape": patterns} | hatch},
-                text=[f"{median:.0f}" if median >= 100 else f"{median:.1f}" for median in medians],
+                text=[f"{median:.0f}" if median >= 100 else f"{median:.1f}" if median == median else _BUSY for median in medians],
                 textposition="outside",
                 textangle=0,
                 textfont={"size": 11},
@@ -248,7 +271,7 @@ def step_down(found: Attribution) -> go.Figure:
         lost = amount < 0
         text = f"{'+' if lost else '−'}{abs(amount):.2f} ms"
         if not saved:
-            text = "never warm" if comparison.parity(step) else "no parity: not compared"
+            text = "never warm, or the machine was busy" if comparison.parity(step) else "no parity: not compared"
         look: dict[str, Any] = {"colour": style.SERIES_COLOURS[4 if lost else 2], "pattern": "x" if lost else ""}
         look["strength"] = 1.0 if saves(saved) or (saved is not None and saved.high < 0) else 0.35
         drawn.append(_Bar(label=step, start=min(reached, reached - amount), length=abs(amount), text=text, **look))

@@ -12,7 +12,7 @@ from fastvl_lab.errors import MissingExtraError, require
 from fastvl_lab.measure.sweep import SweepResult
 from fastvl_lab.run import Run
 from fastvl_lab.view import style
-from fastvl_lab.view.figures import ttft_against_visual_tokens
+from fastvl_lab.view.figures import sample_dots, ttft_against_visual_tokens
 from fastvl_lab.view.tables import stage_frame, summary_frame
 from fastvl_lab.view.waterfall import waterfall
 
@@ -36,7 +36,8 @@ def report_html(result: SweepResult) -> str:
         body += [
             "<h2>Summary</h2>",
             "<p>Medians over warm runs, and over all runs of endpoints that do not say whether they reused anything (reuse "
-            "unknown), measured in interleaved rounds; a speed-up is the median of ratios paired by round, and is "
+            "unknown), measured in interleaved rounds, without those that others disturbed; a speed-up is the median of ratios "
+            "paired by round, and is "
             "shown only where the tokens are equal to the reference's, or, on pixels other than the reference's, to those of "
             "Transformers' model on the same pixels.</p>",
             table_html(summary_frame(rows)),
@@ -45,7 +46,11 @@ def report_html(result: SweepResult) -> str:
         ]
     for point in result.points:
         runs = [point.comparison.representative(engine) for engine in point.comparison.engines]
-        body += [f"<h2>{html.escape(point.label)}</h2>", figure_html(waterfall(runs)), table_html(stage_frame(runs))]
+        figures = (point.comparison.waterfall(), sample_dots(point.comparison))
+        body += [f"<h2>{html.escape(point.label)}</h2>", *map(figure_html, figures), table_html(stage_frame(runs))]
+    if found := result.findings():
+        lines = "".join(f"<li>{html.escape(line)}</li>" for line in found)
+        body.append(f"<h2>What was learnt on this machine</h2><ul>{lines}</ul>")
     settings = "".join(f"<tr><td>{k}</td><td>{html.escape(repr(v))}</td></tr>" for k, v in vars(result.settings).items())
     body.append(f"<h2>Settings</h2><div class='scroll'><table>{settings}</table></div>")
     return page("TTFT sweep", body)

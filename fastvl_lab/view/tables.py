@@ -6,8 +6,10 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from operator import attrgetter, itemgetter
 from typing import Any, TypeVar
 
+from fastvl_lab import shown
 from fastvl_lab.capture.execute import Capture
 from fastvl_lab.catalogue import toggles
+from fastvl_lab.engine import PeerInfo, Peers
 from fastvl_lab.errors import require
 from fastvl_lab.measure.audit import Audit
 from fastvl_lab.measure.compare import Attribution, Comparison, Conversation, break_even
@@ -63,6 +65,19 @@ def catalogue_frame() -> Any:
     return frame([(toggle, option) for toggle in toggles() for option in toggle.options], columns)
 
 
+@shown.frame.register(Peers)
+def peers_frame(peers: Peers) -> Any:
+    """Every peer: whether it runs here or what is missing, its version, and its options."""
+    columns: dict[str, Callable[[PeerInfo], object]] = {
+        "peer": attrgetter("word"),
+        "version": attrgetter("version"),
+        "here": lambda peer: peer.missing or "runs here",
+        "options": lambda peer: "; ".join(map(str, peer.options)) or None,
+        "what it is": attrgetter("does"),
+    }
+    return frame(peers, columns)
+
+
 # Runs and comparisons
 
 
@@ -70,7 +85,7 @@ def summary_frame(rows: Sequence[Mapping[str, Any]]) -> Any:
     """One line an engine and point: times, intervals, parity and speed-up.
 
     A speed-up stands only beside a parity check that held; an interval needs at least six warm runs. Runs of an endpoint that does
-    not say whether it reused anything are counted as such.
+    not say whether it reused anything are counted as such, and so are those that others disturbed, which are in no median.
     """
 
     def speedup(row: Mapping[str, Any]) -> str | None:
@@ -90,9 +105,11 @@ def summary_frame(rows: Sequence[Mapping[str, Any]]) -> Any:
         "parity": itemgetter("parity_says"),
         "speed-up (95% CI)": speedup,
         "warm runs": lambda row: f"{row['unknown_runs']} (reuse unknown)" if row["unknown_runs"] else row["warm_runs"],
+        "disturbed runs": lambda row: row.get("disturbed_runs"),  # absent in older results
     }
     without = {key for key in ("checkpoint", "image") if not any(key in row for row in rows)}
     without |= set() if any(row["hit_runs"] for row in rows) else {"cache-hit TTFT ms"}
+    without |= set() if any(row.get("disturbed_runs") for row in rows) else {"disturbed runs"}
     return frame(rows, {heading: cell for heading, cell in columns.items() if heading not in without})
 
 
@@ -158,7 +175,7 @@ def turn_frame(chat: Conversation, over: str) -> Any:
         "prompt tokens": itemgetter("prompt_tokens"),
         "found in the cache": itemgetter("tokens_found"),
         "images found": itemgetter("images_found"),
-        "TTFT ms": lambda row: f"{row['ttft_ms']:.1f}",
+        "TTFT ms": lambda row: _number(row["ttft_ms"], ".1f"),
         "tokens equal": lambda row: _yes(row["tokens_equal"]),
         f"times as fast as {over} (95% CI)": ratio,
     }
@@ -221,7 +238,7 @@ def step_frame(rounds: Samples[StageSample], reference: str) -> Any:
 
 
 def _median(rounds: Samples[StageSample], *steps: str) -> Any:
-    return lambda label: f"{rounds.median(label, *steps).median * 1e3:.2f}"
+    return lambda label: _number(rounds.median(label, *steps).median * 1e3, ".2f")
 
 
 def _ratio(rounds: Samples[StageSample], reference: str, of: str, *steps: str) -> Any:

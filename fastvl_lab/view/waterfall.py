@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import html
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
@@ -30,7 +31,9 @@ def _of_run(run: Run) -> go.Figure:
 
 @shown.figure.register(Comparison)
 def _of_comparison(comparison: Comparison) -> go.Figure:
-    return waterfall([comparison.representative(engine) for engine in comparison.engines])
+    runs = [comparison.representative(engine) for engine in comparison.engines]
+    marked = {engine: f"{engine} (disturbed by others)" for engine in comparison.engines if comparison.disturbed(engine)}
+    return waterfall([dataclasses.replace(run, engine=marked.get(run.engine, run.engine)) for run in runs])
 
 
 def waterfall(runs: Sequence[Run]) -> go.Figure:

@@ -83,7 +83,11 @@ def records(labs: dict[str, Lab]) -> dict[str, Any]:
             checkpoints=("tiny-qwen2.5-vl",),
             photographs=("coffee",),
             boxes=("as it is",),
-            rivals=("transformers",),
+            rivals=(
+                messages.Rival(text="transformers", about="as it is"),
+                messages.Rival(text="vllm", about="a server", unmet="no program vllm on the PATH"),
+                messages.Rival(text="sglang", about="a server"),
+            ),
             note="",
         ),
         "asked": messages.Asked(
@@ -138,6 +142,16 @@ def test_host_and_device_are_two_lanes_of_a_row_and_the_run_before_an_outline(pa
         assert said in tip
 
 
+def test_a_round_that_others_disturbed_is_a_hollow_dot_that_says_why(
+    page: Any, show: Callable[..., Any], records: dict[str, Any]
+) -> None:
+    records["live"]["rounds"] = {"this recipe": [[10.0, ""], [11.0, ""], [90.0, "others used 1.3 of 2 cores"]]}
+    show()
+    looks = [dot.get_attribute("fill") == "none" for dot in page.locator(".fl-strip circle").all()]
+    assert looks == [False, False, True]
+    assert "90.0 (others used 1.3 of 2 cores)" in page.locator(".fl-strip").get_attribute("data-tip")
+
+
 @pytest.mark.parametrize("light", ["true", "false"])
 def test_all_can_be_read_and_has_a_name(page: Any, show: Callable[..., Any], light: str) -> None:
     show()
@@ -165,6 +179,79 @@ def test_a_click_is_seen_before_the_kernel_has_answered(page: Any, show: Callabl
     assert page.locator(".fl-saves").count() == page.locator(".fl-costs").count() == 1
     for number, wish in enumerate(page.evaluate("window.sent")):
         assert messages.from_json(wish), number
+
+
+def test_the_bar_to_beat_is_chosen_from_a_list_or_its_address_is_typed(page: Any, show: Callable[..., Any]) -> None:
+    show()
+    sent = "window.sent.filter(({ kind }) => kind === 'Fill')"
+    field, chosen = page.get_by_label("to beat", exact=True), page.locator(".fl-of-to-beat input")
+    options = {option.inner_text(): option for option in field.locator("option").all()}
+    assert list(options) == ["transformers", "vllm", "sglang", "address…"]
+    assert [name for name, option in options.items() if option.is_disabled()] == ["vllm"]
+    assert options["vllm"].get_attribute("title") == "cannot run here: no program vllm on the PATH"
+    field.hover()
+    assert "vllm cannot run here: no program vllm on the PATH" in page.locator(".fl-tip").inner_text()
+    field.select_option("sglang")
+    assert page.evaluate(sent) == [{"kind": "Fill", "field": "rival", "text": "sglang"}]
+    assert chosen.is_hidden()
+    field.select_option(label="address…")
+    assert chosen.get_attribute("placeholder") == "http://host:8000/v1"
+    page.keyboard.type("http://127.0.0.1:8000/v1")  # it has the focus
+    assert len(page.evaluate(sent)) == 1  # nothing is asked at every key
+    page.keyboard.press("Enter")
+    assert page.evaluate(sent)[1:] == [{"kind": "Fill", "field": "rival", "text": "http://127.0.0.1:8000/v1"}]
+    assert chosen.is_hidden()
+    field.select_option(label="address…")
+    page.keyboard.type("http://")
+    page.keyboard.press("Escape")
+    assert len(page.evaluate(sent)) == 2
+    assert chosen.is_hidden()
+
+
+def test_a_start_shows_how_far_it_is_and_can_be_stopped(page: Any, show: Callable[..., Any]) -> None:
+    show()
+    stop = page.locator(".fl-actions").get_by_role("button", name="stop")
+    assert stop.is_disabled()
+    live = messages.Live(state="idle", busy=False, starting="vllm starts, 12 s: loading weights")
+    page.evaluate("(live) => window.tell('live', live)", messages.to_json(live))
+    assert "vllm starts, 12 s: loading weights" in page.locator(".fl-status").inner_text()
+    assert page.locator(".fl-busy").count() == 1
+    stop.click()
+    assert page.evaluate("window.sent.at(-1)") == {"kind": "Press", "button": "stop"}
+    failed = messages.Live(state="idle", busy=False, error="vllm ended with exit code 1 before it was ready: no such model")
+    page.evaluate("(live) => window.tell('live', live)", messages.to_json(failed))
+    assert "no such model" in page.get_by_role("alert").inner_text()
+    assert stop.is_disabled()
+
+
+LEGEND = """() => {
+  const room = document.querySelector(".fl-chart svg").getBoundingClientRect();
+  return [...document.querySelectorAll(".fl-legend")].map((text) => {
+    const box = text.getBoundingClientRect();
+    const inside = box.left >= room.left && box.right <= room.right && box.bottom <= room.bottom;
+    return [text.textContent, inside, text.getAttribute("y")];
+  });
+}"""
+
+
+@pytest.mark.parametrize(("width", "lines"), [(1280, 1), (760, 3), (380, 3)])
+def test_the_legend_takes_as_many_lines_as_it_needs(page: Any, show: Callable[..., Any], width: int, lines: int) -> None:
+    page.set_viewport_size({"width": width, "height": 800})
+    show()
+    found = page.evaluate(LEGEND)
+    assert [text for text, inside, _ in found if not inside] == []
+    assert found[0][0] == "this recipe"
+    assert any(text.startswith("before: ") for text, *_ in found)
+    assert found[-1][0] == "│ floor"
+    assert len({y for *_, y in found}) == lines
+
+
+def test_a_row_of_the_history_is_deleted(page: Any, show: Callable[..., Any]) -> None:
+    records = show()
+    page.get_by_role("button", name="delete 1", exact=True).click()
+    assert page.evaluate("window.sent.at(-1)") == {"kind": "Delete", "number": 1}
+    page.evaluate("(rows) => window.tell('history', rows)", records["history"][1:])
+    assert [row.get_attribute("data-number") for row in page.locator(".fl-history tbody tr").all()] == ["2"]
 
 
 def test_a_run_under_way_grows_and_counts(page: Any, show: Callable[..., Any]) -> None:

@@ -10,7 +10,7 @@ import pytest
 from fastvl_lab import Comparison, Lab, RecipeError, Request, RequestError, Run, compare
 from fastvl_lab.measure.parity import Parity
 from fastvl_lab.measure.samples import RunSample
-from fastvl_lab.peers.transformers import TransformersPeer
+from fastvl_lab.peer.transformers import TransformersPeer
 from fastvl_lab.preprocessor import resize
 from fastvl_lab.run import Kind
 from fastvl_lab.trace import Span, Trace

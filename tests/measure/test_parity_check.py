@@ -198,7 +198,7 @@ def test_the_wider_model_is_a_converted_copy_that_holds_no_weights(name: str, dt
 
 
 def _by(checkpoint: object, lab: Lab, asked: Request, tokens: tuple[int, ...]) -> torch.Tensor:
-    from fastvl_lab.peers.transformers import TransformersPeer
+    from fastvl_lab.peer.transformers import TransformersPeer
 
     peer = TransformersPeer(checkpoint)  # type: ignore[arg-type]
     return lab.compute(lambda: peer.logits_along(asked, torch.tensor(tokens)))

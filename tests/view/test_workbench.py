@@ -17,10 +17,12 @@ from huggingface_hub import scan_cache_dir
 
 from fastvl_lab import Recipe, RecipeError, RequestError, Run, SweepSettings, photo, sweep, view, workbench
 from fastvl_lab.catalogue import Option, Target, catalogue_markdown, toggles
-from fastvl_lab.measure.samples import Interval
+from fastvl_lab.measure.quiet import Use
+from fastvl_lab.measure.recipes import STOCK
+from fastvl_lab.measure.samples import Interval, RunSample
 from fastvl_lab.view.workbench import Workbench, reading, showing
 from fastvl_lab.view.workbench.messages import from_json, to_json
-from fastvl_lab.view.workbench.session import BEFORE, RECIPE, STOCK, Advice
+from fastvl_lab.view.workbench.session import BEFORE, RECIPE, Advice
 from fastvl_lab.view.workbench.views import views
 from fastvl_lab.vit import attention
 from fastvl_lab.vit.attention import Prepared, SegmentAttention
@@ -161,6 +163,40 @@ def test_a_field_that_cannot_be_read_says_so_and_asks_for_nothing(bench: Workben
     assert len(bench.history) == 1
 
 
+def test_a_result_is_deleted_and_the_others_keep_their_numbers(bench: Workbench) -> None:
+    clicked(bench, "Delete", number=1)
+    assert bench.widget.live["error"] == "result 1 is the only one; run something else first"
+    for path, value in (("vit.tower", "lean"), ("vit.patch_embed", "linear")):
+        bench.choose(path, value)
+        assert bench.wait(60)
+    bench.mark(2, note="the middle one")
+    bench.look(number=2)
+    clicked(bench, "Delete", number=2)
+    assert [row["number"] for row in bench.widget.history] == [1, 3]
+    assert bench.widget.history[-1]["changed"] == "vit.tower=lean, vit.patch_embed=linear"  # of what is before it now
+    assert bench.widget.shown["number"] == 3  # the newest, where the deleted one was looked at
+    with pytest.raises(RecipeError, match="there is no result 2: the history has 1 to 3, and 2 was deleted"):
+        bench.look(number=2)
+    bench.run()
+    assert bench.wait(60)
+    assert [result.number for result in bench.history] == [1, 3, 4]
+    assert bench.result(3).comparison is not None
+    assert bench.result() is bench.history[-1]
+
+
+def test_a_result_that_is_deleted_while_it_is_measured_ends_the_measuring(bench: Workbench) -> None:
+    bench.ask(max_new_tokens=64)
+    end = time.monotonic() + 30
+    while len(bench.history) < 2:
+        assert time.monotonic() < end
+        time.sleep(0.005)
+    bench.delete(2)
+    assert bench.wait(60)
+    assert [result.number for result in bench.history] == [1]
+    assert bench.widget.shown["number"] == 1
+    assert bench.widget.live["error"] == ""
+
+
 def test_what_a_cell_asks_for_and_looks_at_is_what_the_panel_shows(bench: Workbench) -> None:
     bench.ask(picture="rocket", prompt="Why?", max_new_tokens=2, size=(64, 48))
     assert bench.wait(60)
@@ -240,13 +276,13 @@ def test_a_cold_run_is_no_headline(bench: Workbench) -> None:
     [
         (None, "no warm rounds to compare with it", "plain"),
         (Interval(1.5, float("nan"), float("nan")), "too few rounds to compare with it: 6 are needed", "plain"),
-        (Interval(1.92, 1.53, 2.17), "1.92× faster to first token than it (1.53–2.17×)", "good"),
-        (Interval(0.5, 0.4, 0.8), "2.00× slower to first token than it (1.25–2.50×)", "bad"),
+        (Interval(1.92, 1.53, 2.17), "1.92× as fast as it to the first token (1.53–2.17×)", "good"),
+        (Interval(0.5, 0.4, 0.8), "0.50× as fast as it to the first token (0.40–0.80×)", "bad"),
         (Interval(1.1, 0.9, 1.3), "no difference from it shown (0.90–1.30×)", "plain"),
     ],
 )
 def test_no_ratio_is_printed_without_its_interval(ratio: Interval | None, says: str, state: str) -> None:
-    assert showing.faster(ratio, "it") == (says, state)
+    assert showing.as_fast(ratio, "it") == (says, state)
 
 
 def test_parity_is_said_in_three_plain_states(bench: Workbench) -> None:
@@ -281,6 +317,16 @@ def test_a_busy_machine_is_said_as_such_and_gets_no_ratio(bench: Workbench) -> N
     ]
     busy = dataclasses.replace(result, comparison=dataclasses.replace(result.comparison, samples=tuple(slow)))
     assert any(pill.text == "machine busy: rounds lie ×10 apart, no ratio to Transformers" for pill in showing.pills(busy))
+    use = Use(seconds=0.1, cores=2, others=1.3, waited=0.2, disturbed=True)
+    warm = [s for s in result.comparison.samples if s.round >= 0]
+    disturbed = [dataclasses.replace(s, use=use) for s in warm]
+    busy = dataclasses.replace(result, comparison=dataclasses.replace(result.comparison, samples=tuple(disturbed)))
+    why = "others used 1.3 of 2 cores, and a thread waited for a core for 20% of the time"
+    said = f"machine busy: {why}, in {len(warm)} of {len(warm)} rounds, no ratio to Transformers"
+    assert any(pill.text == said for pill in showing.pills(busy))
+    shown = showing.shown(busy, None, view="waterfall", against=0, pending=False)
+    assert shown.spread == "the machine was busy in every round"
+    assert {text for _, text in shown.recipe.rounds} == {why}
 
 
 def test_a_cache_hit_is_labelled_and_shown() -> None:
@@ -393,9 +439,13 @@ def test_the_recipe_is_copied_and_the_history_written(bench: Workbench, tmp_path
     exec("import fastvl_lab as fl\n" + texts["Python"], scope)
     assert scope["recipe"] == bench.recipe
     assert texts["serve"] == 'python -m fastvl_lab.serve --checkpoint tiny-qwen3-vl --recipe "baseline"'
-    record, trace, page, *pictures = bench.export(tmp_path / "new")
+    record, trace, rounds, page, *pictures = bench.export(tmp_path / "new")
     assert Run.from_record(json.loads(record.read_text())).tokens == bench.history[0].shown.tokens
     assert json.loads(trace.read_text())["traceEvents"]
+    compared = bench.history[0].comparison
+    assert compared is not None
+    samples = [RunSample.from_record(sample) for sample in json.loads(rounds.read_text())]
+    assert [sample.run.ttft for sample in samples] == [sample.run.ttft for sample in compared.samples]
     text = page.read_text()
     assert "✓ same tokens as Transformers" in text
     assert "plotly.js v" in text  # the page needs no network

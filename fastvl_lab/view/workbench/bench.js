@@ -53,6 +53,7 @@ const ms = (value) => {
   const size = Math.abs(value);
   return `${value.toFixed(size >= 100 ? 0 : size >= 10 ? 1 : size >= 0.1 || size === 0 ? 2 : 3)} ms`;
 };
+const ruler = document.createElement("canvas").getContext("2d"); // measures texts
 const percent = (share) => `${(100 * share).toFixed(share < 0.0995 ? 1 : 0)} %`;
 
 export default () => {
@@ -129,23 +130,27 @@ function mount(model, el, libraries) {
       const input = h("input", { type: "text", "aria-label": field, ...attributes, onchange: () => fill(field)(input.value) });
       return { box: label(field, about, input), show: (value) => { input.value = value; } };
     };
-    // A list of what there is, and an entry for all else, which counts at Enter.
-    const picker = (name, about, other, field = name) => {
-      const input = h("input", { type: "text", placeholder: other, "aria-label": other, hidden: true,
+    // A list of what there is, and an entry for all else, which counts at Enter. options: names, or {text, about, unmet}.
+    const picker = (name, about, other, field = name, example = other) => {
+      const input = h("input", { type: "text", placeholder: example, "aria-label": other, hidden: true,
         onkeydown: (event) => { if (event.key === "Enter" && input.value.trim()) { fill(field)(input.value); leave(); } else if (event.key === "Escape") leave(); } });
       const list = h("select", { "aria-label": name, onchange: () => { if (list.value === "\0") { input.hidden = false; input.value = ""; input.focus(); list.value = list.dataset.value; } else fill(field)(list.value); } });
       const leave = () => { input.hidden = true; list.focus(); };
       return { box: label(name, about, list, input), show: (options, value) => {
+        const known = options.map((option) => option.text === undefined ? { text: option } : option);
+        if (!known.some(({ text }) => text === value)) known.push({ text: value });
+        const why = ({ about, unmet }) => unmet ? `cannot run here: ${unmet}` : about;
         list.dataset.value = value;
-        list.replaceChildren(...[...new Set([...options, value])].map((name) => h("option", { value: name }, name)), h("option", { value: "\0" }, `${other}…`));
+        list.replaceChildren(...known.map((one) => h("option", { value: one.text, title: why(one), "aria-description": why(one), disabled: Boolean(one.unmet) }, one.text)), h("option", { value: "\0" }, `${other}…`));
         list.value = value;
+        list.closest("label").dataset.tip = [about, ...known.filter(({ unmet }) => unmet).map((one) => `${one.text} ${why(one)}`)].join("\n");
       } };
     };
     const fields = {
       checkpoint: picker("checkpoint", "what is loaded: built in, random weights of a real geometry, or what the hub's cache holds", "a folder or hub id"),
       pictures: picker("pictures", "drop, paste or choose files anywhere on the panel; paths are separated by commas", "a path"),
       size: picker("size", "pictures are measured as they are, within a box of the same aspect ratio, or resized exactly", "W×H"),
-      rival: picker("to beat", "the bar to beat: an engine that runs in the same rounds", "http://host:8000/v1", "rival"),
+      rival: picker("to beat", "the bar to beat: an engine that runs in the same rounds", "address", "rival", "http://host:8000/v1"),
     };
     const texts = {
       max_pixels: entry("max_pixels", "the limit on the area of a resized picture; empty is the checkpoint's own", { placeholder: "default", inputmode: "numeric" }),
@@ -255,11 +260,11 @@ function mount(model, el, libraries) {
     const live = model.get("live");
     ui.liveAt = performance.now();
     const state = live.state === "running" && live.stages?.length ? `running ${live.stages.at(-1)[0]}` : live.state;
-    status.textContent = [state, live.progress].filter(Boolean).join(" · ");
+    status.textContent = [live.starting, state, live.progress].filter(Boolean).join(" · ");
     status.dataset.tip = status.textContent;
     root.dataset.state = live.state; // for whoever waits for it
-    root.classList.toggle("fl-busy", Boolean(live.busy));
-    stop.disabled = !live.busy;
+    root.classList.toggle("fl-busy", Boolean(live.busy || live.starting));
+    stop.disabled = !live.busy && !live.starting;
     said(live.error);
     answer.textContent = live.busy && live.text ? live.text : (model.get("shown").answer ?? "");
     showStrip();
@@ -295,15 +300,17 @@ function mount(model, el, libraries) {
   function showStrip() {
     const [live, { recipe, rival }] = [model.get("live"), model.get("shown")];
     const rounds = Object.keys(live.rounds ?? {}).length ? live.rounds : recipe ? { [rival?.label ?? "rival"]: rival?.rounds ?? [], [recipe.label]: recipe.rounds } : {};
-    const every = Object.values(rounds).flat();
+    const every = Object.values(rounds).flat().map(([ms]) => ms);
     if (every.length === 0) return strip.replaceChildren();
     const [least, most] = [Math.min(...every), Math.max(...every)];
     const colours = HUES[ui.dark ? "dark" : "light"];
     const x = (value) => 5 + 80 * (most > least ? (value - least) / (most - least) : 0.5);
-    const lines = Object.entries(rounds).map(([label, values], line) => values.map((value) =>
-      s("circle", { cx: x(value), cy: 5 + 7 * line, r: 2.5, fill: label === "this recipe" ? colours.blue : label === "the run before" ? colours.orange : colours.rival })));
-    const about = Object.entries(rounds).map(([label, values]) => `${label}: ${values.map((value) => value.toFixed(1)).join(", ")} ms`).join("\n");
-    strip.dataset.tip = `rounds, a dot each\n${about}`;
+    const colour = (label) => label === "this recipe" ? colours.blue : label === "the run before" ? colours.orange : colours.rival;
+    const lines = Object.entries(rounds).map(([label, dots], line) => dots.map(([ms, disturbed]) =>
+      s("circle", { cx: x(ms), cy: 5 + 7 * line, r: disturbed ? 2 : 2.5, stroke: disturbed ? colour(label) : "none", fill: disturbed ? "none" : colour(label) })));
+    const about = Object.entries(rounds).map(([label, dots]) =>
+      `${label}: ${dots.map(([ms, disturbed]) => ms.toFixed(1) + (disturbed ? ` (${disturbed})` : "")).join(", ")} ms`).join("\n");
+    strip.dataset.tip = `rounds, a dot each; hollow: others disturbed it, so it counts for nothing\n${about}`;
     strip.replaceChildren(s("svg", { width: 90, height: 4 + 7 * Math.max(lines.length, 2), role: "img", "aria-label": `TTFT of rounds. ${about}` }, lines));
   }
 
@@ -402,7 +409,8 @@ function mount(model, el, libraries) {
     const [from, to] = ui.zoom ?? [0, longest];
     const room = width - LABEL - NUMBERS;
     const x = (value) => LABEL + room * (value - from) / (to - from);
-    const height = AXIS + rows.length * ROW + 20;
+    const bottom = AXIS + rows.length * ROW;
+    const [marks, height] = legend(result, colours, bottom, width);
     const [left, right] = [LABEL, LABEL + room];
     const bar = ([, , start, length], top, thick, attributes) => {
       const [a, b] = [Math.max(x(start), left), Math.min(x(start + length), right)];
@@ -445,8 +453,7 @@ function mount(model, el, libraries) {
       });
       return line;
     });
-    const [ticks, decimals] = ticksOf(from, to);
-    const bottom = AXIS + rows.length * ROW;
+    const [ticks, decimals] = ticksOf(from, to, Math.min(5, Math.max(1, room / 80)));
     const mark = (value, stroke, dash, name) => value < from || value > to ? [] : [s("line", { x1: x(value), x2: x(value), y1: AXIS - 4, y2: bottom, stroke, "stroke-width": 1.5, "stroke-dasharray": dash, class: name })];
     const title = result.recipe.open ? "a run under way" : `waterfall of #${result.number}: TTFT ${ms(result.recipe.ttft)}`;
     const focused = chart.contains(document.activeElement) ? document.activeElement.dataset?.stage : null;
@@ -456,22 +463,31 @@ function mount(model, el, libraries) {
       ...ticks.map((tick) => s("g", {}, s("line", { x1: x(tick), x2: x(tick), y1: AXIS - 4, y2: bottom, stroke: colours.grid }),
         s("text", { x: x(tick), y: 12, "text-anchor": "middle", fill: colours.soft }, to >= 1000 ? `${(tick / 1000).toFixed(decimals + 2)} s` : `${tick.toFixed(decimals)} ms`))),
       ...lines, ...mark(result.recipe.ttft, colours.ink, "2 2", "fl-ttft-line"), ...(result.rival ? mark(result.rival.ttft, colours.rival, "2 2", "fl-rival-line") : []),
-      ...legend(result, colours, bottom + 15));
+      ...marks);
     zoomable(drawing, from, to, room);
     chart.replaceChildren(drawing, ui.zoom ? button("whole axis", () => { ui.zoom = null; drawView(); }, "back to the whole time (or double click)", { class: "fl-unzoom" }) : "");
     if (focused) chart.querySelector(`[data-stage="${focused}"]`)?.focus();
   }
   const floorAt = (result, stage, floor) => (result.recipe.bars.find(([name]) => name === stage)?.[2] ?? 0) + floor;
-  function legend(result, colours, y) {
+  // What the bars mean, in as many lines as the width takes, and where the last of them ends.
+  function legend(result, colours, top, width) {
     const device = result.recipe.bars.some(([, lane]) => lane === "device");
     const parts = [["this recipe", { fill: colours.blue }], result.rival && [`${result.rival.label} (thin)`, { fill: colours.rival }], result.before && [`before: ${result.before.label}`, { fill: "none", stroke: colours.soft, "stroke-dasharray": "3 2" }],
       device && ["device", { fill: "url(#fl-hatch)", stroke: colours.ink }], Object.keys(result.floors).length > 0 && ["│ floor", null]].filter(Boolean);
-    let at = LABEL;
-    return parts.flatMap(([name, look]) => {
+    let [at, y] = [LABEL, top + 15];
+    const wide = (text) => { ruler.font = FONT.replace("12px", "11px"); return ruler.measureText(text).width; };
+    const drawn = parts.flatMap(([name, look]) => {
+      const mark = look ? 16 : 0;
+      let shown = name;
+      const fits = (from) => from + mark + wide(name) <= width - 4;
+      if (!fits(at)) [at, y] = [fits(LABEL) ? LABEL : 8, at === LABEL ? y : y + 15];
+      while (wide(shown) > width - 12 - mark && shown.length > 2) shown = `${shown.slice(0, -2)}…`;
       const from = at;
-      at += 24 + 6.6 * name.length;
-      return [look ? s("rect", { x: from, y: y - 9, width: 12, height: 9, ...look }) : null, s("text", { x: from + (look ? 16 : 0), y, fill: colours.soft, style: "font-size:11px" }, name)];
+      at += mark + wide(shown) + 14;
+      return [look ? s("rect", { x: from, y: y - 9, width: 12, height: 9, ...look }) : null,
+        s("text", { x: from + mark, y, fill: colours.soft, style: "font-size:11px", class: "fl-legend" }, shown, shown === name ? null : s("title", {}, name))];
     });
+    return [drawn, y + 5];
   }
   function about(result, stage) {
     const { recipe, rival, before, floors } = result;
@@ -494,8 +510,8 @@ function mount(model, el, libraries) {
     if (OPENS[stage] && !recipe.open) lines.push("click: what is inside it");
     return lines.join("\n");
   }
-  function ticksOf(from, to) {
-    const rough = (to - from) / 5;
+  function ticksOf(from, to, most) {
+    const rough = (to - from) / most;
     const power = 10 ** Math.floor(Math.log10(rough));
     const step = [1, 2, 5, 10].map((times) => times * power).find((one) => one >= rough);
     const ticks = [];
@@ -603,12 +619,14 @@ function mount(model, el, libraries) {
       h("td", {}, h("button", { type: "button", class: "fl-link", "aria-pressed": String(row.pinned), "aria-label": `pin ${row.number}`, onclick: () => mark({ pinned: !row.pinned }) }, row.pinned ? "★" : "☆")),
       h("td", {}, String(row.number)), h("td", { "data-tip": `${row.recipe}\n${row.question}` }, row.changed),
       h("td", { class: "fl-time" }, h("i", { style: `width:${60 * row.milliseconds / most}px` }), row.ttft), h("td", {}, row.ratio || "–"), h("td", {}, row.parity), h("td", {}, note),
-      h("td", {}, button("use", () => send("Use", { number: row.number }), "take this recipe")));
+      h("td", {}, button("use", () => send("Use", { number: row.number }), "take this recipe"), " ",
+        button("×", () => send("Delete", { number: row.number }), "delete this row", { "aria-label": `delete ${row.number}` })));
       if (known) known.line.replaceWith(line);
       lines.set(row.number, { line, text });
     }
     order.forEach(({ number }, place) => { const { line } = lines.get(number); if (body.children[place] !== line) body.insertBefore(line, body.children[place] ?? null); });
     for (const [number, { line }] of lines) {
+      if (!rows.some((row) => row.number === number)) { line.remove(); lines.delete(number); unpoint(); continue; }
       line.classList.toggle("fl-at", number === at);
       line.classList.toggle("fl-against", number === against);
       line.setAttribute("aria-current", String(number === at));
@@ -616,7 +634,7 @@ function mount(model, el, libraries) {
   }
   function beside() {
     const { number, against } = model.get("shown");
-    const other = against || number - 1;
+    const other = against || Math.max(...model.get("history").map((row) => row.number).filter((one) => one < number));
     if (other > 0 && other !== number) send("Measure", { number, against: other });
     else said("there is no other result to measure beside this one; shift-click one");
   }

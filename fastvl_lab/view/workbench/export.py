@@ -25,7 +25,9 @@ def export(
     into.mkdir(parents=True, exist_ok=True)
     written = []
     for result in history:
-        for name, data in (("run", result.shown.to_record()), ("trace", result.shown.trace.to_chrome(result.shown.title()))):
+        samples = [] if result.comparison is None else [sample.to_record() for sample in result.comparison.samples]
+        trace = result.shown.trace.to_chrome(result.shown.title())
+        for name, data in (("run", result.shown.to_record()), ("trace", trace), ("rounds", samples)):
             written.append(into / f"{result.number:03d}-{name}.json")
             written[-1].write_text(json.dumps(data), encoding="utf-8")
     written.append(into / "workbench.html")

@@ -14,6 +14,18 @@ from typing import Any
 from fastvl_lab.catalogue import OptionValue
 from fastvl_lab.errors import RequestError
 
+# TTFT of a round, and where others disturbed it how, else "".
+Dot = tuple[float, str]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Rival:
+    """A bar to beat. text: that of its engine; unmet: why it cannot run here, None if it can."""
+
+    text: str
+    about: str
+    unmet: str | None = None
+
 
 @dataclass(frozen=True, kw_only=True)
 class Choices:
@@ -24,7 +36,7 @@ class Choices:
     checkpoints: tuple[str, ...]
     photographs: tuple[str, ...]
     boxes: tuple[str, ...]
-    rivals: tuple[str, ...]
+    rivals: tuple[Rival, ...]
     note: str
 
 
@@ -56,7 +68,7 @@ class Chosen:
 @dataclass(frozen=True, kw_only=True)
 class Live:
     """What goes on. elapsed: since the run began, when this was said. stages: name, start, and end unless it runs still; expected:
-    those of the last run that was asked the same. rounds: label -> TTFT so far."""
+    those of the last run that was asked the same. rounds: label -> `Dot`s so far. starting: how far a start is."""
 
     state: str
     busy: bool
@@ -65,13 +77,14 @@ class Live:
     elapsed: float | None = None
     stages: tuple[tuple[str, float, float | None], ...] = ()
     expected: tuple[tuple[str, float, float], ...] = ()
-    rounds: Mapping[str, tuple[float, ...]] = field(default_factory=dict)
+    rounds: Mapping[str, tuple[Dot, ...]] = field(default_factory=dict)
+    starting: str = ""
     error: str = ""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Series:
-    """One run to draw. bars: stage, lane, start, length; host, device: what stages took there; rounds: TTFT of each.
+    """One run to draw. bars: stage, lane, start, length; host, device: what stages took there; rounds: a `Dot` each.
 
     Parts of `wait` that an endpoint's engine tells of are on the lane "own", and in `host`. files: where to look for a stage's
     work, or whose clock timed it.
@@ -83,7 +96,7 @@ class Series:
     host: Mapping[str, float]
     device: Mapping[str, float]
     files: Mapping[str, str]
-    rounds: tuple[float, ...]
+    rounds: tuple[Dot, ...]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -225,14 +238,21 @@ class Mark:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Delete:
+    """A result is taken out of the history."""
+
+    number: int
+
+
+@dataclass(frozen=True, kw_only=True)
 class Press:
     """A button without a value; "open" says that a page is there, "plotly" and "trace" ask for what it lacks."""
 
     button: str
 
 
-Wish = Choose | Use | Fill | Take | Look | Measure | Mark | Press
-_WISHES: dict[str, type[Any]] = {kind.__name__: kind for kind in (Choose, Use, Fill, Take, Look, Measure, Mark, Press)}
+Wish = Choose | Use | Fill | Take | Look | Measure | Mark | Delete | Press
+_WISHES: dict[str, type[Any]] = {kind.__name__: kind for kind in (Choose, Use, Fill, Take, Look, Measure, Mark, Delete, Press)}
 
 
 def from_json(content: Any) -> Wish:

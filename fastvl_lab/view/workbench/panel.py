@@ -19,11 +19,12 @@ from fastvl_lab.engine import find, find_recipe
 from fastvl_lab.errors import FastvlError, RecipeError, RequestError, require, sentence
 from fastvl_lab.lab import Lab, device_name
 from fastvl_lab.measure.publish import PHOTOGRAPHS
-from fastvl_lab.recipe import PRESETS, Recipe
-from fastvl_lab.view.workbench import messages, reading, showing
+from fastvl_lab.measure.recipes import STOCK
+from fastvl_lab.recipe import Recipe
+from fastvl_lab.view.workbench import messages, reading, rivals, showing
 from fastvl_lab.view.workbench.controls import controls
 from fastvl_lab.view.workbench.export import export, page_of, static_text
-from fastvl_lab.view.workbench.session import STOCK, News, Picture, Question, Result, Session
+from fastvl_lab.view.workbench.session import News, Picture, Question, Result, Session
 from fastvl_lab.view.workbench.views import View, views
 
 _BETWEEN_NEWS = 0.08  # seconds: a page that is told more often draws no more
@@ -109,10 +110,15 @@ class Workbench:
 
     def result(self, number: int = 0) -> Result:
         """A result by its number, 0 being the newest; raises `RecipeError` if there is none, with what went wrong."""
-        if not self.history or not 0 <= number <= len(self.history):
-            there_are = f"the history has 1 to {len(self.history)}" if self.history else self._live.error or "nothing has run yet"
-            raise RecipeError(f"there is no result{f' {number}' if number else ''}: {there_are}")
-        return self.history[number - 1]
+        for result in reversed(self.history):
+            if number in (0, result.number):
+                return result
+        if numbers := [result.number for result in self.history]:
+            gone = ", ".join(str(one) for one in range(1, numbers[-1]) if one not in numbers)
+            there_are = f"the history has {numbers[0]} to {numbers[-1]}" + (f", and {gone} was deleted" if gone else "")
+        else:
+            there_are = self._live.error or "nothing has run yet"
+        raise RecipeError(f"there is no result{f' {number}' if number else ''}: {there_are}")
 
     def _ipython_display_(self) -> None:
         """The panel, and above it what is shown where no kernel lives: text, which the panel's style hides where it does."""
@@ -142,7 +148,8 @@ class Workbench:
     def ask(self, **changes: Any) -> None:
         """Change some fields of the `Question`, such as `checkpoint`, `pictures`, `size` or `max_pixels`, and run.
 
-        picture: a name, a path or bytes in place of all pictures. rival: the bar to beat, an engine's text.
+        picture: a name, a path or bytes in place of all pictures. rival: the bar to beat, an engine's text; it is measured once its
+        server has started, where it has one.
         """
         if "rival" in changes:
             self._rival = find(changes.pop("rival"), self.device).text(self.device)
@@ -189,6 +196,18 @@ class Workbench:
         """Pin a result of the history, and note something about it."""
         self._marks[self.result(number).number] = (pinned, note)
         self._tell_history()
+
+    def delete(self, number: int) -> None:
+        """Take a result out of the history; raises `RecipeError` for the only one."""
+        if len(self.history) == 1 and self.result(number):
+            raise RecipeError(f"result {number} is the only one; run something else first")
+        self._session.delete(self.result(number).number)
+        self._rows.pop(number, None)
+        self._marks.pop(number, None)
+        if number in (self._shown, self._against):
+            self._shown = self._against = 0
+        self._tell_history()
+        self._draw()
 
     def stop(self) -> None:
         """End what runs at its next stage or step."""
@@ -260,7 +279,7 @@ class Workbench:
         """What it is held against: the chosen one, else the one it was measured beside, else the one before it."""
         if self._against and self._against != result.number:
             return self.result(self._against)
-        earlier = self.history[: result.number - 1][::-1]
+        earlier = [one for one in self.history if one.number < result.number][::-1]
         beside = (one for one in earlier if one.recipe == result.before and one.question == result.question)
         return next(beside, next(iter(earlier), None))
 
@@ -296,6 +315,8 @@ class Workbench:
                 self.measure(number, against)
             case messages.Mark(number=number, pinned=pinned, note=note):
                 self.mark(number, pinned=pinned, note=note)
+            case messages.Delete(number=number):
+                self.delete(number)
             case messages.Press(button=button):
                 self._press(button)
 
@@ -348,6 +369,9 @@ class Workbench:
     def _hear(self, news: News) -> None:
         """Show what the session tells, on its thread. What passes within a run is passed on later, by a thread of its own: telling
         takes time, which would be the run's."""
+        if news.starting is not None:
+            self._hear_of_start(news.starting, news.error)
+            return
         with self._telling:
             changes: dict[str, Any] = {"state": news.state, "busy": news.state not in ("idle", "stopped", "failed")}
             if news.began is not None:
@@ -361,8 +385,8 @@ class Workbench:
                 changes["stages"] = (*(stage for stage in self._live.stages if stage[2] is not None), ended)
             elif news.progress:
                 if news.sample is not None and news.sample.round >= 0:
-                    label, ttft = news.sample.engine, news.sample.run.ttft * 1e3
-                    changes["rounds"] = self._live.rounds | {label: (*self._live.rounds.get(label, ()), ttft)}  # type: ignore[operator]
+                    label, rounds = news.sample.engine, dict(self._live.rounds)
+                    changes["rounds"] = rounds | {label: (*rounds.get(label, ()), showing.dot(news.sample))}
             else:
                 changes |= {"stages": (), "rounds": {}, "error": news.error or self._live.error}
                 self._began_ns = None
@@ -386,6 +410,18 @@ class Workbench:
             self._say()
         if news.result is not None and news.state == "idle":
             self._measure_for_view(self.result(self._shown))
+
+    def _hear_of_start(self, how_far: str, error: str) -> None:
+        """On the thread that starts the bar to beat; one that fails is none."""
+        with self._telling:
+            self._live = dataclasses.replace(self._live, starting=how_far, error=error or self._live.error)
+            if how_far:
+                self._news.set()
+                return
+            if error:
+                self._rival = STOCK
+                self.run()
+            self._say()
 
     def _expected(self) -> tuple[tuple[str, float, float], ...]:
         """The stages of the last run that was asked the same, for one that is under way to be drawn beside."""
@@ -448,7 +484,7 @@ class Workbench:
                 checkpoints=tuple(reading.known_checkpoints()),
                 photographs=tuple(PHOTOGRAPHS),
                 boxes=reading.BOXES,
-                rivals=(STOCK, *PRESETS),
+                rivals=rivals.known_rivals(),
                 note=note,
             ),
         )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import io
+import itertools
 import threading
 import time
 from collections.abc import Callable, Mapping
@@ -20,18 +21,22 @@ from fastvl_lab.measure.compare import Attribution, Comparison, attribute, compa
 from fastvl_lab.measure.floors import Ceilings, floor
 from fastvl_lab.measure.parity import Parity
 from fastvl_lab.measure.publish import photo
+from fastvl_lab.measure.quiet import Quiet
+from fastvl_lab.measure.recipes import STOCK
 from fastvl_lab.measure.samples import FOR_AN_INTERVAL, Interval, RunSample
 from fastvl_lab.preprocessor.decode_image import open_image, read_orientation, rgb_of
 from fastvl_lab.recipe import Recipe
 from fastvl_lab.request import Chunk, ImageInput, Request
 from fastvl_lab.run import Run
 from fastvl_lab.trace import Span
+from fastvl_lab.view.workbench import rivals
 
-STOCK, BEFORE, RECIPE = "transformers", "the run before", "this recipe"
+BEFORE, RECIPE = "the run before", "this recipe"
 
 _PREVIEW = 128  # pixels of the longer side
 _PATIENCE = 20.0  # seconds to wait for the end of a stage
 _QUIET = 0.5  # seconds without a wish before the background is worked on
+_ROUNDS_QUIET = Quiet(wait=2.0, total=10.0)  # somebody looks on
 _IN_BACKGROUND = 120.0  # seconds that what each toggle would save may take to measure
 
 
@@ -155,8 +160,8 @@ class News:
     """What a session tells while it works: its state, and with it any of these.
 
     progress: counts and seconds. text: the answer so far. began: a stage and its start (ns); ended: one that has ended. sample: a
-    round's run. previews: a small JPEG of each picture that is asked about. result: a new one, or one that knows more. error: in a
-    sentence.
+    round's run. previews: a small JPEG of each picture that is asked about. result: a new one, or one that knows more. starting:
+    how far the start of the bar to beat is, "" once it is over; told on a thread of its own. error: in a sentence.
     """
 
     state: str
@@ -168,6 +173,7 @@ class News:
     previews: tuple[bytes, ...] = ()
     result: Result | None = None
     advice: Advice | None = None
+    starting: str | None = None
     error: str = ""
 
 
@@ -184,12 +190,23 @@ class _Wish:
     stop: threading.Event = field(default_factory=threading.Event)
 
 
+@dataclass(kw_only=True)
+class _Start:
+    """A bar to beat whose server starts. then: wishes for what waits for it."""
+
+    lab: Lab
+    rival: EngineLike
+    then: Callable[[], None]
+    stop: threading.Event = field(default_factory=threading.Event)
+
+
 class Session:
     """Runs what is wished for on one thread that lives as long as it does: torch has a pool of threads for each that computes.
 
     A question with its recipe takes the place of what waits, and ends what runs at its next stage or step; what a view needs waits
-    for its turn. What each toggle would save is measured once nothing has been wished for a while, if `advise` is set, and gives
-    way to any wish. tell: is given `News` on that thread. borrow: a lab that has a checkpoint already, if there is one.
+    for its turn. A bar to beat whose server must be started starts on a thread of its own; recipes run meanwhile, and the newest is
+    measured once it is ready. What each toggle would save is measured once nothing has been wished for a while, if `advise` is set,
+    and gives way to any wish. tell: is given `News`, on either thread. borrow: a lab that has the checkpoint, if any has.
     """
 
     def __init__(
@@ -209,6 +226,9 @@ class Session:
         self._changed = threading.Condition()
         self._wishes: list[_Wish] = []
         self._running: _Wish | None = None
+        self._starting: _Start | None = None
+        self._numbers = itertools.count(1)
+        self._started: set[str] = set()  # bars to beat whose servers have been started for this lab
         self._closed = False
         self._thread = threading.Thread(target=self._work, name="fastvl-workbench", daemon=True)
         self._thread.start()
@@ -218,6 +238,7 @@ class Session:
     ) -> None:
         """Wish for an answer, and for it to be measured beside the bar to beat and the recipe before; returns at once."""
         self._wish_for(question, "running", partial(self._answer, question, recipe, repeats, before, rival), first=True)
+        self._give_up_start(unless=rival)
 
     def open_up(self, result: Result) -> None:
         """Wish for every block and layer of a result's recipe and of Transformers."""
@@ -231,8 +252,14 @@ class Session:
         """Wish for what each toggle of a result's recipe takes off TTFT, on the way from the baseline."""
         self._wish_for(result.question, "measuring toggle by toggle", partial(self._attribute, result.number, repeats))
 
+    def delete(self, number: int) -> None:
+        """Forget a result; what is measured of it then is lost."""
+        with self._changed:
+            self.history.remove(self._result(number))
+
     def stop(self) -> None:
-        """End what runs, and forget what waits."""
+        """End what runs or starts, and forget what waits."""
+        self._give_up_start()
         with self._changed:
             self._wishes.clear()
             if self._running is not None:
@@ -254,7 +281,10 @@ class Session:
     def wait(self, seconds: float | None = None) -> bool:
         """Until there is nothing to do that was wished for; whether that came in time."""
         with self._changed:
-            return self._changed.wait_for(lambda: not self._wishes and (self._running is None or self._running.background), seconds)
+            return self._changed.wait_for(self._nothing_to_do, seconds)
+
+    def _nothing_to_do(self) -> bool:
+        return not self._wishes and self._starting is None and (self._running is None or self._running.background)
 
     def _wish_for(self, question: Question, state: str, work: Work, *, first: bool = False) -> None:
         with self._changed:
@@ -312,6 +342,8 @@ class Session:
         question = wish.question
         if self.lab is None or self.lab.checkpoint.name != question.checkpoint:
             self._tell(News(state=f"loading {question.checkpoint}"))
+            self._give_up_start()
+            self._started.clear()
             self.lab = None  # first: there may be no room for two models, and the session's length follows from what is free
             gc.collect()
             borrowed = self._borrow(question.checkpoint)
@@ -350,26 +382,77 @@ class Session:
         run = lab.run(request, recipe, on_chunk=on_chunk, on_begin=on_begin, on_stage=on_stage, stop=stop)
         run = replace(run, logits=run.logits[:0])  # which may be half a megabyte: the history holds many runs
         result = Result(
-            number=len(self.history) + 1, question=question, recipe=recipe, run=run, held=_held(lab, recipe), before=before
+            number=next(self._numbers), question=question, recipe=recipe, run=run, held=_held(lab, recipe), before=before
         )
         self.history.append(result)
         if repeats == 0:
             return result
+        measure = partial(self._measure, result.number, recipe, repeats, before, rival)
+        if rivals.must_start(rival) and not self._is_started(lab, rival, partial(self._wish_for, question, "measuring", measure)):
+            return result
         self._tell(News(state="measuring", text=run.text, result=result))
+        return measure(lab, request, stop)
+
+    def _is_started(self, lab: Lab, rival: EngineLike, then: Callable[[], None]) -> bool:
+        """Whether the bar to beat is ready; where it is not it starts, unless it does already, and `then` is done afterwards."""
+        with self._changed:
+            if str(rival) in self._started:
+                return True
+            if self._starting is not None and str(self._starting.rival) == str(rival):
+                self._starting.then = then
+                return False
+            self._starting = start = _Start(lab=lab, rival=rival, then=then)
+        threading.Thread(target=self._start, args=(start,), name="fastvl-start", daemon=True).start()
+        return False
+
+    def _start(self, start: _Start) -> None:
+        error = ""
+        try:
+            rivals.start(start.lab, start.rival, lambda line: self._tell(News(state="starting", starting=line)), start.stop)
+        except Exception as failed:  # said in the panel, which lives on
+            error = "" if start.stop.is_set() else sentence(failed)
+        self._tell(News(state="starting", starting="", error=error))
+        with self._changed:
+            if self._starting is start:
+                self._starting = None
+                if not error:
+                    self._started.add(str(start.rival))
+                    start.then()
+            self._changed.notify_all()
+
+    def _give_up_start(self, unless: EngineLike | None = None) -> None:
+        with self._changed:
+            if self._starting is not None and (unless is None or str(unless) != str(self._starting.rival)):
+                self._starting.stop.set()
+                self._starting = None
+                self._changed.notify_all()
+
+    def _measure(
+        self,
+        number: int,
+        recipe: Recipe,
+        repeats: int,
+        before: Recipe | None,
+        rival: EngineLike,
+        lab: Lab,
+        request: Request,
+        stop: threading.Event,
+    ) -> Result:
+        if (result := self._result(number)) is not self.history[-1]:  # what came since is measured by itself
+            return result
         label = rival if isinstance(rival, str) else str(rival)
         engines: dict[str, EngineLike] = {label: rival, **({BEFORE: before} if before else {}), RECIPE: recipe}
         told = self._counted("measuring", len(engines) * (repeats + 1))
-        measured = compare(lab, request, engines, repeats=repeats, on_sample=told, stop=stop)
-        return self._know(result.number, comparison=measured)
+        measured = compare(lab, request, engines, repeats=repeats, on_sample=told, quiet=_ROUNDS_QUIET, stop=stop)
+        return self._know(number, comparison=measured)
 
     def _counted(self, state: str, runs: int, what: str = "") -> Callable[[RunSample], None]:
         """Tells of each run how many there are, and how long all of them may take."""
-        began, done = time.monotonic(), 0
+        began, seen = time.monotonic(), set[tuple[str, int]]()
 
         def told(sample: RunSample) -> None:
-            nonlocal done
-            done += 1
-            spent = time.monotonic() - began
+            seen.add((sample.engine, sample.round))  # one that was disturbed comes again
+            done, spent = len(seen), time.monotonic() - began
             said = f"{what}run {done} of {runs} · {spent:.1f} of about {spent / done * runs:.1f} s"
             shown = None if state == "idle" else sample
             self._tell(News(state=state, progress=said if done < runs else "checking parity", sample=shown))
@@ -377,7 +460,7 @@ class Session:
         return told
 
     def _open_up(self, number: int, lab: Lab, request: Request, stop: threading.Event) -> Result:
-        result, layers = self.history[number - 1], {}
+        result, layers = self._result(number), {}
         engines: dict[str, EngineLike] = {STOCK: STOCK, RECIPE: result.recipe}
         for label, engine in engines.items():
             for _ in range(2):  # the second is warm
@@ -394,9 +477,10 @@ class Session:
         return {stage: seconds for stage, seconds in found.seconds.items() if seconds > 0}
 
     def _attribute(self, number: int, repeats: int, lab: Lab, request: Request, stop: threading.Event) -> Result:
-        recipe = self.history[number - 1].recipe
+        recipe = self._result(number).recipe
         told = self._counted("measuring toggle by toggle", (len(_steps(recipe)) + 2) * (repeats + 1))
-        return self._know(number, attribution=attribute(lab, request, recipe, repeats=repeats, on_sample=told, stop=stop))
+        found = attribute(lab, request, recipe, repeats=repeats, on_sample=told, quiet=_ROUNDS_QUIET, stop=stop)
+        return self._know(number, attribution=found)
 
     def _advise(self, last: Result, lab: Lab, request: Request, stop: threading.Event) -> Advice:
         """What each toggle saves that the fastest known recipe has elsewhere, alone beside the recipe, in the time there is."""
@@ -417,9 +501,16 @@ class Session:
 
     def _know(self, number: int, **more: object) -> Result:
         """Remember of a result what has been measured since."""
-        result = replace(self.history[number - 1], **more)  # type: ignore[arg-type]
-        self.history[number - 1] = result
+        with self._changed:
+            result = replace(known := self._result(number), **more)  # type: ignore[arg-type]
+            self.history[self.history.index(known)] = result
         return result
+
+    def _result(self, number: int) -> Result:
+        for result in self.history:
+            if result.number == number:
+                return result
+        raise RequestCancelledError(f"result {number} was deleted")
 
 
 # The stages in which the toggles of a slot work.

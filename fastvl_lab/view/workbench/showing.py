@@ -8,12 +8,13 @@ from itertools import zip_longest
 
 from fastvl_lab.catalogue import Target, toggles
 from fastvl_lab.measure.compare import Comparison
-from fastvl_lab.measure.samples import Interval
+from fastvl_lab.measure.recipes import STOCK
+from fastvl_lab.measure.samples import Interval, RunSample
 from fastvl_lab.recipe import Recipe
 from fastvl_lab.run import Run, in_words
 from fastvl_lab.trace import STAGES
-from fastvl_lab.view.workbench.messages import Advised, Pill, Row, Series, Shown
-from fastvl_lab.view.workbench.session import BEFORE, RECIPE, STOCK, Advice, Question, Result, candidates
+from fastvl_lab.view.workbench.messages import Advised, Dot, Pill, Row, Series, Shown
+from fastvl_lab.view.workbench.session import BEFORE, RECIPE, Advice, Question, Result, candidates
 
 _BUSY = 3.0  # the slowest warm round over the fastest, from which a machine is busy with something else
 
@@ -36,7 +37,7 @@ def named(label: str) -> str:
     return "Transformers" if label == STOCK else label
 
 
-def series(run: Run, label: str, rounds: Sequence[float] = ()) -> Series:
+def series(run: Run, label: str, rounds: Sequence[Dot] = ()) -> Series:
     """What the page draws of a run."""
     trace, own = run.trace, run.own_spans()
     bars = [(s.name, lane, s.start_ns / 1e6, s.duration_ns / 1e6) for lane in ("host", "device") for s in trace.within_ttft(lane)]
@@ -77,8 +78,8 @@ def shown(result: Result, other: Result | None, *, view: str, against: int, pend
         cold=first,
         learnt=learnt(result),
         pills=tuple(pills(result)),
-        recipe=series(run, RECIPE, _rounds(comparison, RECIPE)),
-        rival=None if rival is None else series(rival, rival.engine, _rounds(comparison, rival.engine)),
+        recipe=series(run, RECIPE, _dots(comparison, RECIPE)),
+        rival=None if rival is None else series(rival, rival.engine, _dots(comparison, rival.engine)),
         before=None if before is None else series(before, label),
         no_before=why,
         floors={stage: seconds * 1e3 for stage, seconds in (result.floors or {}).items()},
@@ -145,37 +146,53 @@ def recipe_changes(before: Recipe, recipe: Recipe) -> list[str]:
     return different
 
 
-def _rounds(comparison: Comparison | None, label: str) -> list[float]:
-    """ms of TTFT of every round that is compared; of all where there are none."""
+def dot(sample: RunSample) -> Dot:
+    """A round as the page draws it."""
+    return sample.run.ttft * 1e3, sample.use.why if sample.disturbed and sample.use else ""
+
+
+def _dots(comparison: Comparison | None, label: str) -> list[Dot]:
+    """Every round of the kind that is compared; of that of the shown run where there is none."""
     if comparison is None:
         return []
-    runs = comparison.runs(label, comparison.compared(label)) or comparison.runs(label, comparison.representative(label).kind)
-    return [run.ttft * 1e3 for run in runs]
+    mine = [s for s in comparison.samples if s.engine == label and s.round >= 0]
+    compared = [s for s in mine if s.kind == comparison.compared(label)]
+    return [dot(s) for s in compared or mine if compared or s.kind == comparison.representative(label).kind]
+
+
+def _rounds(comparison: Comparison | None, label: str) -> list[float]:
+    """The same as ms of TTFT, without those that were disturbed."""
+    return [ms for ms, disturbed in _dots(comparison, label) if not disturbed]
 
 
 def _spread(result: Result) -> str:
     if not (rounds := _rounds(result.comparison, RECIPE)):
-        return f"one run, {in_words(result.shown.kind)}"
+        busy = any(disturbed for _, disturbed in _dots(result.comparison, RECIPE))
+        return "the machine was busy in every round" if busy else f"one run, {in_words(result.shown.kind)}"
     return f"{milliseconds(min(rounds)).removesuffix(' ms')} to {milliseconds(max(rounds))} in {len(rounds)} rounds"
 
 
-def _busy(comparison: Comparison, *labels: str) -> float | None:
-    """How far the rounds of these lie apart, where that is because the machine is busy."""
-    apart = max(max(rounds) / min(rounds) for rounds in (_rounds(comparison, label) for label in labels))
-    return apart if apart >= _BUSY else None
+def _busy(comparison: Comparison, *labels: str) -> str | None:
+    """What says that the machine was busy with something else: what others used, or how far the rounds of these lie apart."""
+    of_each = [_rounds(comparison, label) for label in labels]
+    if not all(of_each):
+        dots = [why for label in labels for _, why in _dots(comparison, label)]
+        worst = max(filter(None, dots), default=None)
+        return worst and f"{worst}, in {sum(map(bool, dots))} of {len(dots)} rounds"
+    apart = max(max(rounds) / min(rounds) for rounds in of_each)
+    return f"rounds lie ×{apart:.0f} apart" if apart >= _BUSY else None
 
 
-def faster(ratio: Interval | None, than: str) -> tuple[str, str]:
+def as_fast(ratio: Interval | None, than: str) -> tuple[str, str]:
     """A ratio of times to the first token as a sentence, and how sure it is: "good", "bad" or "plain"."""
     if ratio is None:
         return f"no warm rounds to compare with {than}", "plain"
     if ratio.low != ratio.low:
         return f"too few rounds to compare with {than}: 6 are needed", "plain"
     median, low, high = ratio
-    if low > 1:
-        return f"{median:.2f}× faster to first token than {than} ({low:.2f}–{high:.2f}×)", "good"
-    if high < 1:
-        return f"{1 / median:.2f}× slower to first token than {than} ({1 / high:.2f}–{1 / low:.2f}×)", "bad"
+    if low > 1 or high < 1:
+        said = f"{median:.2f}× as fast as {than} to the first token ({low:.2f}–{high:.2f}×)"
+        return said, "good" if low > 1 else "bad"
     return f"no difference from {than} shown ({low:.2f}–{high:.2f}×)", "plain"
 
 
@@ -203,10 +220,10 @@ def pills(result: Result) -> list[Pill]:
         if BEFORE in comparison.engines:
             pairs.append((BEFORE, "before", result.against_before))
         for label, name, ratio in pairs:
-            if (apart := _busy(comparison, RECIPE, label)) is not None:
-                text, state = f"machine busy: rounds lie ×{apart:.0f} apart, no ratio to {name}", "bad"
+            if (busy := _busy(comparison, RECIPE, label)) is not None:
+                text, state = f"machine busy: {busy}, no ratio to {name}", "bad"
             else:
-                text, state = faster(ratio, name)
+                text, state = as_fast(ratio, name)
             about = "the median of ratios paired by round, with its 95% confidence interval; below six rounds none is printed"
             found.append(Pill(text=text, state=state, about=about))
     return [*found, _audited(result)]

@@ -8,12 +8,13 @@ from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
 from fastvl_lab.errors import require
+from fastvl_lab.measure.recipes import STOCK
 from fastvl_lab.run import Run
 from fastvl_lab.view import figures, tables
 from fastvl_lab.view.tables import layer_frame, stage_frame
 from fastvl_lab.view.timelines import block_waterfall, chunk_timeline
 from fastvl_lab.view.waterfall import waterfall
-from fastvl_lab.view.workbench.session import BEFORE, RECIPE, STOCK, Result, Session
+from fastvl_lab.view.workbench.session import BEFORE, RECIPE, Result, Session
 
 if TYPE_CHECKING:
     import plotly.graph_objects as go

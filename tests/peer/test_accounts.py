@@ -23,8 +23,8 @@ from fastvl_lab import Lab, Request, Run, audit, view
 from fastvl_lab.account import OF_WAIT, PARTS, REST, WAIT, Account, Part
 from fastvl_lab.checkpoint import tiny
 from fastvl_lab.measure.audit import Finding
-from fastvl_lab.peers import accounts
-from fastvl_lab.peers.accounts import Counted, in_answer, of_sglang, of_tensorrt_llm, of_vllm, read_page, told_between
+from fastvl_lab.peer import accounts
+from fastvl_lab.peer.accounts import Counted, in_answer, of_sglang, of_tensorrt_llm, of_vllm, read_page, told_between
 from fastvl_lab.trace import Span, Trace
 from fastvl_lab.view.report import run_html
 from fastvl_lab.view.workbench.showing import series

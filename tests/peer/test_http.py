@@ -13,7 +13,7 @@ import pytest
 from PIL import Image
 
 from fastvl_lab import EndpointError, Lab, Request, compare
-from fastvl_lab.peers.http import HttpPeer
+from fastvl_lab.peer.http import HttpPeer
 from fastvl_lab.request import UNNAMED
 
 Make = Callable[..., dict[str, Any]]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 from hypothesis import given, strategies as st
 
-from fastvl_lab.peers.counts import Piece, tokens_of
+from fastvl_lab.peer.counts import Piece, tokens_of
 from fastvl_lab.request import UNNAMED
 
 

@@ -13,7 +13,7 @@ from typing import Any, get_args
 
 from fastvl_lab.account import Account
 from fastvl_lab.errors import EndpointError
-from fastvl_lab.peers.accounts import in_answer
+from fastvl_lab.peer.accounts import in_answer
 from fastvl_lab.request import Kind
 
 MAX_EVENT = 16_000_000  # bytes

@@ -14,14 +14,12 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from transformers import GenerationConfig
+from transformers import GenerationConfig, __version__ as VERSION
 from transformers.generation.streamers import BaseStreamer
 
-from fastvl_lab.cache.memory import Memory
-from fastvl_lab.capture.graphs import GraphStore
 from fastvl_lab.catalogue import Preprocessor
 from fastvl_lab.checkpoint import Checkpoint
-from fastvl_lab.engine import Engine, engine
+from fastvl_lab.engine import Engine, PeerInfo, Place, engine
 from fastvl_lab.errors import RecipeError
 from fastvl_lab.pipeline import Outcome
 from fastvl_lab.preprocessor import bind
@@ -35,7 +33,7 @@ from fastvl_lab.trace import Tracer
 _TOGGLES = ("preprocessor.decode", "preprocessor.resize", "preprocessor.patchify")
 
 
-@engine("transformers")
+@engine("transformers", about=lambda: PeerInfo(word="transformers", does="Transformers in this process", version=VERSION))
 def transformers(text: str) -> Engine:
     """Read "transformers", then changes of the toggles that decide on pixels: "transformers, preprocessor.resize=torch"."""
     name, comma, changes = text.partition(",")
@@ -44,9 +42,9 @@ def transformers(text: str) -> Engine:
         if path not in _TOGGLES:
             raise RecipeError(f"{text!r} changes {path}, which a peer does not have; the choices are {', '.join(_TOGGLES)}")
 
-    def over(checkpoint: Checkpoint, memory: Memory, graphs: GraphStore | None) -> TransformersPeer:
-        recipe.check(checkpoint.target)
-        return TransformersPeer(checkpoint, recipe.preprocessor)
+    def over(place: Place) -> TransformersPeer:
+        recipe.check(place.checkpoint.target)
+        return TransformersPeer(place.checkpoint, recipe.preprocessor)
 
     changed = (f"{path}={value}" for path, value in recipe.changes().items())
     return Engine(name=", ".join([name.strip(), *changed]), bind=over)

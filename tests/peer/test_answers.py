@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, settings, strategies as st
 
 from fastvl_lab.errors import EndpointError
-from fastvl_lab.peers.answers import Event, Model, Usage, read_events, read_models, said
+from fastvl_lab.peer.answers import Event, Model, Usage, read_events, read_models, said
 
 
 def _read(body: bytes) -> list[Event]:

@@ -28,9 +28,9 @@ import torch
 from fastvl_lab.account import WAIT, Account
 from fastvl_lab.engine import Engine, engine
 from fastvl_lab.errors import EndpointError, RecipeError
-from fastvl_lab.peers.accounts import Counted
-from fastvl_lab.peers.answers import MAX_EVENT, Event, Model, Usage, read_events, read_models, said
-from fastvl_lab.peers.counts import Piece, tokens_of
+from fastvl_lab.peer.accounts import Counted
+from fastvl_lab.peer.answers import MAX_EVENT, Event, Model, Usage, read_events, read_models, said
+from fastvl_lab.peer.counts import Piece, tokens_of
 from fastvl_lab.pipeline import Outcome
 from fastvl_lab.preprocessor.decode_image import rgb_of
 from fastvl_lab.request import ImageInput, Kind, Request
@@ -51,7 +51,8 @@ def endpoint(text: str) -> Engine:
 
     account=off: the engine is not asked for its own account, and its metrics are not read.
     """
-    address, *options = (part.strip() for part in text.split(","))
+    address, rest = (part.strip() for part in text.partition(",")[::2])  # a model's name may have commas
+    options = [part.strip() for part in re.split(r",(?=\s*(?:model|account)=)", rest)] if rest else []
     for option in options:
         if not re.fullmatch("model=.+|account=(on|off)", option):
             choices = "model=<name>, account=on and account=off"
@@ -62,7 +63,7 @@ def endpoint(text: str) -> Engine:
     address, name, account = address.rstrip("/"), told.get("model"), told.get("account") != "off"
     return Engine(
         name=", ".join([address, *options]),
-        bind=lambda checkpoint, memory, graphs: HttpPeer(address, name, checkpoint.tokenizer, account=account),
+        bind=lambda place: HttpPeer(address, name, place.checkpoint.tokenizer, account=account),
         remote=True,
         held_against="transformers",
     )
