@@ -17,6 +17,7 @@ from typing import Any, Literal, get_args
 import numpy as np
 from PIL import Image
 
+from fastvl_lab import shown
 from fastvl_lab.engine import EngineLike
 from fastvl_lab.errors import FastvlError, RequestError, check_whole_number, require, sentence
 from fastvl_lab.lab import Lab
@@ -39,18 +40,26 @@ PERCENTILES = (50, 90, 99)
 class Load:
     """What `load` measured.
 
-    how: the arrivals in words. begun: of each request, when it arrived, in seconds from the first; runs: what became of it, None
-    where it failed; failures: by its number, why. steps: of the lab's own engines, with times from the first arrival (ns). seconds:
-    from the first arrival to the last end.
+    concurrency: how many were at once; rate: how many came a second; neither, where arrivals were recorded. begun: of each request,
+    when it arrived, in seconds from the first; runs: what became of it, None where it failed; failures: by its number, why. steps:
+    of the lab's own engines, with times from the first arrival (ns). seconds: from the first arrival to the last end.
     """
 
     engine: str
-    how: str
     begun: tuple[float, ...]
     runs: tuple[Run | None, ...]
     failures: Mapping[int, str]
     steps: tuple[Step, ...]
     seconds: float
+    concurrency: int | None = None
+    rate: float | None = None
+
+    @property
+    def how(self) -> str:
+        """The arrivals in words."""
+        if self.concurrency is not None:
+            return f"{self.concurrency} at once"
+        return "as recorded" if self.rate is None else f"{self.rate:g} a second"
 
     @property
     def finished(self) -> tuple[Run, ...]:
@@ -94,8 +103,7 @@ class Load:
         for of in MEASURES:
             for percent in PERCENTILES:
                 found = self.percentile(of, percent)
-                in_ms = None if found is None else Interval(*(value * 1e3 for value in found))
-                row |= {key: json_value(value) for key, value in as_row(f"{of}_p{percent}_ms", in_ms).items()}
+                row |= {key: json_value(value) for key, value in as_row(f"{of}_p{percent}_ms", found and found.ms).items()}
         return row
 
     def frame(self) -> Any:
@@ -106,12 +114,13 @@ class Load:
         """As JSON-ready data; `from_record` reads it back."""
         return {
             "engine": self.engine,
-            "how": self.how,
             "begun": list(self.begun),
             "runs": [None if run is None else run.to_record() for run in self.runs],
             "failures": {str(number): why for number, why in self.failures.items()},
             "steps": [dataclasses.asdict(step) for step in self.steps],
             "seconds": self.seconds,
+            "concurrency": self.concurrency,
+            "rate": self.rate,
         }
 
     @classmethod
@@ -119,13 +128,18 @@ class Load:
         """Read `record`'s form; logits are empty."""
         return cls(
             engine=record["engine"],
-            how=record["how"],
             begun=tuple(record["begun"]),
             runs=tuple(None if run is None else Run.from_record(run) for run in record["runs"]),
             failures={int(number): why for number, why in record["failures"].items()},
             steps=tuple(_step(step) for step in record["steps"]),
             seconds=record["seconds"],
+            concurrency=record["concurrency"],
+            rate=record["rate"],
         )
+
+    def _repr_mimebundle_(self, include: Any = None, exclude: Any = None) -> dict[str, Any]:
+        """The requests over time as a figure where plotly can be shown, else text."""
+        return shown.bundle(self)
 
     def __repr__(self) -> str:
         lines = [
@@ -222,10 +236,10 @@ def load(
         if concurrency is not None:
             return sent.closed_loop(concurrency)
         if arrivals is not None:
-            return sent.at(list(arrivals[:count]), "as recorded")
+            return sent.at(list(arrivals[:count]), None)
         assert rate is not None
         drawn = random.Random(seed)
-        return sent.at(list(accumulate((drawn.expovariate(rate) for _ in range(count - 1)), initial=0.0)), f"{rate:g} a second")
+        return sent.at(list(accumulate((drawn.expovariate(rate) for _ in range(count - 1)), initial=0.0)), rate)
 
 
 def varied(request: Request, number: int) -> Request:
@@ -290,10 +304,10 @@ class _Sent:
         self._next = next_one
         for _ in range(min(concurrency, len(self.requests))):
             next_one()
-        return self._served(f"{concurrency} at once")
+        return self._served(concurrency=concurrency)
 
-    def at(self, seconds: list[float], how: str) -> Load:
-        """Each at its time."""
+    def at(self, seconds: list[float], rate: float | None) -> Load:
+        """Each at its time, which were drawn at that rate if they were."""
 
         def send() -> None:
             began = time.perf_counter()
@@ -306,7 +320,7 @@ class _Sent:
         sender = threading.Thread(target=send, name="fastvl-load", daemon=True)
         sender.start()
         try:
-            return self._served(how)
+            return self._served(rate=rate)
         finally:
             sender.join()
 
@@ -339,7 +353,7 @@ class _Sent:
             run = error
         self._end(number, run)
 
-    def _served(self, how: str) -> Load:
+    def _served(self, *, concurrency: int | None = None, rate: float | None = None) -> Load:
         steps = self._ask_elsewhere() if self._remote else self._lab.serve(self._engine, self._inbox)
         sent = sorted(self._ended)
         first_ns = min((self._began_ns[number] for number in sent), default=0)
@@ -349,7 +363,6 @@ class _Sent:
         runs = (self._ended[number] for number in sent)
         return Load(
             engine=self._engine_name,
-            how=how,
             begun=tuple((self._began_ns[number] - first_ns) / 1e9 for number in sent),
             runs=tuple(dataclasses.replace(run, logits=run.logits[:0]) if isinstance(run, Run) else None for run in runs),
             failures=failures,
@@ -357,6 +370,8 @@ class _Sent:
                 dataclasses.replace(step, start_ns=step.start_ns - first_ns, end_ns=step.end_ns - first_ns) for step in steps
             ),
             seconds=(self._last_ns - first_ns) / 1e9,
+            concurrency=concurrency,
+            rate=rate,
         )
 
 

@@ -93,7 +93,7 @@ def _run(ttft: float, gaps: list[float], queued: float) -> Run:
 
 def test_what_is_counted() -> None:
     runs = (_run(0.1, [0.01, 0.03], 0.02), None, _run(0.3, [0.02], 0.2))
-    made = Load(engine="x", how="2 at once", begun=(0.0, 0.0, 0.1), runs=runs, failures={1: "no room"}, steps=(), seconds=2.0)
+    made = Load(engine="x", concurrency=2, begun=(0.0, 0.0, 0.1), runs=runs, failures={1: "no room"}, steps=(), seconds=2.0)
     assert made.tokens_per_second == 5 / 2
     assert made.requests_per_second == 1.0
     assert made.values("ttft") == [0.1, 0.3]
