@@ -153,6 +153,7 @@ class Lab:
         if outcome.chunk_tokens is not None:
             known = zip(chunks, outcome.chunk_tokens, strict=True)
             chunks = [dataclasses.replace(chunk, tokens=tokens) for chunk, tokens in known if chunk.text or tokens]
+        own = None if outcome.account is None else outcome.account()
         return Run(
             engine=engine if isinstance(engine, str) else key.text(self.device),
             recipe=key.recipe,
@@ -168,6 +169,7 @@ class Lab:
             logits=logits,
             captures=outcome.captures,
             finite=bool(logits.isfinite().all()),
+            account=None if own is None else own.held_against(finished),
         )
 
     def stream(self, request: Request, engine: EngineLike | None = None) -> Iterator[Chunk]:
@@ -207,10 +209,14 @@ class Lab:
         number: int = 0,
         trace: Level = "stages",
         on_end: Callable[[Run | Exception], object],
+        on_begin: Callable[[], object] = lambda: None,
         on_chunk: Callable[[Chunk], object] | None = None,
         stop: threading.Event | None = None,
     ) -> Job:
-        """A request for `serve`, whose clock starts now. on_end: given its run or its error; on_chunk, stop: as `run` has them."""
+        """A request for `serve`, whose clock starts now.
+
+        on_begin: called when it is admitted; on_end: given its run or its error; on_chunk, stop: as `run` has them.
+        """
         key, tracer, chunks = self._admitted(request, engine), Tracer(self.device, trace, stop=stop), list[Chunk]()
 
         def deliver(text: str, tokens: tuple[int, ...]) -> None:
@@ -225,17 +231,21 @@ class Lab:
             finished, logits = tracer.finish(), outcome.logits.cpu()
             on_end(self._made(key, engine, outcome, finished, logits, self._kind(key, outcome), chunks))
 
-        return Job(number=number, request=request, tracer=tracer, deliver=deliver, end=end)
+        return Job(number=number, request=request, tracer=tracer, deliver=deliver, begin=on_begin, end=end)
 
-    def serve(self, engine: EngineLike, inbox: Inbox) -> list[Step]:
-        """Serve jobs as they come, on the lab's thread, until the inbox is closed and all have ended: the steps that it took."""
+    def serve(self, engine: EngineLike, inbox: Inbox, *, lingers: bool = True) -> list[Step]:
+        """Serve jobs as they come, on the lab's thread, until the inbox is closed and all have ended: the steps that it took.
+
+        lingers: whether the thread waits for more where there are none; else it is given back.
+        """
         key = self.engine(engine)
 
         def served() -> list[Step]:
             bound = self._bind(key)
             if isinstance(bound, Pipeline):
-                return bound.serve(inbox)
-            return one_at_a_time(lambda job: bound.run(job.request, job.tracer, job.deliver), self.device, inbox)
+                return bound.serve(inbox, lingers=lingers)
+            run = bound.run
+            return one_at_a_time(lambda job: run(job.request, job.tracer, job.deliver), self.device, inbox, lingers=lingers)
 
         return self.compute(served)
 

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 
+from fastvl_lab.account import Account
 from fastvl_lab.capture.execute import Capture
 from fastvl_lab.request import ImageShape, Kind
 
@@ -16,7 +18,7 @@ class Outcome:
 
     reused: whether anything of an earlier request was used. captures: what was compiled or captured on the way. Of an endpoint
     alone, model: what it calls the model that it serves; kind: what its words make of the run, where they decide it; chunk_tokens:
-    the tokens of each chunk, which may be known only at the end.
+    the tokens of each chunk, which may be known only at the end; account: asked once the request has ended, its engine's own.
     """
 
     tokens: tuple[int, ...]
@@ -28,3 +30,4 @@ class Outcome:
     model: str | None = None
     kind: Kind | None = None
     chunk_tokens: tuple[tuple[int, ...], ...] | None = None
+    account: Callable[[], Account | None] | None = None

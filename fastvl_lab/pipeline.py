@@ -68,11 +68,12 @@ class Pipeline:
         """Serve one request; raises `RequestError` for one that cannot be served, before any pixel of it is read."""
         return self._run(request, tracer, deliver, None)
 
-    def serve(self, inbox: Inbox) -> list[LoopStep]:
-        """Serve what comes until the inbox is closed and every job has ended: the steps that it took."""
+    def serve(self, inbox: Inbox, *, lingers: bool) -> list[LoopStep]:
+        """Serve what comes until the inbox is closed, or empty where nothing `lingers`: the steps that it took."""
         if self._policy is None:
-            return one_at_a_time(lambda job: self.run(job.request, job.tracer, job.deliver), self.checkpoint.device, inbox)
-        return self._serve_together(inbox, None)
+            device = self.checkpoint.device
+            return one_at_a_time(lambda job: self.run(job.request, job.tracer, job.deliver), device, inbox, lingers=lingers)
+        return self._serve_together(inbox, None, lingers=lingers)
 
     def logits_along(self, request: Request, tokens: torch.Tensor) -> torch.Tensor:
         """Logits of the prompt's last token, and after each of `tokens` (int64 [n]); float32 [1 + n, vocab], on the host."""
@@ -86,18 +87,17 @@ class Pipeline:
             return self._admit_and_serve(request, tracer, deliver, forced)
         inbox, ended = Inbox(), list[Outcome | Exception]()
         inbox.put(Job(number=0, request=request, tracer=tracer, deliver=deliver, end=ended.append, since_ns=tracer.started_ns))
-        inbox.close()
-        self._serve_together(inbox, forced)
+        self._serve_together(inbox, forced, lingers=False)
         if isinstance(ended[0], Exception):
             raise ended[0]
         return ended[0]
 
     @torch.inference_mode()
-    def _serve_together(self, inbox: Inbox, forced: Forced | None) -> list[LoopStep]:
+    def _serve_together(self, inbox: Inbox, forced: Forced | None, *, lingers: bool) -> list[LoopStep]:
         assert self._policy is not None
         self.stages.take_fresh()  # what a request that failed has made is no part of these
         loop = Loop(self, self._policy, self._unpacking)
-        loop.serve(inbox, forced)
+        loop.serve(inbox, forced, lingers=lingers)
         return loop.steps
 
     @torch.inference_mode()

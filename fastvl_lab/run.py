@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from fastvl_lab import shown
+from fastvl_lab.account import OF_WAIT, WAIT, Account
 from fastvl_lab.capture.execute import Capture
 from fastvl_lab.recipe import Recipe
 from fastvl_lab.request import UNNAMED, Chunk, Grid, ImageShape, Kind as Kind
-from fastvl_lab.trace import Trace
+from fastvl_lab.trace import Span, Trace
 
 if TYPE_CHECKING:
     import plotly.graph_objects as go
@@ -21,6 +22,8 @@ ELSEWHERE = "elsewhere"
 
 _BAR_WIDTH = 40
 _EIGHTHS = " ▏▎▍▌▋▊▉"
+# Bars of an engine's own account are lighter.
+_OWN = str.maketrans(dict.fromkeys("█▉▊▋▌", "▒") | dict.fromkeys("▏▎▍", "░"))
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -31,7 +34,7 @@ class Run:
     are its `captures`), "warm" after that, "cache_hit" when something was reused from an earlier request. An endpoint's run is what
     the endpoint says of it, and "unknown" where it does not say whether it reused anything. `logits` are those of the last prompt
     token, float32 [vocab] on the host; finite: whether all of them were finite numbers, without which tokens mean nothing.
-    `n_prompt` is 0 where an endpoint does not count.
+    `n_prompt` is 0 where an endpoint does not count. `account` is what the endpoint's engine tells of the request by its own clock.
     """
 
     engine: str
@@ -48,6 +51,7 @@ class Run:
     logits: torch.Tensor
     captures: tuple[Capture, ...] = ()
     finite: bool = True
+    account: Account | None = None
 
     @property
     def ttft(self) -> float:
@@ -74,11 +78,6 @@ class Run:
     def visual_tokens(self) -> int:
         return sum(shape.visual_tokens for shape in self.shapes)
 
-    def behind(self, stage: str, seconds: float) -> Run:
-        """The same as seen by who had waited so long before it began."""
-        chunks = tuple(replace(chunk, time=chunk.time + seconds) for chunk in self.chunks)
-        return replace(self, trace=self.trace.behind(stage, round(seconds * 1e9)), chunks=chunks)
-
     def subtitle(self) -> str:
         """What became of the images: unpacked size, resized size, patches, visual tokens."""
         if self.device == ELSEWHERE:
@@ -97,15 +96,23 @@ class Run:
         return f"{self.checkpoint} · {self.engine} · {self.device} {self.dtype} · {in_words(self.kind)}"
 
     def stage_table(self) -> list[dict[str, Any]]:
-        """One row a stage, then `unaccounted` and `TTFT`: name, host ms, device ms (CUDA only), share of TTFT."""
-        device = self.trace.stages("device")
-        rows: list[dict[str, Any]] = [
-            {"stage": name, "host_ms": ns / 1e6, "device_ms": device[name] / 1e6 if name in device else None}
-            for name, ns in self.trace.stages().items()
-        ]
+        """One row a stage, then `unaccounted` and `TTFT`: name, host ms, device ms (CUDA only), share of TTFT.
+
+        Below `wait` stand its parts, "wait: …", where the engine tells of them; their clock is its own, and they add up to `wait`.
+        """
+        device, parts = self.trace.stages("device"), self.own_spans()
+        rows: list[dict[str, Any]] = []
+        for name, ns in self.trace.stages().items():
+            rows.append({"stage": name, "host_ms": ns / 1e6, "device_ms": device[name] / 1e6 if name in device else None})
+            if name == WAIT:
+                rows += [{"stage": part.name, "host_ms": part.duration_ns / 1e6, "device_ms": None} for part in parts]
         rows.append({"stage": "unaccounted", "host_ms": self.trace.unaccounted_ns / 1e6, "device_ms": None})
         rows.append({"stage": "TTFT", "host_ms": self.ttft * 1e3, "device_ms": None})
         return [row | {"share": row["host_ms"] / (self.ttft * 1e3)} for row in rows]
+
+    def own_spans(self) -> tuple[Span, ...]:
+        """`wait`, split as far as the engine tells (`Account.spans`)."""
+        return () if self.account is None else self.account.spans(self.trace)
 
     def waterfall(self) -> go.Figure:
         """The TTFT waterfall as a plotly figure; needs the extra "notebooks"."""
@@ -127,6 +134,7 @@ class Run:
             "trace": self.trace.to_record(),
             "captures": [vars(capture) for capture in self.captures],
             "finite": self.finite,
+            "account": None if self.account is None else self.account.to_record(),
         }
 
     @classmethod
@@ -137,6 +145,8 @@ class Run:
         data["shapes"] = tuple(ImageShape(**{**shape, "grid": Grid(*shape["grid"])}) for shape in record["shapes"])
         data["tokens"] = tuple(record["tokens"])
         data["chunks"] = tuple(Chunk(**{**chunk, "tokens": tuple(chunk["tokens"])}) for chunk in record["chunks"])
+        own = record.get("account")  # the same
+        data["account"] = None if own is None else Account.from_record(own)
         data["trace"] = Trace.from_record(record["trace"])
         data["captures"] = tuple(Capture(**capture) for capture in record.get("captures", ()))  # absent in older records
         return cls(**data, logits=torch.empty(0))
@@ -154,11 +164,11 @@ class Run:
     def stage_bars(self) -> list[tuple[str, float, float, str]]:
         """The stage table's names, host ms and shares, each with a bar of text that lies where the stage ran."""
         intervals: dict[str, list[tuple[int, int]]] = {"unaccounted": list(self.trace.gaps())}
-        for span in self.trace.within_ttft():
+        for span in (*self.trace.within_ttft(), *self.own_spans()):
             intervals.setdefault(span.name, []).append((span.start_ns, span.end_ns))
-        return [
-            (row["stage"], row["host_ms"], row["share"], self._bar(intervals.get(row["stage"], []))) for row in self.stage_table()
-        ]
+        rows = [(row["stage"], row["host_ms"], row["share"]) for row in self.stage_table()]
+        bars = [self._bar(intervals.get(stage, [])) for stage, *_ in rows]
+        return [(*row, bar.translate(_OWN) if row[0].startswith(OF_WAIT) else bar) for row, bar in zip(rows, bars, strict=True)]
 
     def summary(self) -> str:
         """TTFT, TPOT, and how many tokens in how many chunks."""
@@ -169,7 +179,11 @@ class Run:
         lines = [self.title(), self.subtitle(), self.summary()]
         if not self.finite:
             lines.append("its logits are not finite: its tokens mean nothing")
-        lines += [f"{stage:<13} {ms:9.3f} ms {share:6.1%} {bar}".rstrip() for stage, ms, share, bar in self.stage_bars()]
+        bars = self.stage_bars()
+        width = max(13, *(len(stage) for stage, *_ in bars))
+        lines += [f"{stage:<{width}} {ms:9.3f} ms {share:6.1%} {bar}".rstrip() for stage, ms, share, bar in bars]
+        if self.account is not None:
+            lines.append(f"its own account (▒), {self.account}")
         lines += [f"{c.how} of {c.stage}: {c.seconds:.2f} s, {c.n_bytes / 1e6:.1f} MB ({c.shape})" for c in self.captures]
         if self.trace.padding:
             lines.append("padding: " + ", ".join(f"{share:.1%} of {stage}" for stage, share in self.trace.padding.items()))

@@ -15,7 +15,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -130,12 +130,6 @@ class Trace:
         """Of each stage whose inputs were padded, the share of what it computed that was padding; a mean over its times."""
         computed = {name.removesuffix(COMPUTED): times for name, times in self.counts.items() if name.endswith(COMPUTED)}
         return {what.partition(":")[0]: self.counts.get(f"{what}{OF_PADDING}", 0) / times for what, times in computed.items()}
-
-    def behind(self, name: str, ns: int) -> Trace:
-        """The same behind a stage on the host that took so many nanoseconds before any of it."""
-        first = Span(name=name, lane="host", depth=0, start_ns=0, end_ns=ns)
-        later = (replace(span, start_ns=span.start_ns + ns, end_ns=span.end_ns + ns) for span in self.spans)
-        return replace(self, spans=(first, *later), first_chunk_ns=self.first_chunk_ns + ns, end_ns=self.end_ns + ns)
 
     def to_chrome(self, label: str = "fastvl_lab", *, ours: bool = True) -> dict[str, Any]:
         """The trace in the Trace Event format that chrome://tracing and Perfetto open: one track a lane, microseconds.

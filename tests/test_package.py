@@ -23,7 +23,19 @@ SLOTS = ("preprocessor", "vit", "cache", "capture", "streaming")
 
 # Lowest first; a module imports from its own layer or below. Parts of the package that do not exist yet have their place too.
 LAYERS = (
-    ("errors", "image_input", "inputs", "messages", "request", "shown", "trace", "kernels", "catalogue", "engine_thread"),
+    (
+        "account",
+        "errors",
+        "image_input",
+        "inputs",
+        "messages",
+        "request",
+        "shown",
+        "trace",
+        "kernels",
+        "catalogue",
+        "engine_thread",
+    ),
     ("recipe", "families"),
     ("checkpoint",),
     ("decoder",),

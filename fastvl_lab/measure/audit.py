@@ -14,6 +14,7 @@ from numbers import Real
 from statistics import median
 from typing import Any, Literal, NamedTuple, get_args
 
+from fastvl_lab.account import Begins, PartName
 from fastvl_lab.checkpoint import Checkpoint
 from fastvl_lab.checkpoint.memory import gigabytes
 from fastvl_lab.checkpoint.shape import without_weights
@@ -24,7 +25,7 @@ from fastvl_lab.measure.hardware import find_hardware
 from fastvl_lab.measure.samples import FOR_AN_INTERVAL
 from fastvl_lab.preprocessor.layout import AreaLimits, shapes_of
 from fastvl_lab.request import Grid
-from fastvl_lab.run import Run
+from fastvl_lab.run import ELSEWHERE, Run
 
 Severity = Literal["impossible", "suspect", "note", "clear", "not checked"]
 
@@ -38,6 +39,14 @@ _WHOLE = 0.9  # of the whole time; a TTFT above it is that of the answer
 _CACHED = 10**9  # bytes; of a smaller model a good part may stay in the device's caches, and memory is no limit
 _OFF = 0.01  # of TTFT, by which stages may differ from it
 _LARGE = 0.2  # of TTFT, spent in no stage
+
+# What an engine's own TTFT leaves out, by what it begins with: parts of its account, and in words.
+_BEFORE: dict[Begins, tuple[PartName, ...]] = {"arrival": (), "preprocessed": ("preprocess",), "scheduled": ("preprocess", "queue")}
+_TRAPS: dict[Begins, str] = {
+    "arrival": "reading the body and sending the first text are outside",
+    "preprocessed": "fetching and unpacking images, the processor and tokenizing are outside",
+    "scheduled": "fetching and unpacking images, the processor, tokenizing and the queue are outside (as in vLLM's issue 41267)",
+}
 
 _KNOWN_CAUSE = (
     "a known cause is LMDeploy 0.9.0 to 0.11.1, which holds tokens of Qwen-VL models by a gate for each round of 16 steps and a "
@@ -300,11 +309,11 @@ def _work(model: Checkpoint, grids: Sequence[Grid], n_prompt: int) -> int:
     return vit_flops(model, grids, frames=1).total + prefill_flops(model, n_prompt, last_token_alone=True).total
 
 
-def _verdicts(seen: Seen) -> list[Finding]:
-    """Every verdict on one request."""
+def _verdicts(seen: Seen, *, served: bool = False) -> list[Finding]:
+    """Every verdict on one request. served: by an engine behind an address, which may tell of itself."""
     of_all = (decode_faster_than_memory, ttft_is_the_answer, bursts, faster_than_compute)
-    of_runs = (stages_do_not_add_up, logits_not_finite)
-    return [_finding(judge, seen) for judge in (of_all if seen.run is None else of_all + of_runs)]
+    of_runs = (stages_do_not_add_up, logits_not_finite) if seen.run is not None else ()
+    return [_finding(judge, seen) for judge in (*of_all, *of_runs, *((own_ttft_leaves_out,) if served else ()))]
 
 
 def _finding(judge: Callable[[Any], Finding], about: Any) -> Finding:
@@ -323,11 +332,12 @@ def _verdicts_on_runs(runs: Sequence[Run], device: Device) -> list[Finding]:
     model = None
     with suppress(FastvlError):  # of which nothing is known without its weights
         model = without_weights(runs[0].checkpoint, runs[0].dtype)
+    served = any(run.device == ELSEWHERE or run.account is not None for run in runs)
     found = []
     for run in runs:
         seen = _with_arrivals(Seen(device=device, model=model), tuple((chunk.time, len(chunk.tokens)) for chunk in run.chunks))
         work = None if model is None else _work(model, [shape.grid for shape in run.shapes], run.n_prompt)
-        found.append(_verdicts(replace(seen, ttft=run.ttft, n_visual=run.visual_tokens, work=work, run=run)))
+        found.append(_verdicts(replace(seen, ttft=run.ttft, n_visual=run.visual_tokens, work=work, run=run), served=served))
     of_samples = (too_few_samples,) if len(runs) == 1 else (cold_among_warm, too_few_samples)
     return [*_over_runs(found), *(_finding(judge, runs) for judge in of_samples)]
 
@@ -468,6 +478,30 @@ def stages_do_not_add_up(seen: Seen) -> Finding:
         (abs(whole / ttft - 1) > _OFF, "suspect", overlap),
         (unaccounted > _LARGE * ttft, "note", unexplained),
     )
+
+
+def own_ttft_leaves_out(seen: Seen) -> Finding:
+    run = seen.run
+    if run is None or run.account is None or (run.account.ttft is None and not run.account.notes):
+        return _needs("the engine's own TTFT (vLLM: --enable-per-request-metrics; SGLang: --enable-metrics)")
+    account, trace = run.account, run.trace
+    dropped = f"figures of {account.source} cannot be this request's, and are left out: {'; '.join(account.notes)}"
+    if account.ttft is None:
+        return Finding("note", dropped)
+    sent = max((span.end_ns for span in trace.within_ttft() if span.name == "upload"), default=0) / 1e9
+    waited, outside = run.ttft - sent, run.ttft - sent - account.ttft
+    before = [f"{part.name} {seconds(part.seconds)}" for part in account.parts if part.name in _BEFORE[account.begins]]
+    since = "the upload's end" if sent else "the request's bytes"
+    told = f"; of it the engine tells {' and '.join(before)}" if before else ""
+    shown = (
+        f"{seconds(waited)} from {since} to the first text - {seconds(account.ttft)} by {account.source} = "
+        f"{seconds(outside)} outside, {outside / waited:.0%}{told}"
+    )
+    why = (
+        f"the engine's own TTFT, {seconds(account.ttft)}, is not what a client waits for: it runs from {account.begins} to first "
+        f"token; {_TRAPS[account.begins]}"
+    )
+    return _judged(shown, (outside > _LARGE * waited, "suspect", why), (account.notes, "note", dropped))
 
 
 def cold_among_warm(runs: Sequence[Run]) -> Finding:

@@ -11,7 +11,9 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, get_args
 
+from fastvl_lab.account import Account
 from fastvl_lab.errors import EndpointError
+from fastvl_lab.peers.accounts import in_answer
 from fastvl_lab.request import Kind
 
 MAX_EVENT = 16_000_000  # bytes
@@ -50,7 +52,8 @@ class Event:
     """One event of a stream.
 
     is_piece: whether it is of the answer, be it without text: a token may be behind it. text: of all channels. tokens: the ids
-    behind it, where it has any. kind: of the whole run, which only the lab's own server says.
+    behind it, where it has any. kind: of the whole run, which only the lab's own server says. account: the engine's
+    own of the request.
     """
 
     is_piece: bool = False
@@ -58,6 +61,7 @@ class Event:
     tokens: tuple[int, ...] = ()
     usage: Usage = Usage()
     kind: Kind | None = None
+    account: Account | None = None
 
 
 def read_models(body: bytes) -> tuple[Model, ...]:
@@ -138,6 +142,7 @@ def _event(data: Any, is_error: bool) -> Event:
         tokens=tuple(tokens),
         usage=_usage(_object(event.get("usage"))),
         kind=next((kind for kind in (ours.get("kind"), _object(ours.get("run")).get("kind")) if kind in get_args(Kind)), None),
+        account=in_answer(event),
     )
 
 

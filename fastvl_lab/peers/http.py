@@ -3,6 +3,7 @@
 What can be seen from here is the request being encoded, the connection, the upload, the wait, and chunks as they arrive. TTFT ends
 with the first text of any channel, be it thought or answer. What the endpoint says of itself is taken at its word: ids and numbers
 of tokens (`counts`), and how many of the prompt it reused; that says nothing of images whose pixels or visual tokens it had kept.
+Its own account of the request (`accounts`) splits the wait; it is read from the answer, and then from its metrics.
 """
 
 from __future__ import annotations
@@ -13,17 +14,21 @@ import io
 import ipaddress
 import json
 import os
+import re
 import ssl
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import closing, contextmanager, suppress
+from functools import partial
 from itertools import chain
 from typing import Any
 from urllib.parse import SplitResult, urlsplit
 
 import torch
 
+from fastvl_lab.account import WAIT, Account
 from fastvl_lab.engine import Engine, engine
 from fastvl_lab.errors import EndpointError, RecipeError
+from fastvl_lab.peers.accounts import Counted
 from fastvl_lab.peers.answers import MAX_EVENT, Event, Model, Usage, read_events, read_models, said
 from fastvl_lab.peers.counts import Piece, tokens_of
 from fastvl_lab.pipeline import Outcome
@@ -34,6 +39,7 @@ from fastvl_lab.trace import Tracer
 
 KEY = "FASTVL_LAB_ENDPOINT_KEY"
 TIMEOUT = 600.0  # seconds without a byte
+PAGE_TIMEOUT = 5.0  # the same of what no request waits for
 
 # How files begin, and what they are.
 _MAGIC = ((b"\xff\xd8", "jpeg"), (b"\x89PNG", "png"), (b"GIF8", "gif"), (b"BM", "bmp"), (b"II*\0", "tiff"), (b"MM\0*", "tiff"))
@@ -41,16 +47,22 @@ _MAGIC = ((b"\xff\xd8", "jpeg"), (b"\x89PNG", "png"), (b"GIF8", "gif"), (b"BM", 
 
 @engine("http://", "https://", said="an http(s) address ending in /v1")
 def endpoint(text: str) -> Engine:
-    """Read an address, "http://127.0.0.1:8000/v1", and behind it the model where the server has several: ", model=…"."""
-    address, comma, model = (part.strip() for part in text.partition(","))
-    if comma and (not model.startswith("model=") or model == "model="):
-        raise RecipeError(f"endpoint {text!r} has {model!r}; what may follow its address is model=<name>")
+    """Read an address, "http://127.0.0.1:8000/v1", and behind it ", model=…" where the server has several, or ", account=off".
+
+    account=off: the engine is not asked for its own account, and its metrics are not read.
+    """
+    address, *options = (part.strip() for part in text.split(","))
+    for option in options:
+        if not re.fullmatch("model=.+|account=(on|off)", option):
+            choices = "model=<name>, account=on and account=off"
+            raise RecipeError(f"endpoint {text!r} has {option!r}; what may follow its address is {choices}")
+    told = dict(option.split("=", 1) for option in options)
     if not _is_address(address):
         raise RecipeError(f"endpoint {text!r} is no address; it reads http://host:port/v1, or https")
-    address, name = address.rstrip("/"), model.removeprefix("model=") or None
+    address, name, account = address.rstrip("/"), told.get("model"), told.get("account") != "off"
     return Engine(
-        name=", ".join([address, *([model] if comma else [])]),
-        bind=lambda checkpoint, memory, graphs: HttpPeer(address, name, checkpoint.tokenizer),
+        name=", ".join([address, *options]),
+        bind=lambda checkpoint, memory, graphs: HttpPeer(address, name, checkpoint.tokenizer, account=account),
         remote=True,
         held_against="transformers",
     )
@@ -59,11 +71,12 @@ def endpoint(text: str) -> Engine:
 class HttpPeer:
     """An endpoint at an address that ends in /v1; its key, if it wants one, is in the environment as FASTVL_LAB_ENDPOINT_KEY.
 
-    model: its name there, by default the first that the endpoint lists. tokenizer: counts what the endpoint does not. Raises
-    `EndpointError` for an endpoint that is not there, has no such model, or would be sent the key in the clear.
+    model: its name there, by default the first that the endpoint lists. tokenizer: counts what the endpoint does not. account:
+    whether the engine is asked for its own account of requests. Raises `EndpointError` for an endpoint that is not there, has no
+    such model, or would be sent the key in the clear.
     """
 
-    def __init__(self, address: str, model: str | None, tokenizer: Any) -> None:
+    def __init__(self, address: str, model: str | None, tokenizer: Any, *, account: bool = True) -> None:
         self._address, self._tokenizer = urlsplit(address), tokenizer
         self._headers = {"Content-Type": "application/json", "Accept": "text/event-stream"}
         if key := os.environ.get(KEY, "").strip():
@@ -76,12 +89,14 @@ class HttpPeer:
             raise EndpointError(f"endpoint {address!r} does not serve {model}; the choices are {', '.join(names)}")
         self._model = model or names[0]
         self._owner = next((entry.owner for entry in listed if entry.name == self._model), "")
+        self._account = account
+        self._counted = Counted(self._owner if account else "", self._page)
 
     def run(self, request: Request, tracer: Tracer, deliver: Deliver) -> Outcome:
         """Have one request served; raises `EndpointError` if the endpoint refuses it, fails, or falls silent."""
         span, connection = tracer.span, self._connection()
         answer = _Answer(self._address.netloc, tracer, deliver, self._tokenizer)
-        try:
+        with self._counted.request(), closing(connection):
             with span("encode"):
                 body = json.dumps(self._body(request)).encode()
             with self._heard():
@@ -89,20 +104,33 @@ class HttpPeer:
                     connection.connect()
                 with span("upload"):
                     connection.request("POST", f"{self._address.path}/chat/completions", body, self._headers)
-                tracer.begin("wait")
+                tracer.begin(WAIT)
                 response = connection.getresponse()
                 if response.status != 200:
                     raise EndpointError(f"it answers {response.status}: {said(response.read(MAX_EVENT))}")
             for event in self._events(response):
                 tracer.check()
                 answer.take(event)
-        finally:
-            connection.close()
-        return answer.outcome(self._model)
+        return answer.outcome(self._model, partial(self._own_account, answer))
+
+    def _own_account(self, answer: _Answer) -> Account | None:
+        """What its answer has told, and what its metrics add: vLLM tells there alone what came before a request was queued."""
+        told, counted = answer.account, self._counted.account()
+        return counted if told is None else told.beside(counted)
 
     def logits_along(self, request: Request, tokens: torch.Tensor) -> torch.Tensor:
         """Endpoints show no logits: raises `EndpointError`."""
         raise EndpointError(f"{self._address.netloc} shows no logits; what it computes can be told by its tokens alone")
+
+    def _page(self, path: str) -> bytes | None:
+        """A page beside /v1; None where there is none."""
+        connection = self._connection(PAGE_TIMEOUT)
+        with closing(connection), suppress(OSError, http.client.HTTPException, UnicodeError):
+            connection.request("GET", self._address.path.removesuffix("/v1") + path, headers=self._headers | {"Accept": "*/*"})
+            response = connection.getresponse()
+            body = response.read(MAX_EVENT)
+            return body if response.status == 200 else None
+        return None
 
     def _models(self) -> tuple[Model, ...]:
         connection = self._connection()
@@ -135,11 +163,11 @@ class HttpPeer:
         except (OSError, http.client.HTTPException, UnicodeError, EndpointError) as error:
             raise EndpointError(f"{self._address.netloc}{fault}: {error or type(error).__name__}") from None
 
-    def _connection(self) -> http.client.HTTPConnection:
+    def _connection(self, timeout: float = TIMEOUT) -> http.client.HTTPConnection:
         host, port = self._address.hostname or "", self._address.port
         if self._address.scheme == "https":
-            return http.client.HTTPSConnection(host, port, timeout=TIMEOUT, context=ssl.create_default_context())
-        return http.client.HTTPConnection(host, port, timeout=TIMEOUT)
+            return http.client.HTTPSConnection(host, port, timeout=timeout, context=ssl.create_default_context())
+        return http.client.HTTPConnection(host, port, timeout=timeout)
 
     def _body(self, request: Request) -> dict[str, Any]:
         images = iter(request.image_inputs)
@@ -152,7 +180,7 @@ class HttpPeer:
         if self._owner in ("fastvl_lab", "vllm"):
             body["return_token_ids"] = True
         if self._owner == "fastvl_lab":
-            return body | limits
+            return body | limits | ({"return_trace": True} if self._account else {})
         return body | ({"mm_processor_kwargs": limits} if limits else {})  # vLLM
 
     def _message(self, message: Mapping[str, Any], images: Iterator[ImageInput]) -> dict[str, Any]:
@@ -187,9 +215,11 @@ class _Answer:
         self._has_ids = False
         self._usage = Usage()
         self._kind: Kind | None = None
+        self.account: Account | None = None  # the engine's own
 
     def take(self, event: Event) -> None:
         self._usage, self._kind = event.usage.or_earlier(self._usage), event.kind or self._kind
+        self.account = event.account or self.account
         self._has_ids = self._has_ids or bool(event.tokens)
         if not event.is_piece or (self._has_ids and not event.text and not event.tokens):
             return  # where ids are sent, no token is without
@@ -201,7 +231,7 @@ class _Answer:
             self._first = len(self._pieces) - 1
             self._begin(event.text, _joined(piece.tokens or piece.guess for piece in self._pieces))
 
-    def outcome(self, model: str) -> Outcome:
+    def outcome(self, model: str, account: Callable[[], Account | None]) -> Outcome:
         """The whole, once it has ended; raises `EndpointError` for one without a token."""
         tokens, first = tokens_of(self._pieces, self._usage.completion), self._first
         chunks = [_joined(tokens)] if first is None else [_joined(tokens[: first + 1]), *tokens[first + 1 :]]
@@ -217,6 +247,7 @@ class _Answer:
             model=model,
             kind=self._said_kind(),
             chunk_tokens=tuple(chunks),
+            account=account,
         )
 
     def _said_kind(self) -> Kind | None:
@@ -226,7 +257,7 @@ class _Answer:
         return "unknown" if self._usage.cached is None else "cache_hit"
 
     def _begin(self, text: str, tokens: tuple[int, ...]) -> None:
-        self._tracer.end("wait")
+        self._tracer.end(WAIT)
         self._deliver(text, tokens)
 
     def _ids(self, text: str) -> tuple[int, ...]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import queue
 import threading
 import time
 from collections.abc import Callable
@@ -18,7 +17,8 @@ from fastvl_lab.trace import Tracer
 class Job:
     """A request that was handed in, whose clock runs since `since_ns` (`time.perf_counter_ns`).
 
-    number: by which steps name it. deliver: given its text. end: given what became of it, once, on the thread that serves.
+    number: by which steps name it. deliver: given its text. begin: called when it is admitted; end: given what became of it, once;
+    all of them on the thread that serves.
     """
 
     number: int
@@ -26,6 +26,7 @@ class Job:
     tracer: Tracer
     deliver: Deliver
     end: Callable[[Outcome | Exception], object]
+    begin: Callable[[], object] = lambda: None
     since_ns: int = field(default_factory=time.perf_counter_ns)
 
 
@@ -33,30 +34,30 @@ class Inbox:
     """Jobs in order of arrival, from any threads to the one that serves; closed, when no more will come."""
 
     def __init__(self) -> None:
-        self._jobs: queue.SimpleQueue[Job | None] = queue.SimpleQueue()
-        self._closed = threading.Event()
+        self._jobs: list[Job] = []
+        self._closed = False
+        self._changed = threading.Condition()
 
     def put(self, job: Job) -> None:
-        self._jobs.put(job)
+        with self._changed:
+            self._jobs.append(job)
+            self._changed.notify_all()
 
     def close(self) -> None:
-        self._closed.set()
-        self._jobs.put(None)
+        with self._changed:
+            self._closed = True
+            self._changed.notify_all()
 
     def take(self, *, wait: bool) -> list[Job]:
         """All that have arrived; where it is to wait, at least one, or none where no more will come."""
-        taken: list[Job] = []
-        while True:
-            try:
-                job = self._jobs.get(block=wait and not taken and not self._closed.is_set())
-            except queue.Empty:
-                return taken
-            if job is not None:
-                taken.append(job)
-            elif wait and not taken:
-                return taken
+        with self._changed:
+            if wait:
+                self._changed.wait_for(lambda: self._jobs or self._closed)
+            taken, self._jobs = self._jobs, []
+            return taken
 
-    @property
-    def is_closed(self) -> bool:
-        """Whether no more will come; some may still be there."""
-        return self._closed.is_set()
+    def is_over(self) -> bool:
+        """Wait until somebody is there, or no more will come: whether it is that."""
+        with self._changed:
+            self._changed.wait_for(lambda: self._jobs or self._closed)
+            return not self._jobs

@@ -43,20 +43,21 @@ class Step:
     waiting: int = 0
 
 
-def one_at_a_time(run: Callable[[Job], Outcome], device: torch.device, inbox: Inbox) -> list[Step]:
-    """Serve each job to its end, in the order in which they come, until the inbox is closed."""
-    steps, waiting = [], inbox.take(wait=True)
+def one_at_a_time(run: Callable[[Job], Outcome], device: torch.device, inbox: Inbox, *, lingers: bool) -> list[Step]:
+    """Serve each job to its end, in the order in which they come, until the inbox is closed, or empty where nothing `lingers`."""
+    steps, waiting = [], inbox.take(wait=lingers)
     while waiting:
         job, start_ns = waiting.pop(0), time.perf_counter_ns()
         try:
             job.tracer.start_at(job.since_ns, Anchor.now(device))
             job.tracer.fill("queued")
+            job.begin()
             ended: Outcome | Exception = run(job)
         except Exception as error:
             ended = error
         job.end(ended)
         steps.append(Step(start_ns=start_ns, end_ns=time.perf_counter_ns(), admitted=((job.number, 0),), waiting=len(waiting)))
-        waiting += inbox.take(wait=not waiting)
+        waiting += inbox.take(wait=lingers and not waiting)
     return steps
 
 
@@ -78,10 +79,13 @@ class Loop:
         self._turns = 0  # times that anything was done for a request
         self.steps: list[Step] = []
 
-    def serve(self, inbox: Inbox, forced: Forced | None = None) -> None:
-        """Serve what comes until the inbox is closed and every job has ended; an error ends its own jobs and no other."""
+    def serve(self, inbox: Inbox, forced: Forced | None = None, *, lingers: bool = True) -> None:
+        """Serve what comes until the inbox is closed, or empty where nothing `lingers`, and every job has ended.
+
+        An error ends the jobs that it is of, and no other.
+        """
         try:
-            while self._arrive(inbox, forced):
+            while self._arrive(inbox, forced, lingers):
                 start_ns = time.perf_counter_ns()
                 admitted, prefilled = self._prompts()
                 decoded = self._decode()
@@ -101,10 +105,13 @@ class Loop:
             for flight in [*self._waiting, *self._prefilling, *self._decoding]:
                 flight.close()
 
-    def _arrive(self, inbox: Inbox, forced: Forced | None) -> bool:
-        """Take in who has come and whose images are there; wait for somebody if nobody is there. Whether more is to do."""
+    def _arrive(self, inbox: Inbox, forced: Forced | None, lingers: bool) -> bool:
+        """Take in who has come and whose images are there; wait for somebody if nobody is there. Whether anybody is."""
+        for flight in [*self._waiting, *self._prefilling]:
+            self._turn(flight, None, flight.tracer.check)
         busy = bool(self._waiting or self._prefilling or self._decoding)
-        for job in inbox.take(wait=not busy and not self._opening):
+        come = inbox.take(wait=lingers and not busy and not self._opening)
+        for job in come:
             job.tracer.start_at(job.since_ns, self._anchor)
             flight = Flight(job, self._bound, forced)
             if self._unpacking is None:
@@ -116,7 +123,7 @@ class Loop:
         for flight, opened in [pair for pair in self._opening if pair[1].done()]:
             self._opening.remove((flight, opened))
             self._turn(flight, None, opened.result, then=self._waiting)
-        return bool(busy or self._waiting or self._opening or not inbox.is_closed)
+        return bool(busy or come or self._opening or self._waiting)
 
     def _prompts(self) -> tuple[list[tuple[int, int]], list[tuple[int, int]]]:
         """Admit whom there is room for, and compute as much of prompts as a step may."""
@@ -145,6 +152,7 @@ class Loop:
             if not flight.has_room() and (self._prefilling or self._decoding):
                 return None  # somebody's end makes room
             self._waiting.remove(flight)
+            flight.job.begin()
             if self._turn(flight, "queued", flight.admit, then=self._prefilling):
                 return flight
         return None

@@ -14,6 +14,8 @@ STAGE_COLOURS = {
     "encode": "#8C8C8C",
     "connect": "#8C8C8C",
     "wait": "#0072B2",
+    "queue": "#8C8C8C",
+    "rest": "#8C8C8C",
     "decode_image": "#E69F00",
     "preprocess": "#E69F00",
     "tokenize": "#8C8C8C",
@@ -30,8 +32,9 @@ STAGE_COLOURS = {
 SERIES_COLOURS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#D55E00", "#56B4E9", "#8C8C8C")
 SERIES_MARKERS = ("circle", "square", "diamond", "triangle-up", "x", "cross", "star")
 
-# Besides colour: the device lane is hatched, time in no stage is an outline.
+# Besides colour: the device lane is hatched, an engine's own account the other way, time in no stage is an outline.
 DEVICE_PATTERN = "/"
+OWN_PATTERN = "\\"
 UNACCOUNTED_PATTERN = "x"
 FAILED = "#AA0000"
 INK = "#222222"

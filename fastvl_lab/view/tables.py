@@ -98,7 +98,7 @@ def summary_frame(rows: Sequence[Mapping[str, Any]]) -> Any:
 
 
 def stage_frame(runs: Sequence[Run]) -> Any:
-    """Host milliseconds a stage, one column a run; stages add up to TTFT with `unaccounted`."""
+    """Host milliseconds a stage, one column a run; stages add up to TTFT with `unaccounted`, and "wait: …" to `wait`."""
     columns: dict[str, dict[str, float]] = {}
     for run in runs:
         name, same = run.engine, 2

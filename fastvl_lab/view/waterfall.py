@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from fastvl_lab import shown
+from fastvl_lab.account import OF_WAIT, REST
 from fastvl_lab.measure.compare import Comparison
 from fastvl_lab.run import Run, in_words
 from fastvl_lab.trace import STAGES
@@ -18,7 +19,8 @@ if TYPE_CHECKING:
 
 _ROW_PIXELS = 24
 _HEADING_PIXELS = 66
-_NAMES = {"host": "host (solid)", "device": "device (hatched)", "unaccounted": "unaccounted"}
+_OWN = "its own account"
+_NAMES = {"host": "host (solid)", "device": "device (hatched)", "unaccounted": "unaccounted", _OWN: f"{_OWN} (pale)"}
 
 
 @shown.figure.register(Run)
@@ -34,7 +36,8 @@ def _of_comparison(comparison: Comparison) -> go.Figure:
 def waterfall(runs: Sequence[Run]) -> go.Figure:
     """Draw one panel a run, each bar from the start of its stage to its end, in ms since the request's bytes.
 
-    Host bars are solid and device bars (CUDA) hatched below them; `unaccounted` is drawn where no stage ran; the line is TTFT.
+    Host bars are solid and device bars (CUDA) hatched below them; `unaccounted` is drawn where no stage ran; the line is TTFT. What
+    an endpoint's engine tells of its wait stands below `wait`, pale and hatched the other way.
     """
     assert runs
     until = max(run.ttft for run in runs) * 1e3 * 1.24
@@ -53,16 +56,15 @@ def waterfall(runs: Sequence[Run]) -> go.Figure:
 
 def _panel(run: Run, x: Axis) -> Panel:
     """A row for each stage that ran before the first text, in the order in which they began, then for `unaccounted`."""
-    stages = {
-        lane: [(s.name, s.start_ns / 1e6, s.duration_ns / 1e6) for s in run.trace.within_ttft(lane)] for lane in ("host", "device")
-    }
+    lanes = {"host": run.trace.within_ttft("host"), "device": run.trace.within_ttft("device"), _OWN: run.own_spans()}
+    stages = {lane: [(s.name, s.start_ns / 1e6, s.duration_ns / 1e6) for s in spans] for lane, spans in lanes.items()}
     bars = stages | {"unaccounted": [("unaccounted", start / 1e6, (end - start) / 1e6) for start, end in run.trace.gaps()]}
     ends: dict[str, float] = {}
     for stage, start, length in (bar for lane in bars.values() for bar in lane):
         ends[stage] = max(ends.get(stage, 0.0), start + length)
-    rows = [*run.trace.stages(), "unaccounted"]
-    notes = []
-    for row in run.stage_table():
+    table = run.stage_table()
+    rows, notes = [row["stage"] for row in table[:-1]], []
+    for row in table:
         device = "" if row["device_ms"] is None else f" · device {_ms(row['device_ms'])}"
         text = f"{_ms(row['host_ms'])} · {row['share']:.1%}{device}"
         if row["stage"] in rows:
@@ -74,10 +76,12 @@ def _panel(run: Run, x: Axis) -> Panel:
 
 def _lane(run: Run, lane: str, bars: Sequence[tuple[str, float, float]]) -> Any:
     stages, starts, lengths = zip(*bars, strict=True)
-    colours = [style.STAGE_COLOURS.get(stage, style.INK) for stage in stages]
+    colours = [style.STAGE_COLOURS.get(stage.removeprefix(OF_WAIT), style.INK) for stage in stages]
     marker: dict[str, Any] = {"color": colours, "line": {"color": colours, "width": 1}}
     if lane == "device":
         marker["pattern"] = {"shape": style.DEVICE_PATTERN, "fillmode": "replace", "size": 5}
+    if lane == _OWN:
+        marker |= {"opacity": 0.55, "pattern": {"shape": style.OWN_PATTERN, "fillmode": "overlay", "fgcolor": "white", "size": 5}}
     if lane == "unaccounted":
         hatched = {"shape": style.UNACCOUNTED_PATTERN, "fgcolor": style.INK, "size": 4}
         marker = {"color": "white", "line": {"color": style.INK, "width": 1}, "pattern": hatched}
@@ -92,6 +96,9 @@ def _file(run: Run, stage: str) -> str:
     """What to open to see the stage's work; a peer's is not ours to name."""
     if stage == "unaccounted":
         return "in no stage"
+    if stage.startswith(OF_WAIT) and run.account is not None:
+        rest = "what no part tells, such as HTTP; " if stage == REST else ""
+        return f"{rest}a length by the clock of {run.account.source}, at a place inside wait that it does not tell"
     return f"fastvl_lab/{STAGES[stage]}" if run.recipe is not None and stage in STAGES else f"inside {run.engine}"
 
 

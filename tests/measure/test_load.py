@@ -66,10 +66,9 @@ def test_arrivals_are_at_random_by_the_seed_or_as_recorded(tiny: Lab) -> None:
     assert all(len(gaps) == 11 and (gaps >= 0).all() for gaps in planned)
     assert np.abs(planned[0] - planned[1]).max() < 0.1  # the same, but for when threads woke
     assert drawn[0].how == "200 a second"
-    recorded = load(tiny, TEXT, TOGETHER, arrivals=[0.0, 0.0, 0.3])
+    recorded = load(tiny, TEXT, TOGETHER, arrivals=[0.0, 0.0, 0.8])
     assert len(recorded.runs) == 3
-    assert recorded.begun[1] < 0.1
-    assert 0.3 <= recorded.begun[2] < 0.6
+    assert recorded.begun[1] < 0.3 < recorded.begun[2] < 2.0
 
 
 def _run(ttft: float, gaps: list[float], queued: float) -> Run:

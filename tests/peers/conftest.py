@@ -14,13 +14,18 @@ import pytest
 
 
 class FakeEndpoint:
-    """What it streams, objects as events, bytes as they are, with pauses in seconds; what it lists; and what it was asked with."""
+    """What it streams, objects as events, bytes as they are, with pauses in seconds; what it lists; and what it was asked with.
+
+    pages: what it answers at other paths, in turn, the last again and again; a path without any is not there. read: those asked.
+    """
 
     def __init__(self) -> None:
         self.script: Sequence[Any] = ()
         self.models: Any = {"data": [{"id": "m"}]}
         self.asked: list[dict[str, Any]] = []
         self.keys: list[str | None] = []
+        self.pages: dict[str, list[str]] = {}
+        self.read: list[str] = []
         self.url = ""
 
 
@@ -30,6 +35,12 @@ def _running() -> Iterator[FakeEndpoint]:
 
     class Handler(BaseHTTPRequestHandler):
         def do_GET(self) -> None:
+            if self.path != "/v1/models":
+                fake.read.append(self.path)
+                pages = fake.pages.get(self.path, [])
+                self._begin(200 if pages else 404)
+                self.wfile.write((pages.pop(0) if len(pages) > 1 else "".join(pages)).encode())
+                return
             fake.keys.append(self.headers["Authorization"])
             self._begin()
             self.wfile.write(json.dumps(fake.models).encode())
@@ -43,8 +54,8 @@ def _running() -> Iterator[FakeEndpoint]:
                 else:
                     self.wfile.write(item if isinstance(item, bytes) else f"data: {json.dumps(item)}\n\n".encode())
 
-        def _begin(self) -> None:
-            self.send_response(200)
+        def _begin(self, status: int = 200) -> None:
+            self.send_response(status)
             self.end_headers()
 
         def log_message(self, *_: object) -> None:

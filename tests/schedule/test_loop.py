@@ -34,7 +34,7 @@ TEXTS = ("Hi", "What is this?", "Describe every object in the pictures, one afte
 
 
 class ByTurns(Inbox):
-    """Jobs arrive, and are given up, at numbered looks into it rather than by a clock; `busy` says whether others wait for none."""
+    """Jobs arrive, and are given up, at numbered looks into it rather than by a clock."""
 
     def __init__(self, arrivals: dict[int, list[Job]], ends: dict[int, list[threading.Event]]) -> None:
         super().__init__()
@@ -42,14 +42,12 @@ class ByTurns(Inbox):
 
     def take(self, *, wait: bool) -> list[Job]:
         found: list[Job] = []
-        while not found:
+        while not found and self._arrivals:
             self._look += 1
             for event in self._ends.pop(self._look, []):
                 event.set()
             found = self._arrivals.pop(self._look, [])
-            if not self._arrivals:
-                self.close()
-            if not wait or self.is_closed:
+            if not wait:
                 break
         return found
 

@@ -416,6 +416,7 @@ function mount(model, el, libraries) {
       const [solid, split] = [device.length ? 6 : 11, top + 15];
       const parts = [
         ...mine(result.rival, "host").map((one) => bar(one, top + 3, 4, { fill: colours.rival, class: "fl-rival" })),
+        ...mine(result.rival, "own").map((one) => bar(one, top + 3, 4, { fill: colours.rival, "fill-opacity": 0.5, class: "fl-own" })),
         ...mine(result.recipe, "host").map((one) => bar(one, top + 9, solid, { fill: colour(stage), class: "fl-solid" })),
         ...device.map((one) => bar(one, split, 6, { fill: "url(#fl-hatch)", stroke: colour(stage), class: "fl-device" })),
         ...mine(result.recipe, "unaccounted").map((one) => bar(one, top + 9, 12, { fill: colours.paper, stroke: colours.ink, class: "fl-solid" })),
@@ -488,7 +489,8 @@ function mount(model, el, libraries) {
     held("before", before);
     held(rival?.label, rival);
     if (floors[stage]) lines.push(`floor: ${ms(floors[stage])}`);
-    if (recipe.files[stage]) lines.push(recipe.files[stage]);
+    const told = recipe.files[stage] ?? rival?.files[stage];
+    if (told) lines.push(told);
     if (OPENS[stage] && !recipe.open) lines.push("click: what is inside it");
     return lines.join("\n");
   }

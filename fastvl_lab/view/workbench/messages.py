@@ -71,7 +71,11 @@ class Live:
 
 @dataclass(frozen=True, kw_only=True)
 class Series:
-    """One run to draw. bars: stage, lane, start, length; host, device: what stages took there; rounds: TTFT of each."""
+    """One run to draw. bars: stage, lane, start, length; host, device: what stages took there; rounds: TTFT of each.
+
+    Parts of `wait` that an endpoint's engine tells of are on the lane "own", and in `host`. files: where to look for a stage's
+    work, or whose clock timed it.
+    """
 
     label: str
     ttft: float

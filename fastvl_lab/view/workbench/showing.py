@@ -38,15 +38,18 @@ def named(label: str) -> str:
 
 def series(run: Run, label: str, rounds: Sequence[float] = ()) -> Series:
     """What the page draws of a run."""
-    trace = run.trace
+    trace, own = run.trace, run.own_spans()
     bars = [(s.name, lane, s.start_ns / 1e6, s.duration_ns / 1e6) for lane in ("host", "device") for s in trace.within_ttft(lane)]
     bars += [("unaccounted", "unaccounted", start / 1e6, (end - start) / 1e6) for start, end in trace.gaps()]
+    bars += [(s.name, "own", s.start_ns / 1e6, s.duration_ns / 1e6) for s in own]
     files = {stage: f"fastvl_lab/{file}" for stage, file in STAGES.items() if run.recipe is not None}
+    files |= {span.name: f"by the clock of {run.account.source}" for span in own if run.account is not None}
+    stages = {stage: ns / 1e6 for stage, ns in trace.stages().items()} | {span.name: span.duration_ns / 1e6 for span in own}
     return Series(
         label=label,
         ttft=run.ttft * 1e3,
         bars=tuple(bars),
-        host={stage: ns / 1e6 for stage, ns in trace.stages().items()} | {"unaccounted": trace.unaccounted_ns / 1e6},
+        host=stages | {"unaccounted": trace.unaccounted_ns / 1e6},
         device={stage: ns / 1e6 for stage, ns in trace.stages("device").items()},
         files=files,
         rounds=tuple(rounds),
