@@ -33,6 +33,15 @@ from fastvl_lab.schedule.loop import Step
 Measure = Literal["ttft", "tpot", "end_to_end", "queued", "gap"]
 MEASURES: tuple[Measure, ...] = get_args(Measure)
 
+# What they are called.
+NAMES: dict[Measure, str] = {
+    "ttft": "TTFT",
+    "tpot": "TPOT",
+    "end_to_end": "time to the last token",
+    "queued": "time until admitted",
+    "gap": "time between chunks",
+}
+
 PERCENTILES = (50, 90, 99)
 
 
@@ -181,6 +190,31 @@ def quantile_interval(samples: Sequence[float], quantile: float) -> Interval:
     high = min((rank for rank in range(1, n + 1) if under[rank - 1] >= 0.975), default=0)
     ends = (float(values[low - 1]), float(values[high - 1])) if low and high else (nan, nan)
     return Interval(float(np.quantile(values, quantile)), *ends)
+
+
+def findings(loads: Mapping[str, Load], reference: str, of: Measure = "ttft", percent: float = 50) -> list[str]:
+    """What each load shows beside the reference, in a sentence: how many times the tokens a second, and a percentile of a measure.
+
+    One percentile is called longer or shorter than the other only where their 95% intervals lie apart.
+    """
+    than, sentences = loads[reference], []
+    for label, made in loads.items():
+        if label == reference:
+            continue
+        said = f"{label} makes {made.tokens_per_second / than.tokens_per_second:.2f} times the tokens a second of {reference}"
+        mine, theirs = made.percentile(of, percent), than.percentile(of, percent)
+        if mine is not None and theirs is not None:
+            found = "no difference is shown"
+            if mine.high < theirs.low or theirs.high < mine.low:
+                found = f"{'shorter' if mine.median < theirs.median else 'longer'}, {mine.median / theirs.median:.2f} times"
+            said += f"; its {NAMES[of]} p{percent:g} is {_in_ms(mine)} against {_in_ms(theirs)}: {found}"
+        sentences.append(said)
+    return sentences
+
+
+def _in_ms(found: Interval) -> str:
+    median, low, high = found.ms
+    return f"{median:.1f} ms" + (f" [{low:.1f}, {high:.1f}]" if low == low and high == high else " (too few for an interval)")
 
 
 def load(

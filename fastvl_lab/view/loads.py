@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from fastvl_lab import shown
 from fastvl_lab.errors import RequestError
-from fastvl_lab.measure.load import Load, Measure
+from fastvl_lab.measure.load import NAMES, Load, Measure
 from fastvl_lab.schedule.loop import Step
 from fastvl_lab.trace import STAGES, WAITS, Span
 from fastvl_lab.view import style
@@ -18,15 +18,6 @@ from fastvl_lab.view.charts import Axis, Panel, arms, line, panels, said, timeli
 
 if TYPE_CHECKING:
     import plotly.graph_objects as go
-
-# What a measure is called; all are in seconds.
-NAMES: dict[Measure, str] = {
-    "ttft": "TTFT",
-    "tpot": "TPOT",
-    "end_to_end": "time to the last token",
-    "queued": "time until admitted",
-    "gap": "time between chunks",
-}
 
 _MOST_BARS = 6_000  # a browser draws so many in about a second
 _PIXELS = 1_500  # of a figure's width

@@ -13,7 +13,7 @@ from fastvl_lab import Lab, Load, Request, RequestError, Run, load, photo, view
 from fastvl_lab.request import Chunk
 from fastvl_lab.schedule.loop import Step
 from fastvl_lab.trace import Span, Trace
-from fastvl_lab.view import loads as loads_view, style
+from fastvl_lab.view import style
 
 MS = 1_000_000
 CONTINUOUS = "fastest, cache.kv=paged, schedule.batching=continuous"
@@ -219,4 +219,3 @@ def test_a_load_shows_itself_over_time(small: Load) -> None:
     shown = bundle["application/vnd.plotly.v1+json"]
     assert len(shown["data"]) == len(view.load_timeline(small).data)
     json.dumps(bundle)
-    assert set(loads_view.NAMES) == {"ttft", "tpot", "end_to_end", "queued", "gap"}
