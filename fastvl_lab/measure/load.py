@@ -68,7 +68,7 @@ class Load:
         """The arrivals in words."""
         if self.concurrency is not None:
             return f"{self.concurrency} at once"
-        return "as recorded" if self.rate is None else f"{self.rate:g} a second"
+        return "as recorded" if self.rate is None else f"{self.rate:.4g} a second"
 
     @property
     def finished(self) -> tuple[Run, ...]:
