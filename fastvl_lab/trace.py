@@ -53,7 +53,8 @@ STAGES: dict[str, str] = {
 
 # Stages that always give a GPU work, and those that never do; the others do with some options.
 ON_DEVICE = ("upload", "vit", "merge", "prefill", "first_token", "sample", "decode")
-ON_HOST = ("queued", "waiting", "tokenize", "emit")
+WAITS = ("queued", "waiting")  # in which others were served
+ON_HOST = (*WAITS, "tokenize", "emit")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -17,6 +17,7 @@ from typing import Any, Literal, get_args
 import numpy as np
 from PIL import Image
 
+from fastvl_lab import shown
 from fastvl_lab.engine import EngineLike
 from fastvl_lab.errors import FastvlError, RequestError, check_whole_number, require, sentence
 from fastvl_lab.lab import Lab
@@ -32,6 +33,15 @@ from fastvl_lab.schedule.loop import Step
 Measure = Literal["ttft", "tpot", "end_to_end", "queued", "gap"]
 MEASURES: tuple[Measure, ...] = get_args(Measure)
 
+# What they are called.
+NAMES: dict[Measure, str] = {
+    "ttft": "TTFT",
+    "tpot": "TPOT",
+    "end_to_end": "time to the last token",
+    "queued": "time until admitted",
+    "gap": "time between chunks",
+}
+
 PERCENTILES = (50, 90, 99)
 
 
@@ -39,18 +49,26 @@ PERCENTILES = (50, 90, 99)
 class Load:
     """What `load` measured.
 
-    how: the arrivals in words. begun: of each request, when it arrived, in seconds from the first; runs: what became of it, None
-    where it failed; failures: by its number, why. steps: of the lab's own engines, with times from the first arrival (ns). seconds:
-    from the first arrival to the last end.
+    concurrency: how many were at once; rate: how many came a second; neither, where arrivals were recorded. begun: of each request,
+    when it arrived, in seconds from the first; runs: what became of it, None where it failed; failures: by its number, why. steps:
+    of the lab's own engines, with times from the first arrival (ns). seconds: from the first arrival to the last end.
     """
 
     engine: str
-    how: str
     begun: tuple[float, ...]
     runs: tuple[Run | None, ...]
     failures: Mapping[int, str]
     steps: tuple[Step, ...]
     seconds: float
+    concurrency: int | None = None
+    rate: float | None = None
+
+    @property
+    def how(self) -> str:
+        """The arrivals in words."""
+        if self.concurrency is not None:
+            return f"{self.concurrency} at once"
+        return "as recorded" if self.rate is None else f"{self.rate:.4g} a second"
 
     @property
     def finished(self) -> tuple[Run, ...]:
@@ -94,8 +112,7 @@ class Load:
         for of in MEASURES:
             for percent in PERCENTILES:
                 found = self.percentile(of, percent)
-                in_ms = None if found is None else Interval(*(value * 1e3 for value in found))
-                row |= {key: json_value(value) for key, value in as_row(f"{of}_p{percent}_ms", in_ms).items()}
+                row |= {key: json_value(value) for key, value in as_row(f"{of}_p{percent}_ms", found and found.ms).items()}
         return row
 
     def frame(self) -> Any:
@@ -106,12 +123,13 @@ class Load:
         """As JSON-ready data; `from_record` reads it back."""
         return {
             "engine": self.engine,
-            "how": self.how,
             "begun": list(self.begun),
             "runs": [None if run is None else run.to_record() for run in self.runs],
             "failures": {str(number): why for number, why in self.failures.items()},
             "steps": [dataclasses.asdict(step) for step in self.steps],
             "seconds": self.seconds,
+            "concurrency": self.concurrency,
+            "rate": self.rate,
         }
 
     @classmethod
@@ -119,13 +137,18 @@ class Load:
         """Read `record`'s form; logits are empty."""
         return cls(
             engine=record["engine"],
-            how=record["how"],
             begun=tuple(record["begun"]),
             runs=tuple(None if run is None else Run.from_record(run) for run in record["runs"]),
             failures={int(number): why for number, why in record["failures"].items()},
             steps=tuple(_step(step) for step in record["steps"]),
             seconds=record["seconds"],
+            concurrency=record["concurrency"],
+            rate=record["rate"],
         )
+
+    def _repr_mimebundle_(self, include: Any = None, exclude: Any = None) -> dict[str, Any]:
+        """The requests over time as a figure where plotly can be shown, else text."""
+        return shown.bundle(self)
 
     def __repr__(self) -> str:
         lines = [
@@ -167,6 +190,31 @@ def quantile_interval(samples: Sequence[float], quantile: float) -> Interval:
     high = min((rank for rank in range(1, n + 1) if under[rank - 1] >= 0.975), default=0)
     ends = (float(values[low - 1]), float(values[high - 1])) if low and high else (nan, nan)
     return Interval(float(np.quantile(values, quantile)), *ends)
+
+
+def findings(loads: Mapping[str, Load], reference: str, of: Measure = "ttft", percent: float = 50) -> list[str]:
+    """What each load shows beside the reference, in a sentence: how many times the tokens a second, and a percentile of a measure.
+
+    One percentile is called longer or shorter than the other only where their 95% intervals lie apart.
+    """
+    than, sentences = loads[reference], []
+    for label, made in loads.items():
+        if label == reference:
+            continue
+        said = f"{label} makes {made.tokens_per_second / than.tokens_per_second:.2f} times the tokens a second of {reference}"
+        mine, theirs = made.percentile(of, percent), than.percentile(of, percent)
+        if mine is not None and theirs is not None:
+            found = "no difference is shown"
+            if mine.high < theirs.low or theirs.high < mine.low:
+                found = f"{'shorter' if mine.median < theirs.median else 'longer'}, {mine.median / theirs.median:.2f} times"
+            said += f"; its {NAMES[of]} p{percent:g} is {_in_ms(mine)} against {_in_ms(theirs)}: {found}"
+        sentences.append(said)
+    return sentences
+
+
+def _in_ms(found: Interval) -> str:
+    median, low, high = found.ms
+    return f"{median:.1f} ms" + (f" [{low:.1f}, {high:.1f}]" if low == low and high == high else " (too few for an interval)")
 
 
 def load(
@@ -222,10 +270,10 @@ def load(
         if concurrency is not None:
             return sent.closed_loop(concurrency)
         if arrivals is not None:
-            return sent.at(list(arrivals[:count]), "as recorded")
+            return sent.at(list(arrivals[:count]), None)
         assert rate is not None
         drawn = random.Random(seed)
-        return sent.at(list(accumulate((drawn.expovariate(rate) for _ in range(count - 1)), initial=0.0)), f"{rate:g} a second")
+        return sent.at(list(accumulate((drawn.expovariate(rate) for _ in range(count - 1)), initial=0.0)), rate)
 
 
 def varied(request: Request, number: int) -> Request:
@@ -270,7 +318,6 @@ class _Sent:
     ) -> None:
         self._lab, self.requests, self._engine, self._stop, self._on_run = lab, requests, engine, stop, on_run
         self._engine_name = engine if isinstance(engine, str) else lab.engine(engine).text(lab.device)
-        self._remote = lab.engine(engine).remote
         self._inbox = Inbox()
         self._next: Callable[[], None] = _nothing  # what is done when one has ended
         self._began_ns = [0] * len(requests)
@@ -290,10 +337,10 @@ class _Sent:
         self._next = next_one
         for _ in range(min(concurrency, len(self.requests))):
             next_one()
-        return self._served(f"{concurrency} at once")
+        return self._served(concurrency=concurrency)
 
-    def at(self, seconds: list[float], how: str) -> Load:
-        """Each at its time."""
+    def at(self, seconds: list[float], rate: float | None) -> Load:
+        """Each at its time, which were drawn at that rate if they were."""
 
         def send() -> None:
             began = time.perf_counter()
@@ -306,7 +353,7 @@ class _Sent:
         sender = threading.Thread(target=send, name="fastvl-load", daemon=True)
         sender.start()
         try:
-            return self._served(how)
+            return self._served(rate=rate)
         finally:
             sender.join()
 
@@ -321,26 +368,8 @@ class _Sent:
             self._on_run(number, run)
         self._next()
 
-    def _ask_elsewhere(self) -> list[Step]:
-        """What an endpoint serves is asked for by a thread a request."""
-        asking: list[threading.Thread] = []
-        while jobs := self._inbox.take(wait=True):
-            for job in jobs:
-                asking.append(threading.Thread(target=self._ask, args=(job.number,), name="fastvl-load", daemon=True))
-                asking[-1].start()
-        for thread in asking:
-            thread.join()
-        return []
-
-    def _ask(self, number: int) -> None:
-        try:
-            run: Run | Exception = self._lab.run(self.requests[number], self._engine, stop=self._stop)
-        except Exception as error:
-            run = error
-        self._end(number, run)
-
-    def _served(self, how: str) -> Load:
-        steps = self._ask_elsewhere() if self._remote else self._lab.serve(self._engine, self._inbox)
+    def _served(self, *, concurrency: int | None = None, rate: float | None = None) -> Load:
+        steps = self._lab.serve(self._engine, self._inbox)
         sent = sorted(self._ended)
         first_ns = min((self._began_ns[number] for number in sent), default=0)
         failures = {number: sentence(error) for number in sent if isinstance(error := self._ended[number], Exception)}
@@ -349,7 +378,6 @@ class _Sent:
         runs = (self._ended[number] for number in sent)
         return Load(
             engine=self._engine_name,
-            how=how,
             begun=tuple((self._began_ns[number] - first_ns) / 1e9 for number in sent),
             runs=tuple(dataclasses.replace(run, logits=run.logits[:0]) if isinstance(run, Run) else None for run in runs),
             failures=failures,
@@ -357,6 +385,8 @@ class _Sent:
                 dataclasses.replace(step, start_ns=step.start_ns - first_ns, end_ns=step.end_ns - first_ns) for step in steps
             ),
             seconds=(self._last_ns - first_ns) / 1e9,
+            concurrency=concurrency,
+            rate=rate,
         )
 
 

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from fastvl_lab import FastvlError, Lab, Request, RequestCancelledError, RequestError, load, photo
-from fastvl_lab.measure.load import Load, quantile_interval, varied
+from fastvl_lab.measure.load import Load, findings, quantile_interval, varied
 from fastvl_lab.preprocessor.decode_image import rgb_of
 from fastvl_lab.request import Chunk
 from fastvl_lab.run import Run
@@ -92,7 +92,7 @@ def _run(ttft: float, gaps: list[float], queued: float) -> Run:
 
 def test_what_is_counted() -> None:
     runs = (_run(0.1, [0.01, 0.03], 0.02), None, _run(0.3, [0.02], 0.2))
-    made = Load(engine="x", how="2 at once", begun=(0.0, 0.0, 0.1), runs=runs, failures={1: "no room"}, steps=(), seconds=2.0)
+    made = Load(engine="x", concurrency=2, begun=(0.0, 0.0, 0.1), runs=runs, failures={1: "no room"}, steps=(), seconds=2.0)
     assert made.tokens_per_second == 5 / 2
     assert made.requests_per_second == 1.0
     assert made.values("ttft") == [0.1, 0.3]
@@ -108,6 +108,20 @@ def test_what_is_counted() -> None:
     assert "request 1 failed: no room" in repr(made)
     with pytest.raises(RequestError, match="no 'latency' is measured of a load; the choices are ttft, tpot"):
         made.values("latency")  # type: ignore[arg-type]
+
+
+def test_a_finding_calls_longer_only_what_is_shown_to_be() -> None:
+    def of(ttft: float, n: int = 10) -> Load:
+        runs = tuple(_run(ttft + number / 1e3, [0.01], 0.0) for number in range(n))
+        return Load(engine="x", begun=(0.0,) * n, runs=runs, failures={}, steps=(), seconds=ttft * 10)
+
+    said = findings({"slow": of(0.2), "fast": of(0.1), "same": of(0.202), "few": of(0.1, 3)}, "slow")
+    assert len(said) == 3
+    assert said[0].startswith("fast makes 2.00 times the tokens a second of slow; its TTFT p50 is 104.5 ms [101.0, 108.0] against")
+    assert said[0].endswith("204.5 ms [201.0, 208.0]: shorter, 0.51 times")
+    assert said[1].endswith(": no difference is shown")
+    assert "101.0 ms (too few for an interval)" in said[2]
+    assert said[2].endswith("no difference is shown")
 
 
 def test_an_interval_of_a_percentile_holds_it_as_often_as_it_says() -> None:

@@ -46,6 +46,15 @@ SMALL: dict[str, dict[str, Any]] = {
         "repeats": 2,
     },
     "graph_capture": {"sizes": [[112, 112], [168, 140]], "max_new_tokens": 3, "repeats": 2},
+    "load": {
+        "image_size": [56, 56],
+        "larger_size": [112, 84],
+        "max_new_tokens": 3,
+        "concurrency": 2,
+        "n": 4,
+        "rates": [0.5, 1.5],
+        "repeats": 2,
+    },
     "ttft_sweep": {"image_sizes": [[168, 140], [336, 280]], "max_new_tokens": 4, "repeats": 2},
     "preprocessor": {"image_size": [640, 480], "sizes": [[168, 140], [640, 480]], "max_pixels": 100_000, "repeats": 2},
     "vit": {"image_size": [336, 280], "sizes": [[112, 112], [224, 224], [336, 336]], "repeats": 2},
@@ -93,14 +102,28 @@ def run_cells(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[RunCe
     InteractiveShell.clear_instance()
 
 
-# Streaming's own test below runs it in both, and panels are a page of their own.
-IN_BOTH_FAMILIES = [path for path in NOTEBOOKS if path.stem not in ("streaming", "workbench", "workbench_from_cells", "ttft_sweep")]
+# Streaming's and the load's own tests below run them in both, and panels are a page of their own.
+IN_BOTH_FAMILIES = [
+    path for path in NOTEBOOKS if path.stem not in ("load", "streaming", "workbench", "workbench_from_cells", "ttft_sweep")
+]
 
 
 @pytest.mark.parametrize("checkpoint", ["tiny-qwen2.5-vl", "tiny-qwen3-vl"])
 @pytest.mark.parametrize("path", IN_BOTH_FAMILIES, ids=lambda path: path.stem)
 def test_a_notebook_runs_headless_and_its_result_is_consistent(path: Path, checkpoint: str, run_cells: RunCells) -> None:
     _check(_published(run_cells(path, SMALL[path.stem] | {"checkpoint": checkpoint})))
+
+
+@pytest.mark.parametrize("checkpoint", ["tiny-qwen2.5-vl", "tiny-qwen3-vl"])
+def test_a_load_says_whether_its_tokens_are_those_of_one_at_a_time(checkpoint: str, run_cells: RunCells) -> None:
+    result = _published(run_cells(REPOSITORY / "notebooks" / "load.ipynb", SMALL["load"] | {"checkpoint": checkpoint}))
+    _check(result)
+    assert result["same_tokens"] == dict.fromkeys(("one at a time", "continuous", "inline", "ahead"), 4)
+    loads = result["loads"]
+    assert list(loads) == ["one at a time", "continuous", "whole", "chunked, 512", "chunked, 128", "inline", "ahead"]
+    assert {row["failed"] for row in loads.values()} == {0}
+    assert [row["requests"] for row in loads.values()] == [4, 4, 2, 2, 2, 4, 4]
+    assert [row["arrivals"].endswith(" a second") for rows in result["rates"].values() for row in rows] == [True] * 4
 
 
 @pytest.mark.parametrize("name", ["ttft_sweep", "workbench_from_cells"])
