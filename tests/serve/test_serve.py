@@ -26,7 +26,7 @@ from typing import Any
 import pytest
 import torch
 
-from fastvl_lab import EndpointError, Lab, Recipe, RecipeError, Request, RequestError, Run
+from fastvl_lab import EndpointError, Lab, Recipe, RecipeError, Request, RequestError, Run, photo
 from fastvl_lab.errors import DeviceError, FastvlError
 from fastvl_lab.measure.compare import compare
 from fastvl_lab.measure.load import load, varied
@@ -100,8 +100,8 @@ def test_an_answer_that_ends_by_itself_says_so(serve: Callable[..., Any], labs: 
     assert answer.usage.completion_tokens == plain.tokens.index(plain.tokens[3]) + 1
 
 
-def test_the_lab_measures_the_server_from_outside(server: Any, labs: dict[str, Lab], picture: bytes) -> None:
-    request = Request(images=[picture], prompt="What is this?", max_new_tokens=20, ignore_eos=True)
+def test_the_lab_measures_the_server_from_outside(server: Any, labs: dict[str, Lab]) -> None:
+    request = Request(images=[photo("rocket", (84, 112))], prompt="What is this?", max_new_tokens=20, ignore_eos=True)
     run, inside = labs[MODEL].run(request, f"{server.url}/v1/"), labs[MODEL].run(request, "fastest")
     assert (run.tokens, run.text, run.n_prompt) == (inside.tokens, inside.text, inside.n_prompt)
     assert [chunk.tokens for chunk in run.chunks] == [chunk.tokens for chunk in inside.chunks]
