@@ -34,6 +34,7 @@ if TYPE_CHECKING:
         compare as compare,
     )
     from fastvl_lab.measure.floors import Floor as Floor, floor as floor
+    from fastvl_lab.measure.load import Load as Load, load as load
     from fastvl_lab.measure.publish import photo as photo
     from fastvl_lab.measure.quiet import Quiet as Quiet
     from fastvl_lab.measure.sweep import SweepSettings as SweepSettings, sweep as sweep
@@ -67,6 +68,8 @@ _PUBLIC = {
     "Audit": "measure.audit",
     "floor": "measure.floors",
     "Floor": "measure.floors",
+    "load": "measure.load",
+    "Load": "measure.load",
     "photo": "measure.publish",
     "Quiet": "measure.quiet",
     "workbench": "view.workbench",

@@ -624,6 +624,69 @@ class Streaming:
     )
 
 
+_CONTINUOUS = ("schedule.batching=continuous",)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Schedule:
+    """Which requests share a step."""
+
+    batching: str = _toggle(
+        Option(value="one_at_a_time", does="a request is served to its end before the next begins; Transformers"),
+        Option(
+            value="continuous",
+            does="requests join and leave between decode steps, which they share; Orca (OSDI 2022), vLLM, SGLang, LMDeploy",
+            requires=(
+                "cache.kv=paged|concat",
+                "capture.first_token=per_stage",
+                "streaming.steps_per_round=1",
+                "streaming.gate=open",
+                "streaming.positions=on_device",
+            ),
+        ),
+    )
+    max_batch: int = _toggle(
+        Option(value=8, does="so many requests are under way at most, and the rest wait; LMDeploy's max_batch_size in issue 4114"),
+        Option(value=1, does="the same with one: what joining costs where nobody joins; vLLM's max-num-seqs", requires=_CONTINUOUS),
+        Option(value=4, does="the same with four; vLLM's max-num-seqs", requires=_CONTINUOUS),
+        Option(value=32, does="the same with 32; vLLM's max-num-seqs", requires=_CONTINUOUS),
+    )
+    prefill: str = _toggle(
+        Option(
+            value="whole", does="a prompt is computed in one step, which all answers under way wait for; nano-vllm, vLLM before 0.8"
+        ),
+        Option(
+            value="chunked",
+            does="a step computes decode rows and pieces of prompts up to its budget; Sarathi-Serve (arXiv 2403.02310), vLLM V1",
+            requires=_CONTINUOUS,
+        ),
+    )
+    budget: int = _toggle(
+        Option(value=512, does="of a step with pieces of prompts: tokens, decode rows included; Sarathi-Serve's"),
+        Option(
+            value=128, does="the same with 128: shorter steps, more of them; the lab's own", requires=("schedule.prefill=chunked",)
+        ),
+        Option(value=2048, does="the same with 2,048; vLLM's max-num-batched-tokens", requires=("schedule.prefill=chunked",)),
+    )
+    vision: str = _toggle(
+        Option(value="inline", does="a request's images are unpacked and resized when it is admitted; Transformers"),
+        Option(
+            value="ahead",
+            does="threads unpack and resize the images of requests that wait while the device steps; vLLM's frontend processes",
+            requires=_CONTINUOUS,
+        ),
+    )
+    order: str = _toggle(
+        Option(value="fifo", does="who came first is admitted first; vLLM, SGLang"),
+        Option(
+            value="shortest_first",
+            does="the shortest prompt is admitted first, and each second of waiting counts as 1,000 tokens less; LMDeploy, and "
+            "without ageing SGLang's shortest-prefill-first",
+            requires=_CONTINUOUS,
+        ),
+    )
+
+
 @dataclass(frozen=True, kw_only=True)
 class Toggle:
     """One row of the catalogue: `slot.name` and its options, the first of which is the baseline."""
@@ -662,6 +725,7 @@ SLOTS: dict[str, type[Any]] = {
     "cache": Cache,
     "capture": Capture,
     "streaming": Streaming,
+    "schedule": Schedule,
 }
 
 

@@ -98,6 +98,8 @@ _V_GRAPHS, _V_QWEN = "vllm/config/compilation.py, vllm/config/vllm.py", "vllm/mo
 _S_IMAGES, _S_VISION = "sglang/srt/multimodal/processors/base_processor.py", "sglang/srt/layers/attention/vision.py"
 _S_GRAPHS, _S_QWEN = "sglang/srt/model_executor/cuda_graph_config.py", "sglang/srt/models/qwen2_5_vl.py, qwen3_vl.py"
 _L_GRAPHS, _L_QWEN = "lmdeploy/pytorch/backends/cuda/graph_runner/", "lmdeploy/pytorch/models/qwen2_5_vl.py, qwen3_vl.py"
+_V_SCHEDULE, _S_SCHEDULE = "vllm/config/scheduler.py", "sglang/srt/arg_groups/fields/schedule.py"
+_L_SCHEDULE = "lmdeploy/cli/utils.py"
 
 # Toggle -> what the engines have there, in the order of the catalogue. vLLM's PR 27614 and LMDeploy's 4265 and 4393 made defaults.
 ELSEWHERE: Mapping[str, Elsewhere] = {
@@ -459,5 +461,48 @@ ELSEWHERE: Mapping[str, Elsewhere] = {
             host_sync="default; the offsets of M-RoPE are copied from a list in every step",
         ),
         lmdeploy=_has("lmdeploy/pytorch/model_inputs.py", rest="0.12.2 and before had it", on_device="default since 0.12.3"),
+    ),
+    "schedule.batching": Elsewhere(
+        vllm=_has(_V_SCHEDULE, continuous="default", one_at_a_time="--max-num-seqs 1"),
+        sglang=_has(_S_SCHEDULE, continuous="default", one_at_a_time="--max-running-requests 1"),
+        lmdeploy=_has(_L_SCHEDULE, continuous="default", one_at_a_time="--max-batch-size 1"),
+    ),
+    "schedule.max_batch": Elsewhere(
+        vllm=_has(_V_SCHEDULE, **{n: f"--max-num-seqs {n}" for n in ("8", "1", "4", "32")}),
+        sglang=_has(_S_SCHEDULE, **{n: f"--max-running-requests {n}" for n in ("8", "1", "4", "32")}),
+        lmdeploy=_has(_L_SCHEDULE, **{n: f"--max-batch-size {n}" for n in ("8", "1", "4", "32")}),
+    ),
+    "schedule.prefill": Elsewhere(
+        vllm=_has(_V_SCHEDULE, chunked="default", whole="--no-enable-chunked-prefill"),
+        sglang=_has(
+            _S_SCHEDULE, chunked="default; decode steps run between pieces, not beside them", whole="--chunked-prefill-size -1"
+        ),
+        lmdeploy=_has(
+            "lmdeploy/messages.py, lmdeploy/pytorch/engine/inputs_maker.py",
+            whole="default; a prompt over --max-prefill-token-num tokens, 8,192, is cut",
+        ),
+    ),
+    "schedule.budget": Elsewhere(
+        vllm=_has(_V_SCHEDULE, **{n: f"--max-num-batched-tokens {n}" for n in ("512", "128", "2048")}),
+        sglang=_has(_S_SCHEDULE, **{n: f"--chunked-prefill-size {n}" for n in ("512", "128", "2048")}),
+        lmdeploy=_has(_L_SCHEDULE, **{n: f"--max-prefill-token-num {n}" for n in ("512", "128", "2048")}),
+    ),
+    "schedule.vision": Elsewhere(
+        vllm=_has("vllm/v1/engine/async_llm.py, vllm/renderers/", ahead="default; in the server's process, beside the engine's"),
+        sglang=_has(
+            "sglang/srt/managers/tokenizer_manager.py", ahead="default; in the tokenizer's process, beside the scheduler's"
+        ),
+        lmdeploy=_has("lmdeploy/serve/processors/multimodal.py", ahead="default; on threads beside the engine's loop"),
+    ),
+    "schedule.order": Elsewhere(
+        vllm=_has(
+            "vllm/v1/core/sched/request_queue.py", fifo="default", rest="--scheduling-policy priority takes its order from requests"
+        ),
+        sglang=_has(_S_SCHEDULE, fifo="default", shortest_first="--schedule-policy shortest-prefill-first; without ageing"),
+        lmdeploy=_has(
+            "lmdeploy/pytorch/envs.py",
+            shortest_first="default; a request ages in 2 s, as LMDEPLOY_PT_TTFT_AGING_SEC has it",
+            fifo="LMDEPLOY_PT_TTFT_POLICY=fifo",
+        ),
     ),
 }

@@ -93,7 +93,8 @@ def flags(recipe: Recipe | str, engine: str, device: torch.device | str | None =
     taken: dict[str, tuple[str, Flag]] = {}  # a flag or variable -> its value, and for which toggle
     for toggle in toggles():
         there, value = _counterpart(toggle, engine), chosen.value(toggle.path)
-        row = Flag(toggle=toggle.path, value=value, way=there.way(value), source=there.source)
+        way = Way(kind="none", note="it means nothing here") if _is_idle(toggle, chosen) else there.way(value)
+        row = Flag(toggle=toggle.path, value=value, way=way, source=there.source)
         if row.way.kind in ("flag", "variable"):
             name, given = row.way.setting
             before, by = taken.setdefault(name, (given, row))
@@ -101,6 +102,13 @@ def flags(recipe: Recipe | str, engine: str, device: torch.device | str | None =
                 row = replace(row, way=Way(kind="none", note=f"{name} is {before} already, for {by.toggle}={by.value}"))
         rows.append(row)
     return Flags(recipe=chosen, engine=engine, rows=tuple(rows))
+
+
+def _is_idle(toggle: Toggle, recipe: Recipe) -> bool:
+    """Whether a toggle is a number that means nothing beside the recipe's other choices, without which it could not be another."""
+    if not all(isinstance(value, int) for value in toggle.values):
+        return False
+    return all(any(str(recipe.value(path)) not in can for path, can in option.required()) for option in toggle.options[1:])
 
 
 def _counterpart(toggle: Toggle, engine: str) -> Counterpart:

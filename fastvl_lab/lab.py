@@ -31,6 +31,8 @@ from fastvl_lab.pipeline import Outcome, Pipeline
 from fastvl_lab.processes.server import Servers
 from fastvl_lab.request import Chunk, Request, check_whole_number
 from fastvl_lab.run import ELSEWHERE, Kind, Run
+from fastvl_lab.schedule.inbox import Inbox, Job
+from fastvl_lab.schedule.loop import Step, one_at_a_time, side_by_side
 from fastvl_lab.streaming.text import Deliver
 from fastvl_lab.trace import Level, Span, Trace, Tracer
 
@@ -171,6 +173,18 @@ class Lab:
             return outcome, tracer.finish(), outcome.logits.cpu(), self._kind(key, outcome)
 
         outcome, finished, logits, kind = self._in_turn(key, served)
+        return self._made(key, engine, outcome, finished, logits, kind, chunks)
+
+    def _made(
+        self,
+        key: Engine,
+        engine: EngineLike | None,
+        outcome: Outcome,
+        finished: Trace,
+        logits: torch.Tensor,
+        kind: Kind,
+        chunks: list[Chunk],
+    ) -> Run:
         if outcome.chunk_tokens is not None:
             known = zip(chunks, outcome.chunk_tokens, strict=True)
             chunks = [dataclasses.replace(chunk, tokens=tokens) for chunk, tokens in known if chunk.text or tokens]
@@ -222,6 +236,59 @@ class Lab:
             gone.set()
             if not job.cancel():
                 job.wait()
+
+    def job(
+        self,
+        request: Request,
+        engine: EngineLike,
+        *,
+        number: int = 0,
+        trace: Level = "stages",
+        on_end: Callable[[Run | Exception], object],
+        on_begin: Callable[[], object] = lambda: None,
+        on_chunk: Callable[[Chunk], object] | None = None,
+        stop: threading.Event | None = None,
+    ) -> Job:
+        """A request for `serve`, whose clock starts now.
+
+        on_begin: called when it is admitted; on_end: given its run or its error; on_chunk, stop: as `run` has them.
+        """
+        key, tracer, chunks = self._admitted(request, engine), Tracer(self.device, trace, stop=stop), list[Chunk]()
+
+        def deliver(text: str, tokens: tuple[int, ...]) -> None:
+            chunks.append(Chunk(text=text, tokens=tokens, time=tracer.delivered()))
+            if on_chunk is not None:
+                on_chunk(chunks[-1])
+
+        def end(outcome: Outcome | Exception) -> None:
+            if isinstance(outcome, Exception):
+                on_end(self._in_words(outcome))
+                return
+            finished, logits = tracer.finish(), outcome.logits.cpu()
+            on_end(self._made(key, engine, outcome, finished, logits, self._kind(key, outcome), chunks))
+
+        return Job(number=number, request=request, tracer=tracer, deliver=deliver, begin=on_begin, end=end)
+
+    def serve(self, engine: EngineLike, inbox: Inbox, *, lingers: bool = True) -> list[Step]:
+        """Serve jobs as they come, on the lab's thread, until the inbox is closed and all have ended: the steps that it took.
+
+        What a server computes is asked of it by all at once. lingers: whether to wait for more where there are none.
+        """
+        key = self.engine(engine)
+
+        def served() -> list[Step]:
+            bound = self._bind(key)
+            if isinstance(bound, Pipeline):
+                return bound.serve(inbox, lingers=lingers)
+
+            def run(job: Job) -> Outcome:
+                return bound.run(job.request, job.tracer, job.deliver)
+
+            if key.remote:
+                return side_by_side(run, inbox, lingers=lingers)
+            return one_at_a_time(run, self.device, inbox, lingers=lingers)
+
+        return served() if key.elsewhere else self.compute(served)
 
     def warm_up(
         self, recipe: EngineLike, shapes: Iterable[Shape], *, max_new_tokens: int = 32, progress: bool = True
@@ -363,13 +430,20 @@ class Lab:
             with computing(self.device, self.dtype):
                 return engine.run(request, tracer, deliver)
         except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
-            known = isinstance(error, torch.OutOfMemoryError | MemoryError)
-            if not known and not any(words in str(error) for words in _OUT_OF_MEMORY):
+            meant = self._in_words(error)
+            if meant is error:
                 raise
-            raise DeviceError(
-                f"{device_name(self.device)} ran out of memory ({next(iter(str(error).splitlines()), 'no detail')}); "
-                f"set a smaller max_pixels or max_new_tokens, or load a smaller checkpoint or dtype"
-            ) from error
+            raise meant from error
+
+    def _in_words(self, error: Exception) -> Exception:
+        """A `DeviceError` in the place of one that says that memory has run out; any other as it is."""
+        known = isinstance(error, torch.OutOfMemoryError | MemoryError)
+        if not known and not (isinstance(error, RuntimeError) and any(words in str(error) for words in _OUT_OF_MEMORY)):
+            return error
+        return DeviceError(
+            f"{device_name(self.device)} ran out of memory ({next(iter(str(error).splitlines()), 'no detail')}); "
+            f"set a smaller max_pixels or max_new_tokens, or load a smaller checkpoint or dtype"
+        )
 
     def _kind(self, key: Engine, outcome: Outcome) -> Kind:
         """Whether anything was reused, else whether its engine has run this shape before, to as many tokens or more.

@@ -3,13 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
-from dataclasses import dataclass
 
 import torch
 
 from fastvl_lab import preprocessor, streaming, vit
-from fastvl_lab.account import Account
 from fastvl_lab.cache import BoundCache, Place
 from fastvl_lab.cache.memory import Memory
 from fastvl_lab.capture import Stages
@@ -19,35 +16,18 @@ from fastvl_lab.checkpoint import Checkpoint
 from fastvl_lab.decoder import bind_decoder
 from fastvl_lab.decoder.steps import Step, merge, sample
 from fastvl_lab.decoder.weights import decoder_weights
+from fastvl_lab.outcome import Outcome as Outcome
 from fastvl_lab.preprocessor import OpenedImages
 from fastvl_lab.preprocessor.upload import upload_prompt
 from fastvl_lab.recipe import Recipe
-from fastvl_lab.request import ImageShape, Kind, Prompt, Request
+from fastvl_lab.request import Prompt, Request
+from fastvl_lab.schedule.inbox import Inbox, Job
+from fastvl_lab.schedule.loop import Loop, Step as LoopStep, one_at_a_time, unpackers
+from fastvl_lab.schedule.policy import Policy
 from fastvl_lab.streaming.answer import Answer, Forced, Steps
 from fastvl_lab.streaming.text import Deliver, Emitter, TokenBytes
 from fastvl_lab.tokenizer import tokenize, tokens_to_make
 from fastvl_lab.trace import Tracer
-
-
-@dataclass(frozen=True, kw_only=True, eq=False)
-class Outcome:
-    """What an engine reports when a request is done; `logits` are those of the last prompt token, float32 [vocab].
-
-    reused: whether anything of an earlier request was used. captures: what was compiled or captured on the way. Of an endpoint
-    alone, model: what it calls the model that it serves; kind: what its words make of the run, where they decide it; chunk_tokens:
-    the tokens of each chunk, which may be known only at the end; account: asked once the request has ended, its engine's own.
-    """
-
-    tokens: tuple[int, ...]
-    n_prompt: int
-    shapes: tuple[ImageShape, ...]
-    logits: torch.Tensor
-    reused: bool = False
-    captures: tuple[Capture, ...] = ()
-    model: str | None = None
-    kind: Kind | None = None
-    chunk_tokens: tuple[tuple[int, ...], ...] | None = None
-    account: Callable[[], Account | None] | None = None
 
 
 class Pipeline:
@@ -62,7 +42,7 @@ class Pipeline:
         self.decoder = bind_decoder(recipe.attention, decoder_weights(checkpoint))
         images_by = f"{checkpoint.name} {recipe.preprocessor} {recipe.vit} {recipe.capture.vit} {recipe.capture.shapes}"
         self.cache = BoundCache(
-            recipe.cache, memory, images_by=images_by, family=f"{images_by} {recipe.attention} {recipe.capture}"
+            recipe.cache, memory, images_by=images_by, family=f"{images_by} {recipe.attention} {recipe.capture} {recipe.schedule}"
         )
         self.stages = Stages(
             recipe.capture,
@@ -74,6 +54,9 @@ class Pipeline:
         )
         self.complete = streaming.bind(recipe.streaming, checkpoint.device)
         self.token_bytes = TokenBytes.of(checkpoint.tokenizer)
+        slot = recipe.schedule
+        self._policy = {"one_at_a_time": None, "continuous": Policy.of(slot)}[slot.batching]
+        self._unpacking = unpackers() if {"inline": False, "ahead": True}[slot.vision] else None
 
     @torch.inference_mode()
     def warm_up(self, tracer: Tracer) -> tuple[Capture, ...]:
@@ -83,14 +66,39 @@ class Pipeline:
 
     def run(self, request: Request, tracer: Tracer, deliver: Deliver) -> Outcome:
         """Serve one request; raises `RequestError` for one that cannot be served, before any pixel of it is read."""
-        return self._admit_and_serve(request, tracer, deliver, None)
+        return self._run(request, tracer, deliver, None)
+
+    def serve(self, inbox: Inbox, *, lingers: bool) -> list[LoopStep]:
+        """Serve what comes until the inbox is closed, or empty where nothing `lingers`: the steps that it took."""
+        if self._policy is None:
+            device = self.checkpoint.device
+            return one_at_a_time(lambda job: self.run(job.request, job.tracer, job.deliver), device, inbox, lingers=lingers)
+        return self._serve_together(inbox, None, lingers=lingers)
 
     def logits_along(self, request: Request, tokens: torch.Tensor) -> torch.Tensor:
         """Logits of the prompt's last token, and after each of `tokens` (int64 [n]); float32 [1 + n, vocab], on the host."""
         forced = Forced(tokens=tokens.to(self.checkpoint.device))
         longer = dataclasses.replace(request, max_new_tokens=1 + len(tokens), ignore_eos=True)
-        outcome = self._admit_and_serve(longer, Tracer(self.checkpoint.device, "off"), lambda text, tokens: None, forced)
+        outcome = self._run(longer, Tracer(self.checkpoint.device, "off"), lambda text, tokens: None, forced)
         return torch.stack([outcome.logits.cpu(), *forced.logits[: len(tokens)]])
+
+    def _run(self, request: Request, tracer: Tracer, deliver: Deliver, forced: Forced | None) -> Outcome:
+        if self._policy is None:
+            return self._admit_and_serve(request, tracer, deliver, forced)
+        inbox, ended = Inbox(), list[Outcome | Exception]()
+        inbox.put(Job(number=0, request=request, tracer=tracer, deliver=deliver, end=ended.append, since_ns=tracer.started_ns))
+        self._serve_together(inbox, forced, lingers=False)
+        if isinstance(ended[0], Exception):
+            raise ended[0]
+        return ended[0]
+
+    @torch.inference_mode()
+    def _serve_together(self, inbox: Inbox, forced: Forced | None, *, lingers: bool) -> list[LoopStep]:
+        assert self._policy is not None
+        self.stages.take_fresh()  # what a request that failed has made is no part of these
+        loop = Loop(self, self._policy, self._unpacking)
+        loop.serve(inbox, forced, lingers=lingers)
+        return loop.steps
 
     @torch.inference_mode()
     def _admit_and_serve(self, request: Request, tracer: Tracer, deliver: Deliver, forced: Forced | None) -> Outcome:

@@ -19,6 +19,7 @@ from fastvl_lab.catalogue import (
     Option,
     OptionValue,
     Preprocessor,
+    Schedule,
     Streaming,
     Target,
     Toggle,
@@ -45,6 +46,7 @@ class Recipe:
     cache: Cache = Cache()
     capture: Capture = Capture()
     streaming: Streaming = Streaming()
+    schedule: Schedule = Schedule()
 
     def __post_init__(self) -> None:
         for name, expected in SLOTS.items():

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -79,11 +79,6 @@ class Run:
     @property
     def visual_tokens(self) -> int:
         return sum(shape.visual_tokens for shape in self.shapes)
-
-    def behind(self, stage: str, seconds: float) -> Run:
-        """The same as seen by who had waited so long before it began."""
-        chunks = tuple(replace(chunk, time=chunk.time + seconds) for chunk in self.chunks)
-        return replace(self, trace=self.trace.behind(stage, round(seconds * 1e9)), chunks=chunks)
 
     def subtitle(self) -> str:
         """What became of the images: unpacked size, resized size, patches, visual tokens."""

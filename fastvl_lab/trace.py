@@ -15,8 +15,8 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass, field, replace
-from typing import Any, Literal
+from dataclasses import dataclass, field
+from typing import Any, Literal, NamedTuple
 
 import torch
 
@@ -35,7 +35,8 @@ LEVELS: tuple[Level, ...] = ("off", "stages", "layers")
 
 # Stage -> the file or folder of the package that does the work, in the order a request meets them.
 STAGES: dict[str, str] = {
-    "queued": "serve/request_queue.py",
+    "queued": "schedule/",
+    "waiting": "schedule/",
     "decode_image": "preprocessor/decode_image.py",
     "tokenize": "tokenizer.py",
     "admit": "cache/",
@@ -52,7 +53,8 @@ STAGES: dict[str, str] = {
 
 # Stages that always give a GPU work, and those that never do; the others do with some options.
 ON_DEVICE = ("upload", "vit", "merge", "prefill", "first_token", "sample", "decode")
-ON_HOST = ("queued", "tokenize", "emit")
+WAITS = ("queued", "waiting")  # in which others were served
+ON_HOST = (*WAITS, "tokenize", "emit")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -129,12 +131,6 @@ class Trace:
         computed = {name.removesuffix(COMPUTED): times for name, times in self.counts.items() if name.endswith(COMPUTED)}
         return {what.partition(":")[0]: self.counts.get(f"{what}{OF_PADDING}", 0) / times for what, times in computed.items()}
 
-    def behind(self, name: str, ns: int) -> Trace:
-        """The same behind a stage on the host that took so many nanoseconds before any of it."""
-        first = Span(name=name, lane="host", depth=0, start_ns=0, end_ns=ns)
-        later = (replace(span, start_ns=span.start_ns + ns, end_ns=span.end_ns + ns) for span in self.spans)
-        return replace(self, spans=(first, *later), first_chunk_ns=self.first_chunk_ns + ns, end_ns=self.end_ns + ns)
-
     def to_chrome(self, label: str = "fastvl_lab", *, ours: bool = True) -> dict[str, Any]:
         """The trace in the Trace Event format that chrome://tracing and Perfetto open: one track a lane, microseconds.
 
@@ -175,6 +171,23 @@ def no_inner(_: str) -> AbstractContextManager[None]:
     return nullcontext()
 
 
+class Anchor(NamedTuple):
+    """An instant on both clocks: nanoseconds of the host's, and a mark that the device passed when it had nothing to do."""
+
+    ns: int
+    event: Any
+
+    @classmethod
+    def now(cls, device: torch.device) -> Anchor:
+        """Wait for the device, and mark; there is no mark on a CPU."""
+        if device.type != "cuda":
+            return cls(time.perf_counter_ns(), None)
+        torch.cuda.synchronize(device)
+        event = torch.cuda.Event(enable_timing=True)
+        event.record(torch.cuda.current_stream(device))
+        return cls(time.perf_counter_ns(), event)
+
+
 class _OfThread(threading.local):
     """What one thread of a request has open, and the lane on which it writes."""
 
@@ -195,8 +208,8 @@ def _profiler_range(name: str) -> Any:
 class Tracer:
     """Records the spans of one run; level "off" records none, "stages" the stages, "layers" also blocks and layers.
 
-    Usage: `start()`, then `with span("vit"):` at each stage, `delivered()` at the consumer, then `finish()`. Synchronises the
-    device in `start` and `finish` only, both outside the request. Spans nest by thread, so a request's threads may share it; the
+    Usage: `start()`, then `with span("vit"):` at each stage, `delivered()` at the consumer, then `finish()`. Waits for the device
+    in `start` and `finish` only, both outside the request. Spans nest by thread, so a request's threads may share it; the
     device is watched from the thread that started it. Under torch's profiler every span is a range of its. stop: set by whoever
     gives the request up; the next stage of it to begin raises `RequestCancelledError`. on_begin: given the name and start (ns) of
     each stage of the host as it begins, and on_stage its span as it ends, while the request waits.
@@ -221,18 +234,31 @@ class Tracer:
         self._mine = _OfThread()
         self._owner = threading.get_ident()
         self._closed: list[tuple[str, Lane, int, int, int, Any, Any]] = []
-        self._anchor: Any = None
+        self._anchor = Anchor(0, None)
         self._started_ns = 0
         self._first_chunk_ns: int | None = None
         self._counts: dict[str, int] = {}
 
     def start(self) -> None:
         """Start the clock: what follows is the request."""
-        self._owner = threading.get_ident()
-        if self._cuda:
-            torch.cuda.synchronize(self._device)
-            self._anchor = self._event()
-        self._started_ns = time.perf_counter_ns()
+        anchor = Anchor.now(self._device)
+        self.start_at(anchor.ns, anchor)
+
+    def start_at(self, ns: int, anchor: Anchor) -> None:
+        """The clock was started at that time of the host's; the anchor was dropped by the calling thread, before or after."""
+        self._owner, self._anchor, self._started_ns = threading.get_ident(), anchor, ns
+
+    @property
+    def started_ns(self) -> int:
+        """When the clock was started, on the host's."""
+        return self._started_ns
+
+    def fill(self, name: str) -> None:
+        """A stage of the host from the end of the last one, or from the start, until now: what the request did was wait."""
+        self.check()
+        if self.level != "off":
+            ends = (stop_ns for _, lane, depth, _, stop_ns, *_ in reversed(self._closed) if lane == "host" and depth == 0)
+            self._closed.append((name, "host", 0, next(ends, self._started_ns), time.perf_counter_ns(), None, None))
 
     def delivered(self) -> float:
         """Stamp a chunk that has just reached the consumer: seconds since `start`; the first one ends TTFT."""
@@ -244,6 +270,10 @@ class Tracer:
     def span(self, name: str) -> AbstractContextManager[None]:
         """A stage; raises `RequestCancelledError` if the request has been given up."""
         self.check()
+        return self.shared_span(name)
+
+    def shared_span(self, name: str) -> AbstractContextManager[None]:
+        """A stage of several requests: it goes on, whoever of them gives up."""
         return nullcontext() if self.level == "off" else _Recorded(self, name)
 
     def check(self) -> None:
@@ -275,7 +305,6 @@ class Tracer:
 
     def begin(self, name: str) -> None:
         """Open a span where no `with` can stand, as in a hook; close it with `end`."""
-        self.check()
         if self.level != "off":
             self._mine.open.append((name, time.perf_counter_ns(), self._event(), _profiler_range(name)))
             if self._on_begin is not None and len(self._mine.open) == 1 and self._mine.lane == "host":
@@ -310,15 +339,15 @@ class Tracer:
         """Stop the clock, wait for the device, and put both lanes on one axis."""
         end_ns = time.perf_counter_ns() - self._started_ns
         assert not self._mine.open, f"spans left open: {[name for name, *_ in self._mine.open]}"
-        if self._cuda:
-            torch.cuda.synchronize(self._device)
-        spans = []
+        if events := [end for *_, end in self._closed if end is not None]:
+            events[-1].synchronize()  # of its last stage: what others have launched since is not waited for
+        spans, late = [], self._anchor.ns - self._started_ns
         for name, lane, depth, start_ns, stop_ns, start_event, end_event in self._closed:
             begin, stop = start_ns - self._started_ns, stop_ns - self._started_ns
             spans.append(Span(name=name, lane=lane, depth=depth, start_ns=begin, end_ns=stop))
             if start_event is not None and name not in ON_HOST:
-                begin = round(self._anchor.elapsed_time(start_event) * 1e6)
-                stop = round(self._anchor.elapsed_time(end_event) * 1e6)
+                begin = late + round(self._anchor.event.elapsed_time(start_event) * 1e6)
+                stop = late + round(self._anchor.event.elapsed_time(end_event) * 1e6)
                 spans.append(Span(name=name, lane="device", depth=depth, start_ns=begin, end_ns=stop))
         spans.sort(key=lambda s: (s.start_ns, s.depth))
         first_chunk_ns = end_ns if self._first_chunk_ns is None else self._first_chunk_ns

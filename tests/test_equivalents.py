@@ -57,6 +57,17 @@ def test_the_command_starts_a_server_with_what_the_recipe_asks_for(engine: str, 
     assert command[start : start + len(serve)] == serve
 
 
+def test_a_number_that_means_nothing_beside_other_choices_is_no_flag() -> None:
+    alone = fl.flags("baseline", "vllm")
+    assert {row.toggle: str(row.way) for row in alone.rows}["schedule.max_batch"] == "none; it means nothing here"
+    assert "--max-num-seqs 1" in alone.command
+    assert "--max-num-batched-tokens" not in alone.command
+    together = "baseline, cache.kv=paged, schedule.batching=continuous, schedule.prefill=chunked"
+    assert "--max-num-seqs 8 --max-num-batched-tokens 512" in fl.flags(together, "vllm").command
+    assert "--chunked-prefill-size 512" in fl.flags(together, "sglang").command
+    assert "LMDEPLOY_PT_TTFT_POLICY=fifo" in fl.flags(together, "lmdeploy").command
+
+
 def test_a_flag_has_one_value_and_who_comes_later_is_told() -> None:
     """vLLM has one flag for the attention of prefill and of decode."""
     one = Recipe.parse("baseline, cache.kv=paged, attention.prefill=varlen, attention.decode=triton")

@@ -41,8 +41,9 @@ LAYERS = (
     ("checkpoint",),
     ("decoder",),
     ("tokenizer", "processes", *SLOTS),
+    ("outcome", "schedule"),
     ("pipeline",),
-    ("engine", "peer", "run"),  # a peer registers with the engine, which knows of `peers` its folder alone
+    ("engine", "peer", "run"),  # a peer registers with the engine, which knows of `peer` its folder alone
     ("lab",),
     ("measure",),
     ("view", "serve"),

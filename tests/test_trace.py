@@ -12,7 +12,7 @@ import torch
 
 from fastvl_lab import Lab, Request, photo, trace as trace_module
 from fastvl_lab.measure.samples import Interval, median_interval
-from fastvl_lab.trace import STAGES, Span, Trace, Tracer, module_spans
+from fastvl_lab.trace import STAGES, Anchor, Span, Trace, Tracer, module_spans
 
 CPU = torch.device("cpu")
 
@@ -34,8 +34,8 @@ def test_stages_and_unaccounted_add_up_to_ttft(lab: Lab, picture: bytes) -> None
 
 
 def test_stages_come_in_the_corridors_order(lab: Lab, picture: bytes) -> None:
-    # `first_token` stands for several, and a request is `queued` in a server alone.
-    expected = [stage for stage in STAGES if stage not in ("queued", "first_token", "decode")]
+    # `first_token` stands for several, and a request is `queued` and `waiting` where there are others.
+    expected = [stage for stage in STAGES if stage not in ("queued", "waiting", "first_token", "decode")]
     for engine in ("transformers", "baseline", "fastest"):
         run = lab.run(Request(images=[picture], prompt="What is this?", max_new_tokens=4, ignore_eos=True), engine)
         stages = [stage for stage in run.trace.stages() if stage != "decode"]
@@ -122,6 +122,9 @@ def test_device_spans_are_put_on_the_hosts_axis_without_a_sync_inside(monkeypatc
         def elapsed_time(self, other: Event) -> float:
             return other.at - self.at
 
+        def synchronize(self) -> None:
+            syncs.append(f"event of {self.at}")
+
     monkeypatch.setattr(trace_module.torch.cuda, "Event", Event)
     monkeypatch.setattr(trace_module.torch.cuda, "synchronize", lambda _: syncs.append("sync"))
     monkeypatch.setattr(trace_module.torch.cuda, "current_stream", lambda device: f"stream of {device}")
@@ -133,8 +136,54 @@ def test_device_spans_are_put_on_the_hosts_axis_without_a_sync_inside(monkeypatc
     tracer.delivered()
     assert syncs == ["sync"]
     spans = {span.lane: span for span in tracer.finish().spans}
+    assert syncs == ["sync", "event of 1005.5"]  # its own last stage's: another request's work is not waited for
     assert (spans["device"].start_ns, spans["device"].end_ns) == (2_000_000, 5_500_000)
     assert spans["host"].end_ns < 2_000_000
+
+
+def test_a_request_that_others_were_served_before_shares_their_anchor() -> None:
+    """Its clock runs since it arrived, 4 ms after the anchor; what it did until it was admitted was wait."""
+    tracer = Tracer(CPU)
+    now = time.perf_counter_ns()
+    tracer.start_at(now - 3_000_000, Anchor(now - 7_000_000, None))
+    tracer.fill("queued")
+    with tracer.span("vit"):
+        time.sleep(0.001)
+    time.sleep(0.002)
+    tracer.fill("waiting")
+    tracer.delivered()
+    trace = tracer.finish()
+    assert [span.name for span in trace.spans] == ["queued", "vit", "waiting"]
+    assert trace.spans[0].start_ns == 0
+    assert trace.stages()["queued"] >= 3_000_000
+    assert trace.stages()["waiting"] >= 2_000_000
+    assert trace.spans[2].start_ns == trace.spans[1].end_ns
+
+
+def test_device_spans_lie_behind_a_shared_anchor(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The device's clock was at 1,000 ms when the anchor was dropped, and the request came 4 ms later."""
+
+    class Event:
+        def __init__(self, at: float = 0.0) -> None:
+            self.at = at
+
+        def record(self, stream: str) -> None:
+            self.at = next(device_ms)
+
+        def elapsed_time(self, other: Event) -> float:
+            return other.at - self.at
+
+        def synchronize(self) -> None: ...
+
+    device_ms = iter([1006.0, 1009.0])
+    monkeypatch.setattr(trace_module.torch.cuda, "Event", lambda enable_timing: Event())
+    monkeypatch.setattr(trace_module.torch.cuda, "current_stream", lambda device: "stream")
+    tracer, now = Tracer(torch.device("cuda:0")), time.perf_counter_ns()
+    tracer.start_at(now, Anchor(now - 4_000_000, Event(1000.0)))
+    with tracer.span("vit"):
+        pass
+    (device,) = (span for span in tracer.finish().spans if span.lane == "device")
+    assert (device.start_ns, device.end_ns) == (2_000_000, 5_000_000)
 
 
 def test_spans_that_an_exception_left_open_close_with_their_stage() -> None:

@@ -146,6 +146,12 @@ class BoundCache:
             return None
         return self._memory.static if self._kv == "static" else self._memory.paged.store
 
+    def has_room(self, prompt: Prompt, max_new_tokens: int) -> bool:
+        """Whether `admit` would find room now, beside the requests that are under way, even if it found nothing of the prompt."""
+        if self._kv != "paged":
+            return True
+        return self._memory.paged.pool.n_available * BLOCK_SIZE >= prompt.n_tokens + max_new_tokens
+
     def admit(self, prompt: Prompt, max_new_tokens: int, contents: Contents) -> Place:
         """A place for a prompt that is on the host still, and for the answer; raises `RequestError` where there is no room.
 

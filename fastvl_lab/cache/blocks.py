@@ -7,7 +7,6 @@ many: a block is found only below the blocks that came before it.
 
 from __future__ import annotations
 
-import heapq
 from collections import OrderedDict
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass, field
@@ -23,13 +22,15 @@ class Table:
     """The blocks of one sequence, in order.
 
     reused: tokens that were found. promised: blocks that it may still take. source: a block whose first tokens are to be copied
-    into the block after the shared ones, and how many.
+    into the block after the shared ones, and how many. home: neighbours that it takes first where they are free, so that it lies
+    in one piece beside others that grow.
     """
 
     blocks: list[int] = field(default_factory=list)
     reused: int = 0
     promised: int = 0
     source: tuple[int, int] | None = None
+    home: range = range(0)
 
 
 @dataclass(kw_only=True, eq=False)
@@ -51,7 +52,8 @@ class BlockPool:
 
     def __init__(self, n_blocks: int, block_size: int) -> None:
         self.n_blocks, self.block_size = n_blocks, block_size
-        self._free = list(range(n_blocks))  # a heap: low numbers first, so that sequences tend to lie in one piece
+        self._free = bytearray([1]) * n_blocks  # a byte a block: whether it is free
+        self._homes: list[range] = []
         self._references = [0] * n_blocks
         self._kept: OrderedDict[int, None] = OrderedDict()  # oldest first
         self._node_of: dict[int, _Node] = {}
@@ -61,7 +63,7 @@ class BlockPool:
     @property
     def n_available(self) -> int:
         """Blocks that can still be promised: free or kept, and promised to nobody."""
-        return len(self._free) + len(self._kept) - self._promised
+        return self._free.count(1) + len(self._kept) - self._promised
 
     @property
     def n_kept(self) -> int:
@@ -69,7 +71,7 @@ class BlockPool:
 
     @property
     def n_used(self) -> int:
-        return self.n_blocks - len(self._free) - len(self._kept)
+        return self._free.count(0) - len(self._kept)
 
     def admit(self, tokens: Sequence[Token], total: int, *, family: Hashable = None, reuse: bool = True) -> Table:
         """Room for a sequence of up to `total` tokens that begins with these; what is there of them is shared.
@@ -89,6 +91,9 @@ class BlockPool:
             )
         table = Table(promised=needed)
         self._promised += needed
+        if needed and (start := self._find_free(needed)) >= 0:
+            table.home = range(start, start + needed)
+            self._homes.append(table.home)
         for node in nodes:
             self._refer(node.block)
             table.blocks.append(node.block)
@@ -106,7 +111,7 @@ class BlockPool:
             assert table.promised > 0, "a sequence took more than it was promised"
             table.promised -= 1
             self._promised -= 1
-            new.append(self._take())
+            new.append(self._take(table.home))
             table.blocks.append(new[-1])
         return new
 
@@ -137,6 +142,8 @@ class BlockPool:
         """Give everything back: promises, the source, and blocks, of which those that can be found are kept."""
         self._promised -= table.promised
         table.promised = 0
+        if table.home in self._homes:
+            self._homes.remove(table.home)
         self.copied(table)
         for block in reversed(table.blocks):  # the end of a sequence is of less use than its beginning, and goes first
             self._release(block)
@@ -171,16 +178,31 @@ class BlockPool:
             if block in self._node_of:
                 self._kept[block] = None
             else:
-                heapq.heappush(self._free, block)
+                self._free[block] = 1
 
-    def _take(self) -> int:
-        if self._free:
-            block = heapq.heappop(self._free)
-        else:
+    def _take(self, home: range) -> int:
+        """A free block, the next of its home, else one of nobody's home, else any; else the one kept unused for longest."""
+        block = self._free.find(1, home.start, home.stop)
+        if block < 0:
+            block = self._find_free(1)
+        if block < 0:
+            block = self._free.find(1)
+        if block < 0:
             block, _ = self._kept.popitem(last=False)
             self._forget(block)
+        self._free[block] = 0
         self._references[block] = 1
         return block
+
+    def _find_free(self, n: int) -> int:
+        """The first of n free neighbours that are nobody's home; -1 where there are not so many."""
+        run, start = bytes([1]) * n, 0
+        while (start := self._free.find(run, start)) >= 0:
+            taken = next((home for home in self._homes if home.start < start + n and start < home.stop), None)
+            if taken is None:
+                return start
+            start = taken.stop
+        return -1
 
     def _forget(self, block: int) -> None:
         """Take a block out of the tree; whoever used a node after it also used it, so there is none any more."""

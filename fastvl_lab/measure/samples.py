@@ -34,6 +34,11 @@ class Interval(NamedTuple):
     high: float
 
     @property
+    def ms(self) -> Interval:
+        """The same of seconds, in milliseconds."""
+        return Interval(*(end * 1e3 for end in self))
+
+    @property
     def known(self) -> str:
         """The interval in words."""
         return f"95% CI {self.low:.2f} to {self.high:.2f}" if self.low == self.low else "too few rounds for an interval"

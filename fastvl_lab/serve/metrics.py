@@ -22,20 +22,25 @@ class Metrics:
 
         self.requests = metric("Counter", "requests", "Requests answered, by HTTP status; 499: the client left", "status")
         self.waiting = metric("Gauge", "requests_waiting", "Requests in the queue")
-        self.running = metric("Gauge", "requests_running", "Requests being served")
+        self.running = metric("Gauge", "requests_running", "Requests under way, which share decode steps where the recipe says so")
         self._tokens = metric("Counter", "tokens", "Tokens, of prompts and answers", "of")
         self._runs = metric("Counter", "runs", "Finished runs, by kind: cold, warm or cache_hit", "kind")
         self._queued = metric("Histogram", "queued_seconds", "Time in the queue", buckets=_SECONDS)
-        self._ttft = metric("Histogram", "ttft_seconds", "From the engine's start to the first chunk", buckets=_SECONDS)
+        self._ttft = metric(
+            "Histogram",
+            "ttft_seconds",
+            "From a request's arrival to the first chunk, its time in the queue included",
+            buckets=_SECONDS,
+        )
         self._tpot = metric("Histogram", "tpot_seconds", "Seconds a token after the first chunk", buckets=_SECONDS)
         self._stages = metric("Histogram", "stage_seconds", "Seconds of TTFT in a stage", "stage", buckets=_SECONDS)
 
-    def served(self, run: Run, queued: float) -> None:
+    def served(self, run: Run) -> None:
         """Note a finished run."""
         self._runs.labels(run.kind).inc()
         self._tokens.labels("prompt").inc(run.n_prompt)
         self._tokens.labels("answer").inc(len(run.tokens))
-        self._queued.observe(queued)
+        self._queued.observe(run.trace.stages().get("queued", 0) / 1e9)
         self._ttft.observe(run.ttft)
         if run.tpot is not None:
             self._tpot.observe(run.tpot)

@@ -1,14 +1,13 @@
-"""The queue before the engine: one request is served at a time, in order of arrival; the rest wait, within a bound."""
+"""The queue before the engine: so many may wait, and the recipe's schedule says who is served with whom."""
 
 from __future__ import annotations
 
 import asyncio
 import threading
-import time
-from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 
@@ -17,6 +16,7 @@ from fastvl_lab.lab import Lab
 from fastvl_lab.recipe import Recipe
 from fastvl_lab.request import Chunk, Request
 from fastvl_lab.run import Run
+from fastvl_lab.schedule.inbox import Inbox
 from fastvl_lab.serve.metrics import Metrics
 
 
@@ -39,7 +39,6 @@ class QueuedRequest:
 
     def __init__(self, request: Request) -> None:
         self.request = request
-        self.since = time.monotonic()
         self.stop = threading.Event()
         self.events: asyncio.Queue[Event] = asyncio.Queue()  # bounded by the answer's length
         self._loop = asyncio.get_running_loop()
@@ -50,7 +49,7 @@ class QueuedRequest:
 
 
 class RequestQueue:
-    """Requests for one recipe of a lab, and the thread that hands them to it, one after another.
+    """Requests for one recipe of a lab, and the thread that has it serve them as they come.
 
     max_queue: how many may wait or be read. warm_up: requests to serve first.
     `failure` is why no later request can be served, if that is so.
@@ -66,10 +65,11 @@ class RequestQueue:
         warm_up: tuple[Request, ...],
     ) -> None:
         self._lab, self._recipe, self._metrics, self._max_queue, self._warm_up = lab, recipe, metrics, max_queue, warm_up
-        self._waiting: deque[QueuedRequest] = deque()
+        self._inbox = Inbox()
+        self._waiting: set[QueuedRequest] = set()
+        self._running: set[QueuedRequest] = set()
         self._reserved = 0  # places of requests that are still being read
-        self._changed = threading.Condition()
-        self._closed = False
+        self._changing = threading.Lock()
         self.ready = threading.Event()
         self.failure: BaseException | None = None
         self._thread = threading.Thread(target=self._serve_all, name="fastvl-queue", daemon=True)
@@ -79,9 +79,7 @@ class RequestQueue:
 
     def close(self) -> None:
         """Serve what is queued, then end the thread."""
-        with self._changed:
-            self._closed = True
-            self._changed.notify()
+        self._inbox.close()
         if self._thread.is_alive():
             self._thread.join()
 
@@ -91,7 +89,7 @@ class RequestQueue:
 
         So that nothing is read for which there is no room.
         """
-        with self._changed:
+        with self._changing:
             if len(self._waiting) + self._reserved >= self._max_queue:
                 raise QueueFullError(f"{self._max_queue} requests wait already, the limit; try again later")
             self._reserved += 1
@@ -99,26 +97,31 @@ class RequestQueue:
 
         def put(queued: QueuedRequest) -> None:
             nonlocal taken
-            with self._changed:
+            job = self._lab.job(
+                queued.request,
+                self._recipe,
+                on_begin=partial(self._move, queued, self._running),
+                on_chunk=queued.send,
+                on_end=partial(self._end, queued),
+                stop=queued.stop,
+            )
+            with self._changing:
                 taken, self._reserved = True, self._reserved - 1
-                self._waiting.append(queued)
-                self._metrics.waiting.set(len(self._waiting))
-                self._changed.notify()
+            self._move(queued, self._waiting)
+            self._inbox.put(job)
 
         try:
             yield put
         finally:
             if not taken:
-                with self._changed:
+                with self._changing:
                     self._reserved -= 1
 
     def give_up(self, queued: QueuedRequest) -> None:
-        """Nobody wants its answer any more: out of the queue, or, if it is being served, over at its next stage or step."""
+        """Nobody wants its answer any more: it leaves the queue, or the engine at its next stage or step."""
         queued.stop.set()
-        with self._changed:
-            if queued in self._waiting:
-                self._waiting.remove(queued)
-                self._metrics.waiting.set(len(self._waiting))
+        if queued in self._waiting:
+            self._move(queued, None)
 
     def _serve_all(self) -> None:
         try:
@@ -127,27 +130,34 @@ class RequestQueue:
         except Exception as error:
             self.failure = error
         self.ready.set()
-        while (queued := self._next()) is not None:
-            with self._metrics.running.track_inprogress():
-                queued.send(self._serve(queued))
-
-    def _next(self) -> QueuedRequest | None:
-        with self._changed:
-            self._changed.wait_for(lambda: self._waiting or self._closed)
-            queued = self._waiting.popleft() if self._waiting else None
-            self._metrics.waiting.set(len(self._waiting))
-            return queued
-
-    def _serve(self, queued: QueuedRequest) -> Event:
-        waited = time.monotonic() - queued.since
-        try:
-            run = self._lab.run(queued.request, self._recipe, on_chunk=queued.send, stop=queued.stop)
-        except Exception as error:  # the server lives on, if the device does
-            if _is_lasting(error):
+        while not self._inbox.is_over():
+            try:
+                self._lab.serve(self._recipe, self._inbox, lingers=False)
+            except Exception as error:  # of none of the requests: the recipe cannot be bound, or the loop has a fault
                 self.failure = error
-            return error
-        self._metrics.served(run, waited)
-        return Finished(run=run.behind("queued", waited))
+                for job in self._inbox.take(wait=False):
+                    job.end(error)
+
+    def _end(self, queued: QueuedRequest, run: Run | Exception) -> None:
+        """The server lives on whatever a request ended with, if the device does."""
+        self._move(queued, None)
+        if isinstance(run, Exception):
+            if _is_lasting(run):
+                self.failure = run
+            queued.send(run)
+        else:
+            self._metrics.served(run)
+            queued.send(Finished(run=run))
+
+    def _move(self, queued: QueuedRequest, to: set[QueuedRequest] | None) -> None:
+        """From those who wait or are served to others, or to none."""
+        with self._changing:
+            for group in (self._waiting, self._running):
+                group.discard(queued)
+            if to is not None:
+                to.add(queued)
+            self._metrics.waiting.set(len(self._waiting))
+            self._metrics.running.set(len(self._running))
 
 
 def _is_lasting(error: Exception) -> bool:

@@ -18,6 +18,7 @@ from fastvl_lab.view.figures import (
     ttft_against_visual_tokens as ttft_against_visual_tokens,
     turn_bars as turn_bars,
 )
+from fastvl_lab.view.loads import load_curves as load_curves, load_rates as load_rates, load_timeline as load_timeline
 from fastvl_lab.view.pictures import difference_maps as difference_maps, window_layout as window_layout
 from fastvl_lab.view.report import report_html as report_html
 from fastvl_lab.view.tables import (
@@ -28,6 +29,7 @@ from fastvl_lab.view.tables import (
     floor_frame as floor_frame,
     frame as frame,
     layer_frame as layer_frame,
+    load_frame as load_frame,
     memory_frame as memory_frame,
     operation_frame as operation_frame,
     reported_frame as reported_frame,

@@ -148,6 +148,13 @@ def line(name: str, xs: Iterable[float], ys: Iterable[Any], look: Mapping[str, A
     return style.graph_objects().Scatter(x=list(xs), y=list(ys), name=said(name), hovertemplate=hover, **{**look, **more})
 
 
+def arms(intervals: Iterable[tuple[float, float, float]]) -> dict[str, Any]:
+    """Error bars of (median, low, high); an interval that does not exist, which is NaN, has none."""
+    known = [(median, low, high) if low == low and high == high else (median,) * 3 for median, low, high in intervals]
+    above, below = [max(high - median, 0.0) for median, _, high in known], [max(median - low, 0.0) for median, low, _ in known]
+    return {"type": "data", "array": above, "arrayminus": below}
+
+
 def timeline(rows: Sequence[str], starts: Sequence[float], lengths: Sequence[float], marker: Mapping[str, Any], **more: Any) -> Any:
     """Bars at their places in time, in ms. more: how `style.placed_bars` tells them, and what else plotly's Bar takes."""
     telling = {key: more.pop(key) for key in ("told", "below", "beside", "texts", "decimals") if key in more}

@@ -15,7 +15,7 @@ from fastvl_lab.measure.recipes import STOCK
 from fastvl_lab.measure.samples import Samples, StageSample, saves
 from fastvl_lab.run import Run, in_words
 from fastvl_lab.view import style
-from fastvl_lab.view.charts import Axis, Panel, bars, decades, line, panels, said
+from fastvl_lab.view.charts import Axis, Panel, arms, bars, decades, line, panels, said
 from fastvl_lab.view.tables import floored, share_of, spent_ms
 
 if TYPE_CHECKING:
@@ -39,12 +39,10 @@ def ttft_against_visual_tokens(rows: Sequence[Mapping[str, Any]]) -> go.Figure:
             mine = [row for row in rows if (row["checkpoint"], row["engine"]) == (checkpoint, engine) and row["ttft_ms"]]
             mine.sort(key=lambda row: row["visual_tokens"])
             medians = [row["ttft_ms"] for row in mine]
-            above = [_reach(row["ttft_high_ms"], row["ttft_ms"]) for row in mine]
-            below = [_reach(row["ttft_ms"], row["ttft_low_ms"]) for row in mine]
             name = engine + (" (reuse unknown)" if any(row["unknown_runs"] for row in mine) else "")
-            told, arms = "%{x} visual tokens: %{y:.1f} ms", {"type": "data", "array": above, "arrayminus": below}
-            tokens = [row["visual_tokens"] for row in mine]
-            lines.append(line(name, tokens, medians, style.series(number), told=told, error_y=arms))
+            told, tokens = "%{x} visual tokens: %{y:.1f} ms", [row["visual_tokens"] for row in mine]
+            reach = arms((row["ttft_ms"], row["ttft_low_ms"], row["ttft_high_ms"]) for row in mine)
+            lines.append(line(name, tokens, medians, style.series(number), told=told, error_y=reach))
         parts.append(Panel(title=checkpoint, traces=lines, x=x, y=y))
     return panels(parts)
 
@@ -63,11 +61,6 @@ def sample_dots(comparison: Comparison) -> go.Figure:
             traces.append(line("", xs, [said(engine)] * len(mine), look, told=told, customdata=about))
     x = Axis(title="TTFT, ms; a dot a run, hollow where others disturbed it", zero=True)
     return panels([Panel(traces=[trace for trace in traces if trace.x], x=x, rows=rows)])
-
-
-def _reach(high: float, low: float) -> float:
-    """Length of one arm of an error bar; an interval that does not exist has none."""
-    return 0.0 if high != high or low != low else max(high - low, 0.0)
 
 
 def step_bars(rounds: Samples[StageSample], title: str) -> go.Figure:

@@ -9,12 +9,12 @@ from typing import Any
 
 from fastvl_lab import shown
 from fastvl_lab.errors import MissingExtraError, require
+from fastvl_lab.measure.load import Load
 from fastvl_lab.measure.sweep import SweepResult
 from fastvl_lab.run import Run
 from fastvl_lab.view import style
 from fastvl_lab.view.figures import sample_dots, ttft_against_visual_tokens
 from fastvl_lab.view.tables import stage_frame, summary_frame
-from fastvl_lab.view.waterfall import waterfall
 
 _CSS = """
 body { font: 15px/1.5 "DejaVu Sans", Arial, sans-serif; color: #222; max-width: 1240px; margin: 2em auto; padding: 0 1em; }
@@ -90,9 +90,18 @@ def figure_html(figure: Any) -> str:
 @shown.bundle.register(Run)
 def run_bundle(run: Run) -> dict[str, Any]:
     """A run as a figure, a table and text; without plotly, as the latter two."""
-    made: dict[str, Any] = {"text/plain": repr(run), "text/html": run_html(run)}
+    return _with_figure(run, {"text/plain": repr(run), "text/html": run_html(run)})
+
+
+@shown.bundle.register(Load)
+def load_bundle(load: Load) -> dict[str, Any]:
+    """A load as a figure and text; without plotly, as text."""
+    return _with_figure(load, {"text/plain": repr(load)})
+
+
+def _with_figure(result: Run | Load, made: dict[str, Any]) -> dict[str, Any]:
     try:
-        figure = waterfall([run])
+        figure = shown.figure(result)
     except MissingExtraError:
         return made
     return made | {"application/vnd.plotly.v1+json": json.loads(figure.to_json()) | {"config": style.CONFIG}}

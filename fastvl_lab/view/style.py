@@ -9,7 +9,8 @@ from fastvl_lab.errors import require
 
 # Okabe and Ito's palette, safe for the common kinds of colour blindness (https://jfly.uni-koeln.de/color/).
 STAGE_COLOURS = {
-    "queued": "#8C8C8C",
+    "queued": "#CFCFCF",
+    "waiting": "#E8E2D0",
     "encode": "#8C8C8C",
     "connect": "#8C8C8C",
     "wait": "#0072B2",
@@ -35,6 +36,7 @@ SERIES_MARKERS = ("circle", "square", "diamond", "triangle-up", "x", "cross", "s
 DEVICE_PATTERN = "/"
 OWN_PATTERN = "\\"
 UNACCOUNTED_PATTERN = "x"
+FAILED = "#AA0000"
 INK = "#222222"
 GRID = "#DDDDDD"
 PAPER = "#FFFFFF"

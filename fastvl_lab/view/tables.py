@@ -13,6 +13,7 @@ from fastvl_lab.engine import PeerInfo, Peers
 from fastvl_lab.errors import require
 from fastvl_lab.measure.audit import Audit
 from fastvl_lab.measure.compare import Attribution, Comparison, Conversation, break_even
+from fastvl_lab.measure.load import PERCENTILES, Load, Measure
 from fastvl_lab.measure.profile import Profile
 from fastvl_lab.measure.recipes import STOCK
 from fastvl_lab.measure.samples import Interval, Samples, StageSample, gains
@@ -214,6 +215,32 @@ def reported_frame(rows: Sequence[Mapping[str, Any]], audits: Sequence[Audit]) -
         "arithmetic": lambda pair: pair[1].arithmetic,
     }
     return frame(found, columns)
+
+
+def load_frame(loads: Mapping[str, Load]) -> Any:
+    """One line a load: what was asked and answered, and times in ms (95% CI); columns that say nothing are left out."""
+
+    def percentile(of: Measure, percent: int, spec: str = ".1f") -> Callable[[tuple[str, Load]], object]:
+        def cell(pair: tuple[str, Load]) -> str | None:
+            found = pair[1].percentile(of, percent)
+            return found and _interval(*found.ms, spec)
+
+        return cell
+
+    columns: dict[str, Callable[[tuple[str, Load]], object]] = {
+        "engine": lambda pair: pair[0],
+        "arrivals": lambda pair: pair[1].how,
+        "requests": lambda pair: len(pair[1].runs),
+        "failed": lambda pair: len(pair[1].failures) or None,
+        "tokens/s": lambda pair: f"{pair[1].tokens_per_second:.1f}",
+        "requests/s": lambda pair: f"{pair[1].requests_per_second:.2f}",
+        **{f"TTFT p{percent} ms": percentile("ttft", percent) for percent in PERCENTILES},
+        "TPOT p50 ms": percentile("tpot", 50, ".2f"),
+        "gap p99 ms": percentile("gap", 99),
+        "queued p50 ms": percentile("queued", 50),
+    }
+    made = frame(loads.items(), columns)
+    return made.loc[:, (made != "–").any()]
 
 
 # One stage alone

@@ -163,3 +163,21 @@ def test_room_that_is_promised_is_not_promised_again() -> None:
         pool.admit([2], 8)
     pool.free(table)
     assert pool.admit([2], 8).promised == 2
+
+
+def test_sequences_that_grow_side_by_side_lie_in_one_piece_each() -> None:
+    """A read of one then is a view; blocks handed out as they come would leave each scattered among the others."""
+    pool = BlockPool(12, SIZE)
+    tables = [pool.admit([1], 3 * SIZE, reuse=False) for _ in range(3)]
+    for length in range(1, 3 * SIZE + 1):
+        for table in tables:
+            pool.extend(table, length)
+    assert [table.blocks for table in tables] == [[0, 1, 2], [3, 4, 5], [6, 7, 8]]
+    pool.free(tables[1])
+    tables.append(pool.admit([1], 4 * SIZE, reuse=False))  # there are not so many neighbours left
+    assert tables[3].home == range(0)
+    pool.extend(tables[3], 4 * SIZE)
+    assert sorted(tables[3].blocks) == [3, 4, 5, 9]
+    for table in (tables[0], tables[2], tables[3]):
+        pool.free(table)
+    assert pool.n_available == 12

@@ -49,6 +49,15 @@ SMALL: dict[str, dict[str, Any]] = {
         "repeats": 2,
     },
     "graph_capture": {"sizes": [[112, 112], [168, 140]], "max_new_tokens": 3, "repeats": 2},
+    "load": {
+        "image_size": [56, 56],
+        "larger_size": [112, 84],
+        "max_new_tokens": 3,
+        "concurrency": 2,
+        "n": 4,
+        "rates": [0.5, 1.5],
+        "repeats": 2,
+    },
     "ttft_sweep": {"image_sizes": [[168, 140], [336, 280]], "max_new_tokens": 4, "repeats": 2},
     "preprocessor": {"image_size": [640, 480], "sizes": [[168, 140], [640, 480]], "max_pixels": 100_000, "repeats": 2},
     "vit": {"image_size": [336, 280], "sizes": [[112, 112], [224, 224], [336, 336]], "repeats": 2},
@@ -98,8 +107,8 @@ def run_cells(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[RunCe
     InteractiveShell.clear_instance()
 
 
-# Those of compiled stages and of streaming have tests of their own below, and panels are a page of their own.
-BY_THEMSELVES = ("graph_capture", "streaming", "workbench", "workbench_from_cells", "ttft_sweep")
+# Those of compiled stages, of streaming and of loads have tests of their own below, and panels are a page of their own.
+BY_THEMSELVES = ("graph_capture", "streaming", "load", "workbench", "workbench_from_cells", "ttft_sweep")
 IN_BOTH_FAMILIES = [path for path in NOTEBOOKS if path.stem not in BY_THEMSELVES]
 
 
@@ -131,6 +140,25 @@ def test_papermill_runs_the_sweep_in_a_kernel_of_its_own(tmp_path: Path) -> None
 def test_the_panel_is_used_from_cells(run_cells: RunCells) -> None:
     path = REPOSITORY / "notebooks" / "workbench_from_cells.ipynb"
     _check(_published(run_cells(path, SMALL[path.stem])))
+
+
+@pytest.mark.parametrize("checkpoint", CHECKPOINTS)
+def test_a_load_says_whether_its_tokens_are_those_of_one_at_a_time(checkpoint: str, run_cells: RunCells) -> None:
+    result = _published(run_cells(REPOSITORY / "notebooks" / "load.ipynb", SMALL["load"] | {"checkpoint": checkpoint}))
+    _check(result)
+    assert result["same_tokens"] == dict.fromkeys(("one at a time", "continuous", "inline", "ahead"), 4)
+    loads = result["loads"]
+    assert list(loads) == ["one at a time", "continuous", "whole", "chunked, 512", "chunked, 128", "inline", "ahead"]
+    assert {row["failed"] for row in loads.values()} == {0}
+    assert [row["requests"] for row in loads.values()] == [4, 4, 2, 2, 2, 4, 4]
+    assert [row["arrivals"].endswith(" a second") for rows in result["rates"].values() for row in rows] == [True] * 4
+
+
+@pytest.mark.parametrize("name", ["ttft_sweep", "workbench_from_cells"])
+def test_papermill_runs_it_in_a_kernel_of_its_own(name: str, tmp_path: Path) -> None:
+    """The sweep has both families by itself."""
+    path = REPOSITORY / "notebooks" / f"{name}.ipynb"
+    _check(_published(_shown(_execute(path, tmp_path / path.name, SMALL[name]))))
 
 
 def _check(result: dict[str, Any]) -> None:

@@ -19,15 +19,18 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from fastvl_lab import EndpointError, Lab, Recipe, RecipeError, Request, RequestError, Run
+from fastvl_lab import EndpointError, Lab, Recipe, RecipeError, Request, RequestError, Run, photo
 from fastvl_lab.errors import DeviceError, FastvlError
 from fastvl_lab.measure.compare import compare
+from fastvl_lab.measure.load import load, varied
+from fastvl_lab.pipeline import Pipeline
 from fastvl_lab.serve import serving
 from fastvl_lab.serve.__main__ import main
 from fastvl_lab.serve.app import _Front, create_app
@@ -97,8 +100,8 @@ def test_an_answer_that_ends_by_itself_says_so(serve: Callable[..., Any], labs: 
     assert answer.usage.completion_tokens == plain.tokens.index(plain.tokens[3]) + 1
 
 
-def test_the_lab_measures_the_server_from_outside(server: Any, labs: dict[str, Lab], picture: bytes) -> None:
-    request = Request(images=[picture], prompt="What is this?", max_new_tokens=20, ignore_eos=True)
+def test_the_lab_measures_the_server_from_outside(server: Any, labs: dict[str, Lab]) -> None:
+    request = Request(images=[photo("rocket", (84, 112))], prompt="What is this?", max_new_tokens=20, ignore_eos=True)
     run, inside = labs[MODEL].run(request, f"{server.url}/v1/"), labs[MODEL].run(request, "fastest")
     assert (run.tokens, run.text, run.n_prompt) == (inside.tokens, inside.text, inside.n_prompt)
     assert [chunk.tokens for chunk in run.chunks] == [chunk.tokens for chunk in inside.chunks]
@@ -140,6 +143,15 @@ def test_an_endpoint_is_compared_by_its_tokens(server: Any, labs: dict[str, Lab]
     assert [(other.parity(name), other.speedup(name)) for name in ("ours", "served")] == [(True, None), (False, None)]
     assert "no time is compared with served: its tokens differ from those of transformers" in other.findings()[0]
     assert [other.representative(name).checkpoint for name in ("ours", "served")] == ["tiny-qwen3-vl", MODEL]
+
+
+def test_many_at_once_are_asked_of_an_endpoint(server: Any, labs: dict[str, Lab], picture: bytes) -> None:
+    lab, request = labs["tiny-qwen2.5-vl"], Request(images=[picture], prompt="Hi", max_new_tokens=6, ignore_eos=True)
+    made = load(lab, request, f"{server.url}/v1", concurrency=3, n=6)
+    assert not made.failures
+    assert made.steps == (), "nobody sees an endpoint's steps"
+    assert [run.tokens for run in made.finished] == [lab.run(varied(request, n), "fastest").tokens for n in range(6)]
+    assert made.begun[2] < 0.1 < made.begun[5]
 
 
 @pytest.mark.parametrize(
@@ -518,6 +530,31 @@ def test_a_request_that_takes_too_long_is_ended(serve: Callable[..., Any]) -> No
             running.lab.run(Request(prompt="Go on.", max_new_tokens=20_000, ignore_eos=True), f"{running.url}/v1")
 
 
+def test_many_clients_share_decode_steps_and_who_leaves_makes_room(serve: Callable[..., Any], picture: bytes) -> None:
+    bodies = [{"messages": _messages(picture if n % 2 else None), "max_tokens": 40 + n, "ignore_eos": True} for n in range(6)]
+    with serve(recipe="fastest, cache.kv=paged, schedule.batching=continuous, schedule.max_batch=4") as running:
+        url, pool = f"{running.url}/v1/chat/completions", running.lab.memory.paged.pool
+
+        def text(body: dict[str, Any]) -> str:
+            answer = httpx.post(url, json=body, timeout=120)
+            assert answer.status_code == 200, answer.text
+            return str(answer.json()["choices"][0]["message"]["content"])
+
+        alone = [text(body) for body in bodies]
+        most = 0
+        with ThreadPoolExecutor(8) as clients:
+            together = [clients.submit(text, body) for body in bodies]
+            long = {"messages": _messages(None), "max_tokens": 4000, "ignore_eos": True, "stream": True}
+            with httpx.stream("POST", url, json=long, timeout=120) as leaving:
+                next(leaving.iter_lines())
+                while not all(one.done() for one in together):
+                    most = max(most, len(running.queue._running))
+                    time.sleep(0.005)
+                assert most == 4, "as many as max_batch are under way, and no more"
+            assert [one.result() for one in together] == alone
+        _until(lambda: not running.queue._running and pool.n_used == 0)
+
+
 def test_what_the_engine_fails_on_is_told_without_its_insides(serve: Callable[..., Any], monkeypatch: pytest.MonkeyPatch) -> None:
     body = {"model": MODEL, "messages": _messages(None), "max_tokens": 2}
     with serve() as running:
@@ -526,7 +563,7 @@ def test_what_the_engine_fails_on_is_told_without_its_insides(serve: Callable[..
             (DeviceError("out of memory"), 503, "out of memory"),
         ]:
             with monkeypatch.context() as patch:
-                patch.setattr(running.lab, "run", _raiser(error))
+                patch.setattr(Pipeline, "run", _raiser(error))
                 answer = httpx.post(f"{running.url}/v1/chat/completions", json=body, timeout=30)
             assert answer.status_code == status
             assert answer.json()["error"]["message"] == says
@@ -552,9 +589,12 @@ def test_health_tells_of_what_no_later_request_recovers_from(labs: dict[str, Lab
     queue = RequestQueue(labs[MODEL], Recipe.parse("fastest"), Metrics(), max_queue=1, warm_up=())
 
     async def served() -> None:
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(labs[MODEL], "run", _raiser(error))
-            assert queue._serve(QueuedRequest(Request(prompt="?"))) is error
+        with pytest.MonkeyPatch.context() as patch, queue.place() as put:
+            patch.setattr(Pipeline, "run", _raiser(error))
+            put(queued := QueuedRequest(Request(prompt="?")))
+            queue.start()
+            assert isinstance(await queued.events.get(), Exception)
+            await asyncio.to_thread(queue.close)
 
     asyncio.run(served())
     assert (queue.failure is error) == lasting

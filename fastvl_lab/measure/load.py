@@ -1,0 +1,394 @@
+"""Many requests at once on one engine: a closed loop, arrivals at random, or those of a recorded trace."""
+
+from __future__ import annotations
+
+import dataclasses
+import io
+import random
+import threading
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from itertools import accumulate, cycle, islice, pairwise
+from math import comb, isfinite, nan
+from typing import Any, Literal, get_args
+
+import numpy as np
+from PIL import Image
+
+from fastvl_lab import shown
+from fastvl_lab.engine import EngineLike
+from fastvl_lab.errors import FastvlError, RequestError, check_whole_number, require, sentence
+from fastvl_lab.lab import Lab
+from fastvl_lab.measure.samples import Interval, as_row, json_value
+from fastvl_lab.preprocessor.decode_image import rgb_of
+from fastvl_lab.request import ImageInput, Request
+from fastvl_lab.run import Run
+from fastvl_lab.schedule.inbox import Inbox
+from fastvl_lab.schedule.loop import Step
+
+# Of one request, in seconds: to its first token, for a token after it, to its last, and until it was admitted. "gap" is each time
+# between two chunks, of which a request has many.
+Measure = Literal["ttft", "tpot", "end_to_end", "queued", "gap"]
+MEASURES: tuple[Measure, ...] = get_args(Measure)
+
+# What they are called.
+NAMES: dict[Measure, str] = {
+    "ttft": "TTFT",
+    "tpot": "TPOT",
+    "end_to_end": "time to the last token",
+    "queued": "time until admitted",
+    "gap": "time between chunks",
+}
+
+PERCENTILES = (50, 90, 99)
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Load:
+    """What `load` measured.
+
+    concurrency: how many were at once; rate: how many came a second; neither, where arrivals were recorded. begun: of each request,
+    when it arrived, in seconds from the first; runs: what became of it, None where it failed; failures: by its number, why. steps:
+    of the lab's own engines, with times from the first arrival (ns). seconds: from the first arrival to the last end.
+    """
+
+    engine: str
+    begun: tuple[float, ...]
+    runs: tuple[Run | None, ...]
+    failures: Mapping[int, str]
+    steps: tuple[Step, ...]
+    seconds: float
+    concurrency: int | None = None
+    rate: float | None = None
+
+    @property
+    def how(self) -> str:
+        """The arrivals in words."""
+        if self.concurrency is not None:
+            return f"{self.concurrency} at once"
+        return "as recorded" if self.rate is None else f"{self.rate:.4g} a second"
+
+    @property
+    def finished(self) -> tuple[Run, ...]:
+        return tuple(run for run in self.runs if run is not None)
+
+    @property
+    def tokens_per_second(self) -> float:
+        """Of all answers together."""
+        return sum(len(run.tokens) for run in self.finished) / self.seconds
+
+    @property
+    def requests_per_second(self) -> float:
+        return len(self.finished) / self.seconds
+
+    def values(self, of: Measure) -> list[float]:
+        """Seconds, of each request that finished and has such a time; raises `RequestError` naming the choices."""
+        if of not in MEASURES:
+            raise RequestError(f"no {of!r} is measured of a load; the choices are {', '.join(MEASURES)}")
+        return [value for run in self.finished for value in _values(run, of)]
+
+    def percentile(self, of: Measure, percent: float) -> Interval | None:
+        """Seconds, with the 95% interval of requests that came and went independently; None where there is no such time."""
+        values = self.values(of)
+        return quantile_interval(values, percent / 100) if values else None
+
+    def goodput(self, *, ttft: float | None = None, tpot: float | None = None) -> float:
+        """Requests a second that kept these limits, in seconds (DistServe, arXiv 2401.09670)."""
+        kept = [run for run in self.finished if (ttft is None or run.ttft <= ttft) and (tpot is None or (run.tpot or 0) <= tpot)]
+        return len(kept) / self.seconds
+
+    def summary(self) -> dict[str, Any]:
+        """One row: tokens and requests a second, then percentiles in milliseconds with their intervals."""
+        row: dict[str, Any] = {
+            "engine": self.engine,
+            "arrivals": self.how,
+            "requests": len(self.runs),
+            "failed": len(self.failures),
+            "tokens_per_second": self.tokens_per_second,
+            "requests_per_second": self.requests_per_second,
+        }
+        for of in MEASURES:
+            for percent in PERCENTILES:
+                found = self.percentile(of, percent)
+                row |= {key: json_value(value) for key, value in as_row(f"{of}_p{percent}_ms", found and found.ms).items()}
+        return row
+
+    def frame(self) -> Any:
+        """The summary as a pandas DataFrame; needs the extra "notebooks"."""
+        return require("pandas", "notebooks").DataFrame([self.summary()])
+
+    def record(self) -> dict[str, Any]:
+        """As JSON-ready data; `from_record` reads it back."""
+        return {
+            "engine": self.engine,
+            "begun": list(self.begun),
+            "runs": [None if run is None else run.to_record() for run in self.runs],
+            "failures": {str(number): why for number, why in self.failures.items()},
+            "steps": [dataclasses.asdict(step) for step in self.steps],
+            "seconds": self.seconds,
+            "concurrency": self.concurrency,
+            "rate": self.rate,
+        }
+
+    @classmethod
+    def from_record(cls, record: Mapping[str, Any]) -> Load:
+        """Read `record`'s form; logits are empty."""
+        return cls(
+            engine=record["engine"],
+            begun=tuple(record["begun"]),
+            runs=tuple(None if run is None else Run.from_record(run) for run in record["runs"]),
+            failures={int(number): why for number, why in record["failures"].items()},
+            steps=tuple(_step(step) for step in record["steps"]),
+            seconds=record["seconds"],
+            concurrency=record["concurrency"],
+            rate=record["rate"],
+        )
+
+    def _repr_mimebundle_(self, include: Any = None, exclude: Any = None) -> dict[str, Any]:
+        """The requests over time as a figure where plotly can be shown, else text."""
+        return shown.bundle(self)
+
+    def __repr__(self) -> str:
+        lines = [
+            f"{self.engine}, {self.how}: {len(self.finished)} of {len(self.runs)} requests in {self.seconds:.2f} s, "
+            f"{self.tokens_per_second:.1f} tokens a second"
+        ]
+        for of in MEASURES:
+            found = [(percent, self.percentile(of, percent)) for percent in PERCENTILES]
+            known = ", ".join(f"p{percent} {value.median * 1e3:.1f} ms" for percent, value in found if value is not None)
+            lines += [f"{of:<10} {known}"] if known else []
+        return "\n".join([*lines, *(f"request {number} failed: {why}" for number, why in self.failures.items())])
+
+
+def _values(run: Run, of: Measure) -> Iterator[float]:
+    if of == "gap":
+        yield from (later.time - earlier.time for earlier, later in pairwise(run.chunks))
+    elif of == "queued":
+        if "queued" in (stages := run.trace.stages()):
+            yield stages["queued"] / 1e9
+    elif of == "end_to_end":
+        yield run.chunks[-1].time
+    elif (value := run.ttft if of == "ttft" else run.tpot) is not None:
+        yield value
+
+
+def _step(data: Mapping[str, Any]) -> Step:
+    pairs = {name: tuple((number, n) for number, n in data[name]) for name in ("admitted", "prefilled")}
+    return Step(**{**data, **pairs, "decoded": tuple(data["decoded"])})
+
+
+def quantile_interval(samples: Sequence[float], quantile: float) -> Interval:
+    """A quantile of at least one sample, between two samples that hold the true one with a probability of at least 95%.
+
+    How many samples are under the true quantile is binomial, whatever the distribution; NaN where no two samples hold it.
+    """
+    values, n = np.sort(np.asarray(samples, dtype=np.float64)), len(samples)
+    under = list(accumulate(comb(n, k) * quantile**k * (1 - quantile) ** (n - k) for k in range(n + 1)))
+    low = max((rank for rank in range(1, n + 1) if under[rank - 1] <= 0.025), default=0)
+    high = min((rank for rank in range(1, n + 1) if under[rank - 1] >= 0.975), default=0)
+    ends = (float(values[low - 1]), float(values[high - 1])) if low and high else (nan, nan)
+    return Interval(float(np.quantile(values, quantile)), *ends)
+
+
+def findings(loads: Mapping[str, Load], reference: str, of: Measure = "ttft", percent: float = 50) -> list[str]:
+    """What each load shows beside the reference, in a sentence: how many times the tokens a second, and a percentile of a measure.
+
+    One percentile is called longer or shorter than the other only where their 95% intervals lie apart.
+    """
+    than, sentences = loads[reference], []
+    for label, made in loads.items():
+        if label == reference:
+            continue
+        said = f"{label} makes {made.tokens_per_second / than.tokens_per_second:.2f} times the tokens a second of {reference}"
+        mine, theirs = made.percentile(of, percent), than.percentile(of, percent)
+        if mine is not None and theirs is not None:
+            found = "no difference is shown"
+            if mine.high < theirs.low or theirs.high < mine.low:
+                found = f"{'shorter' if mine.median < theirs.median else 'longer'}, {mine.median / theirs.median:.2f} times"
+            said += f"; its {NAMES[of]} p{percent:g} is {_in_ms(mine)} against {_in_ms(theirs)}: {found}"
+        sentences.append(said)
+    return sentences
+
+
+def _in_ms(found: Interval) -> str:
+    median, low, high = found.ms
+    return f"{median:.1f} ms" + (f" [{low:.1f}, {high:.1f}]" if low == low and high == high else " (too few for an interval)")
+
+
+def load(
+    lab: Lab,
+    requests: Request | Iterable[Request],
+    engine: EngineLike,
+    *,
+    concurrency: int | None = None,
+    rate: float | None = None,
+    arrivals: Sequence[float] | None = None,
+    n: int | None = None,
+    seed: int = 0,
+    warm_up: int = 1,
+    on_run: Callable[[int, Run | Exception], object] | None = None,
+    stop: threading.Event | None = None,
+) -> Load:
+    """Have many requests served by one engine, and time each from its arrival.
+
+    engine: a recipe, whose slot `schedule` says who shares a step, or a peer. requests: one, of which each that is sent has
+    pictures of its own (`varied`), so that no cache flatters; or several, sent as they are, in turn. One of these says when they
+    arrive: concurrency, so many at once, the next when one ends; rate, so many a second on average, at random by `seed` (Poisson);
+    arrivals, the seconds of each from the first. n: how many; by default as many as there are requests or arrivals, and of one
+    request 4 times `concurrency`, or 32. warm_up: how many are served before, one at a time. on_run: given each request's number
+    and its run or error as it ends. stop: once set, what has not ended fails. Raises `FastvlError`s.
+    """
+    given = {
+        name: value for name, value in (("concurrency", concurrency), ("rate", rate), ("arrivals", arrivals)) if value is not None
+    }
+    if len(given) != 1:
+        raise RequestError(f"{' and '.join(given) or 'nothing'} says when requests arrive; give one of concurrency, rate, arrivals")
+    for name, value in (("concurrency", concurrency), ("n", n)):
+        if value is not None:
+            check_whole_number(name, value)
+    check_whole_number("warm_up", warm_up, least=0)
+    if rate is not None and not (isfinite(rate) and rate > 0):
+        raise RequestError(f"rate is {rate!r}; it must be a finite number of requests a second above 0")
+    if arrivals is not None and (not arrivals or list(arrivals) != sorted(arrivals) or arrivals[0] < 0):
+        raise RequestError("arrivals must be seconds from 0 on, in order, at least one")
+    single = isinstance(requests, Request)
+    several = () if isinstance(requests, Request) else tuple(requests)
+    if not single and not several:
+        raise RequestError("requests is empty; give at least one")
+    count = n or (len(arrivals) if arrivals is not None else len(several) or (32 if concurrency is None else 4 * concurrency))
+    if arrivals is not None and count > len(arrivals):
+        raise RequestError(f"n is {count}, and arrivals has {len(arrivals)}; give one for each request")
+    source = (
+        (varied(requests, number) for number in range(count)) if isinstance(requests, Request) else islice(cycle(several), count)
+    )
+    sent = _Sent(lab, list(source), engine, stop or threading.Event(), on_run)
+    with lab.hold([engine]):
+        for request in sent.requests[:warm_up]:
+            lab.run(request, engine)
+        if concurrency is not None:
+            return sent.closed_loop(concurrency)
+        if arrivals is not None:
+            return sent.at(list(arrivals[:count]), None)
+        assert rate is not None
+        drawn = random.Random(seed)
+        return sent.at(list(accumulate((drawn.expovariate(rate) for _ in range(count - 1)), initial=0.0)), rate)
+
+
+def varied(request: Request, number: int) -> Request:
+    """The request with pictures of its own: each turned by so many rows and columns, and written as JPEG again.
+
+    Number 0 is the request itself.
+    """
+    if number == 0 or not request.image_inputs:
+        return request
+    pictures = iter([_rolled(image, number) for image in request.image_inputs])
+
+    def part(one: Any) -> Any:
+        return {"type": "image", "image": next(pictures)} if one["type"] == "image" else one
+
+    messages = [
+        {**message, "content": [part(one) for one in message["content"]]}
+        if isinstance(message["content"], tuple)
+        else dict(message)
+        for message in request.conversation
+    ]
+    limits = {name: getattr(request, name) for name in ("max_new_tokens", "ignore_eos", "fit", "min_pixels", "max_pixels")}
+    return Request(messages=messages, **limits)
+
+
+def _rolled(image: ImageInput, number: int) -> ImageInput:
+    pixels = np.roll(np.asarray(rgb_of(image)), (3 * number, 7 * number), axis=(0, 1))
+    buffer = io.BytesIO()
+    Image.fromarray(pixels).save(buffer, "JPEG", quality=95)
+    return dataclasses.replace(image, data=buffer.getvalue())
+
+
+class _Sent:
+    """The requests of a load on their way."""
+
+    def __init__(
+        self,
+        lab: Lab,
+        requests: list[Request],
+        engine: EngineLike,
+        stop: threading.Event,
+        on_run: Callable[[int, Run | Exception], object] | None,
+    ) -> None:
+        self._lab, self.requests, self._engine, self._stop, self._on_run = lab, requests, engine, stop, on_run
+        self._engine_name = engine if isinstance(engine, str) else lab.engine(engine).text(lab.device)
+        self._inbox = Inbox()
+        self._next: Callable[[], None] = _nothing  # what is done when one has ended
+        self._began_ns = [0] * len(requests)
+        self._ended: dict[int, Run | Exception] = {}
+        self._last_ns = 0
+
+    def closed_loop(self, concurrency: int) -> Load:
+        """So many at once; the next is sent when one has ended."""
+        left = iter(range(len(self.requests)))
+
+        def next_one() -> None:
+            if (number := next(left, None)) is not None:
+                self._send(number)
+            else:
+                self._inbox.close()
+
+        self._next = next_one
+        for _ in range(min(concurrency, len(self.requests))):
+            next_one()
+        return self._served(concurrency=concurrency)
+
+    def at(self, seconds: list[float], rate: float | None) -> Load:
+        """Each at its time, which were drawn at that rate if they were."""
+
+        def send() -> None:
+            began = time.perf_counter()
+            for number, when in enumerate(seconds):
+                if self._stop.wait(max(began + when - time.perf_counter(), 0)):
+                    break
+                self._send(number)
+            self._inbox.close()
+
+        sender = threading.Thread(target=send, name="fastvl-load", daemon=True)
+        sender.start()
+        try:
+            return self._served(rate=rate)
+        finally:
+            sender.join()
+
+    def _send(self, number: int) -> None:
+        job = self._lab.job(self.requests[number], self._engine, number=number, on_end=partial(self._end, number), stop=self._stop)
+        self._began_ns[number] = job.since_ns
+        self._inbox.put(job)
+
+    def _end(self, number: int, run: Run | Exception) -> None:
+        self._ended[number], self._last_ns = run, time.perf_counter_ns()
+        if self._on_run is not None:
+            self._on_run(number, run)
+        self._next()
+
+    def _served(self, *, concurrency: int | None = None, rate: float | None = None) -> Load:
+        steps = self._lab.serve(self._engine, self._inbox)
+        sent = sorted(self._ended)
+        first_ns = min((self._began_ns[number] for number in sent), default=0)
+        failures = {number: sentence(error) for number in sent if isinstance(error := self._ended[number], Exception)}
+        if len(failures) == len(sent):
+            raise FastvlError(f"no request of the load was served: {next(iter(failures.values()), 'it was stopped at once')}")
+        runs = (self._ended[number] for number in sent)
+        return Load(
+            engine=self._engine_name,
+            begun=tuple((self._began_ns[number] - first_ns) / 1e9 for number in sent),
+            runs=tuple(dataclasses.replace(run, logits=run.logits[:0]) if isinstance(run, Run) else None for run in runs),
+            failures=failures,
+            steps=tuple(
+                dataclasses.replace(step, start_ns=step.start_ns - first_ns, end_ns=step.end_ns - first_ns) for step in steps
+            ),
+            seconds=(self._last_ns - first_ns) / 1e9,
+            concurrency=concurrency,
+            rate=rate,
+        )
+
+
+def _nothing() -> None:
+    """What comes next comes by itself."""

@@ -1,0 +1,1 @@
+"""Slot 7: which requests share a step."""

@@ -1,0 +1,182 @@
+"""Many requests at once: what is counted of them, and when they arrive."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import threading
+from typing import Any
+
+import numpy as np
+import pytest
+
+from fastvl_lab import FastvlError, Lab, Request, RequestCancelledError, RequestError, load, photo
+from fastvl_lab.measure.load import Load, findings, quantile_interval, varied
+from fastvl_lab.preprocessor.decode_image import rgb_of
+from fastvl_lab.request import Chunk
+from fastvl_lab.run import Run
+from fastvl_lab.trace import Span, Trace
+
+TOGETHER = "fastest, cache.kv=paged, schedule.batching=continuous"
+TEXT = Request(prompt="What is this?", max_new_tokens=5, ignore_eos=True)
+
+
+@pytest.fixture(scope="module")
+def tiny(labs: dict[str, Lab]) -> Lab:
+    return labs["tiny-qwen2.5-vl"]
+
+
+@pytest.mark.parametrize("engine", ["transformers", "fastest", TOGETHER, f"{TOGETHER}, schedule.vision=ahead"])
+def test_each_request_has_a_run_of_its_own_with_the_tokens_that_it_has_alone(tiny: Lab, engine: str) -> None:
+    request = Request(images=[photo("coffee", (84, 56))], prompt="Hi", max_new_tokens=6, ignore_eos=True)
+    made = load(tiny, request, engine, concurrency=3, n=5)
+    assert made.engine == engine
+    assert made.how == "3 at once"
+    assert not made.failures
+    for number, run in enumerate(made.finished):
+        assert run.tokens == tiny.run(varied(request, number), "fastest").tokens, number
+        assert run.trace.stages()["queued"] > 0
+        assert sum(run.trace.stages().values()) + run.trace.unaccounted_ns == run.trace.first_chunk_ns
+    assert made.tokens_per_second == pytest.approx(5 * 6 / made.seconds)
+    # Three are there at the start, the fourth comes when one of them has ended.
+    ends = [begun + run.chunks[-1].time for begun, run in zip(made.begun, made.finished, strict=True)]
+    assert made.begun[2] < 0.05
+    assert made.begun[3] >= min(ends[:3])
+    assert made.seconds == pytest.approx(max(ends), abs=0.05)
+    shared = [step for step in made.steps if len(step.decoded) > 1]
+    assert bool(shared) == ("continuous" in engine)
+
+
+def test_pictures_differ_from_request_to_request(tiny: Lab) -> None:
+    request = Request(images=[photo("coffee", (84, 56))], prompt="Hi")
+    pictures = [np.asarray(rgb_of(varied(request, number).image_inputs[0])) for number in range(4)]
+    assert all(picture.shape == pictures[0].shape for picture in pictures)
+    assert all((one != other).mean() > 0.5 for n, one in enumerate(pictures) for other in pictures[:n])
+    assert varied(request, 0) is request
+    reused = load(
+        tiny, request, TOGETHER.replace("cache.kv=paged", "cache.kv=paged, cache.image_reuse=on"), concurrency=2, n=4, warm_up=0
+    )
+    assert all(run.kind != "cache_hit" for run in reused.finished)
+
+
+def test_arrivals_are_at_random_by_the_seed_or_as_recorded(tiny: Lab) -> None:
+    drawn = [load(tiny, TEXT, TOGETHER, rate=200, n=12, seed=seed) for seed in (0, 0, 1)]
+    planned = [np.diff(one.begun) for one in drawn]
+    assert all(len(gaps) == 11 and (gaps >= 0).all() for gaps in planned)
+    assert np.abs(planned[0] - planned[1]).max() < 0.1  # the same, but for when threads woke
+    assert drawn[0].how == "200 a second"
+    recorded = load(tiny, TEXT, TOGETHER, arrivals=[0.0, 0.0, 0.8])
+    assert len(recorded.runs) == 3
+    assert recorded.begun[1] < 0.3 < recorded.begun[2] < 2.0
+
+
+def _run(ttft: float, gaps: list[float], queued: float) -> Run:
+    times = np.cumsum([ttft, *gaps])
+    spans = (Span(name="queued", lane="host", depth=0, start_ns=0, end_ns=int(queued * 1e9)),)
+    return Run(
+        engine="x",
+        recipe=None,
+        checkpoint="c",
+        device="d",
+        dtype="float32",
+        kind="warm",
+        n_prompt=3,
+        shapes=(),
+        tokens=tuple(range(len(times))),
+        chunks=tuple(Chunk(text="a", tokens=(number,), time=float(when)) for number, when in enumerate(times)),
+        trace=Trace(spans=spans, first_chunk_ns=int(ttft * 1e9), end_ns=int(times[-1] * 1e9)),
+        logits=None,  # type: ignore[arg-type]
+    )
+
+
+def test_what_is_counted() -> None:
+    runs = (_run(0.1, [0.01, 0.03], 0.02), None, _run(0.3, [0.02], 0.2))
+    made = Load(engine="x", concurrency=2, begun=(0.0, 0.0, 0.1), runs=runs, failures={1: "no room"}, steps=(), seconds=2.0)
+    assert made.tokens_per_second == 5 / 2
+    assert made.requests_per_second == 1.0
+    assert made.values("ttft") == [0.1, 0.3]
+    assert made.values("gap") == pytest.approx([0.01, 0.03, 0.02])
+    assert made.values("tpot") == pytest.approx([0.02, 0.02])
+    assert made.values("queued") == pytest.approx([0.02, 0.2])
+    assert made.values("end_to_end") == pytest.approx([0.14, 0.32])
+    assert made.goodput(ttft=0.2) == 0.5
+    assert made.goodput(tpot=0.01) == 0.0
+    row = made.summary()
+    assert (row["requests"], row["failed"], row["ttft_p50_ms"]) == (3, 1, pytest.approx(200))
+    assert row["ttft_p99_ms_low"] is None, "two samples bound no percentile"
+    assert "request 1 failed: no room" in repr(made)
+    with pytest.raises(RequestError, match="no 'latency' is measured of a load; the choices are ttft, tpot"):
+        made.values("latency")  # type: ignore[arg-type]
+
+
+def test_a_finding_calls_longer_only_what_is_shown_to_be() -> None:
+    def of(ttft: float, n: int = 10) -> Load:
+        runs = tuple(_run(ttft + number / 1e3, [0.01], 0.0) for number in range(n))
+        return Load(engine="x", begun=(0.0,) * n, runs=runs, failures={}, steps=(), seconds=ttft * 10)
+
+    said = findings({"slow": of(0.2), "fast": of(0.1), "same": of(0.202), "few": of(0.1, 3)}, "slow")
+    assert len(said) == 3
+    assert said[0].startswith("fast makes 2.00 times the tokens a second of slow; its TTFT p50 is 104.5 ms [101.0, 108.0] against")
+    assert said[0].endswith("204.5 ms [201.0, 208.0]: shorter, 0.51 times")
+    assert said[1].endswith(": no difference is shown")
+    assert "101.0 ms (too few for an interval)" in said[2]
+    assert said[2].endswith("no difference is shown")
+
+
+def test_an_interval_of_a_percentile_holds_it_as_often_as_it_says() -> None:
+    rng = np.random.default_rng(0)
+    for quantile, n in ((0.5, 30), (0.9, 60)):
+        true = -math.log(1 - quantile)  # of an exponential distribution
+        held = [
+            low <= true <= high
+            for _, low, high in (quantile_interval(rng.exponential(size=n).tolist(), quantile) for _ in range(400))
+        ]
+        assert 0.93 <= np.mean(held) <= 0.995, (quantile, np.mean(held))
+    assert all(math.isnan(end) for end in quantile_interval([1.0] * 20, 0.99)[1:])
+
+
+def test_it_is_written_and_read_back(tiny: Lab) -> None:
+    made = load(tiny, TEXT, TOGETHER, concurrency=2, n=3)
+    again = Load.from_record(json.loads(json.dumps(made.record())))
+    assert again.summary() == made.summary()
+    assert again.steps == made.steps
+    assert [run.tokens for run in again.finished] == [run.tokens for run in made.finished]
+
+
+def test_a_failure_is_a_row_and_not_the_end(tiny: Lab) -> None:
+    bad = dataclasses.replace(TEXT, max_new_tokens=10**6)
+    made = load(tiny, [TEXT, bad], TOGETHER, concurrency=2, n=4, warm_up=0)
+    assert [run is None for run in made.runs] == [False, True, False, True]
+    assert "together over session_len" in made.failures[1]
+    with pytest.raises(FastvlError, match="no request of the load was served: the prompt has"):
+        load(tiny, [bad], TOGETHER, concurrency=2, n=2, warm_up=0)
+
+
+def test_a_load_can_be_stopped(tiny: Lab) -> None:
+    stop, ended = threading.Event(), list[object]()
+
+    def note(number: int, run: Run | Exception) -> None:
+        ended.append(run)
+        stop.set()
+
+    made = load(tiny, TEXT, TOGETHER, concurrency=2, n=50, stop=stop, on_run=note)
+    assert len(made.finished) <= 2
+    assert all(isinstance(run, Run | RequestCancelledError) for run in ended)
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        ({}, "nothing says when requests arrive; give one of concurrency, rate, arrivals"),
+        ({"concurrency": 2, "rate": 1.0}, "concurrency and rate says when"),
+        ({"concurrency": 0}, "concurrency is 0; it must be a whole number of at least 1"),
+        ({"rate": math.inf}, "rate is inf; it must be a finite number"),
+        ({"arrivals": [1.0, 0.5]}, "arrivals must be seconds from 0 on, in order"),
+        ({"arrivals": [0.0], "n": 2}, "n is 2, and arrivals has 1"),
+        ({"concurrency": 1, "warm_up": -1}, "warm_up is -1"),
+    ],
+)
+def test_what_makes_no_load_is_refused_in_a_sentence(tiny: Lab, given: dict[str, Any], said: str) -> None:
+    with pytest.raises(RequestError, match=said):
+        load(tiny, TEXT, TOGETHER, **given)
