@@ -48,6 +48,7 @@ SMALL: dict[str, dict[str, Any]] = {
         "steps": 8,
         "repeats": 2,
     },
+    "engines": {"image_size": [168, 140], "max_new_tokens": 4, "repeats": 2, "quiet": 0},
     "graph_capture": {"sizes": [[112, 112], [168, 140]], "max_new_tokens": 3, "repeats": 2},
     "load": {
         "image_size": [56, 56],
