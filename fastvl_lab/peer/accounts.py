@@ -28,6 +28,7 @@ _TENSORRT_LLM = "tensorrt_llm"
 # The lab's stages before a first token, as an account has them; a captured first token holds tower and prefill.
 _OURS: dict[str, PartName] = {
     "queued": "queue",
+    "waiting": "queue",
     **dict.fromkeys(("decode_image", "tokenize", "admit", "preprocess", "upload"), "preprocess"),
     "vit": "vit",
     **dict.fromkeys(("merge", "prefill", "first_token", "sample"), "prefill"),

@@ -155,13 +155,6 @@ def test_a_load_says_whether_its_tokens_are_those_of_one_at_a_time(checkpoint: s
     assert [row["arrivals"].endswith(" a second") for rows in result["rates"].values() for row in rows] == [True] * 4
 
 
-@pytest.mark.parametrize("name", ["ttft_sweep", "workbench_from_cells"])
-def test_papermill_runs_it_in_a_kernel_of_its_own(name: str, tmp_path: Path) -> None:
-    """The sweep has both families by itself."""
-    path = REPOSITORY / "notebooks" / f"{name}.ipynb"
-    _check(_published(_shown(_execute(path, tmp_path / path.name, SMALL[name]))))
-
-
 def _check(result: dict[str, Any]) -> None:
     """Tokens, stages and sums of every point and engine."""
     assert result["errors"] == []
