@@ -44,6 +44,9 @@ NAMES: dict[Measure, str] = {
 
 PERCENTILES = (50, 90, 99)
 
+# Seconds between two looks at whether the load has been given up.
+_LOOK_UP = 0.1
+
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Load:
@@ -341,11 +344,14 @@ class _Sent:
 
     def at(self, seconds: list[float], rate: float | None) -> Load:
         """Each at its time, which were drawn at that rate if they were."""
+        over = threading.Event()
 
         def send() -> None:
             began = time.perf_counter()
             for number, when in enumerate(seconds):
-                if self._stop.wait(max(began + when - time.perf_counter(), 0)):
+                while (left := began + when - time.perf_counter()) > 0 and not over.is_set() and not self._stop.is_set():
+                    over.wait(min(left, _LOOK_UP))
+                if over.is_set() or self._stop.is_set():
                     break
                 self._send(number)
             self._inbox.close()
@@ -355,6 +361,7 @@ class _Sent:
         try:
             return self._served(rate=rate)
         finally:
+            over.set()
             sender.join()
 
     def _send(self, number: int) -> None:

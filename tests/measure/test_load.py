@@ -6,6 +6,7 @@ import dataclasses
 import json
 import math
 import threading
+import time
 from typing import Any
 
 import numpy as np
@@ -163,6 +164,17 @@ def test_a_load_can_be_stopped(tiny: Lab) -> None:
     made = load(tiny, TEXT, TOGETHER, concurrency=2, n=50, stop=stop, on_run=note)
     assert len(made.finished) <= 2
     assert all(isinstance(run, Run | RequestCancelledError) for run in ended)
+
+
+def test_what_interrupts_a_load_does_not_wait_for_requests_that_were_to_come(tiny: Lab, monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupted(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Lab, "serve", interrupted)
+    began = time.perf_counter()
+    with pytest.raises(KeyboardInterrupt):
+        load(tiny, TEXT, TOGETHER, arrivals=[0.0, 60.0], warm_up=0)
+    assert time.perf_counter() - began < 30
 
 
 @pytest.mark.parametrize(
