@@ -39,6 +39,7 @@ _WHOLE = 0.9  # of the whole time; a TTFT above it is that of the answer
 _CACHED = 10**9  # bytes; of a smaller model a good part may stay in the device's caches, and memory is no limit
 _OFF = 0.01  # of TTFT, by which stages may differ from it
 _LARGE = 0.2  # of TTFT, spent in no stage
+_HTTP = 0.01  # seconds that a server may take to read a body and send a first text, whatever it serves
 
 # What an engine's own TTFT leaves out, by what it begins with: parts of its account, and in words.
 _BEFORE: dict[Begins, tuple[PartName, ...]] = {"arrival": (), "preprocessed": ("preprocess",), "scheduled": ("preprocess", "queue")}
@@ -512,7 +513,7 @@ def own_ttft_leaves_out(seen: Seen) -> Finding:
         f"the engine's own TTFT, {seconds(account.ttft)}, is not what a client waits for: it runs from {account.begins} to first "
         f"token; {_TRAPS[account.begins]}"
     )
-    return _judged(shown, (outside > _LARGE * waited, "suspect", why), (account.notes, "note", dropped))
+    return _judged(shown, (outside > max(_LARGE * waited, _HTTP), "suspect", why), (account.notes, "note", dropped))
 
 
 def cold_among_warm(runs: Sequence[Run]) -> Finding:
