@@ -50,7 +50,9 @@ def prefill(q: torch.Tensor, cache: KvCache, layer: int, masks: list[Mask], *, g
     for number, q_NHD in enumerate(q.split(cache.segments.new)):
         k_KLD, v_KLD = (x.transpose(0, 1) for x in cache.read(layer, number))
         q_HND = q_NHD.transpose(0, 1)
-        if grouped:
+        if cache.segments.lengths[number] == 1:  # its one value is the answer, of which cuDNN has no kernel
+            out = v_KLD.repeat_interleave(len(q_HND) // len(v_KLD), dim=0)
+        elif grouped:
             shared = len(q_HND) != len(k_KLD)
             out = F.scaled_dot_product_attention(q_HND[None], k_KLD[None], v_KLD[None], enable_gqa=shared, **masks[number])
         else:

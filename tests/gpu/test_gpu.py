@@ -82,7 +82,7 @@ def test_every_way_through_the_lean_tower_equals_the_stock_one_and_waits_for_not
         if t.slot == "vit" and t.name != "tower"
     }
     free = Recipe.parse("baseline, preprocessor.resize=pillow, vit.tower=lean")
-    recipes = [free.replace(path, value) for path, values in options.items() for value in values]
+    recipes = [free.choose(path, value) for path, values in options.items() for value in values]
     recipes.append(free.replace({path: values[-1] for path, values in options.items()}))
     request = Request(images=[photo("coffee", (640, 480)), photo("rocket", (97, 310))], prompt="?")
     images = preprocessor.bind(free.preprocessor, lab.checkpoint)
