@@ -77,8 +77,8 @@ class Recipe:
         """The best exact recipe known for the device type, from side-by-side measurements, that this installation can run.
 
         What depends on the installation is `preprocessor.decode`: turbojpeg where simplejpeg is installed. On CPU: `make sweep`,
-        both built-in checkpoints. On CUDA nothing is measured yet, so it is a guess: torch's own kernels in any dtype, copies that
-        the host does not wait for, and decode steps as graphs, since their launches take longer than their work.
+        both built-in checkpoints. On CUDA it is a guess: torch's own kernels in any dtype, copies that the host does not wait for,
+        and decode steps as graphs, since their launches take longer than their work. An H200 has faster ones (docs/gpu.md).
         """
         device = _known(device)
         turbojpeg = toggle_at("preprocessor.decode").option("turbojpeg").needs.unmet(Target(device=device)) is None

@@ -1,4 +1,4 @@
-"""Draw every picture of the README: figures from the records beside them, and the workbench as a page that is looked at.
+"""Draw every picture of the README and of docs/gpu.md: figures from the records beside them, and the workbench as a page that is looked at.
 
     python figures/draw.py [--measure]
 
@@ -21,6 +21,7 @@ from playwright.sync_api import Error as PlaywrightError, sync_playwright
 
 import fastvl_lab as fl
 from fastvl_lab import Run, view
+from fastvl_lab.view.gpu_report import ttft_by_engine
 
 FOLDER = Path(__file__).parent
 CHECKPOINT = "tiny-qwen2.5-vl"
@@ -85,6 +86,16 @@ def _settled(page: Any, rows: int) -> None:
 def draw() -> None:
     runs = [Run.from_record(record) for record in json.loads((FOLDER / "waterfall.json").read_text(encoding="utf-8"))]
     view.waterfall(runs).write_image(FOLDER / "waterfall.png", width=1100, scale=1.5)
+    draw_the_gpu()
+
+
+def draw_the_gpu() -> None:
+    """Of the report's rows, the engines that docs/gpu.md names."""
+    rows = json.loads((FOLDER / "h200.json").read_text(encoding="utf-8"))
+    shown = ("transformers", "baseline", "fastest", "capture: graphs", "all: triton", "all: triton, graphs")
+    rows = [row for row in rows if row.get("recipe") in (*shown, None)]
+    figure = ttft_by_engine(rows, "random:Qwen/Qwen2.5-VL-3B-Instruct")
+    figure.write_image(FOLDER / "h200.png", width=1100, scale=1.5)
 
 
 if __name__ == "__main__":
