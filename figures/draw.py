@@ -1,4 +1,4 @@
-"""Draw every picture of the README and of docs/gpu.md: figures from the records beside them, and the workbench as a page that is looked at.
+"""Draw the pictures of README and docs: figures from the records beside them, and the workbench as a page that is looked at.
 
     python figures/draw.py [--measure]
 
