@@ -1,4 +1,4 @@
-"""One request from image bytes to text, one span per stage: the corridor every recipe walks."""
+"""A recipe bound to a checkpoint: it serves one request alone, through the corridor of `schedule.in_flight`, or many in a loop."""
 
 from __future__ import annotations
 
@@ -7,26 +7,23 @@ import dataclasses
 import torch
 
 from fastvl_lab import preprocessor, streaming, vit
-from fastvl_lab.cache import BoundCache, Place
+from fastvl_lab.cache import BoundCache
 from fastvl_lab.cache.memory import Memory
 from fastvl_lab.capture import Stages
 from fastvl_lab.capture.execute import Capture
 from fastvl_lab.capture.graphs import GraphStore
 from fastvl_lab.checkpoint import Checkpoint
 from fastvl_lab.decoder import bind_decoder
-from fastvl_lab.decoder.steps import Step, merge, sample
 from fastvl_lab.decoder.weights import decoder_weights
 from fastvl_lab.outcome import Outcome as Outcome
-from fastvl_lab.preprocessor import OpenedImages
-from fastvl_lab.preprocessor.upload import upload_prompt
 from fastvl_lab.recipe import Recipe
-from fastvl_lab.request import Prompt, Request
+from fastvl_lab.request import Request
+from fastvl_lab.schedule.in_flight import InFlight
 from fastvl_lab.schedule.inbox import Inbox, Job
 from fastvl_lab.schedule.loop import Loop, Step as LoopStep, one_at_a_time, unpackers
 from fastvl_lab.schedule.policy import Policy
-from fastvl_lab.streaming.answer import Answer, Forced, Steps
-from fastvl_lab.streaming.text import Deliver, Emitter, TokenBytes
-from fastvl_lab.tokenizer import tokenize, tokens_to_make
+from fastvl_lab.streaming.answer import Forced
+from fastvl_lab.streaming.text import Deliver, TokenBytes
 from fastvl_lab.trace import Tracer
 
 
@@ -83,10 +80,12 @@ class Pipeline:
         return torch.stack([outcome.logits.cpu(), *forced.logits[: len(tokens)]])
 
     def _run(self, request: Request, tracer: Tracer, deliver: Deliver, forced: Forced | None) -> Outcome:
+        ended: list[Outcome | Exception] = []
+        job = Job(number=0, request=request, tracer=tracer, deliver=deliver, end=ended.append, since_ns=tracer.started_ns)
         if self._policy is None:
-            return self._admit_and_serve(request, tracer, deliver, forced)
-        inbox, ended = Inbox(), list[Outcome | Exception]()
-        inbox.put(Job(number=0, request=request, tracer=tracer, deliver=deliver, end=ended.append, since_ns=tracer.started_ns))
+            return self._serve_alone(job, forced)
+        inbox = Inbox()
+        inbox.put(job)
         self._serve_together(inbox, forced, lingers=False)
         if isinstance(ended[0], Exception):
             raise ended[0]
@@ -96,86 +95,23 @@ class Pipeline:
     def _serve_together(self, inbox: Inbox, forced: Forced | None, *, lingers: bool) -> list[LoopStep]:
         assert self._policy is not None
         self.stages.take_fresh()  # what a request that failed has made is no part of these
-        loop = Loop(self, self._policy, self._unpacking)
-        loop.serve(inbox, forced, lingers=lingers)
+        loop = Loop(self, self._policy, self._unpacking, forced)
+        loop.serve(inbox, lingers=lingers)
         return loop.steps
 
     @torch.inference_mode()
-    def _admit_and_serve(self, request: Request, tracer: Tracer, deliver: Deliver, forced: Forced | None) -> Outcome:
+    def _serve_alone(self, job: Job, forced: Forced | None) -> Outcome:
         self.stages.take_fresh()  # what a request that failed has made is no part of this one
-        span, opened = tracer.span, None
-        if request.image_inputs:
-            with span("decode_image"):
-                opened = self.images.open(request)
-        with span("tokenize"):
-            prompt = tokenize(request, opened.grids if opened else (), self.checkpoint)
-        with span("admit"):
-            n_new = tokens_to_make(prompt.n_tokens, request, self.checkpoint)
-            place = self.cache.admit(prompt, n_new, opened.contents if opened else tuple)
+        request = InFlight(job, self)
         try:
-            return self._serve(request, prompt, n_new, opened, place, tracer, deliver, forced)
+            request.open()
+            request.admit()
+            if self.stages.first_token_alone:
+                request.first_token()
+            else:
+                request.encode()
+                request.prefill(request.n_left)
+            self.complete(request.steps(forced), request.answer)
+            return request.outcome()
         finally:
-            place.close()
-
-    def _serve(
-        self,
-        request: Request,
-        prompt: Prompt,
-        n_new: int,
-        opened: OpenedImages | None,
-        place: Place,
-        tracer: Tracer,
-        deliver: Deliver,
-        forced: Forced | None,
-    ) -> Outcome:
-        span, stages, decoder, kv = tracer.span, self.stages, self.decoder, place.kv
-        n_prompt, rest = prompt.n_tokens, prompt.after(place.reused)
-        pixels = made = None
-        if opened is not None and place.to_make:
-            pixels = self.images.make(opened.only(place.to_make), span)
-        with span("upload"):
-            rest = upload_prompt(rest, self.images.copy)
-        if stages.first_token_alone:
-            with span("first_token"):
-                place.extend(rest.n_tokens)
-                first_logits, first = stages.first_token(pixels, rest, kv, tracer)
-        else:
-            if pixels is not None:
-                with span("vit"):
-                    made = stages.encode(pixels, tracer)
-            with span("merge"):
-                vision = place.visual_tokens(made)
-                hidden = merge(rest, vision, decoder.weights.embed)
-            with span("prefill"):
-                place.extend(rest.n_tokens)
-                first_logits = stages.prefill(hidden, rest, vision, kv, tracer)
-            with span("sample"):
-                first = sample(first_logits, decoder)
-
-        def decode(token: torch.Tensor, position: torch.Tensor) -> Step:
-            place.extend(1)
-            return stages.decode(token, position, kv, tracer)
-
-        steps = Steps(
-            first=first,
-            next_positions=(prompt.next_position,),
-            most=n_new,
-            decode=decode if forced is None else forced.steps(decode),
-            sample=lambda step: sample(step.logits, decoder) if step.token is None else step.token,
-            tracer=tracer,
-        )
-        ends = () if request.ignore_eos else self.checkpoint.eos_token_ids
-        answer = Answer(most=n_new, ends=ends, emitter=Emitter(self.token_bytes, deliver), tracer=tracer)
-        self.complete(steps, answer)
-        tokens = tuple(answer.tokens)
-        place.keep(tokens[:-1])  # the last one has been through no layer
-        for name, times in place.counts.items():
-            tracer.count(name, times)
-        return Outcome(
-            tokens=tokens,
-            n_prompt=n_prompt,
-            shapes=opened.shapes if opened else (),
-            logits=first_logits[0],
-            reused=place.hit,
-            captures=stages.take_fresh(),
-        )
+            request.close()

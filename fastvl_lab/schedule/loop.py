@@ -17,7 +17,7 @@ from fastvl_lab.cache.concat import ConcatKv
 from fastvl_lab.cache.slotted import SlottedKv
 from fastvl_lab.decoder.steps import sample
 from fastvl_lab.outcome import Outcome
-from fastvl_lab.schedule.flight import Bound, Flight
+from fastvl_lab.schedule.in_flight import Bound, InFlight
 from fastvl_lab.schedule.inbox import Inbox, Job
 from fastvl_lab.schedule.policy import Policy, pieces
 from fastvl_lab.streaming.answer import Forced
@@ -86,28 +86,31 @@ def side_by_side(run: Callable[[Job], Outcome], inbox: Inbox, *, lingers: bool) 
 class Loop:
     """The requests of one recipe that are under way together, and the steps that serve them.
 
-    unpacking: threads that unpack the images of requests that wait, if any (`unpackers`).
+    unpacking: threads that unpack the images of requests that wait, if any (`unpackers`). forced: tokens that the answer of the
+    only request is made to go on with.
     """
 
-    def __init__(self, bound: Bound, policy: Policy, unpacking: ThreadPoolExecutor | None) -> None:
-        self._bound, self._policy = bound, policy
+    def __init__(
+        self, bound: Bound, policy: Policy, unpacking: ThreadPoolExecutor | None = None, forced: Forced | None = None
+    ) -> None:
+        self._bound, self._policy, self._forced = bound, policy, forced
         self._off, self._anchor = Tracer(bound.checkpoint.device, "off"), Anchor.now(bound.checkpoint.device)
         self._unpacking = unpacking
-        self._opening: list[tuple[Flight, Future[None]]] = []  # whose images are being unpacked
-        self._waiting: list[Flight] = []
-        self._prefilling: list[Flight] = []
-        self._decoding: list[Flight] = []
-        self._kv: tuple[list[Flight], ConcatKv | SlottedKv] | None = None  # of the last step's flights
+        self._opening: list[tuple[InFlight, Future[None]]] = []  # whose images are being unpacked
+        self._waiting: list[InFlight] = []
+        self._prefilling: list[InFlight] = []
+        self._decoding: list[InFlight] = []
+        self._kv: tuple[list[InFlight], ConcatKv | SlottedKv] | None = None  # of the last step
         self._turns = 0  # times that anything was done for a request
         self.steps: list[Step] = []
 
-    def serve(self, inbox: Inbox, forced: Forced | None = None, *, lingers: bool = True) -> None:
+    def serve(self, inbox: Inbox, *, lingers: bool = True) -> None:
         """Serve what comes until the inbox is closed, or empty where nothing `lingers`, and every job has ended.
 
         An error ends the jobs that it is of, and no other.
         """
         try:
-            while self._arrive(inbox, forced, lingers):
+            while self._arrive(inbox, lingers):
                 start_ns = time.perf_counter_ns()
                 admitted, prefilled = self._prompts()
                 decoded = self._decode()
@@ -127,15 +130,15 @@ class Loop:
             for flight in [*self._waiting, *self._prefilling, *self._decoding]:
                 flight.close()
 
-    def _arrive(self, inbox: Inbox, forced: Forced | None, lingers: bool) -> bool:
+    def _arrive(self, inbox: Inbox, lingers: bool) -> bool:
         """Take in who has come and whose images are there; wait for somebody if nobody is there. Whether anybody is."""
         for flight in [*self._waiting, *self._prefilling]:
-            self._turn(flight, None, flight.tracer.check)
+            self._turn(flight, None)
         busy = bool(self._waiting or self._prefilling or self._decoding)
         come = inbox.take(wait=lingers and not busy and not self._opening)
         for job in come:
             job.tracer.start_at(job.since_ns, self._anchor)
-            flight = Flight(job, self._bound, forced)
+            flight = InFlight(job, self._bound)
             if self._unpacking is None:
                 self._turn(flight, "queued", flight.open, then=self._waiting)
             else:
@@ -155,6 +158,7 @@ class Loop:
         while (left := self._policy.left(n_decoding, sum(n for _, n in prefilled))) is None or left > 0:
             for flight, n in pieces(self._prefilling, left):
                 if self._turn(flight, "waiting", partial(flight.prefill, n)):
+                    flight.note_captures()
                     prefilled.append((flight.job.number, n))
                     if flight.n_left == 0:
                         self._prefilling.remove(flight)
@@ -167,7 +171,7 @@ class Loop:
             admitted.append((flight_or_none.job.number, flight_or_none.n_patches))
         return admitted, prefilled
 
-    def _admit(self) -> Flight | None:
+    def _admit(self) -> InFlight | None:
         """The next to begin, if there is one, and room for it."""
         while self._waiting and len(self._prefilling) + len(self._decoding) < self._policy.max_batch:
             flight = self._policy.next(self._waiting, time.perf_counter())
@@ -175,11 +179,11 @@ class Loop:
                 return None  # somebody's end makes room
             self._waiting.remove(flight)
             flight.job.begin()
-            if self._turn(flight, "queued", flight.admit, then=self._prefilling):
+            if self._turn(flight, "queued", partial(_admit_and_encode, flight), then=self._prefilling):
                 return flight
         return None
 
-    def _first_token(self, flight: Flight) -> None:
+    def _first_token(self, flight: InFlight) -> None:
         def read() -> None:
             with flight.tracer.span("sample"):
                 token = int(flight.token)  # the host waits for the device
@@ -193,7 +197,7 @@ class Loop:
     def _decode(self) -> list[int]:
         """A decode step of every answer under way."""
         for flight in list(self._decoding):
-            self._turn(flight, "waiting", flight.tracer.check)
+            self._turn(flight, "waiting")
         flights = list(self._decoding)
         if not flights:
             return []
@@ -203,7 +207,8 @@ class Loop:
                 kv = self._kv_of(flights)
                 kv.extend([1] * len(flights))
                 tokens, positions = map(_joined, zip(*(flight.next_input() for flight in flights), strict=True))
-                made = self._bound.stages.decode(tokens, positions, kv, tracer)
+                step = partial(self._bound.stages.decode, kv=kv, tracer=tracer)
+                made = (step if self._forced is None else self._forced.steps(step))(tokens, positions)
             with _all(flights, "sample"):
                 token = sample(made.logits, self._bound.decoder) if made.token is None else made.token
                 ids = token.tolist()  # the host waits for the device
@@ -212,19 +217,19 @@ class Loop:
                 self._fail(flight, error)
             return []
         flights[0].note_captures()
-        self._turns += 1
         for row, flight in enumerate(flights):
-            flight.seen = self._turns
-            flight.stepped(made.logits[row], token[row : row + 1])
+            flight.token = token[row : row + 1]
             self._turn(flight, None, partial(self._take, flight, ids[row]))
+        for flight in flights:
+            flight.seen = self._turns  # of a step that they share, nobody waits for another
         return [flight.job.number for flight in flights]
 
-    def _take(self, flight: Flight, token: int) -> None:
+    def _take(self, flight: InFlight, token: int) -> None:
         if flight.take(token):
             self._decoding.remove(flight)
             self._end(flight)
 
-    def _kv_of(self, flights: list[Flight]) -> ConcatKv | SlottedKv:
+    def _kv_of(self, flights: list[InFlight]) -> ConcatKv | SlottedKv:
         """The cache of a step's sequences: that of the step before, where they are the same."""
         if len(flights) == 1:
             return flights[0].place.kv
@@ -232,32 +237,40 @@ class Loop:
             self._kv = flights, together([flight.place.sequence for flight in flights])
         return self._kv[1]
 
-    def _turn(self, flight: Flight, waited: str | None, work: Callable[[], object], then: list[Flight] | None = None) -> bool:
-        """Do something for a request, and note what it waited for before, where others were served meanwhile.
+    def _turn(
+        self,
+        flight: InFlight,
+        waited: str | None,
+        work: Callable[[], object] | None = None,
+        then: list[InFlight] | None = None,
+    ) -> bool:
+        """Do something for a request that is still wanted, and note that it waited before, where others were served meanwhile.
 
         What goes wrong ends that request alone. Whether it did not.
         """
         try:
+            flight.tracer.check()
             if waited == "queued" or (waited is not None and flight.seen < self._turns):
                 flight.tracer.fill(waited)
-            work()
+            if work is not None:
+                work()
+                self._turns += 1
         except Exception as error:
             self._fail(flight, error)
             return False
-        self._turns += 1
         flight.seen = self._turns
         if then is not None:
             then.append(flight)
         return True
 
-    def _end(self, flight: Flight) -> None:
+    def _end(self, flight: InFlight) -> None:
         try:
             ended: Outcome | Exception = flight.outcome()
         finally:
             flight.close()
         flight.job.end(ended)
 
-    def _fail(self, flight: Flight, error: Exception) -> None:
+    def _fail(self, flight: InFlight, error: Exception) -> None:
         for group in (self._waiting, self._prefilling, self._decoding):
             if flight in group:
                 group.remove(flight)
@@ -265,7 +278,13 @@ class Loop:
         flight.job.end(error)
 
 
-def _open_and_unpack(flight: Flight) -> None:
+def _admit_and_encode(flight: InFlight) -> None:
+    flight.admit()
+    flight.encode()
+    flight.note_captures()
+
+
+def _open_and_unpack(flight: InFlight) -> None:
     with torch.inference_mode():
         flight.tracer.fill("queued")
         flight.open()
@@ -288,7 +307,7 @@ def unpackers() -> ThreadPoolExecutor:
     return pool
 
 
-def _all(flights: Iterable[Flight], name: str) -> ExitStack:
+def _all(flights: Iterable[InFlight], name: str) -> ExitStack:
     """A stage that several requests share."""
     stack = ExitStack()
     for flight in flights:

@@ -186,7 +186,7 @@ def test_what_is_wrong_with_one_request_is_no_fault_of_another(labs: dict[str, L
 
     # A decode step that fails ends those that shared it, and gives their blocks back.
     ended.clear()
-    monkeypatch.setattr(pipeline.stages, "decode", lambda *_: (_ for _ in ()).throw(RuntimeError("lost")))
+    monkeypatch.setattr(pipeline.stages, "decode", lambda *_, **__: (_ for _ in ()).throw(RuntimeError("lost")))
     _serve(
         pipeline,
         Policy(max_batch=8, budget=None, order="fifo"),
