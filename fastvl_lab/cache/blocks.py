@@ -71,7 +71,8 @@ class BlockPool:
 
     @property
     def n_used(self) -> int:
-        return self._free.count(0) - len(self._kept)
+        """Blocks of sequences; one look, so that any thread may ask while another takes and gives back."""
+        return self.n_blocks - self._references.count(0)
 
     def admit(self, tokens: Sequence[Token], total: int, *, family: Hashable = None, reuse: bool = True) -> Table:
         """Room for a sequence of up to `total` tokens that begins with these; what is there of them is shared.

@@ -376,7 +376,8 @@ class _Sent:
         self._next()
 
     def _served(self, *, concurrency: int | None = None, rate: float | None = None) -> Load:
-        steps = self._lab.serve(self._engine, self._inbox)
+        steps: list[Step] = []
+        self._lab.serve(self._engine, self._inbox, steps.append)
         sent = sorted(self._ended)
         first_ns = min((self._began_ns[number] for number in sent), default=0)
         failures = {number: sentence(error) for number in sent if isinstance(error := self._ended[number], Exception)}

@@ -26,6 +26,10 @@ from fastvl_lab.trace import Anchor, Tracer
 # Threads that unpack images of requests that wait; more would take cores from what the device's host does.
 _UNPACKING = 2
 
+# Seconds for which a mark in the device's work serves requests that arrive; CUDA tells the time since one in float32 milliseconds,
+# which are exact to 8 µs for so long.
+_ANCHORED = 60
+
 
 @dataclass(frozen=True, kw_only=True)
 class Step:
@@ -43,9 +47,13 @@ class Step:
     waiting: int = 0
 
 
-def one_at_a_time(run: Callable[[Job], Outcome], device: torch.device, inbox: Inbox, *, lingers: bool) -> list[Step]:
+# Given each step as it ends.
+OnStep = Callable[[Step], object]
+
+
+def one_at_a_time(run: Callable[[Job], Outcome], device: torch.device, inbox: Inbox, on_step: OnStep, *, lingers: bool) -> None:
     """Serve each job to its end, in the order in which they come, until the inbox is closed, or empty where nothing `lingers`."""
-    steps, waiting = [], inbox.take(wait=lingers)
+    waiting = inbox.take(wait=lingers)
     while waiting:
         job, start_ns = waiting.pop(0), time.perf_counter_ns()
         try:
@@ -56,12 +64,11 @@ def one_at_a_time(run: Callable[[Job], Outcome], device: torch.device, inbox: In
         except Exception as error:
             ended = error
         job.end(ended)
-        steps.append(Step(start_ns=start_ns, end_ns=time.perf_counter_ns(), admitted=((job.number, 0),), waiting=len(waiting)))
+        on_step(Step(start_ns=start_ns, end_ns=time.perf_counter_ns(), admitted=((job.number, 0),), waiting=len(waiting)))
         waiting += inbox.take(wait=lingers and not waiting)
-    return steps
 
 
-def side_by_side(run: Callable[[Job], Outcome], inbox: Inbox, *, lingers: bool) -> list[Step]:
+def side_by_side(run: Callable[[Job], Outcome], inbox: Inbox, *, lingers: bool) -> None:
     """Hand each job on as it comes, on a thread of its own: a server elsewhere says who waits. Nobody sees its steps."""
 
     def ask(job: Job) -> None:
@@ -80,18 +87,22 @@ def side_by_side(run: Callable[[Job], Outcome], inbox: Inbox, *, lingers: bool) 
             asking[-1].start()
     for thread in asking:
         thread.join()
-    return []
 
 
 class Loop:
     """The requests of one recipe that are under way together, and the steps that serve them.
 
     unpacking: threads that unpack the images of requests that wait, if any (`unpackers`). forced: tokens that the answer of the
-    only request is made to go on with.
+    only request is made to go on with. on_step: given each step as it ends; by default they are kept in `steps`.
     """
 
     def __init__(
-        self, bound: Bound, policy: Policy, unpacking: ThreadPoolExecutor | None = None, forced: Forced | None = None
+        self,
+        bound: Bound,
+        policy: Policy,
+        unpacking: ThreadPoolExecutor | None = None,
+        forced: Forced | None = None,
+        on_step: OnStep | None = None,
     ) -> None:
         self._bound, self._policy, self._forced = bound, policy, forced
         self._off, self._anchor = Tracer(bound.checkpoint.device, "off"), Anchor.now(bound.checkpoint.device)
@@ -103,11 +114,12 @@ class Loop:
         self._kv: tuple[list[InFlight], ConcatKv | SlottedKv] | None = None  # of the last step
         self._turns = 0  # times that anything was done for a request
         self.steps: list[Step] = []
+        self._on_step: OnStep = self.steps.append if on_step is None else on_step
 
     def serve(self, inbox: Inbox, *, lingers: bool = True) -> None:
         """Serve what comes until the inbox is closed, or empty where nothing `lingers`, and every job has ended.
 
-        An error ends the jobs that it is of, and no other.
+        An error ends the jobs that it is of, and no other; a fault of the loop's own ends all, and is raised.
         """
         try:
             while self._arrive(inbox, lingers):
@@ -123,7 +135,11 @@ class Loop:
                         decoded=tuple(decoded),
                         waiting=len(self._waiting) + len(self._opening),
                     )
-                    self.steps.append(step)
+                    self._on_step(step)
+        except Exception as error:
+            for flight in [*(flight for flight, _ in self._opening), *self._waiting, *self._prefilling, *self._decoding]:
+                self._fail(flight, error)
+            raise
         finally:
             for _, opened in self._opening:
                 opened.cancel()
@@ -136,6 +152,8 @@ class Loop:
             self._turn(flight, None)
         busy = bool(self._waiting or self._prefilling or self._decoding)
         come = inbox.take(wait=lingers and not busy and not self._opening)
+        if come and time.perf_counter_ns() - self._anchor.ns > _ANCHORED * 1e9:
+            self._anchor = Anchor.now(self._bound.checkpoint.device)
         for job in come:
             job.tracer.start_at(job.since_ns, self._anchor)
             flight = InFlight(job, self._bound)
