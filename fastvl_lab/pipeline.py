@@ -53,7 +53,7 @@ class Pipeline:
         self.token_bytes = TokenBytes.of(checkpoint.tokenizer)
         slot = recipe.schedule
         self._policy = {"one_at_a_time": None, "continuous": Policy.of(slot)}[slot.batching]
-        self._unpacking = unpackers() if {"inline": False, "ahead": True}[slot.vision] else None
+        self._unpacking = unpackers() if {"inline": False, "ahead": True, "batched": True}[slot.vision] else None
 
     @torch.inference_mode()
     def warm_up(self, tracer: Tracer) -> tuple[Capture, ...]:

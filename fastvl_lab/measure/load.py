@@ -179,7 +179,8 @@ def _values(run: Run, of: Measure) -> Iterator[float]:
 
 def _step(data: Mapping[str, Any]) -> Step:
     pairs = {name: tuple((number, n) for number, n in data[name]) for name in ("admitted", "prefilled")}
-    return Step(**{**data, **pairs, "decoded": tuple(data["decoded"])})
+    numbers = {name: tuple(data.get(name, ())) for name in ("decoded", "preempted")}  # older records have none of the latter
+    return Step(**{**data, **pairs, **numbers})
 
 
 def quantile_interval(samples: Sequence[float], quantile: float) -> Interval:
