@@ -155,6 +155,7 @@ class BlockPool:
         table.promised = 0
         if table.home in self._homes:
             self._homes.remove(table.home)
+        table.home = range(0)  # which may be another's by the time that this one is freed again
         self.copied(table)
         for block in reversed(table.blocks):  # the end of a sequence is of less use than its beginning, and goes first
             self._release(block)

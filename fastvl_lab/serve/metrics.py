@@ -42,6 +42,7 @@ class Metrics:
         self._tpot = metric("Histogram", "tpot_seconds", "Seconds a token after the first chunk", buckets=_SECONDS)
         self._stages = metric("Histogram", "stage_seconds", "Seconds of TTFT in a stage", "stage", buckets=_SECONDS)
         self._batch = metric("Histogram", "batch_size", "Answers that share a decode step", buckets=_ROWS)
+        self._preemptions = metric("Counter", "preemptions", "Times that a request gave its blocks up, to be computed again")
         if memory is not None:
             metric("Gauge", "kv_blocks_used", "Blocks of the KV cache that requests hold").set_function(lambda: memory.blocks[0])
             metric("Gauge", "kv_blocks", "Blocks of the KV cache").set(memory.blocks[1])
@@ -50,6 +51,7 @@ class Metrics:
         """Note what a step did."""
         if step.decoded:
             self._batch.observe(len(step.decoded))
+        self._preemptions.inc(len(step.preempted))
 
     def served(self, run: Run) -> None:
         """Note a finished run."""
