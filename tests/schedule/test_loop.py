@@ -197,6 +197,30 @@ def test_what_is_wrong_with_one_request_is_no_fault_of_another(labs: dict[str, L
     assert pipeline.cache._memory.paged.pool.n_used == 0
 
 
+def test_a_fault_of_the_loops_own_ends_every_request(labs: dict[str, Lab], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Those that wait as well as those under way hear of it at once, and give their blocks back."""
+    pipeline, ended = _pipeline(labs["tiny-qwen2.5-vl"], RECIPES["fastest, paged"]), dict[int, Any]()
+    jobs = [_job(number, Request(prompt="Hi", max_new_tokens=5, ignore_eos=True), ended) for number in range(3)]
+    monkeypatch.setattr(Loop, "_decode", lambda self: (_ for _ in ()).throw(RuntimeError("a fault")))
+    with pytest.raises(RuntimeError, match="a fault"):
+        _serve(pipeline, Policy(max_batch=2, budget=None, order="fifo"), ByTurns({0: jobs}, {}), None)
+    assert [str(ended[number]) for number in range(3)] == ["a fault"] * 3
+    assert pipeline.cache._memory.paged.pool.n_used == 0
+
+
+def test_who_comes_late_is_timed_from_a_mark_of_its_own_time(labs: dict[str, Lab], monkeypatch: pytest.MonkeyPatch) -> None:
+    pipeline, ended = _pipeline(labs["tiny-qwen2.5-vl"], RECIPES["fastest, paged"]), dict[int, Any]()
+    jobs = [_job(number, Request(prompt="Hi", max_new_tokens=4, ignore_eos=True), ended) for number in range(3)]
+    loop = Loop(pipeline, Policy(max_batch=8, budget=None, order="fifo"), on_step=(steps := list[object]()).append)
+    monkeypatch.setattr("fastvl_lab.schedule.loop._ANCHORED", 0.0)
+    with torch.inference_mode():
+        loop.serve(ByTurns({0: jobs[:1], 1: jobs[1:2], 2: jobs[2:]}, {}))
+    marks = [job.tracer._anchor.ns for job in jobs]
+    assert marks == sorted(set(marks)), "each has its own where a mark serves for no time"
+    assert len(steps) > 3
+    assert loop.steps == []
+
+
 def test_a_loop_waits_for_requests_and_ends_when_no_more_will_come(labs: dict[str, Lab]) -> None:
     pipeline, ended, inbox = _pipeline(labs["tiny-qwen2.5-vl"], RECIPES["fastest, paged"]), dict[int, Any](), Inbox()
     request = Request(prompt="Hi", max_new_tokens=2, ignore_eos=True)
