@@ -6,19 +6,24 @@ import dataclasses
 import random
 import threading
 import time
+from collections import Counter
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from typing import Any
 
 import pytest
 import torch
 
 from fastvl_lab import Lab, Recipe, Request, RequestCancelledError, RequestError, photo
+from fastvl_lab.cache.blocks import BlockPool
 from fastvl_lab.cache.memory import Memory
 from fastvl_lab.outcome import Outcome
 from fastvl_lab.pipeline import Pipeline
 from fastvl_lab.schedule.inbox import Inbox, Job
 from fastvl_lab.schedule.loop import Loop, unpackers
 from fastvl_lab.schedule.policy import Policy
+from fastvl_lab.tokenizer import tokenize
 from fastvl_lab.trace import Tracer
 
 SEEDS = [pytest.param(range(5), id="few"), pytest.param(range(5, 25), id="many", marks=pytest.mark.nightly)]
@@ -34,13 +39,15 @@ TEXTS = ("Hi", "What is this?", "Describe every object in the pictures, one afte
 
 
 class ByTurns(Inbox):
-    """Jobs arrive, and are given up, at numbered looks into it rather than by a clock."""
+    """Jobs arrive, and are given up, at numbered looks into it rather than by a clock; `watch` is called at each."""
 
     def __init__(self, arrivals: dict[int, list[Job]], ends: dict[int, list[threading.Event]]) -> None:
         super().__init__()
         self._arrivals, self._ends, self._look = arrivals, ends, -1
+        self.watch: Callable[[], object] = lambda: None
 
     def take(self, *, wait: bool) -> list[Job]:
+        self.watch()
         found: list[Job] = []
         while not found and self._arrivals:
             self._look += 1
@@ -52,28 +59,48 @@ class ByTurns(Inbox):
         return found
 
 
-def _request(drawn: random.Random) -> Request:
-    images = [drawn.choice(PICTURES) for _ in range(drawn.choice((0, 0, 1, 1, 2, 4)))]
+def _request(drawn: random.Random, texts: Sequence[str], answers: tuple[int, int]) -> Request:
+    images = [drawn.choice(PICTURES) for _ in range(drawn.choice((0, 0, 0, 1, 1, 2, 4)))]
     return Request(
         images=images,
-        prompt=drawn.choice(TEXTS),
-        max_new_tokens=drawn.randint(1, 12),
+        prompt=drawn.choice(texts),
+        max_new_tokens=drawn.randint(*answers),
         ignore_eos=True,
+        fit=True,
         min_pixels=3136,
         max_pixels=6400,
     )
 
 
-def _pipeline(lab: Lab, recipe: Recipe) -> Pipeline:
-    checkpoint = dataclasses.replace(lab.checkpoint, session_len=512)
+def _pipeline(lab: Lab, recipe: Recipe, session_len: int = 512) -> Pipeline:
+    """Its paged cache has blocks for one session."""
+    checkpoint = dataclasses.replace(lab.checkpoint, session_len=session_len)
     return Pipeline(checkpoint, recipe, Memory(checkpoint))
 
 
-def _serve(pipeline: Pipeline, policy: Policy, inbox: Inbox, threads: ThreadPoolExecutor | None) -> Loop:
+def _serve(pipeline: Pipeline, policy: Policy, inbox: Inbox, threads: ThreadPoolExecutor | None = None) -> Loop:
     loop = Loop(pipeline, policy, threads)
+    if isinstance(inbox, ByTurns) and pipeline.recipe.cache.kv == "paged":
+        inbox.watch = partial(_check_blocks, loop, pipeline.cache._memory.paged.pool)
     with torch.inference_mode():
         loop.serve(inbox)
     return loop
+
+
+def _check_blocks(loop: Loop, pool: BlockPool) -> None:
+    """What is promised can be had; what a request writes is its own; and each of its blocks knows of it."""
+    tables = [flight.place.sequence._table for flight in (*loop._prefilling, *loop._decoding)]
+    assert pool.n_available >= 0
+    holders = Counter(block for table in tables for block in (*table.blocks, *(table.source or ())[:1]))
+    assert pool.n_used == len(holders)
+    for table in tables:
+        for number, block in enumerate(table.blocks):
+            assert pool._references[block] == holders[block], "a block is counted for nobody"
+            assert holders[block] == 1 or number < table.reused // pool.block_size, "two write to one block"
+
+
+def _alone(pipeline: Pipeline, request: Request) -> tuple[int, ...]:
+    return pipeline.run(request, Tracer(torch.device("cpu"), "off"), lambda text, tokens: None).tokens
 
 
 def _job(number: int, request: Request, ended: dict[int, Any], stop: threading.Event | None = None) -> Job:
@@ -93,15 +120,20 @@ def threads() -> ThreadPoolExecutor:
 @pytest.mark.parametrize("seeds", SEEDS)
 @pytest.mark.parametrize("name", RECIPES)
 def test_random_schedules_change_no_token(lab: Lab, name: str, seeds: range, threads: ThreadPoolExecutor) -> None:
-    """Arrivals, lengths, pictures, cancellations, budgets and orders drawn at random, over a pool that cannot hold all at once."""
-    pipeline = _pipeline(lab, RECIPES[name])
-    plain = _pipeline(
-        lab, RECIPES[name].replace({"schedule.batching": "one_at_a_time", "cache.image_reuse": "off", "cache.prefix_reuse": "off"})
-    )
+    """Arrivals, lengths, pictures, cancellations, budgets, orders and ways to encode drawn at random.
+
+    Over pools that cannot hold all prompts at once, or all of their answers.
+    """
+    short = 2 * tokenize(Request(prompt="Hi"), (), lab.checkpoint).n_tokens + 68  # two prompts, and the answer of one
+    wide, narrow = (_pipeline(lab, RECIPES[name], session_len) for session_len in (512, short))
+    alike = {"schedule.batching": "one_at_a_time", "cache.image_reuse": "off", "cache.prefix_reuse": "off"}
+    plain = {pipeline: _pipeline(lab, RECIPES[name].replace(alike), pipeline.checkpoint.session_len) for pipeline in (wide, narrow)}
     alone: dict[object, tuple[int, ...]] = {}
+    n_preempted = 0
     for seed in seeds:
         drawn = random.Random(seed)
-        requests = [_request(drawn) for _ in range(drawn.randint(2, 9))]
+        pipeline, *of = ((wide, TEXTS, (1, 12)), (narrow, TEXTS[:1], (24, 48)))[seed % 2]
+        requests = [_request(drawn, *of) for _ in range(drawn.randint(2, 9))]
         stops, ended = [threading.Event() for _ in requests], dict[int, Any]()
         arrivals: dict[int, list[Job]] = {}
         for number, request in enumerate(requests):
@@ -111,11 +143,13 @@ def test_random_schedules_change_no_token(lab: Lab, name: str, seeds: range, thr
         for number in given_up:
             ends.setdefault(drawn.randint(0, 25), []).append(stops[number])
         policy = Policy(
-            max_batch=drawn.choice((1, 2, 4, 8)),
+            max_batch=drawn.choice((1, 2, 4, 8) if pipeline is wide else (4, 8)),
             budget=drawn.choice((None, 7, 40, 200)),
             order=drawn.choice(("fifo", "shortest_first")),
+            packs_images=drawn.choice((False, True)),
         )
-        _serve(pipeline, policy, ByTurns(arrivals, ends), drawn.choice((None, threads)))
+        loop = _serve(pipeline, policy, ByTurns(arrivals, ends), drawn.choice((None, threads)))
+        n_preempted += sum(len(step.preempted) for step in loop.steps)
         assert sorted(ended) == list(range(len(requests))), "every job ends"
         for number, request in enumerate(requests):
             outcome = ended[number]
@@ -123,14 +157,15 @@ def test_random_schedules_change_no_token(lab: Lab, name: str, seeds: range, thr
                 assert number in given_up
                 continue
             assert isinstance(outcome, Outcome), outcome
-            key = (request.prompt, request.max_new_tokens, tuple(image.data for image in request.image_inputs))
+            key = (pipeline, request.prompt, request.max_new_tokens, tuple(image.data for image in request.image_inputs))
             if key not in alone:
-                alone[key] = plain.run(request, Tracer(torch.device("cpu"), "off"), lambda text, tokens: None).tokens
+                alone[key] = _alone(plain[pipeline], request)
             assert outcome.tokens == alone[key], (seed, number, policy)
         if RECIPES[name].cache.kv == "paged":
             pool = pipeline.cache._memory.paged.pool
             assert pool.n_used == 0, "blocks are lost"
             assert pool.n_available == pool.n_blocks, "promises are lost"
+    assert (n_preempted > 0) == (RECIPES[name].cache.kv == "paged")
 
 
 def test_requests_share_steps_and_leave_them_as_they_end(labs: dict[str, Lab]) -> None:
