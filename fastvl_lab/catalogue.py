@@ -677,7 +677,8 @@ class Schedule:
         ),
         Option(
             value="batched",
-            does="the same, and images of all requests that a step admits go through the tower in one call; SGLang (PR 24013)",
+            does="as ahead, and the images of all requests that a step admits go through the tower in one call; SGLang (PR 24013), "
+            "vLLM, LMDeploy",
             requires=_CONTINUOUS,
         ),
     )
