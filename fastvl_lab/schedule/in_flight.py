@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import replace
 from functools import cached_property
 from typing import Protocol
@@ -56,6 +57,11 @@ class InFlight:
         return self._prompt.n_tokens
 
     @property
+    def images(self) -> tuple[tuple[int, int], ...]:
+        """Of each image, in order, the prompt's first token that is its, and how many are."""
+        return self._prompt.images
+
+    @property
     def since(self) -> float:
         return self.job.since_ns / 1e9
 
@@ -95,16 +101,36 @@ class InFlight:
 
     def admit(self) -> None:
         """Its place in the caches; then its images and what is left of its prompt, on the device."""
-        bound, opened, span = self._bound, self._opened, self.tracer.span
-        with span("admit"):
-            self._place = place = bound.cache.admit(self._prompt, self._n_new, opened.contents if opened else tuple)
-        if opened is None or len(place.to_make) < len(opened.images):
+        self.take_place()
+        opened, to_make = self._opened, self.place.to_make
+        if opened is None or len(to_make) < len(opened.images):
             self._pixels = None  # of images that are known
-        if opened is not None and place.to_make and self._pixels is None:
-            self._pixels = bound.images.make(opened.only(place.to_make), span)
-        self._visual_rows = (rest := self._prompt.after(place.reused)).visual_index  # on the host
-        with span("upload"):
-            self._rest = upload_prompt(rest, bound.images.copy)
+        if opened is not None and to_make and self._pixels is None:
+            self._pixels = self._bound.images.make(opened.only(to_make), self.tracer.span)
+        self.upload_prompt()
+
+    def take_place(self) -> None:
+        """Its place in the caches alone; its images and its prompt follow."""
+        contents = self._opened.contents if self._opened else tuple
+        with self.tracer.span("admit"):
+            self._place = self._bound.cache.admit(self._prompt, self._n_new, contents)
+
+    def upload_prompt(self) -> None:
+        """What is left of its prompt, to the device."""
+        self._visual_rows = (rest := self._prompt.after(self.place.reused)).visual_index  # on the host
+        with self.tracer.span("upload"):
+            self._rest = upload_prompt(rest, self._bound.images.copy)
+
+    def patches_of_each(self) -> Iterator[torch.Tensor]:
+        """The images that its admission found to make, unpacked one at a time, for any thread to ask for; on the host mostly."""
+        assert self._opened is not None
+        return self._bound.images.patches_of_each(self._opened.only(self.place.to_make), self.tracer.span)
+
+    def upload_image(self, number: int, patches: torch.Tensor) -> None:
+        """One image's patches to the device, where `encode` finds them."""
+        assert self._opened is not None
+        with self.tracer.span("upload"):
+            self._pixels = Pixels(patches=self._bound.images.upload(patches), shapes=self._opened.only([number]).shapes)
 
     def first_token(self) -> None:
         """Patches and prompt to the first token of the answer, as one program."""
@@ -112,16 +138,20 @@ class InFlight:
             self.place.extend(self._rest.n_tokens)
             self._logits, self.token = self._bound.stages.first_token(self._pixels, self._rest, self.place.kv, self.tracer)
 
-    def encode(self) -> None:
-        """Patches to visual tokens, and these into their places among the prompt's embeddings."""
+    def encode(self, images: range | None = None, end: int | None = None) -> None:
+        """Patches to visual tokens, and these into their places among the prompt's embeddings.
+
+        images, end: of these images and of the prompt up to that token, where what follows is encoded later (`schedule.overlap`).
+        """
         span, made = self.tracer.span, None
         if self._pixels is not None:
             with span("vit"):
                 made = self._bound.stages.encode(self._pixels, self.tracer)
             self._pixels = None
         with span("merge"):
-            self._vision = self.place.visual_tokens(made)
-            self._hidden = merge(self._rest, self._vision, self._bound.decoder.weights.embed)
+            self._vision = self.place.visual_tokens(made, images)
+            self._merged = self._rows(self._n_done, self._rest.n_tokens if end is None else end)
+            self._hidden = merge(self._merged, self._vision, self._bound.decoder.weights.embed)
 
     def prefill(self, n: int) -> None:
         """The next n tokens of the prompt; with the last of them comes the first of the answer."""
@@ -134,24 +164,33 @@ class InFlight:
         if self.n_left == 0:
             with self.tracer.span("sample"):
                 self._logits, self.token = logits, sample(logits, self._bound.decoder)
-            del self._hidden, self._vision  # nobody needs them any more
+            del self._hidden, self._merged, self._vision  # nobody needs them any more
 
     def _piece(self, first: int, last: int) -> tuple[torch.Tensor, Prompt, VisionTokens | None]:
         """Some of the prompt's rows [last - first, hidden], and the visual tokens that stand in them."""
-        if (first, last) == (0, self._rest.n_tokens):
-            return self._hidden, self._rest, self._vision
-        among = slice(*torch.searchsorted(self._visual_rows, torch.tensor([first, last])).tolist())
-        piece = replace(
-            self._rest,
-            input_ids=self._rest.input_ids[first:last],
-            positions=self._rest.positions[:, first:last],
-            visual_index=self._rest.visual_index[among] - first,
-        )
-        vision = None
+        if last - first == len(self._hidden):
+            return self._hidden, self._merged, self._vision
+        assert len(self._hidden) == self._rest.n_tokens, "a prompt that is merged by pieces is computed by the same"
+        vision, among = None, self._visual_rows_in(first, last)
         if self._vision is not None and among.start < among.stop:
             levels = tuple(level[among] for level in self._vision.deepstack)
             vision = VisionTokens(embeds=self._vision.embeds[among], deepstack=levels)
-        return self._hidden[first:last], piece, vision
+        return self._hidden[first:last], self._rows(first, last), vision
+
+    def _rows(self, first: int, last: int) -> Prompt:
+        """Some tokens of the rest of the prompt; views where these are on the device."""
+        if (first, last) == (0, self._rest.n_tokens):
+            return self._rest
+        return replace(
+            self._rest,
+            input_ids=self._rest.input_ids[first:last],
+            positions=self._rest.positions[:, first:last],
+            visual_index=self._rest.visual_index[self._visual_rows_in(first, last)] - first,
+        )
+
+    def _visual_rows_in(self, first: int, last: int) -> slice:
+        """Which of its visual tokens stand in those rows."""
+        return slice(*torch.searchsorted(self._visual_rows, torch.tensor([first, last])).tolist())
 
     def steps(self, forced: Forced | None) -> Steps:
         """The decode steps of its answer, where nobody shares them. forced: tokens that the answer is made to go on with."""
