@@ -691,6 +691,21 @@ class Schedule:
             requires=_CONTINUOUS,
         ),
     )
+    overlap: str = _toggle(
+        Option(value="off", does="a request's images are unpacked and encoded before its prompt is computed; Transformers, vLLM"),
+        Option(
+            value="on",
+            does=(
+                "a thread unpacks the next image while the tower encodes this one and the prompt is computed up to it, piece by "
+                "piece; RServe (arXiv 2509.24381)"
+            ),
+            requires=(
+                "schedule.batching=one_at_a_time",
+                "capture.first_token=per_stage",
+                "capture.prefill=eager|compile",
+            ),
+        ),
+    )
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -515,4 +515,9 @@ ELSEWHERE: Mapping[str, Elsewhere] = {
             fifo="LMDEPLOY_PT_TTFT_POLICY=fifo",
         ),
     ),
+    "schedule.overlap": Elsewhere(
+        vllm=_has("vllm/v1/engine/async_llm.py, vllm/renderers/", off="default; a request comes with all of its images unpacked"),
+        sglang=_has("sglang/srt/managers/tokenizer_manager.py", off="default; a request comes with all of its images unpacked"),
+        lmdeploy=_has("lmdeploy/serve/processors/multimodal.py", off="default; a request comes with all of its images unpacked"),
+    ),
 }

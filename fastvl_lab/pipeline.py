@@ -18,6 +18,7 @@ from fastvl_lab.decoder.weights import decoder_weights
 from fastvl_lab.outcome import Outcome as Outcome
 from fastvl_lab.recipe import Recipe
 from fastvl_lab.request import Request
+from fastvl_lab.schedule import overlap
 from fastvl_lab.schedule.in_flight import InFlight
 from fastvl_lab.schedule.inbox import Inbox, Job
 from fastvl_lab.schedule.loop import Loop, OnStep, one_at_a_time, unpackers
@@ -54,6 +55,7 @@ class Pipeline:
         slot = recipe.schedule
         self._policy = {"one_at_a_time": None, "continuous": Policy.of(slot)}[slot.batching]
         self._unpacking = unpackers() if {"inline": False, "ahead": True, "batched": True}[slot.vision] else None
+        self._beside = overlap.worker(checkpoint.device) if {"off": False, "on": True}[slot.overlap] else None
 
     @torch.inference_mode()
     def warm_up(self, tracer: Tracer) -> tuple[Capture, ...]:
@@ -104,12 +106,15 @@ class Pipeline:
         request = InFlight(job, self)
         try:
             request.open()
-            request.admit()
-            if self.stages.first_token_alone:
-                request.first_token()
+            if self._beside is not None:
+                overlap.first_token(request, self._beside)
             else:
-                request.encode()
-                request.prefill(request.n_left)
+                request.admit()
+                if self.stages.first_token_alone:
+                    request.first_token()
+                else:
+                    request.encode()
+                    request.prefill(request.n_left)
             self.complete(request.steps(forced), request.answer)
             return request.outcome()
         finally:

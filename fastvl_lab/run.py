@@ -186,6 +186,8 @@ class Run:
         bars = self.stage_bars()
         width = max(13, *(len(stage) for stage, *_ in bars))
         lines += [f"{stage:<{width}} {ms:9.3f} ms {share:6.1%} {bar}".rstrip() for stage, ms, share, bar in bars]
+        if beside := self.trace.stages("beside"):
+            lines.append("beside, on another thread: " + ", ".join(f"{stage} {ns / 1e6:.3f} ms" for stage, ns in beside.items()))
         if self.account is not None:
             lines.append(f"its own account (▒), {self.account}")
         lines += [f"{c.how} of {c.stage}: {c.seconds:.2f} s, {c.n_bytes / 1e6:.1f} MB ({c.shape})" for c in self.captures]

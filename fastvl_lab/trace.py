@@ -4,7 +4,8 @@ A `Tracer` records while a request runs; `Tracer.finish` turns what it saw into 
 `time.perf_counter_ns` intervals. The device lane (CUDA only) holds pairs of CUDA events, read after the request has ended and
 placed on the host's axis through an anchor event recorded while the device was idle. A device span reaches from when the device
 came to the stage's first command to when it had passed its last; time it waited for launches in between is inside the span. A
-thread that plays the device on a CPU (`streaming.rounds`) writes its spans on the device lane.
+thread that plays the device on a CPU (`streaming.rounds`) writes its spans on the device lane. The lane "beside" holds what a
+second thread of the host did while the first went on (`schedule.overlap`); the first one's wait for it is a stage of the host lane.
 
 Every stage begins with a look at whether anybody still waits for the request, so that it ends at the next door once nobody does.
 """
@@ -25,12 +26,13 @@ from fastvl_lab.errors import RequestCancelledError
 # What times a block or a layer inside a stage, by its name.
 Inner = Callable[[str], AbstractContextManager[None]]
 
-Lane = Literal["host", "device"]
+Lane = Literal["host", "beside", "device"]
 Level = Literal["off", "stages", "layers"]
 
 # What is counted where inputs are padded: "vit: patches computed", and of them "vit: patches of padding".
 COMPUTED, OF_PADDING = " computed", " of padding"
 
+LANES: tuple[Lane, ...] = ("host", "beside", "device")
 LEVELS: tuple[Level, ...] = ("off", "stages", "layers")
 
 # Stage -> the file or folder of the package that does the work, in the order a request meets them.
@@ -41,6 +43,7 @@ STAGES: dict[str, str] = {
     "tokenize": "tokenizer.py",
     "admit": "cache/",
     "preprocess": "preprocessor/",
+    "await_image": "schedule/overlap.py",
     "upload": "preprocessor/upload.py",
     "vit": "vit/",
     "merge": "decoder/steps.py",
@@ -54,7 +57,7 @@ STAGES: dict[str, str] = {
 # Stages that always give a GPU work, and those that never do; the others do with some options.
 ON_DEVICE = ("upload", "vit", "merge", "prefill", "first_token", "sample", "decode")
 WAITS = ("queued", "waiting")  # in which others were served
-ON_HOST = (*WAITS, "tokenize", "emit")
+ON_HOST = (*WAITS, "tokenize", "await_image", "emit")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -137,10 +140,10 @@ class Trace:
         ours: whether the package's own files did the work; then each stage names its file.
         Format: "Trace Event Format", https://docs.google.com/document/d/1CvAClvFfyA5R-PhYUmn5OOQtYMH4h6I0nSsKchNAySU
         """
-        tracks = {"host": 1, "device": 2}
+        tracks = {"host": 1, "device": 2, "beside": 3}
         events: list[dict[str, Any]] = [{"ph": "M", "pid": 1, "name": "process_name", "args": {"name": label, **self.counts}}]
         for lane, track in tracks.items():
-            if lane == "host" or self.has_device_lane:
+            if lane == "host" or any(span.lane == lane for span in self.spans):
                 events.append({"ph": "M", "pid": 1, "tid": track, "name": "thread_name", "args": {"name": lane}})
         for span in self.spans:
             event = {"ph": "X", "pid": 1, "tid": tracks[span.lane], "name": span.name, "cat": "stage"}
@@ -281,10 +284,17 @@ class Tracer:
         if self.stop.is_set():
             raise RequestCancelledError("the request was given up by whoever made it")
 
-    @contextmanager
-    def on_device(self) -> Iterator[None]:
+    def on_device(self) -> AbstractContextManager[None]:
         """The calling thread's spans are those of a device that it plays."""
-        self._mine.lane = "device"
+        return self._on("device")
+
+    def beside(self) -> AbstractContextManager[None]:
+        """The calling thread's spans are those of a second thread of the host, while the first goes on."""
+        return self._on("beside")
+
+    @contextmanager
+    def _on(self, lane: Lane) -> Iterator[None]:
+        self._mine.lane = lane
         try:
             yield
         finally:

@@ -80,23 +80,29 @@ class Place:
         """The next forward brings n more tokens of this request alone."""
         self.kv.extend([n])
 
-    def visual_tokens(self, made: VisionTokens | None) -> VisionTokens | None:
-        """The visual tokens that the rest of the prompt needs, from those of `to_make` and those that are kept."""
-        if not self._needed:
+    def visual_tokens(self, made: VisionTokens | None, among: range | None = None) -> VisionTokens | None:
+        """The visual tokens that the rest of the prompt needs, from those of `to_make` and those that are kept.
+
+        among: the numbers of the images that are asked for; by default all are. made: of those of `to_make` among them.
+        """
+        needed, making = (
+            [number for number in numbers if among is None or number in among] for numbers in (self._needed, self.to_make)
+        )
+        if not needed:
             return None
         if self._images is None and self.reused == 0:
             return made
-        lengths = [self._prompt.images[number][1] for number in self.to_make]
-        pieces = dict(zip(self.to_make, split(made, lengths), strict=True)) if made is not None else {}
+        lengths = [self._prompt.images[number][1] for number in making]
+        pieces = dict(zip(making, split(made, lengths), strict=True)) if made is not None else {}
         if self._images is not None:
             for number, vision in pieces.items():
                 self._images.put(self._digests[number], vision)
         pieces |= {number: kept.vision for number, kept in self._known.items()}
-        first, length = self._prompt.images[self._needed[0]]
+        first, length = self._prompt.images[needed[0]]
         inside = max(self.reused - first, 0)  # tokens of the first image that are in the KV cache already
         if inside > 0:
-            pieces[self._needed[0]] = split(pieces[self._needed[0]], (inside, length - inside))[1]
-        return join([pieces[number] for number in self._needed])
+            pieces[needed[0]] = split(pieces[needed[0]], (inside, length - inside))[1]
+        return join([pieces[number] for number in needed])
 
     def keep(self, generated: Sequence[int]) -> None:
         """Let later requests find this one's prompt and the generated tokens that went through the decoder."""

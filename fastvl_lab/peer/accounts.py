@@ -29,7 +29,7 @@ _TENSORRT_LLM = "tensorrt_llm"
 _OURS: dict[str, PartName] = {
     "queued": "queue",
     "waiting": "queue",
-    **dict.fromkeys(("decode_image", "tokenize", "admit", "preprocess", "upload"), "preprocess"),
+    **dict.fromkeys(("decode_image", "tokenize", "admit", "preprocess", "await_image", "upload"), "preprocess"),
     "vit": "vit",
     **dict.fromkeys(("merge", "prefill", "first_token", "sample"), "prefill"),
 }

@@ -87,6 +87,16 @@ class BoundPreprocessor:
         """
         return _one_by_one(self, opened, span, self.upload)
 
+    def patches_of_each(self, opened: OpenedImages, span: Inner) -> Iterator[torch.Tensor]:
+        """The same, an image at a time, before the upload: what is sent of each, in order."""
+        for group in _groups(opened.images, self.at_once):
+            with span("decode_image"):
+                pictures = self.unpack(group)[::-1]
+            for one in group:
+                with span("preprocess"):
+                    patches = self.preprocess(pictures.pop(), one)
+                yield patches
+
     def pixels(self, request: Request) -> Pixels:
         """All stages of a request's images, from their headers on; raises `ImageError` and `RequestError`."""
         return self.make(self.open(request), no_inner)
@@ -98,20 +108,15 @@ class BoundPreprocessor:
 
 def _one_by_one(bound: BoundPreprocessor, opened: OpenedImages, span: Inner, upload: PatchUpload) -> Pixels:
     rows, at, whole = sum(grid.n_patches for grid in opened.grids), 0, torch.empty(0)
-    for group in _groups(opened.images, bound.at_once):
-        with span("decode_image"):
-            pictures = bound.unpack(group)[::-1]
-        for one in group:
-            with span("preprocess"):
-                patches = bound.preprocess(pictures.pop(), one)
-            with span("upload"):
-                patches = upload(patches)
-                if len(patches) == rows:  # there is one image
-                    return Pixels(patches=patches, shapes=opened.shapes)
-                if at == 0:
-                    whole = patches.new_empty((rows, *patches.shape[1:]))
-                whole[at : at + len(patches)] = patches
-            at += len(patches)
+    for patches in bound.patches_of_each(opened, span):
+        with span("upload"):
+            patches = upload(patches)
+            if len(patches) == rows:  # there is one image
+                return Pixels(patches=patches, shapes=opened.shapes)
+            if at == 0:
+                whole = patches.new_empty((rows, *patches.shape[1:]))
+            whole[at : at + len(patches)] = patches
+        at += len(patches)
     assert at == rows
     return Pixels(patches=whole, shapes=opened.shapes)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import replace
 from functools import cached_property
 from typing import Protocol
@@ -50,6 +51,7 @@ class InFlight:
         self._first_place: Place | None = None
         self.pixels: Pixels | None = None
         self._hidden: torch.Tensor | None = None
+        self._merged: Prompt | None = None  # whose embeddings it is
         self._vision: VisionTokens | None = None
         self._captures: list[Capture] = []
         self.seen = 0
@@ -58,6 +60,11 @@ class InFlight:
     @property
     def n_prompt(self) -> int:
         return self._prompt.n_tokens
+
+    @property
+    def images(self) -> tuple[tuple[int, int], ...]:
+        """Of each image, in order, the prompt's first token that is its, and how many are."""
+        return self._prompt.images
 
     @property
     def since(self) -> float:
@@ -98,21 +105,40 @@ class InFlight:
         return self._bound.cache.has_room(self.n_prompt + len(self.answer.tokens), beside=beside)
 
     def admit(self) -> None:
-        """Its place in the caches; then its images and what is left of its prompt, on the device.
+        """Its place in the caches; then its images and what is left of its prompt, on the device."""
+        self.take_place()
+        self._make_pixels()
+        self.upload_prompt()
+
+    def take_place(self) -> None:
+        """Its place in the caches alone; its images and its prompt follow.
 
         The tokens that it had made when it gave way are the end of its prompt.
         """
-        bound, made = self._bound, self.answer.tokens
+        made = self.answer.tokens
         self._n_told, self._n_done = len(made), 0  # tokens of the answer in the prompt; tokens of its rest that were computed
+        contents = self._opened.contents if self._opened else tuple
         with self.tracer.span("admit"):
-            prompt = followed_by(self._prompt, made)
-            contents = self._opened.contents if self._opened else tuple
-            self._place = place = bound.cache.admit(prompt, self._n_new - len(made), contents)
-            self._first_place = self._first_place or place
-        self._make_pixels()
-        self._visual_rows = (rest := prompt.after(place.reused)).visual_index  # on the host
+            self._admitted = followed_by(self._prompt, made)
+            self._place = self._bound.cache.admit(self._admitted, self._n_new - len(made), contents)
+            self._first_place = self._first_place or self._place
+
+    def upload_prompt(self) -> None:
+        """What is left of its prompt, to the device."""
+        self._visual_rows = (rest := self._admitted.after(self.place.reused)).visual_index  # on the host
         with self.tracer.span("upload"):
-            self._rest = upload_prompt(rest, bound.images.copy)
+            self._rest = upload_prompt(rest, self._bound.images.copy)
+
+    def patches_of_each(self) -> Iterator[torch.Tensor]:
+        """The images that its admission found to make, unpacked one at a time, for any thread to ask for; on the host mostly."""
+        assert self._opened is not None
+        return self._bound.images.patches_of_each(self._opened.only(self.place.to_make), self.tracer.span)
+
+    def upload_image(self, number: int, patches: torch.Tensor) -> None:
+        """One image's patches to the device, where `encode` finds them."""
+        assert self._opened is not None
+        with self.tracer.span("upload"):
+            self.pixels = Pixels(patches=self._bound.images.upload(patches), shapes=self._opened.only([number]).shapes)
 
     def _make_pixels(self) -> None:
         """Of the images whose visual tokens are not known; those that were unpacked before it was admitted are of all."""
@@ -132,7 +158,7 @@ class InFlight:
         self.place.keep(self.answer.tokens[self._n_told :])
         self.place.close()
         self._place = self.pixels = None
-        self._hidden = self._vision = None
+        self._hidden = self._merged = self._vision = None
         self.tracer.count("schedule: preempted")
 
     def first_token(self) -> None:
@@ -141,10 +167,11 @@ class InFlight:
             self.place.extend(self._rest.n_tokens)
             self._logits, self.token = self._bound.stages.first_token(self.pixels, self._rest, self.place.kv, self.tracer)
 
-    def encode(self, made: VisionTokens | None = None) -> None:
+    def encode(self, made: VisionTokens | None = None, images: range | None = None, end: int | None = None) -> None:
         """Patches to visual tokens, and these into their places among the prompt's embeddings.
 
-        made: the visual tokens, where a call of the tower for several requests has made them.
+        made: the visual tokens, where a call of the tower for several requests has made them. images, end: of these images and of
+        the prompt up to that token, where what follows is encoded later (`schedule.overlap`).
         """
         span = self.tracer.span
         if self.pixels is not None and made is None:
@@ -152,8 +179,9 @@ class InFlight:
                 made = self._bound.stages.encode(self.pixels, self.tracer)
         self.pixels = None
         with span("merge"):
-            self._vision = self.place.visual_tokens(made)
-            self._hidden = merge(self._rest, self._vision, self._bound.decoder.weights.embed)
+            self._vision = self.place.visual_tokens(made, images)
+            self._merged = self._rows(self._n_done, self._rest.n_tokens if end is None else end)
+            self._hidden = merge(self._merged, self._vision, self._bound.decoder.weights.embed)
 
     def prefill(self, n: int) -> None:
         """The next n tokens of the prompt; with the last of them comes the first of the answer."""
@@ -168,25 +196,35 @@ class InFlight:
                 self.token = sample(logits, self._bound.decoder)
             if not self.answer.tokens:
                 self._logits = logits
-            self._hidden = self._vision = None  # nobody needs them any more
+            self._hidden = self._merged = self._vision = None  # nobody needs them any more
 
     def _piece(self, first: int, last: int) -> tuple[torch.Tensor, Prompt, VisionTokens | None]:
         """Some of the prompt's rows [last - first, hidden], and the visual tokens that stand in them."""
         assert self._hidden is not None, "it has not been encoded"
-        if (first, last) == (0, self._rest.n_tokens):
-            return self._hidden, self._rest, self._vision
-        among = slice(*torch.searchsorted(self._visual_rows, torch.tensor([first, last])).tolist())
-        piece = replace(
-            self._rest,
-            input_ids=self._rest.input_ids[first:last],
-            positions=self._rest.positions[:, first:last],
-            visual_index=self._rest.visual_index[among] - first,
-        )
-        vision = None
+        assert self._merged is not None
+        if last - first == len(self._hidden):
+            return self._hidden, self._merged, self._vision
+        assert len(self._hidden) == self._rest.n_tokens, "a prompt that is merged by pieces is computed by the same"
+        vision, among = None, self._visual_rows_in(first, last)
         if self._vision is not None and among.start < among.stop:
             levels = tuple(level[among] for level in self._vision.deepstack)
             vision = VisionTokens(embeds=self._vision.embeds[among], deepstack=levels)
-        return self._hidden[first:last], piece, vision
+        return self._hidden[first:last], self._rows(first, last), vision
+
+    def _rows(self, first: int, last: int) -> Prompt:
+        """Some tokens of the rest of the prompt; views where these are on the device."""
+        if (first, last) == (0, self._rest.n_tokens):
+            return self._rest
+        return replace(
+            self._rest,
+            input_ids=self._rest.input_ids[first:last],
+            positions=self._rest.positions[:, first:last],
+            visual_index=self._rest.visual_index[self._visual_rows_in(first, last)] - first,
+        )
+
+    def _visual_rows_in(self, first: int, last: int) -> slice:
+        """Which of its visual tokens stand in those rows."""
+        return slice(*torch.searchsorted(self._visual_rows, torch.tensor([first, last])).tolist())
 
     def steps(self, forced: Forced | None) -> Steps:
         """The decode steps of its answer, where nobody shares them. forced: tokens that the answer is made to go on with."""

@@ -367,16 +367,16 @@ def _open_and_unpack(flight: InFlight) -> None:
         flight.unpack()
 
 
-def unpackers() -> ThreadPoolExecutor:
+def unpackers(n_threads: int = _UNPACKING) -> ThreadPoolExecutor:
     """Threads that compute with one of OpenMP's each; torch would have new threads of anybody's do so too, unless told again."""
-    n, ready = torch.get_num_threads(), threading.Barrier(_UNPACKING + 1)
+    n, ready = torch.get_num_threads(), threading.Barrier(n_threads + 1)
 
     def alone() -> None:
         torch.set_num_threads(1)
         ready.wait()
 
-    pool = ThreadPoolExecutor(_UNPACKING, thread_name_prefix="fastvl-unpack", initializer=alone)
-    for _ in range(_UNPACKING):
+    pool = ThreadPoolExecutor(n_threads, thread_name_prefix="fastvl-unpack", initializer=alone)
+    for _ in range(n_threads):
         pool.submit(int)
     ready.wait()
     torch.set_num_threads(n)

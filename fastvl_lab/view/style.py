@@ -20,6 +20,7 @@ STAGE_COLOURS = {
     "preprocess": "#E69F00",
     "tokenize": "#8C8C8C",
     "admit": "#8C8C8C",
+    "await_image": "#F7E2B5",
     "upload": "#8C8C8C",
     "vit": "#0072B2",
     "merge": "#56B4E9",
@@ -32,8 +33,10 @@ STAGE_COLOURS = {
 SERIES_COLOURS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#D55E00", "#56B4E9", "#8C8C8C")
 SERIES_MARKERS = ("circle", "square", "diamond", "triangle-up", "x", "cross", "star")
 
-# Besides colour: the device lane is hatched, an engine's own account the other way, time in no stage is an outline.
+# Besides colour: the device lane is hatched, an engine's own account the other way, what a second thread did is dotted, time in no
+# stage is an outline.
 DEVICE_PATTERN = "/"
+BESIDE_PATTERN = "."
 OWN_PATTERN = "\\"
 UNACCOUNTED_PATTERN = "x"
 FAILED = "#AA0000"

@@ -11,7 +11,7 @@ from fastvl_lab import shown
 from fastvl_lab.account import OF_WAIT, REST
 from fastvl_lab.measure.compare import Comparison
 from fastvl_lab.run import Run, in_words
-from fastvl_lab.trace import STAGES
+from fastvl_lab.trace import LANES, STAGES, Span
 from fastvl_lab.view import style
 from fastvl_lab.view.charts import Axis, Panel, panels, said, timeline
 
@@ -21,7 +21,14 @@ if TYPE_CHECKING:
 _ROW_PIXELS = 24
 _HEADING_PIXELS = 66
 _OWN = "its own account"
-_NAMES = {"host": "host (solid)", "device": "device (hatched)", "unaccounted": "unaccounted", _OWN: f"{_OWN} (pale)"}
+_NAMES = {
+    "host": "host (solid)",
+    "beside": "another thread (dotted)",
+    "device": "device (hatched)",
+    "unaccounted": "unaccounted",
+    _OWN: f"{_OWN} (pale)",
+}
+_PATTERNS = {"beside": style.BESIDE_PATTERN, "device": style.DEVICE_PATTERN}  # of what stands below the host's bars
 
 
 @shown.figure.register(Run)
@@ -39,8 +46,9 @@ def _of_comparison(comparison: Comparison) -> go.Figure:
 def waterfall(runs: Sequence[Run]) -> go.Figure:
     """Draw one panel a run, each bar from the start of its stage to its end, in ms since the request's bytes.
 
-    Host bars are solid and device bars (CUDA) hatched below them; `unaccounted` is drawn where no stage ran; the line is TTFT. What
-    an endpoint's engine tells of its wait stands below `wait`, pale and hatched the other way.
+    Host bars are solid and device bars (CUDA) hatched below them, and so are, dotted, those of a second thread of the host;
+    `unaccounted` is drawn where no stage ran; the line is TTFT. What an endpoint's engine tells of its wait stands below `wait`,
+    pale and hatched the other way.
     """
     assert runs
     until = max(run.ttft for run in runs) * 1e3 * 1.24
@@ -58,8 +66,11 @@ def waterfall(runs: Sequence[Run]) -> go.Figure:
 
 
 def _panel(run: Run, x: Axis) -> Panel:
-    """A row for each stage that ran before the first text, in the order in which they began, then for `unaccounted`."""
-    lanes = {"host": run.trace.within_ttft("host"), "device": run.trace.within_ttft("device"), _OWN: run.own_spans()}
+    """A row for each stage that ran before the first text, in the order in which they began, then for `unaccounted`.
+
+    Stages that only a second thread ran have theirs before the last: they are no part of TTFT.
+    """
+    lanes: dict[str, Sequence[Span]] = {lane: run.trace.within_ttft(lane) for lane in LANES} | {_OWN: run.own_spans()}
     stages = {lane: [(s.name, s.start_ns / 1e6, s.duration_ns / 1e6) for s in spans] for lane, spans in lanes.items()}
     bars = stages | {"unaccounted": [("unaccounted", start / 1e6, (end - start) / 1e6) for start, end in run.trace.gaps()]}
     ends: dict[str, float] = {}
@@ -72,6 +83,10 @@ def _panel(run: Run, x: Axis) -> Panel:
         text = f"{_ms(row['host_ms'])} · {row['share']:.1%}{device}"
         if row["stage"] in rows:
             notes.append((ends.get(row["stage"], run.ttft * 1e3), row["stage"], text))
+    for stage, ns in run.trace.stages("beside").items():
+        if stage not in rows:
+            rows.insert(-1, stage)
+            notes.append((ends[stage], stage, f"{_ms(ns / 1e6)}, beside others"))
     return Panel(
         traces=[_lane(run, lane, mine) for lane, mine in bars.items() if mine], x=x, rows=rows, notes=notes, limit=run.ttft * 1e3
     )
@@ -81,16 +96,16 @@ def _lane(run: Run, lane: str, bars: Sequence[tuple[str, float, float]]) -> Any:
     stages, starts, lengths = zip(*bars, strict=True)
     colours = [style.STAGE_COLOURS.get(stage.removeprefix(OF_WAIT), style.INK) for stage in stages]
     marker: dict[str, Any] = {"color": colours, "line": {"color": colours, "width": 1}}
-    if lane == "device":
-        marker["pattern"] = {"shape": style.DEVICE_PATTERN, "fillmode": "replace", "size": 5}
+    if lane in _PATTERNS:
+        marker["pattern"] = {"shape": _PATTERNS[lane], "fillmode": "replace", "size": 5}
     if lane == _OWN:
         marker |= {"opacity": 0.55, "pattern": {"shape": style.OWN_PATTERN, "fillmode": "overlay", "fgcolor": "white", "size": 5}}
     if lane == "unaccounted":
         hatched = {"shape": style.UNACCOUNTED_PATTERN, "fgcolor": style.INK, "size": 4}
         marker = {"color": "white", "line": {"color": style.INK, "width": 1}, "pattern": hatched}
     place = {"width": 0.6, "offset": -0.3}
-    if run.trace.has_device_lane:
-        place = {"width": 0.36, "offset": 0.04 if lane == "device" else -0.36}
+    if any(span.lane in _PATTERNS for span in run.trace.spans):
+        place = {"width": 0.36, "offset": 0.04 if lane in _PATTERNS else -0.36}
     telling = {"below": "<br>%{customdata[3]}", "beside": lane, "texts": [[said(_file(run, stage))] for stage in stages]}
     return timeline(stages, starts, lengths, marker, name=_NAMES[lane], legendgroup=lane, **place, **telling)
 

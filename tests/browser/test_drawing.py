@@ -60,13 +60,14 @@ NAMELESS = """() => [...document.querySelectorAll(".fl-bench :is(button, input, 
 
 @pytest.fixture
 def records(labs: dict[str, Lab]) -> dict[str, Any]:
-    """Two lanes, as if a device had done each stage a little after the host; and two results in the history."""
+    """Three lanes, as if a device had done each stage a little later, and a thread had unpacked; and two results in the history."""
     lab, recipe = labs["tiny-qwen2.5-vl"], Recipe.baseline()
     picture = photo("astronaut", (168, 140))
     request = Request(images=[picture], prompt="What?", max_new_tokens=3, ignore_eos=True)
     run = lab.run(request, recipe)
     later = [dataclasses.replace(s, lane="device", start_ns=s.start_ns + 10**5, end_ns=s.end_ns + 10**5) for s in run.trace.spans]
-    spans: tuple[Span, ...] = (*run.trace.spans, *later)
+    beside = [dataclasses.replace(s, lane="beside") for s in run.trace.spans if s.name == "decode_image"]
+    spans: tuple[Span, ...] = (*run.trace.spans, *later, *beside)
     run = dataclasses.replace(run, trace=dataclasses.replace(run.trace, spans=spans))
     question = Question(
         checkpoint="tiny-qwen2.5-vl", pictures=(Picture(source=picture, name="a.jpg"),), prompt="What?", max_new_tokens=3
@@ -135,6 +136,8 @@ def test_host_and_device_are_two_lanes_of_a_row_and_the_run_before_an_outline(pa
         assert page.locator(f"rect.fl-{look}").count() == sum(bar[1] == lane for bar in shown["recipe"]["bars"]) + len(gaps)
         assert max(widths) > 50
     assert page.locator("rect.fl-before").count() == sum(bar[1] != "unaccounted" for bar in shown["before"]["bars"])
+    assert page.locator("rect.fl-beside").count() == sum(bar[1] == "beside" for bar in shown["recipe"]["bars"]) > 0
+    assert "another thread" in page.locator(".fl-legend").all_text_contents()
     assert page.locator("line.fl-floor").count() == 1
     page.locator(".fl-stage[data-stage='vit']").hover()
     tip = page.locator(".fl-tip").inner_text()

@@ -20,6 +20,10 @@ from fastvl_lab.measure.parity import check_decoder, model_pictures, pixel_diffe
 from fastvl_lab.measure.profile import tuned_launches
 from fastvl_lab.measure.recipes import STOCK, of_the_decoder
 from fastvl_lab.measure.tasks import BoundDecoder, Decoding, text_prompt
+from fastvl_lab.pipeline import Pipeline
+from fastvl_lab.schedule import overlap
+from fastvl_lab.schedule.in_flight import InFlight
+from fastvl_lab.schedule.inbox import Job
 from fastvl_lab.trace import Tracer
 
 pytestmark = [pytest.mark.gpu, pytest.mark.alone]
@@ -295,6 +299,37 @@ def test_tracing_adds_no_synchronisation_to_a_request() -> None:
         names = [event.key for event in profile.key_averages() for _ in range(event.count)]
         counts[level] = names.count("cudaStreamSynchronize")
     assert counts["off"] == counts["stages"]
+
+
+@pytest.mark.parametrize("name", tiny.NAMES)
+def test_images_are_unpacked_beside_the_device_and_nobody_waits_for_it(name: str) -> None:
+    """Torch raises where the host would wait, from the admission to the launch of the first token; tokens are those without."""
+    lab = Lab(name, device="cuda", dtype="float32")
+    request = Request(images=[photo("coffee", (640, 480)), photo("rocket", (97, 310))] * 2, prompt="?", max_new_tokens=16)
+    recipe = Recipe.fastest("cuda").replace("schedule.overlap", "on")
+    run, without = lab.run(request, recipe), lab.run(request, Recipe.fastest("cuda"))
+    assert run.tokens == without.tokens
+    assert (run.logits - without.logits).abs().max() < 1e-3
+    assert {span.name for span in run.trace.within_ttft("beside")} == {"decode_image", "preprocess"}
+
+    def launched() -> None:
+        job = Job(number=0, request=request, tracer=Tracer(lab.device, "off"), deliver=lambda *_: None, end=lambda _: None)
+        flight, unpacking = InFlight(job, pipeline), overlap.worker(lab.device)
+        try:
+            flight.open()
+            overlap.first_token(flight, unpacking)
+        finally:
+            flight.close()
+            unpacking.shutdown()
+
+    pipeline = Pipeline(lab.checkpoint, recipe, lab.memory, lab.graphs)
+    with torch.inference_mode():
+        launched()  # kernels are built, and may wait, once
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            launched()
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
 
 
 GRAPHS = (

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from fastvl_lab import Lab, Request, Run, view
+from fastvl_lab import Lab, Request, Run, photo, view
 from fastvl_lab.trace import Span, Trace
 from fastvl_lab.view import gpu_report, style
 from fastvl_lab.view.report import run_html
@@ -16,8 +16,6 @@ from fastvl_lab.view.report import run_html
 
 @pytest.fixture(scope="module")
 def runs(labs: dict[str, Lab]) -> list[Run]:
-    from fastvl_lab import photo
-
     request = Request(images=[photo("astronaut", (168, 140))], prompt="What?", max_new_tokens=3, ignore_eos=True)
     return [labs["tiny-qwen2.5-vl"].run(request, engine) for engine in ("transformers", "fastest")]
 
@@ -77,6 +75,28 @@ def test_the_device_lane_differs_by_pattern_and_place(runs: list[Run]) -> None:
     assert lanes["host"].marker.pattern.shape is None
     assert lanes["host"].offset + lanes["host"].width <= lanes["device"].offset
     assert any("· device" in annotation.text for annotation in figure.layout.annotations)
+
+
+def test_what_a_second_thread_did_is_drawn_below_and_is_no_part_of_ttft(labs: dict[str, Lab]) -> None:
+    request = Request(images=[photo("astronaut", (168, 140))] * 2, prompt="What?", max_new_tokens=3, ignore_eos=True)
+    run = labs["tiny-qwen2.5-vl"].run(request, "fastest, schedule.overlap=on")
+    figure = view.waterfall([run])
+    bars = _bars(figure, 1)
+    for lane in ("host", "beside"):
+        spans = run.trace.within_ttft(lane)  # type: ignore[arg-type]
+        drawn = [(stage, start, length) for of, stage, start, length in bars if of == lane]
+        assert drawn == [(s.name, s.start_ns / 1e6, s.duration_ns / 1e6) for s in spans]
+    assert sum(length for lane, *_, length in bars if lane != "beside") == pytest.approx(run.ttft * 1e3, rel=1e-6)
+    lanes = {bars.legendgroup: bars for bars in figure.data}
+    assert lanes["beside"].marker.pattern.shape == style.BESIDE_PATTERN
+    assert lanes["host"].offset + lanes["host"].width <= lanes["beside"].offset
+    rows = list(figure.layout.yaxis.categoryarray or figure.layout.yaxis.ticktext)
+    assert {"preprocess", "await_image", "unaccounted"} <= set(rows)
+    notes = [annotation.text for annotation in figure.layout.annotations]
+    assert sum("beside others" in note for note in notes) == 1, "preprocess, which the first thread never does"
+    (line,) = [line for line in repr(run).splitlines() if line.startswith("beside, on another thread:")]
+    assert "decode_image" in line
+    assert "preprocess" in line
 
 
 def test_stages_with_names_of_their_own_are_drawn_and_tabled(runs: list[Run]) -> None:

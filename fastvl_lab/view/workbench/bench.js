@@ -420,16 +420,17 @@ function mount(model, el, libraries) {
     const lines = rows.map((stage, number) => {
       const top = AXIS + number * ROW;
       const mine = (run, lane) => (run?.bars ?? []).filter(([name, of]) => name === stage && of === lane);
-      const device = mine(result.recipe, "device");
-      const [solid, split] = [device.length ? 6 : 11, top + 15];
+      const [device, beside] = [mine(result.recipe, "device"), mine(result.recipe, "beside")];
+      const [solid, split] = [device.length || beside.length ? 6 : 11, top + 15];
       const parts = [
         ...mine(result.rival, "host").map((one) => bar(one, top + 3, 4, { fill: colours.rival, class: "fl-rival" })),
         ...mine(result.rival, "own").map((one) => bar(one, top + 3, 4, { fill: colours.rival, "fill-opacity": 0.5, class: "fl-own" })),
         ...mine(result.recipe, "host").map((one) => bar(one, top + 9, solid, { fill: colour(stage), class: "fl-solid" })),
         ...device.map((one) => bar(one, split, 6, { fill: "url(#fl-hatch)", stroke: colour(stage), class: "fl-device" })),
+        ...beside.map((one) => bar(one, split, 6, { fill: colour(stage), "fill-opacity": 0.5, class: "fl-beside" })),
         ...mine(result.recipe, "unaccounted").map((one) => bar(one, top + 9, 12, { fill: colours.paper, stroke: colours.ink, class: "fl-solid" })),
         ...mine(result.rival, "unaccounted").map((one) => bar(one, top + 3, 4, { fill: colours.paper, stroke: colours.rival, class: "fl-rival" })),
-        ...["host", "device"].flatMap((lane) => mine(result.before, lane)).map((one) => bar(one, top + 7, 16, { fill: "none", stroke: colours.soft, "stroke-dasharray": "3 2", class: "fl-before" })),
+        ...["host", "beside", "device"].flatMap((lane) => mine(result.before, lane)).map((one) => bar(one, top + 7, 16, { fill: "none", stroke: colours.soft, "stroke-dasharray": "3 2", class: "fl-before" })),
       ];
       const own = result.recipe.host[stage];
       const numbers = own === undefined ? "–" : `${ms(own)} · ${percent(own / result.recipe.ttft)}`;
@@ -471,9 +472,9 @@ function mount(model, el, libraries) {
   const floorAt = (result, stage, floor) => (result.recipe.bars.find(([name]) => name === stage)?.[2] ?? 0) + floor;
   // What the bars mean, in as many lines as the width takes, and where the last of them ends.
   function legend(result, colours, top, width) {
-    const device = result.recipe.bars.some(([, lane]) => lane === "device");
+    const [device, beside] = ["device", "beside"].map((one) => result.recipe.bars.some(([, lane]) => lane === one));
     const parts = [["this recipe", { fill: colours.blue }], result.rival && [`${result.rival.label} (thin)`, { fill: colours.rival }], result.before && [`before: ${result.before.label}`, { fill: "none", stroke: colours.soft, "stroke-dasharray": "3 2" }],
-      device && ["device", { fill: "url(#fl-hatch)", stroke: colours.ink }], Object.keys(result.floors).length > 0 && ["│ floor", null]].filter(Boolean);
+      device && ["device", { fill: "url(#fl-hatch)", stroke: colours.ink }], beside && ["another thread", { fill: colours.blue, "fill-opacity": 0.5 }], Object.keys(result.floors).length > 0 && ["│ floor", null]].filter(Boolean);
     let [at, y] = [LABEL, top + 15];
     const wide = (text) => { ruler.font = FONT.replace("12px", "11px"); return ruler.measureText(text).width; };
     const drawn = parts.flatMap(([name, look]) => {
@@ -492,8 +493,8 @@ function mount(model, el, libraries) {
   function about(result, stage) {
     const { recipe, rival, before, floors } = result;
     const own = recipe.bars.filter(([name]) => name === stage);
-    const lines = [recipe.host[stage] === undefined ? `${stage} · not in this run` : `${stage} · ${ms(recipe.host[stage])} · ${percent(recipe.host[stage] / recipe.ttft)} of TTFT`];
-    for (const lane of ["host", "device", "unaccounted"]) {
+    const lines = [recipe.host[stage] === undefined ? `${stage} · ${own.length ? "beside others" : "not in this run"}` : `${stage} · ${ms(recipe.host[stage])} · ${percent(recipe.host[stage] / recipe.ttft)} of TTFT`];
+    for (const lane of ["host", "beside", "device", "unaccounted"]) {
       const times = own.filter(([, of]) => of === lane).map(([, , start, length]) => `${start.toFixed(2)} → ${(start + length).toFixed(2)}`);
       if (times.length) lines.push(`${times.slice(0, 3).join(", ")}${times.length > 3 ? ` and ${times.length - 3} more` : ""} ms, ${lane}`);
     }
@@ -536,7 +537,7 @@ function mount(model, el, libraries) {
     drawing.addEventListener("dblclick", () => { ui.zoom = null; drawView(); });
   }
   function replay() {
-    const bars = chart.querySelectorAll("rect.fl-solid, rect.fl-device");
+    const bars = chart.querySelectorAll("rect.fl-solid, rect.fl-beside, rect.fl-device");
     const [began, last] = [performance.now(), 2000];
     const { recipe } = model.get("shown");
     const room = roomOf() - LABEL - NUMBERS;

@@ -515,7 +515,7 @@ class Session:
 
 # The stages in which the toggles of a slot work.
 _STAGES_OF = {
-    "preprocessor": ("decode_image", "preprocess", "upload"),
+    "preprocessor": ("decode_image", "preprocess", "await_image", "upload"),
     "vit": ("vit", "merge"),
     "attention": ("prefill", "sample"),
     "cache": ("admit", "prefill"),

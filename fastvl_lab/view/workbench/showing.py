@@ -12,7 +12,7 @@ from fastvl_lab.measure.recipes import STOCK
 from fastvl_lab.measure.samples import Interval, RunSample
 from fastvl_lab.recipe import Recipe
 from fastvl_lab.run import Run, in_words
-from fastvl_lab.trace import STAGES
+from fastvl_lab.trace import LANES, STAGES
 from fastvl_lab.view.workbench.messages import Advised, Dot, Pill, Row, Series, Shown
 from fastvl_lab.view.workbench.session import BEFORE, RECIPE, Advice, Question, Result, candidates
 
@@ -40,7 +40,8 @@ def named(label: str) -> str:
 def series(run: Run, label: str, rounds: Sequence[Dot] = ()) -> Series:
     """What the page draws of a run."""
     trace, own = run.trace, run.own_spans()
-    bars = [(s.name, lane, s.start_ns / 1e6, s.duration_ns / 1e6) for lane in ("host", "device") for s in trace.within_ttft(lane)]
+    bars: list[tuple[str, str, float, float]]
+    bars = [(s.name, lane, s.start_ns / 1e6, s.duration_ns / 1e6) for lane in LANES for s in trace.within_ttft(lane)]
     bars += [("unaccounted", "unaccounted", start / 1e6, (end - start) / 1e6) for start, end in trace.gaps()]
     bars += [(s.name, "own", s.start_ns / 1e6, s.duration_ns / 1e6) for s in own]
     files = {stage: f"fastvl_lab/{file}" for stage, file in STAGES.items() if run.recipe is not None}
