@@ -19,6 +19,7 @@ from typing import Any, Literal
 import torch
 
 from fastvl_lab.errors import RecipeError
+from fastvl_lab.kernels.packed import takes
 
 OptionValue = str | int
 ImageBackend = Literal["pillow", "torchvision"]
@@ -61,7 +62,7 @@ class Needs:
     """What an option cannot do without.
 
     half: the model in bfloat16 or float16. package: an installed one; with Triton comes a C compiler, which builds what launches
-    its kernels. compiler: one of C++, for torch.compile.
+    its kernels. compiler: one of C++, for torch.compile. onednn: it, in torch, with packed weights in the model's dtype.
     """
 
     device: Literal["cuda", "cpu"] | None = None
@@ -69,13 +70,15 @@ class Needs:
     head_dims: HeadDims | None = None
     package: str | None = None
     compiler: bool = False
+    onednn: bool = False
 
     @property
     def words(self) -> tuple[str, ...]:
         """For tables."""
         half, compiler = ("half precision" if self.half else None), ("a C++ compiler" if self.compiler else None)
+        onednn = "oneDNN" if self.onednn else None
         heads = None if self.head_dims is None else str(self.head_dims)
-        return tuple(word for word in (self.device, half, self.package, heads, compiler) if word)
+        return tuple(word for word in (self.device, half, self.package, heads, compiler, onednn) if word)
 
     def unmet(self, target: Target) -> str | None:
         """Why the target will not do, in a sentence, or None; what is not known of it is taken to be as needed."""
@@ -96,6 +99,8 @@ class Needs:
                 return f"Triton needs a C compiler for what launches its kernels, and found none ({', '.join(compilers)})"
         if self.compiler and not any(map(shutil.which, (os.environ.get("CXX") or "c++", "g++", "clang++"))):
             return "it needs a C++ compiler, and neither c++, g++ nor clang++ is found"
+        if self.onednn and not takes(dtype := target.dtype or torch.float32):
+            return f"it needs a torch whose oneDNN packs weights in {str(dtype).removeprefix('torch.')} for this CPU"
         return None
 
 
@@ -103,6 +108,7 @@ _CUDA = Needs(device="cuda")
 _HALF = Needs(device="cuda", half=True)
 _TRITON = Needs(device="cuda", package="triton")
 _CXX = Needs(compiler=True)
+_ONEDNN = Needs(device="cpu", onednn=True)
 _TOWER_HEADS = HeadDims(of="tower", multiple_of=8, most=128)
 _DECODER_HEADS = HeadDims(of="decoder", multiple_of=8, most=128)
 
@@ -280,7 +286,7 @@ class Vit:
         Option(
             value="transformers",
             does="the stock module, called as it is; LMDeploy's TurboMind backend ran it so (InternLM/lmdeploy issue 4195)",
-            decides=("patch_embed", "padding", "attention", "positions", "norms", "rope", "activation", "interpolation"),
+            decides=("patch_embed", "padding", "weights", "attention", "positions", "norms", "rope", "activation", "interpolation"),
         ),
         Option(value="lean", does="our own forward over the same weights, every step below a toggle; vLLM, SGLang"),
     )
@@ -297,6 +303,18 @@ class Vit:
                 "weights; patches are copied once more; FlashRT"
             ),
             requires=("vit.patch_embed=linear",),
+        ),
+    )
+    weights: str = _toggle(
+        Option(value="plain", does="products of blocks and mergers read the weights as the checkpoint has them; Transformers"),
+        Option(
+            value="packed",
+            does=(
+                "they read a second copy, made once a checkpoint, in oneDNN's blocked layout, which torch.compile cannot be given; "
+                "vLLM on a CPU"
+            ),
+            needs=_ONEDNN,
+            requires=("vit.padding=exact", "capture.vit=eager"),
         ),
     )
     attention: str = _toggle(
@@ -455,6 +473,18 @@ class Attention:
     projections: str = _toggle(
         Option(value="separate", does="q, k, v, gate and up are a product each; Transformers"),
         Option(value="fused", does="q with k and v, and gate with up, are one product, over the same weights; vLLM, SGLang"),
+    )
+    weights: str = _toggle(
+        Option(value="plain", does="products of layers read the weights as the checkpoint has them; Transformers"),
+        Option(
+            value="packed",
+            does=(
+                "of two rows and more, they read a second copy, made once a checkpoint, in oneDNN's blocked layout, which "
+                "torch.compile cannot be given; vLLM on a CPU"
+            ),
+            needs=_ONEDNN,
+            requires=("capture.prefill=eager", "capture.decode=eager"),
+        ),
     )
     norms: str = _toggle(
         Option(value="eager", does="RMSNorm as its formula, an operation at a time; the published modelling code"),

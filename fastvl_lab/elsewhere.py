@@ -99,6 +99,8 @@ _S_IMAGES, _S_VISION = "sglang/srt/multimodal/processors/base_processor.py", "sg
 _S_GRAPHS, _S_QWEN = "sglang/srt/model_executor/cuda_graph_config.py", "sglang/srt/models/qwen2_5_vl.py, qwen3_vl.py"
 _L_GRAPHS, _L_QWEN = "lmdeploy/pytorch/backends/cuda/graph_runner/", "lmdeploy/pytorch/models/qwen2_5_vl.py, qwen3_vl.py"
 _V_SCHEDULE, _S_SCHEDULE = "vllm/config/scheduler.py", "sglang/srt/arg_groups/fields/schedule.py"
+_V_WEIGHTS = "vllm/model_executor/layers/utils.py (dispatch_cpu_unquantized_gemm)"
+_S_WEIGHTS = "sglang/srt/layers/amx_utils.py"
 _L_SCHEDULE = "lmdeploy/cli/utils.py"
 
 # Toggle -> what the engines have there, in the order of the catalogue. vLLM's PR 27614 and LMDeploy's 4265 and 4393 made defaults.
@@ -192,6 +194,11 @@ ELSEWHERE: Mapping[str, Elsewhere] = {
             rest="its TurboMind backend pads the MLPs",
             exact="default",
         ),
+    ),
+    "vit.weights": Elsewhere(
+        vllm=_has(_V_WEIGHTS, rest="its build for CPUs packs them for oneDNN", plain="default"),
+        sglang=_has(_S_WEIGHTS, rest="on a CPU with AMX it packs them for kernels of its own", plain="default"),
+        lmdeploy=_has("lmdeploy/pytorch/backends/default/linear.py", plain="default"),
     ),
     "vit.attention": Elsewhere(
         vllm=_has(
@@ -300,6 +307,11 @@ ELSEWHERE: Mapping[str, Elsewhere] = {
         vllm=_has("vllm/model_executor/models/qwen2.py, qwen3.py", fused="default"),
         sglang=_has("sglang/srt/models/qwen2.py, qwen3.py", fused="default"),
         lmdeploy=_has("lmdeploy/pytorch/models/qwen2.py, qwen3.py", fused="default"),
+    ),
+    "attention.weights": Elsewhere(
+        vllm=_has(_V_WEIGHTS, rest="its build for CPUs packs them for oneDNN", plain="default"),
+        sglang=_has(_S_WEIGHTS, rest="on a CPU with AMX it packs them for kernels of its own", plain="default"),
+        lmdeploy=_has("lmdeploy/pytorch/backends/default/linear.py", plain="default"),
     ),
     "attention.norms": Elsewhere(
         vllm=_has("vllm/platforms/cuda.py (get_default_ir_op_priority)", fused="default; one kernel, which torch.compile makes"),

@@ -8,7 +8,7 @@ import re
 import threading
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
@@ -33,6 +33,7 @@ from fastvl_lab.checkpoint.configs import (
 from fastvl_lab.checkpoint.fused import fuse_projections
 from fastvl_lab.checkpoint.image_settings import ImageSettings, read_image_settings, try_image_processor
 from fastvl_lab.checkpoint.memory import available_bytes, gigabytes
+from fastvl_lab.checkpoint.packed import PackedWeights
 from fastvl_lab.checkpoint.padded import pad_widths
 from fastvl_lab.checkpoint.random_weights import RANDOM_PREFIX, published, random_model, write_published_folder
 from fastvl_lab.checkpoint.reading import DTYPES, File, read_json
@@ -53,6 +54,7 @@ class Checkpoint:
     are the checkpoint's own. `max_length` is how many tokens, prompt and answer together, the model can attend to
     (`max_position_embeddings`), and `session_len`, no larger, how many a request may have. `eos_token_ids` end an answer
     (generation_config.json). source: the folder or hub id that its weights were read from; None for weights that are nowhere else.
+    packed: what recipes hold of the weights a second time.
     """
 
     name: str
@@ -67,6 +69,7 @@ class Checkpoint:
     dtype: torch.dtype
     image_processor_file: str = "preprocessor_config.json"
     source: str | None = None
+    packed: PackedWeights = field(default_factory=PackedWeights)
 
     @property
     def config(self) -> Any:

@@ -9,11 +9,14 @@ from fastvl_lab.catalogue import Attention
 from fastvl_lab.decoder import eager, sdpa
 from fastvl_lab.decoder.layers import Attend, Decoder
 from fastvl_lab.decoder.operations import bind_operations
-from fastvl_lab.decoder.weights import DecoderWeights
+from fastvl_lab.decoder.weights import DecoderWeights, with_packed
 
 
 def bind_decoder(slot: Attention, weights: DecoderWeights) -> Decoder:
     """The decoder as the slot's toggles say."""
+    if {"plain": False, "packed": True}[slot.weights]:
+        read = {"separate": ("q", "k", "v", "gate", "up"), "fused": ("qkv", "gate_up")}[slot.projections]
+        weights = with_packed(weights, *read, "o", "down")
     prefill: dict[str, Callable[[], Attend]] = {option: partial(sdpa.bind_prefill, option) for option in sdpa.BACKENDS}
     prefill |= {
         "eager": lambda: eager.prefill,

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch.nn.attention import SDPBackend
 
 from fastvl_lab.decoder.segments import Segments
-from fastvl_lab.decoder.weights import DecoderWeights, Layer
+from fastvl_lab.decoder.weights import DecoderWeights, Layer, product
 from fastvl_lab.kernels.backends import on_kernel
 from fastvl_lab.trace import Inner
 
@@ -149,7 +149,7 @@ def run_layers(
             else:
                 attended = attend(q, cache, index)
             # Of the two, the sum may take the place of what was made here: what the first layer is given is its caller's.
-            hidden, x = operations.add_norm(F.linear(attended.flatten(1), *layer.o), hidden, layer.norm2)
+            hidden, x = operations.add_norm(product(attended.flatten(1), layer.o), hidden, layer.norm2)
             added = operations.mlp(x, layer)
         if index < len(deepstack):
             assert visual_index is not None

@@ -10,11 +10,10 @@ from functools import partial
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 
 from fastvl_lab.catalogue import Attention
 from fastvl_lab.decoder.layers import KvCache, Operations
-from fastvl_lab.decoder.weights import DecoderWeights, Layer
+from fastvl_lab.decoder.weights import DecoderWeights, Layer, product
 from fastvl_lab.kernels.choices import SiluMul, add_rms_norm, after_add, native_rms_norm, silu_mul
 from fastvl_lab.kernels.plain import rms_norm, rms_norm_by_length, rotate_half
 
@@ -53,7 +52,7 @@ def _separate_qkv(weights: DecoderWeights) -> Qkv:
     """Three products."""
 
     def qkv(x: torch.Tensor, layer: Layer) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        q, k, v = (F.linear(x, *linear).view(len(x), -1, weights.head_dim) for linear in (layer.q, layer.k, layer.v))
+        q, k, v = (product(x, linear).view(len(x), -1, weights.head_dim) for linear in (layer.q, layer.k, layer.v))
         return q, k, v
 
     return qkv
@@ -64,18 +63,18 @@ def _fused_qkv(weights: DecoderWeights) -> Qkv:
     heads = (weights.n_heads, weights.n_kv_heads, weights.n_kv_heads)
 
     def qkv(x: torch.Tensor, layer: Layer) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        q, k, v = F.linear(x, *layer.qkv).view(len(x), -1, weights.head_dim).split(heads, dim=1)
+        q, k, v = product(x, layer.qkv).view(len(x), -1, weights.head_dim).split(heads, dim=1)
         return q, k, v
 
     return qkv
 
 
 def _separate_mlp(silu_mul: SiluMul, x: torch.Tensor, layer: Layer) -> torch.Tensor:
-    return F.linear(silu_mul(F.linear(x, *layer.gate), F.linear(x, *layer.up)), *layer.down)
+    return product(silu_mul(product(x, layer.gate), product(x, layer.up)), layer.down)
 
 
 def _fused_mlp(silu_mul: SiluMul, x: torch.Tensor, layer: Layer) -> torch.Tensor:
-    return F.linear(silu_mul(*F.linear(x, *layer.gate_up).chunk(2, dim=-1)), *layer.down)
+    return product(silu_mul(*product(x, layer.gate_up).chunk(2, dim=-1)), layer.down)
 
 
 def _normalised(q: torch.Tensor, k: torch.Tensor, layer: Layer, norm: Norm) -> tuple[torch.Tensor, torch.Tensor]:

@@ -1,16 +1,20 @@
-"""The decoder's parameters as the lean decoder reads them: the checkpoint's own, none of them copied."""
+"""The decoder's parameters as the lean decoder reads them: the checkpoint's own, none of them copied but by `with_packed`."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
+from typing import Any
 
 import torch
+import torch.nn.functional as F
 
 from fastvl_lab.checkpoint import Checkpoint
 from fastvl_lab.checkpoint.fused import side_by_side
+from fastvl_lab.checkpoint.packed import PackedWeights
 from fastvl_lab.decoder.rope import MRope
 from fastvl_lab.errors import CheckpointError
 from fastvl_lab.families.text import Layer as StockLayer, Linear, head_dim
+from fastvl_lab.kernels.packed import packed_linear
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -23,7 +27,10 @@ class Layer(StockLayer):
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class DecoderWeights:
-    """The decoder's parameters and what its geometry decides; embed, lm_head: [vocab, hidden], one tensor when tied."""
+    """The decoder's parameters and what its geometry decides; embed, lm_head: [vocab, hidden], one tensor when tied.
+
+    packed: where packed copies of the checkpoint's weights are kept.
+    """
 
     layers: tuple[Layer, ...]
     embed: torch.Tensor
@@ -34,6 +41,7 @@ class DecoderWeights:
     n_kv_heads: int
     head_dim: int
     rope: MRope
+    packed: PackedWeights
 
 
 def decoder_weights(checkpoint: Checkpoint) -> DecoderWeights:
@@ -58,7 +66,27 @@ def decoder_weights(checkpoint: Checkpoint) -> DecoderWeights:
         n_kv_heads=config.num_key_value_heads,
         head_dim=head_dim(config),
         rope=MRope(inv_freq=text.inv_freq, scaling=text.scaling, axis=text.axis),
+        packed=checkpoint.packed,
     )
+
+
+def with_packed(weights: DecoderWeights, *names: str) -> DecoderWeights:
+    """The same with these projections of every layer packed too; of the LM head, which reads a row a sequence, there is no copy."""
+
+    def packed(linear: Linear) -> Linear:
+        return linear._replace(packed=weights.packed.of(linear.weight))
+
+    def of_layer(layer: Layer) -> Layer:
+        changes: dict[str, Any] = {name: packed(getattr(layer, name)) for name in names}
+        return replace(layer, **changes)
+
+    return replace(weights, layers=tuple(map(of_layer, weights.layers)))
+
+
+def product(x: torch.Tensor, linear: Linear) -> torch.Tensor:
+    """x [n, in] by a projection: [n, out]."""
+    weight, bias, packed = linear
+    return F.linear(x, weight, bias) if packed is None else packed_linear(x, packed, weight, bias)
 
 
 def _layer(layer: StockLayer) -> Layer:

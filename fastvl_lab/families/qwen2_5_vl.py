@@ -62,8 +62,8 @@ def _block(block: Any, operations: TowerOperations, between: Between) -> Block:
     (gate, up), down = between((block.mlp.gate_proj, block.mlp.up_proj), block.mlp.down_proj)
     return Block(
         norm1=operations.rms_norm(block.norm1.weight, block.norm1.variance_epsilon),
-        qkv=block.attn.qkv,
-        proj=block.attn.proj,
+        qkv=operations.linear(block.attn.qkv),
+        proj=operations.linear(block.attn.proj),
         norm2=operations.rms_norm(block.norm2.weight, block.norm2.variance_epsilon),
         mlp=lambda x: down(operations.silu_mul(gate(x), up(x))),
     )

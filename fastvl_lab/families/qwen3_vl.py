@@ -60,8 +60,8 @@ def _block(block: Any, operations: TowerOperations, between: Between) -> Block:
     norm1, norm2 = (operations.layer_norm(norm.weight, norm.bias, norm.eps) for norm in (block.norm1, block.norm2))
     return Block(
         norm1=norm1,
-        qkv=block.attn.qkv,
-        proj=block.attn.proj,
+        qkv=operations.linear(block.attn.qkv),
+        proj=operations.linear(block.attn.proj),
         norm2=norm2,
         mlp=lambda x: second(block.mlp.act_fn(first(x))),
     )

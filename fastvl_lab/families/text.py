@@ -10,10 +10,11 @@ import torch
 
 
 class Linear(NamedTuple):
-    """A projection: weight [out, in], and bias [out] or None."""
+    """A projection: weight [out, in], bias [out] or None, and the weight once more as `kernels.packed` has it, or None."""
 
     weight: torch.Tensor
     bias: torch.Tensor | None
+    packed: torch.Tensor | None = None
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)

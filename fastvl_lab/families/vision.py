@@ -27,9 +27,10 @@ Between = Callable[[Sequence[Any], Any], tuple[Sequence[Function], Function]]
 class TowerOperations:
     """The operations that the toggles chose; rms_norm(weight, eps) and layer_norm(weight, bias, eps) make norms.
 
-    silu_mul maps gate and up, which it may overwrite, to silu(gate) * up.
+    linear(module) does what a linear module does. silu_mul maps gate and up, which it may overwrite, to silu(gate) * up.
     """
 
+    linear: Callable[[Any], Function]
     rms_norm: Callable[[torch.Tensor, float], AddNorm]
     layer_norm: Callable[[torch.Tensor, torch.Tensor, float], AddNorm]
     rotate: TowerRotate

@@ -232,7 +232,7 @@ def with_slot(recipe: Recipe, slot: str, source: Recipe) -> Recipe:
 
 # What a decode step depends on; engines that agree in it take the same steps.
 _OF_A_STEP = (
-    *(f"attention.{name}" for name in ("decode", "projections", "norms", "rope", "activation", "argmax")),
+    *(f"attention.{name}" for name in ("decode", "projections", "weights", "norms", "rope", "activation", "argmax")),
     *("capture.decode", "capture.shapes"),
 )
 

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from fastvl_lab.catalogue import Vit
 from fastvl_lab.checkpoint import Checkpoint
 from fastvl_lab.checkpoint.padded import aligned
+from fastvl_lab.families.vision import Between
 from fastvl_lab.inputs import tensors
 from fastvl_lab.request import PatchFormat, Pixels, VisionTokens
 from fastvl_lab.trace import Inner, Tracer
@@ -72,9 +73,17 @@ def bind(
         assert patch_format == stock_format(checkpoint), "the recipe lets the stock tower have stock patches only"
         return stock.StockEncoder.of(checkpoint)
     assert slot.tower == "lean"
-    operations = bind_operations(norms=slot.norms, rope=slot.rope, activation=slot.activation, interpolation=slot.interpolation)
-    between = {"exact": as_they_are, "aligned": in_lines}[slot.padding]
-    tower = lean.tower_of(checkpoint, operations, between)
+    operations = bind_operations(
+        checkpoint.packed,
+        weights=slot.weights,
+        norms=slot.norms,
+        rope=slot.rope,
+        activation=slot.activation,
+        interpolation=slot.interpolation,
+    )
+    exact = partial(as_they_are, linear=operations.linear)
+    between: dict[str, Between] = {"exact": exact, "aligned": in_lines}
+    tower = lean.tower_of(checkpoint, operations, between[slot.padding])
     patch_embed = _patch_embed(slot, checkpoint, patch_format)
     attend = attention.bind(slot.attention, checkpoint.dtype, compiled=compiled)
     build = partial(lean.build_plan, tower, attend)

@@ -1,27 +1,42 @@
-"""Ways to do the small operations between the tower's matrix products: norms, rotation, activation, interpolation.
+"""Ways to do the tower's matrix products and the small operations between them: norms, rotation, activation, interpolation.
 
 Each is plain PyTorch, or a Triton kernel that is imported where it is chosen. Shape letters: N patches, H heads, D head_dim.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
 import torch
 
-from fastvl_lab.families.vision import Interpolate, TowerOperations, TowerRotate
+from fastvl_lab.checkpoint.packed import PackedWeights
+from fastvl_lab.families.vision import Function, Interpolate, TowerOperations, TowerRotate
 from fastvl_lab.kernels import choices
+from fastvl_lab.kernels.packed import packed_linear
 from fastvl_lab.kernels.plain import interpolate, rotate_half
+from fastvl_lab.vit.padding import itself
 
 
-def bind_operations(*, norms: str, rope: str, activation: str, interpolation: str) -> TowerOperations:
-    """The operations by the values of the slot's toggles."""
+def bind_operations(
+    packed: PackedWeights, *, weights: str, norms: str, rope: str, activation: str, interpolation: str
+) -> TowerOperations:
+    """The operations by the values of the slot's toggles; packed: where packed weights are kept."""
+    linears: dict[str, Callable[[Any], Function]] = {"plain": itself, "packed": partial(_packed, packed)}
     add_rms_norm, add_layer_norm = choices.add_rms_norm(norms), choices.add_layer_norm(norms)
     return TowerOperations(
+        linear=linears[weights],
         rms_norm=lambda weight, eps: lambda hidden, added: add_rms_norm(hidden, added, weight, eps),
         layer_norm=lambda weight, bias, eps: lambda hidden, added: add_layer_norm(hidden, added, weight, bias, eps),
         rotate={"eager": lambda: _rotate, "halves": lambda: _rotate_halves, "fused": _fused_rotate}[rope](),
         silu_mul=choices.silu_mul(activation),
         interpolate={"eager": lambda: interpolate, "fused": _fused_interpolate}[interpolation](),
     )
+
+
+def _packed(kept: PackedWeights, module: Any) -> Function:
+    return partial(packed_linear, packed=kept.of(module.weight), weight=module.weight, bias=module.bias)
 
 
 def _rotate(

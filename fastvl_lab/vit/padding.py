@@ -6,7 +6,7 @@ stream stays as wide as it is.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
@@ -16,9 +16,17 @@ from fastvl_lab.checkpoint.padded import aligned, with_padding
 from fastvl_lab.families.vision import Function
 
 
-def as_they_are(makers: Sequence[Any], reader: Any) -> tuple[Sequence[Function], Function]:
-    """The modules themselves."""
-    return makers, reader
+def itself(module: Any) -> Function:
+    """A linear module, which is a function."""
+    function: Function = module
+    return function
+
+
+def as_they_are(
+    makers: Sequence[Any], reader: Any, linear: Callable[[Any], Function] = itself
+) -> tuple[Sequence[Function], Function]:
+    """The modules themselves, or what `linear` makes of each."""
+    return [linear(maker) for maker in makers], linear(reader)
 
 
 def in_lines(makers: Sequence[Any], reader: Any) -> tuple[Sequence[Function], Function]:

@@ -145,7 +145,9 @@ def test_every_combination_of_options_equals_the_stock_decoder(
     checkpoint, tokens = other_checkpoint(name, **changes), (7, 250, 31)
     prompt, vision = _prompt(40), _vision(checkpoint, 3)
     expected, weights = _stock(checkpoint, prompt, vision, tokens), decoder_weights(checkpoint)
-    combinations = list(_attention() if not changes else _attention(prefill=["sdpa"], norms=["eager", "by_length"]))
+    given = {} if not changes else {"prefill": ["sdpa"], "norms": ["eager", "by_length"]}
+    packed = _attention(weights=["packed"], prefill=["sdpa"], norms=["eager"], rope=["rolled"])  # meets `projections` alone
+    combinations = [*_attention(weights=["plain"], **given), *packed]
     assert len(combinations) >= 16
     for slot in combinations:
         ours = _ours(bind_decoder(slot, weights), _Kv(kind, checkpoint), prompt, vision, tokens)
@@ -160,12 +162,12 @@ def test_the_shortest_prompts(other_checkpoint: Callable[..., Checkpoint], n_tok
         checkpoint = other_checkpoint(name)
         prompt, vision = _prompt(n_tokens, visual=()), _vision(checkpoint, 0)
         expected = _stock(checkpoint, prompt, VisionTokens(embeds=vision.embeds), (9, 8))
-        for slot in _attention(norms=["eager"], rope=["eager", "rolled"], projections=["fused"]):
+        for slot in _attention(norms=["eager"], rope=["rolled"], projections=["fused"]):
             ours = _ours(bind_decoder(slot, decoder_weights(checkpoint)), _Kv("paged", checkpoint), prompt, None, (9, 8))
             assert max((a - b).abs().max() for a, b in zip(ours, expected, strict=True)) < 1e-4
 
 
-TRITON = {"norms": ["fused"], "rope": ["fused"], "activation": ["fused"], "argmax": ["fused"]}
+TRITON = {"norms": ["fused"], "rope": ["fused"], "activation": ["fused"], "argmax": ["fused"], "weights": ["plain"]}
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="runs the kernels in Triton's interpreter")

@@ -197,7 +197,7 @@ def _block(block: Any, operations: TowerOperations, between: Between) -> Block:
     return Block(
         norm1=operations.rms_norm(block.before.scale, 1e-5),
         qkv=lambda x: torch.cat([block.to_q(x), block.to_k(x), block.to_v(x)], dim=1),
-        proj=block.to_out,
+        proj=operations.linear(block.to_out),
         norm2=operations.rms_norm(block.between.scale, 1e-5),
         mlp=lambda x: narrow(F.relu(wide(x)) ** 2),
     )

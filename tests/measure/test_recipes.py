@@ -174,12 +174,13 @@ def test_steps_are_the_same_where_only_what_comes_before_them_differs() -> None:
 @pytest.mark.parametrize("device", [CPU, CUDA])
 def test_every_option_of_the_slot_has_a_row_with_what_it_requires(device: torch.device) -> None:
     """What a GPU would be given is known without one."""
-    engines = of_the_decoder(device, torch.bfloat16)
+    target = Target(device=device, dtype=torch.bfloat16)
+    engines = of_the_decoder(target.device, torch.bfloat16)
     for toggle in toggles():
         if toggle.slot == "attention" or toggle.path == "cache.kv":
             for option in toggle.options:
                 met = {e.value(toggle.path) for e in engines.values() if isinstance(e, Recipe)}
-                assert (option.value in met) == (option.needs.unmet(Target(device=device)) is None), (toggle.path, option.value)
+                assert (option.value in met) == (option.needs.unmet(target) is None), (toggle.path, option.value)
     assert {"transformers", "baseline", "lean", "kv=static", "kv=paged", "last of each", "fastest"} <= set(engines)
     assert engines["fastest"] == Recipe.fastest(device)
     alone = {label: e.changes().keys() - engines["lean"].changes().keys() for label, e in engines.items() if "=" in label}

@@ -111,7 +111,7 @@ def test_it_goes_with_every_other_option_and_format_of_patches(lab: Lab) -> None
     checkpoint = _other(lab, SMALL)
     changes: list[dict[str, Any]] = [{}, BYTES, {"preprocessor.temporal": "folded"}, {"preprocessor.payload": "uint8"}]
     for toggle in toggles():
-        if toggle.slot == "vit" and toggle.name not in ("tower", "patch_embed", "padding", "attention"):
+        if toggle.slot == "vit" and toggle.name not in ("tower", "patch_embed", "padding", "weights", "attention"):
             changes += [{toggle.path: value} for value in toggle.values[1:]]
     for change in changes:
         recipe = LEAN.replace(change)

@@ -551,6 +551,7 @@ def _fitted(picture: str | bytes, box: tuple[int, int]) -> tuple[int, int]:
 def _held(lab: Lab, recipe: Recipe) -> dict[str, int]:
     """Bytes by what holds them now."""
     held = {"weights": sum(weight.nbytes for weight in lab.checkpoint.model.parameters()), **lab.memory.held()}
+    held["weights, packed"] = lab.checkpoint.packed.n_bytes
     held["CUDA graphs"] = sum(capture.n_bytes for capture in lab.captures(recipe))
     return held
 
