@@ -639,6 +639,7 @@ function mount(model, el, libraries) {
       const mark = (fields) => send("Mark", { number: row.number, pinned: row.pinned, note: row.note, ...fields });
       const note = h("input", { type: "text", value: row.note, "aria-label": `note on ${name}`, placeholder: "note", onchange: () => mark({ note: note.value }) });
       const line = h("tr", { tabindex: "0", "data-number": row.number, onclick: (event) => { if (!event.target.closest("button, input")) send("Look", event.shiftKey ? { against: row.number } : { number: row.number }); },
+        onmousedown: (event) => { if (event.shiftKey && !event.target.closest("input")) event.preventDefault(); }, // selects no text
         onkeydown: (event) => { if (event.key === "Enter" && event.target === line) send("Look", event.shiftKey ? { against: row.number } : { number: row.number }); } },
       h("td", {}, h("button", { type: "button", class: "fl-link", "aria-pressed": String(row.pinned), "aria-label": `pin ${name}`, onclick: () => mark({ pinned: !row.pinned }) }, row.pinned ? "★" : "☆")),
       h("td", {}, row.when || String(row.number)), h("td", { "data-tip": `${row.recipe}\n${row.question}` }, row.changed, row.when ? h("div", { class: "fl-grey" }, row.question) : null, row.elsewhere ? h("div", { class: "fl-elsewhere" }, `measured elsewhere: ${row.elsewhere}`) : null),
