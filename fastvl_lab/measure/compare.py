@@ -188,6 +188,28 @@ class Comparison:
         text += f", on other pixels than {reference}, which move Transformers' logits by up to {checked.moved:.2g}"
         return text if checked.expected == self.checks[reference].expected else f"{text} and change its answer"
 
+    def to_record(self) -> dict[str, Any]:
+        """Everything but the logits as JSON-ready data; `from_record` reads it back."""
+        return {
+            "samples": [sample.to_record() for sample in self.samples],
+            "reference": self.reference,
+            "checks": {label: dataclasses.asdict(checked) for label, checked in self.checks.items()},
+            "failures": dict(self.failures),
+            "notes": list(self.notes),
+        }
+
+    @classmethod
+    def from_record(cls, record: Mapping[str, Any]) -> Comparison:
+        """Read `to_record`'s form."""
+        checks = {name: Parity(**{**checked, "expected": tuple(checked["expected"])}) for name, checked in record["checks"].items()}
+        return cls(
+            samples=tuple(map(RunSample.from_record, record["samples"])),
+            reference=record["reference"],
+            checks=checks,
+            failures=record["failures"],
+            notes=tuple(record["notes"]),
+        )
+
     def frame(self) -> Any:
         """The summary as a pandas DataFrame; needs the extra "notebooks"."""
         return require("pandas", "notebooks").DataFrame(self.summary())
@@ -308,6 +330,15 @@ class Attribution:
             raise RecipeError(f"step {step!r} is unknown; the steps are {', '.join(map(repr, self.steps))}")
         number = self.steps.index(step)
         return self.comparison.saving(step, self.steps[number - 1]) if number else None
+
+    def to_record(self) -> dict[str, Any]:
+        """As `Comparison.to_record`."""
+        return {"comparison": self.comparison.to_record(), "steps": list(self.steps)}
+
+    @classmethod
+    def from_record(cls, record: Mapping[str, Any]) -> Attribution:
+        """Read `to_record`'s form."""
+        return cls(comparison=Comparison.from_record(record["comparison"]), steps=tuple(record["steps"]))
 
 
 def attribute(

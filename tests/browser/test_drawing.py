@@ -72,8 +72,13 @@ def records(labs: dict[str, Lab]) -> dict[str, Any]:
     question = Question(
         checkpoint="tiny-qwen2.5-vl", pictures=(Picture(source=picture, name="a.jpg"),), prompt="What?", max_new_tokens=3
     )
-    first = Result(number=1, question=question, recipe=recipe, run=run, held={}, floors={"vit": 1e-3})
+    first = Result(number=1, when=1.7e9, where={}, question=question, recipe=recipe, run=run, held={}, floors={"vit": 1e-3})
     second = dataclasses.replace(first, number=2)
+    row = showing.row(first, None, pinned=False, note="")
+    earlier = [
+        dataclasses.replace(row, number=-1, when="14 Nov 2026 22:13", spread="9 to 10 ms in 6 rounds"),
+        dataclasses.replace(row, number=-2, when="13 Nov 2026 09:00", elsewhere="torch 2.9.0, not 2.10.0"),
+    ]
     made = controls(lambda: recipe, lambda *_: None, lambda: lab.checkpoint.target)
     values = {path: control.value for path, control in made.items()}
     savings = {"vit.rope": ("halves", 2.0, 1.0, 3.0), "vit.norms": ("native", -1.0, -2.0, -0.5)}
@@ -107,6 +112,7 @@ def records(labs: dict[str, Lab]) -> dict[str, Any]:
         "shown": showing.shown(second, first, view="waterfall", against=0, pending=False),
         "figure": {},
         "history": tuple(showing.row(result, None, pinned=False, note="") for result in (first, second)),
+        "earlier": messages.Earlier(rows=tuple(earlier)),
         "advised": messages.Advised(savings=savings, sentence="Next best: vit.rope.", path="vit.rope", value="halves"),
     }
     return {name: messages.to_json(record) for name, record in told.items()}
@@ -255,6 +261,50 @@ def test_a_row_of_the_history_is_deleted(page: Any, show: Callable[..., Any]) ->
     assert page.evaluate("window.sent.at(-1)") == {"kind": "Delete", "number": 1}
     page.evaluate("(rows) => window.tell('history', rows)", records["history"][1:])
     assert [row.get_attribute("data-number") for row in page.locator(".fl-history tbody tr").all()] == ["2"]
+
+
+def test_results_of_earlier_sessions_are_shown_held_against_and_forgotten_by_keyboard(page: Any, show: Callable[..., Any]) -> None:
+    records = show()
+    sent = "window.sent.at(-1)"
+    rows = page.locator(".fl-earlier tbody tr")
+    assert not rows.first.is_visible()
+    assert page.locator(".fl-earlier summary").inner_text() == "earlier sessions: 2 results, the newest of 14 Nov 2026 22:13"
+    page.locator(".fl-earlier summary").focus()
+    page.keyboard.press("Enter")
+    assert [row.get_attribute("data-number") for row in rows.all()] == ["-1", "-2"]  # newest first
+    assert "a.jpg as it is" in rows.first.inner_text()
+    assert "9 to 10 ms in 6 rounds" in rows.first.inner_text()
+    assert "measured elsewhere: torch 2.9.0, not 2.10.0" in rows.nth(1).inner_text()
+    found = page.evaluate(CONTRASTS)
+    assert [(text, round(ratio, 2)) for text, least, ratio in found if ratio < least] == []
+    assert page.evaluate(NAMELESS) == []
+    rows.first.focus()
+    page.keyboard.press("Enter")
+    assert page.evaluate(sent) == {"kind": "Look", "number": -1}
+    rows.nth(1).focus()
+    page.keyboard.press("Shift+Enter")
+    assert page.evaluate(sent) == {"kind": "Look", "against": -2}
+    page.get_by_role("button", name="forget the result of 13 Nov 2026 09:00").press("Enter")
+    assert page.evaluate(sent) == {"kind": "Delete", "number": -2}
+    page.get_by_role("button", name="forget them").press("Enter")
+    assert page.evaluate(sent) == {"kind": "Press", "button": "forget"}
+    page.evaluate("(shown) => window.tell('shown', shown)", records["shown"] | {"number": -1, "earlier": "of an earlier session"})
+    assert rows.first.get_attribute("aria-current") == "true"
+    assert page.locator(".fl-of-earlier").inner_text() == "of an earlier session"
+    page.evaluate("() => window.tell('earlier', { rows: [], skipped: '' })")
+    assert page.locator(".fl-earlier").is_hidden()
+    assert page.locator(".fl-history tbody tr").count() == 2
+
+
+def test_a_link_or_a_line_of_python_is_copied(page: Any, show: Callable[..., Any]) -> None:
+    records = show()
+    page.evaluate(
+        "() => Object.defineProperty(navigator, 'clipboard', { value: { writeText: (text) => { window.copied = text; } } })"
+    )
+    for link, name in (("?recipe=baseline&result=x", "copy link"), ("", "copy as Python line")):
+        page.evaluate("(shown) => window.tell('shown', shown)", records["shown"] | {"link": link, "line": "fl.workbench('a')"})
+        page.get_by_role("button", name=name, exact=True).click()
+        assert page.evaluate("window.copied").endswith(link or "fl.workbench('a')")
 
 
 def test_a_run_under_way_grows_and_counts(page: Any, show: Callable[..., Any]) -> None:

@@ -541,6 +541,59 @@ def test_the_panel_as_a_page_of_its_own(
     assert errors == []
 
 
+def test_results_outlive_the_server_and_a_link_opens_one(
+    page_of_its_own: Callable[..., str], page: Any, errors: list[str], tmp_path: Path
+) -> None:
+    def opened_at(url: str) -> Panel:
+        page.goto(url, wait_until="commit", timeout=90_000)
+        panel = Panel(page)
+        panel.box.wait_for(timeout=90_000)
+        return panel
+
+    options = ("--image=coffee", "--image-size", "224", "168", "--max-new-tokens=6", "--repeats=1", "--device=cpu", "--folder=kept")
+    panel = opened_at(page_of_its_own(*options))
+    panel.measured(1)
+    assert panel.box.locator(".fl-earlier").is_hidden()
+    panel.option("attention.prefill", "sdpa").click()
+    panel.measured(2)
+    panel.box.get_by_label("note on 2").fill("the good one")
+    page.keyboard.press("Tab")
+    panel.until("() => document.querySelector('.fl-history input[value=\"the good one\"]') !== null")
+    headline = panel.box.locator(".fl-big").inner_text()
+    page.evaluate("() => { navigator.clipboard.writeText = (text) => { window.copied = text; }; }")
+    panel.box.get_by_role("button", name="copy link").click()
+    panel.says("fl-status", "link copied")
+    query = page.evaluate("window.copied").partition("?")[2]
+
+    # Another server, and another kernel: it runs nothing, and shows what was kept.
+    panel = opened_at(f"{page_of_its_own(*options)}?{query}")
+    panel.state("idle")
+    panel.says("fl-of-earlier", "of an earlier session, ")
+    assert panel.box.locator(".fl-big").inner_text() == headline
+    assert panel.box.locator(".fl-solid").count() > 5
+    assert panel.option("attention.prefill", "sdpa").get_attribute("aria-checked") == "true"
+    assert panel.box.locator(".fl-history tbody tr").count() == 0
+    panel.box.locator(".fl-earlier summary").click()
+    rows = panel.box.locator(".fl-earlier tbody tr")
+    assert rows.count() == 2
+    assert rows.first.get_by_label("note on").input_value() == "the good one"
+    assert headline in rows.first.inner_text()
+
+    panel.button("baseline").click()
+    panel.measured(1)
+    panel.says("fl-heading", "#1 · ")
+    assert panel.box.locator(".fl-message").is_hidden()
+    assert panel.box.locator(".fl-elsewhere").count() == 0  # the same machine, versions and weights
+    rows.first.click(modifiers=["Shift"])
+    panel.until("() => document.querySelectorAll('.fl-before').length > 5")
+    assert page.evaluate("getSelection().isCollapsed")
+    page.screenshot(path=tmp_path / "earlier.png", full_page=True)
+    panel.box.get_by_role("button", name="forget them").click()
+    panel.until("() => document.querySelector('.fl-earlier').hidden")
+    assert len(list((tmp_path / "kept").glob("*.json.gz"))) == 1
+    assert errors == []
+
+
 def test_a_reload_a_second_tab_and_a_restart(jupyterlab: Any, page: Any, errors: list[str]) -> None:
     """Two pages show the same panel, and a click in either is seen in both; a new kernel begins anew."""
 

@@ -16,7 +16,7 @@ import os
 import fastvl_lab as fl
 
 os.chdir({folder!r})
-fl.workbench({settings})
+fl.workbench({settings}, query=os.environ.get("QUERY_STRING", ""))  # of the page's address, as Voila tells it
 """
 
 
@@ -38,6 +38,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--repeats", type=int, default=6, help="measured rounds after each click; intervals need 6")
     parser.add_argument("--device", help="cpu, cuda, cuda:1; by default CUDA where present")
     parser.add_argument("--dtype", help="float32, bfloat16, float16; by default the checkpoint's on CUDA, float32 on a CPU")
+    parser.add_argument("--folder", help="where results are kept; by default in the user's cache folder")
     parser.add_argument("--port", type=int, default=8866)
     options, for_voila = parser.parse_known_args(arguments)
     voila, nbformat = require("voila.app", "notebooks"), require("nbformat", "notebooks")

@@ -99,6 +99,7 @@ function mount(model, el, libraries) {
   const answer = h("pre", { class: "fl-answer", tabindex: "0", "aria-label": "the answer" });
   const toggles = h("div", { class: "fl-toggles", "aria-label": "the recipe's toggles" });
   const history = h("div", { class: "fl-history" });
+  const earlier = h("details", { class: "fl-earlier", hidden: true });
   const copies = h("details", { class: "fl-copies" }, h("summary", {}, "copy the recipe"), h("div"));
   const tip = h("div", { class: "fl-tip", role: "tooltip", hidden: true });
   const help = h("div", { class: "fl-help", role: "dialog", "aria-label": "keys and words", hidden: true, tabindex: "-1" });
@@ -118,7 +119,7 @@ function mount(model, el, libraries) {
   const shown = h("div", { class: "fl-shown" }, pills, learnt, advice, tabs, views, heading, answer, table);
   const note = h("div", { class: "fl-note" });
   const root = h("section", { class: "fl-bench", "aria-label": "workbench", "data-lm-suppress-shortcuts": "true" },
-    ask.box, message, head, h("div", { class: "fl-body" }, h("div", { class: "fl-side" }, status, toggles, note), shown), history, copies, help, tip);
+    ask.box, message, head, h("div", { class: "fl-body" }, h("div", { class: "fl-side" }, status, toggles, note), shown), history, earlier, copies, help, tip);
   el.append(root);
   freeSticky(el);
 
@@ -236,7 +237,12 @@ function mount(model, el, libraries) {
     for (const slot of toggles.querySelectorAll(".fl-slot")) slot.querySelector(".fl-changed").textContent = changed[slot.dataset.slot] ? `${changed[slot.dataset.slot]} beyond the baseline` : "";
     undo.disabled = !undoable;
     copies.lastChild.replaceChildren(...Object.entries(texts).map(([name, text]) => h("div", { class: "fl-copy" },
-      button(`copy ${name}`, () => { navigator.clipboard?.writeText(text); status.textContent = `${name} copied`; }, `the recipe as ${name}`), h("pre", {}, text))));
+      button(`copy ${name}`, () => copied(text, name), `the recipe as ${name}`), h("pre", {}, text))));
+  }
+  function copied(text, name) {
+    navigator.clipboard?.writeText(text);
+    status.textContent = navigator.clipboard ? `${name} copied` : text; // a page that may not copy shows it
+    status.dataset.tip = text;
   }
   function showAdvised() {
     const { savings = {}, sentence = "", path, value } = model.get("advised");
@@ -325,9 +331,11 @@ function mount(model, el, libraries) {
     spread.textContent = [result.spread, result.headline ? "" : result.cold, result.tpot && result.headline ? `TPOT ${result.tpot}` : ""].filter(Boolean).join(" · ");
     pills.replaceChildren(...result.pills.map(({ text, state, about }) => h("span", { class: `fl-pill fl-${state}`, "data-tip": about, tabindex: "0" }, text)));
     learnt.textContent = result.learnt;
-    heading.replaceChildren(h("div", {}, result.heading), h("div", {}, result.detail), h("div", { class: "fl-no-before", hidden: !result.no_before }, result.no_before),
+    heading.replaceChildren(h("div", {}, result.heading), h("div", {}, result.detail), h("div", { class: "fl-no-before", hidden: !result.no_before }, result.no_before), h("div", { class: "fl-of-earlier", hidden: !result.earlier }, result.earlier),
       h("div", { class: "fl-tools" }, button("replay slowly", replay, "the run again, as long as two seconds"), button("PNG", png, "this waterfall as a picture"),
-        button("Perfetto", perfetto, "this run's trace in ui.perfetto.dev, in a window of its own"), button("export all", () => press("export"), "page, records, Perfetto traces and PNG, into a new folder beside the notebook")));
+        button("Perfetto", perfetto, "this run's trace in ui.perfetto.dev, in a window of its own"),
+        button(result.link ? "copy link" : "copy as Python line", () => copied(result.link ? location.origin + location.pathname + result.link : result.line, result.link ? "link" : "Python line"), `what opens this question, recipe and result again${result.link ? "" : " in a notebook"}, where it is kept`, { class: "fl-link-again" }),
+        button("export all", () => press("export"), "page, records, Perfetto traces and PNG, into a new folder beside the notebook")));
     if (!model.get("live").busy) answer.textContent = result.answer;
     showTabs();
     showStrip();
@@ -358,7 +366,7 @@ function mount(model, el, libraries) {
     const figure = model.get("figure");
     if (figure.view !== result.view || figure.about !== `${result.view} of ${result.number}`) {
       if (libraries.plotly && plot.firstChild?.data) libraries.plotly.purge(plot.firstChild);
-      plot.replaceChildren(h("p", { class: "fl-grey" }, `${result.view}: being measured…`));
+      plot.replaceChildren(h("p", { class: "fl-grey" }, result.lacks || `${result.view}: being measured…`));
       return showTable([], []);
     }
     showTable(figure.columns, figure.rows);
@@ -595,38 +603,56 @@ function mount(model, el, libraries) {
     setTimeout(() => clearInterval(ping), 20000);
   }
 
-  // The history: newest first; a click shows, a shift-click holds against.
+  // The history: newest first; a click shows, a shift-click holds against. Below it what earlier sessions have kept, which has numbers below 0.
   const lines = new Map();
+  const tableOf = (second) => h("div", { class: "fl-scroll" }, h("table", {}, h("thead", {}, h("tr", {}, ["★", second, "what changed", "TTFT", "against the bar to beat", "parity", "note", ""].map((name) => h("th", { scope: "col" }, name)))), h("tbody")));
   function showHistory() {
     const rows = model.get("history");
-    const { number: at, against } = model.get("shown");
     if (rows.length === 0) return;
     if (!history.firstChild) {
       history.append(h("div", { class: "fl-line" }, h("h3", {}, "history"), h("span", { class: "fl-grey" }, "click a row to show it, shift-click to hold the shown one against it"),
-        button("measure side by side", beside, "the shown recipe, the one it is held against, and the bar to beat, in shuffled rounds")),
-      h("div", { class: "fl-scroll" }, h("table", {}, h("thead", {}, h("tr", {}, ["★", "#", "what changed", "TTFT", "against the bar to beat", "parity", "note", ""].map((name) => h("th", { scope: "col" }, name)))), h("tbody"))));
+        button("measure side by side", beside, "the shown recipe, the one it is held against, and the bar to beat, in shuffled rounds")), tableOf("#"));
     }
-    const body = history.querySelector("tbody");
+    showRows(history, rows);
+  }
+  function showEarlier() {
+    const { rows = [], skipped = "" } = model.get("earlier");
+    earlier.hidden = rows.length === 0 && !skipped;
+    if (!earlier.firstChild) {
+      const forget = button("forget them", () => press("forget"), "delete all of these that are not pinned, also on disk");
+      earlier.append(h("summary", {}), h("div", { class: "fl-line" }, h("span", { class: "fl-grey" }), forget), tableOf("when"));
+      earlier.querySelector("thead").rows[0].cells[2].textContent = "recipe and question";
+    }
+    earlier.firstChild.textContent = `earlier sessions: ${rows.length} ${rows.length === 1 ? "result" : "results"}${rows.length ? `, the newest of ${rows[0].when}` : ""}`;
+    earlier.querySelector(".fl-grey").textContent = skipped;
+    showRows(earlier, rows);
+  }
+  function showRows(part, rows) {
+    const { number: at, against } = model.get("shown");
+    const body = part.querySelector("tbody");
     const most = Math.max(...rows.map((row) => row.milliseconds));
     const order = [...rows].sort((a, b) => b.pinned - a.pinned || b.number - a.number);
     for (const row of order) {
       const known = lines.get(row.number);
       const text = JSON.stringify([row, most]);
       if (known?.text === text) continue;
+      const name = row.when ? `the result of ${row.when}` : row.number;
       const mark = (fields) => send("Mark", { number: row.number, pinned: row.pinned, note: row.note, ...fields });
-      const note = h("input", { type: "text", value: row.note, "aria-label": `note on ${row.number}`, placeholder: "note", onchange: () => mark({ note: note.value }) });
+      const note = h("input", { type: "text", value: row.note, "aria-label": `note on ${name}`, placeholder: "note", onchange: () => mark({ note: note.value }) });
       const line = h("tr", { tabindex: "0", "data-number": row.number, onclick: (event) => { if (!event.target.closest("button, input")) send("Look", event.shiftKey ? { against: row.number } : { number: row.number }); },
+        onmousedown: (event) => { if (event.shiftKey && !event.target.closest("input")) event.preventDefault(); }, // selects no text
         onkeydown: (event) => { if (event.key === "Enter" && event.target === line) send("Look", event.shiftKey ? { against: row.number } : { number: row.number }); } },
-      h("td", {}, h("button", { type: "button", class: "fl-link", "aria-pressed": String(row.pinned), "aria-label": `pin ${row.number}`, onclick: () => mark({ pinned: !row.pinned }) }, row.pinned ? "★" : "☆")),
-      h("td", {}, String(row.number)), h("td", { "data-tip": `${row.recipe}\n${row.question}` }, row.changed),
-      h("td", { class: "fl-time" }, h("i", { style: `width:${60 * row.milliseconds / most}px` }), row.ttft), h("td", {}, row.ratio || "–"), h("td", {}, row.parity), h("td", {}, note),
+      h("td", {}, h("button", { type: "button", class: "fl-link", "aria-pressed": String(row.pinned), "aria-label": `pin ${name}`, onclick: () => mark({ pinned: !row.pinned }) }, row.pinned ? "★" : "☆")),
+      h("td", {}, row.when || String(row.number)), h("td", { "data-tip": `${row.recipe}\n${row.question}` }, row.changed, row.when ? h("div", { class: "fl-grey" }, row.question) : null, row.elsewhere ? h("div", { class: "fl-elsewhere" }, `measured elsewhere: ${row.elsewhere}`) : null),
+      h("td", { class: "fl-time" }, h("i", { style: `width:${60 * row.milliseconds / most}px` }), row.ttft, row.spread ? h("div", { class: "fl-grey" }, row.spread) : null), h("td", {}, row.ratio || "–"), h("td", {}, row.parity), h("td", {}, note),
       h("td", {}, button("use", () => send("Use", { number: row.number }), "take this recipe"), " ",
-        button("×", () => send("Delete", { number: row.number }), "delete this row", { "aria-label": `delete ${row.number}` })));
+        button("×", () => send("Delete", { number: row.number }), row.when ? "forget this result, also on disk" : "delete this row", { "aria-label": row.when ? `forget ${name}` : `delete ${name}` })));
       if (known) known.line.replaceWith(line);
       lines.set(row.number, { line, text });
     }
     order.forEach(({ number }, place) => { const { line } = lines.get(number); if (body.children[place] !== line) body.insertBefore(line, body.children[place] ?? null); });
     for (const [number, { line }] of lines) {
+      if (!body.contains(line)) continue;
       if (!rows.some((row) => row.number === number)) { line.remove(); lines.delete(number); unpoint(); continue; }
       line.classList.toggle("fl-at", number === at);
       line.classList.toggle("fl-against", number === against);
@@ -635,8 +661,8 @@ function mount(model, el, libraries) {
   }
   function beside() {
     const { number, against } = model.get("shown");
-    const other = against || Math.max(...model.get("history").map((row) => row.number).filter((one) => one < number));
-    if (other > 0 && other !== number) send("Measure", { number, against: other });
+    const other = against || Math.max(0, ...model.get("history").map((row) => row.number).filter((one) => one < number));
+    if (other !== 0 && other !== number) send("Measure", { number, against: other });
     else said("there is no other result to measure beside this one; shift-click one");
   }
 
@@ -736,13 +762,14 @@ function mount(model, el, libraries) {
   sized.observe(root);
 
   const listeners = { "change:choices": showChoices, "change:asked": ask.show, "change:chosen": showChosen, "change:advised": showAdvised,
-    "change:live": showLive, "change:shown": () => { ui.zoom = null; showResult(); showHistory(); }, "change:figure": drawView, "change:history": showHistory, "msg:custom": traced };
+    "change:live": showLive, "change:shown": () => { ui.zoom = null; showResult(); showHistory(); showEarlier(); }, "change:figure": drawView, "change:history": showHistory, "change:earlier": showEarlier, "msg:custom": traced };
   for (const [name, listener] of Object.entries(listeners)) model.on(name, listener);
   themed();
   showChoices();
   showLive();
   showResult();
   showHistory();
+  showEarlier();
   press("open");
   return () => {
     sized.disconnect();

@@ -110,7 +110,11 @@ class Pill:
 
 @dataclass(frozen=True, kw_only=True)
 class Shown:
-    """The result that is looked at. rival, before: what it is held against; no_before: why there is none; floors: by stage."""
+    """The result that is looked at. rival, before: what it is held against; no_before: why there is none; floors: by stage.
+
+    earlier: what is to be said of a result of an earlier session, "" of any other; lacks: why its view cannot be measured. What
+    opens it again: link, to a page of its own, "" where the panel is none, and line, of Python.
+    """
 
     number: int
     against: int
@@ -129,6 +133,10 @@ class Shown:
     before: Series | None
     no_before: str
     floors: Mapping[str, float]
+    earlier: str
+    lacks: str
+    link: str
+    line: str
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -144,7 +152,7 @@ class Figure:
 
 @dataclass(frozen=True, kw_only=True)
 class Row:
-    """A line of the history."""
+    """A line of the history. when, spread, elsewhere: only of an earlier session's, the last being what is other here."""
 
     number: int
     changed: str
@@ -156,6 +164,17 @@ class Row:
     recipe: str
     pinned: bool
     note: str
+    when: str = ""
+    spread: str = ""
+    elsewhere: str = ""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Earlier:
+    """Results of earlier sessions, which have numbers below 0. skipped: a sentence about files that are none."""
+
+    rows: tuple[Row, ...] = ()
+    skipped: str = ""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -239,7 +258,7 @@ class Mark:
 
 @dataclass(frozen=True, kw_only=True)
 class Delete:
-    """A result is taken out of the history."""
+    """A result is taken out of the history, or one of an earlier session forgotten."""
 
     number: int
 

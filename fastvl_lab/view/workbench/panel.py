@@ -7,7 +7,8 @@ import dataclasses
 import json
 import threading
 import time
-from functools import partial
+from collections.abc import Mapping, Sequence
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -15,56 +16,99 @@ import torch
 
 from fastvl_lab.catalogue import OptionValue, Target
 from fastvl_lab.checkpoint.reading import DTYPES
+from fastvl_lab.checkpoint.user_cache import cache_root
 from fastvl_lab.engine import find, find_recipe
-from fastvl_lab.errors import FastvlError, RecipeError, RequestError, require, sentence
+from fastvl_lab.errors import FastvlError, RecipeError, RequestError, quoted, require, sentence
 from fastvl_lab.lab import Lab, device_name
 from fastvl_lab.measure.publish import PHOTOGRAPHS
 from fastvl_lab.measure.recipes import STOCK
 from fastvl_lab.recipe import Recipe
-from fastvl_lab.view.workbench import messages, reading, rivals, showing
+from fastvl_lab.view.workbench import kept, link, messages, reading, rivals, showing
 from fastvl_lab.view.workbench.controls import controls
 from fastvl_lab.view.workbench.export import export, page_of, static_text
 from fastvl_lab.view.workbench.session import News, Picture, Question, Result, Session
 from fastvl_lab.view.workbench.views import View, views
 
+_OPEN_AGAIN = 4  # results of earlier sessions that are held in memory
 _BETWEEN_NEWS = 0.08  # seconds: a page that is told more often draws no more
 
 
 def workbench(
     checkpoint: str = "tiny-qwen2.5-vl",
-    image: str | bytes = "astronaut",
+    image: str | bytes | Sequence[str | bytes] = "astronaut",
     *,
-    image_size: tuple[int, int] | None = None,
+    image_size: tuple[int, int] | str | None = None,
+    max_pixels: int | None = None,
     prompt: str = "Describe this picture.",
     max_new_tokens: int = 24,
     recipe: Recipe | str = "baseline",
     repeats: int = 6,
     device: str | None = None,
     dtype: str | None = None,
+    folder: str | Path | None = None,
+    result: str = "",
+    query: str | None = None,
 ) -> Workbench:
     """Open the workbench: a panel that runs a recipe at every change of a toggle and shows where its TTFT goes.
 
-    image: a photograph's name, a path, or bytes. image_size: (width, height) that it is resized to first; None takes it as it is.
-    repeats: measured rounds against Transformers after the first run; intervals need 6. The panel shows itself in a notebook, and
-    a panel that the same cell showed before is closed. From a cell, `bench.controls["vit.tower"].value = "lean"` is a click, and
-    `bench.wait()` waits for what it started.
+    image: a photograph's name, a path, or bytes; or several. image_size: (width, height) that it is resized to first, or a box such
+    as "within 448×448"; None takes it as it is. max_pixels: the request's. repeats: measured rounds against Transformers after the
+    first run; intervals need 6. folder: where results are kept, by default in the user's cache folder. result: the name of one that
+    is kept, which is shown with its question and recipe in place of the others, and nothing is run; where it is not kept any more,
+    they are. query: what a link to a page of its own asks for, in place of all these; one that cannot be read is said on the panel.
+
+    The panel shows itself in a notebook, and a panel that the same cell showed before is closed. From a cell,
+    `bench.controls["vit.tower"].value = "lean"` is a click, and `bench.wait()` waits for what it started.
     """
+    images = [image] if isinstance(image, str | bytes) else image
+    size = (
+        reading.FIELDS["size"](image_size) if isinstance(image_size, str) else {"size": tuple(image_size) if image_size else None}
+    )
     question = Question(
         checkpoint=checkpoint,
-        pictures=(Picture(source=image),),
-        size=tuple(image_size) if image_size else None,  # type: ignore[arg-type]
+        pictures=tuple(Picture(source=source) for source in images),
         prompt=prompt,
         max_new_tokens=max_new_tokens,
+        max_pixels=max_pixels,
+        **size,
     )
     target = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    chosen = find_recipe(recipe, target)
-    return Workbench(question, chosen, target, repeats=repeats, dtype=dtype)
+    chosen, error = find_recipe(recipe, target), ""
+    try:
+        if query:
+            question, chosen, result = link.read(query, question, chosen, target)
+    except FastvlError as unread:
+        error = sentence(unread)
+    kept_in = _default_folder() if folder is None else Path(folder).expanduser().resolve()
+    return Workbench(
+        question,
+        chosen,
+        target,
+        repeats=repeats,
+        dtype=dtype,
+        folder=kept_in,
+        result=result,
+        own_page=query is not None,
+        error=error,
+    )
 
 
 class Workbench:
     """The panel. `recipe`, `history` and `controls` are there for cells and scripts, and what its buttons do, for cells to do."""
 
-    def __init__(self, question: Question, recipe: Recipe, device: torch.device, *, repeats: int, dtype: str | None) -> None:
+    def __init__(
+        self,
+        question: Question,
+        recipe: Recipe,
+        device: torch.device,
+        *,
+        repeats: int,
+        dtype: str | None,
+        folder: Path,
+        result: str = "",
+        own_page: bool = False,
+        error: str = "",
+    ) -> None:
         require("anywidget", "notebooks")
         from fastvl_lab.view.workbench.page import Page
 
@@ -82,20 +126,52 @@ class Workbench:
         self._view = next(iter(self._views))
         self._shown = self._against = 0  # numbers of results; 0 is the newest, and the one before the shown one
         self._telling = threading.RLock()  # a click is answered on another thread than the session
-        self._live = messages.Live(state="starting", busy=True)
+        self._live = messages.Live(state="starting", busy=True, error=error)
         self._began_ns: int | None = None  # when the run under way began, on this clock
         self._news, self._closed, self._static = threading.Event(), False, None
         self.cell, siblings = _this_cell(), _siblings()
         for sibling in siblings:
             if self.cell and sibling.cell == self.cell:
                 sibling.close()
-        self._session = Session(self._hear, device=str(device), dtype=dtype, borrow=partial(_borrowed, siblings, device, dtype))
+        self._folder, self._own_page, self._name = folder, own_page, kept.new_session()
+        self._keeping, self._is_kept = threading.Lock(), True
+        self._where: Mapping[str, str] = {}  # where this session measured last, as the rows of earlier ones were told
+        listed, self._skipped = kept.listed(folder)
+        self._earlier = {-number: one for number, one in enumerate(listed, start=1)}  # results of other sessions
+        self._read = lru_cache(_OPEN_AGAIN)(lambda number: kept.read(self._earlier[number], number))
+        borrow = partial(_borrowed, siblings, device, dtype)
+        self._session = Session(self._hear, device=str(device), dtype=dtype, borrow=borrow, keep=self._keep)
         self.controls = controls(lambda: self.recipe, self.choose, lambda: self._target)
         self.widget = Page()
         self.widget.on_msg(lambda _, content, buffers: self._guarded(self._grant, content, buffers))
         threading.Thread(target=self._pass_news_on, name="fastvl-news", daemon=True).start()
         self._tell_choices()
-        self.run()
+        self._tell_earlier()
+        self._say()
+        if not result or not self._open(result):
+            self.run()
+
+    def _open(self, name: str) -> bool:
+        """Show a result that is kept, with its question and recipe; whether it could be, which is said where not."""
+        number = next((number for number, one in self._earlier.items() if one.name == name), 0)
+        try:
+            if not number:
+                raise RequestError(f"the result {quoted(name)} is not kept in {self._folder}")
+            opened = self.result(number)
+        except RequestError as error:
+            self._say(error=f"{sentence(error)}; what was asked for with it is measured anew")
+            return False
+        self._question, self._shown = opened.question, number
+        try:
+            opened.recipe.check(self._target)
+            self.recipe = opened.recipe
+        except RecipeError as error:
+            self._say(error=f"the recipe of this result cannot run here: {sentence(error)}")
+        self._tell_chosen()
+        self._tell_asked()
+        self._say(state="idle", busy=False)
+        self._draw()
+        return True
 
     @property
     def history(self) -> list[Result]:
@@ -109,7 +185,17 @@ class Workbench:
         return self._views[self._view].draw(result, self._other(result))[0]
 
     def result(self, number: int = 0) -> Result:
-        """A result by its number, 0 being the newest; raises `RecipeError` if there is none, with what went wrong."""
+        """A result by its number, 0 being the newest, and below 0 those of earlier sessions, -1 the newest of them.
+
+        Raises `RecipeError` if there is none, with what went wrong, and `RequestError` for one of an earlier session whose file is
+        damaged or gone.
+        """
+        if number < 0:
+            if number not in self._earlier:
+                raise RecipeError(
+                    f"there is no result {number} of an earlier session: {len(self._earlier)} are kept in {self._folder}"
+                )
+            return self._read(number)
         for result in reversed(self.history):
             if number in (0, result.number):
                 return result
@@ -179,7 +265,7 @@ class Workbench:
     def look(self, view: str | None = None, *, number: int | None = None, against: int | None = None) -> None:
         """Look at a result in another way, or at another one; what a view needs is measured first.
 
-        number, against: of results in the history; 0 stands for the newest, and for the one before it.
+        number, against: of results as `result` has them; 0 stands for the newest, and for the one before it.
         """
         if view is not None and view not in self._views:
             raise RecipeError(f"there is no view {view!r}; the choices are {', '.join(self._views)}")
@@ -188,26 +274,58 @@ class Workbench:
         self._view = self._view if view is None else view
         self._shown = self._shown if number is None else number
         self._against = self._against if against is None else against
-        if self.history:
+        if self.history or self._shown:
             self._measure_for_view(self.result(self._shown))
             self._draw()
 
     def mark(self, number: int, *, pinned: bool = True, note: str = "") -> None:
-        """Pin a result of the history, and note something about it."""
-        self._marks[self.result(number).number] = (pinned, note)
-        self._tell_history()
+        """Pin a result, and note something about it."""
+        number = self.result(number).number
+        with self._keeping:
+            if number > 0:
+                self._marks[number] = (pinned, note)
+            if (path := self._path(number)).exists():
+                kept.mark(path, pinned=pinned, note=note)
+        if number > 0:
+            self._tell_history()
+        else:
+            self._earlier[number] = dataclasses.replace(self._earlier[number], pinned=pinned, note=note)
+            self._tell_earlier()
 
     def delete(self, number: int) -> None:
-        """Take a result out of the history; raises `RecipeError` for the only one."""
+        """Take a result out of the history, and forget what is kept of it; raises `RecipeError` for this session's only one."""
+        if number < 0:
+            self.forget(number)
+            return
         if len(self.history) == 1 and self.result(number):
             raise RecipeError(f"result {number} is the only one; run something else first")
         self._session.delete(self.result(number).number)
         self._rows.pop(number, None)
         self._marks.pop(number, None)
-        if number in (self._shown, self._against):
-            self._shown = self._against = 0
+        with self._keeping:
+            kept.forget(self._path(number))
         self._tell_history()
-        self._draw()
+        self._look_elsewhere(number)
+
+    def forget(self, *numbers: int) -> None:
+        """Forget results of earlier sessions, by their numbers below 0; without any, all that are not pinned."""
+        gone = numbers or tuple(number for number, one in self._earlier.items() if not one.pinned)
+        for number in gone:
+            if number not in self._earlier:
+                self.result(number)  # raises
+            kept.forget(self._path(number))
+            with self._telling:
+                del self._earlier[number]
+        self._read.cache_clear()
+        self._tell_earlier()
+        self._look_elsewhere(*gone)
+
+    def _look_elsewhere(self, *gone: int) -> None:
+        """Show the newest result where one that is gone was shown; before there is any, the page stays as it is."""
+        if {self._shown, self._against} & set(gone):
+            self._shown = self._against = 0
+        if self.history:
+            self._draw()
 
     def stop(self) -> None:
         """End what runs at its next stage or step."""
@@ -264,7 +382,7 @@ class Workbench:
 
     def static(self) -> str:
         """The newest result as text in HTML, for where no kernel lives."""
-        return static_text(self.history)
+        return static_text(self.history or ([self.result(self._shown)] if self._shown else []))
 
     def _drawn(self) -> list[tuple[Result, Result | None, dict[str, View]]]:
         return [(result, self._other(result), self._views) for result in self.history]
@@ -279,13 +397,13 @@ class Workbench:
         """What it is held against: the chosen one, else the one it was measured beside, else the one before it."""
         if self._against and self._against != result.number:
             return self.result(self._against)
-        earlier = [one for one in self.history if one.number < result.number][::-1]
+        earlier = [one for one in self.history if one.number < result.number][::-1]  # none, of a result of an earlier session
         beside = (one for one in earlier if one.recipe == result.before and one.question == result.question)
         return next(beside, next(iter(earlier), None))
 
     def _measure_for_view(self, result: Result) -> None:
         view = self._views[self._view]
-        if view.lacks(result):
+        if result.number > 0 and view.lacks(result):
             view.measure(self._session, result, self._repeats)
 
     # What the page asks for.
@@ -299,8 +417,10 @@ class Workbench:
             self._tell_asked()  # the fields are what is asked
 
     def _grant(self, content: Any, buffers: Any) -> None:
-        self._say(error="")
-        match messages.from_json(content):
+        wish = messages.from_json(content)
+        if wish != messages.Press(button="open"):  # then nobody has read it yet
+            self._say(error="")
+        match wish:
             case messages.Choose(path=path, value=value):
                 self.controls[path].value = value
             case messages.Use(recipe=recipe, number=number):
@@ -346,6 +466,8 @@ class Workbench:
         elif button == "open":  # somebody looks on, for whom the background may work
             self._session.advise = True
             self._session.wake()
+        elif button == "forget":
+            self.forget()
         elif button == "export":
             threading.Thread(target=self._guarded, args=(self._export_here,), name="fastvl-export", daemon=True).start()
         elif button == "plotly":
@@ -404,6 +526,8 @@ class Workbench:
             if news.result is not None:
                 self._aim()
                 self._tell_history()
+                if news.result.where != self._where:
+                    self._tell_earlier()  # now it is known where this session measures
                 self._draw()
             if news.advice is not None or news.result is not None:
                 self._tell_advised()
@@ -456,7 +580,19 @@ class Workbench:
             result, view = self.result(self._shown), self._views[self._view]
             other = self._other(result)
             pending = result.comparison is None and self._repeats > 0
-            said = showing.shown(result, other, view=self._view, against=self._against, pending=pending)
+            name = self._path(result.number).name.partition(".")[0]
+            earlier = result.number < 0
+            said = showing.shown(
+                result,
+                other,
+                view=self._view,
+                against=self._against,
+                pending=pending and not earlier,
+                apart=self._apart(result.question, result.where),
+                lacks=f"{view.name} was not measured in that session" if earlier and view.lacks(result) else "",
+                link=link.write(result.question, result.recipe, name) if self._own_page else "",
+                line=link.python(result.question, result.recipe, name, None if self._folder == _default_folder() else self._folder),
+            )
             self.widget.tell("shown", said)
             if view is not next(iter(self._views.values())) and not view.lacks(result):
                 figure, frame = view.draw(result, other)
@@ -524,6 +660,41 @@ class Workbench:
             if self._rows.get(result.number, (None,))[0] != of:  # a line takes milliseconds, and there may be hundreds
                 self._rows[result.number] = (of, showing.row(result, before, pinned=of[2][0], note=of[2][1]))
         self.widget.tell("history", tuple(row for _, row in self._rows.values()))
+
+    def _tell_earlier(self) -> None:
+        with self._telling:
+            self._where = self.history[-1].where if self.history else {}
+            rows = tuple(kept.row(one, number, self._apart(one.question, one.where)) for number, one in self._earlier.items())
+            self.widget.tell("earlier", messages.Earlier(rows=rows, skipped=self._skipped))
+
+    # What is kept.
+
+    def _apart(self, question: Question, where: Mapping[str, str]) -> str:
+        """What is other here than where a result was measured, as far as that is known."""
+        last = self.history[-1] if self.history else None
+        ours = {"device": device_name(self.device)} if last is None else last.where
+        return showing.elsewhere(where, ours, checkpoint=last is not None and question.checkpoint == last.question.checkpoint)
+
+    def _path(self, number: int) -> Path:
+        return self._earlier[number].path if number < 0 else kept.path_of(self._folder, self._name, number)
+
+    def _keep(self, result: Result) -> None:
+        """On the session's thread, between runs. A folder that cannot be written is said once."""
+        with self._keeping:
+            if not self._is_kept or all(one.number != result.number for one in self.history):
+                return
+            pinned, note = self._marks.get(result.number, (False, ""))
+            try:
+                kept.write(self._path(result.number), result, pinned=pinned, note=note)
+            except OSError as error:
+                self._is_kept = False
+                self._say(error=f"results are not kept: the folder {self._folder} cannot be written ({error.strerror})")
+            except FastvlError as error:
+                self._say(error=sentence(error))
+
+
+def _default_folder() -> Path:
+    return cache_root() / "workbench"
 
 
 def _this_cell() -> str | None:

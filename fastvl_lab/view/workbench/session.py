@@ -5,22 +5,29 @@ from __future__ import annotations
 import gc
 import io
 import itertools
+import platform
+import re
 import threading
 import time
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
+from hashlib import sha256
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+import torch
 
 from fastvl_lab.catalogue import OptionValue, Target, toggles
 from fastvl_lab.engine import EngineLike
-from fastvl_lab.errors import RecipeError, RequestCancelledError, sentence
+from fastvl_lab.errors import ImageError, RecipeError, RequestCancelledError, sentence
 from fastvl_lab.lab import Lab
 from fastvl_lab.measure.audit import Audit, audit
 from fastvl_lab.measure.compare import Attribution, Comparison, attribute, compare
 from fastvl_lab.measure.floors import Ceilings, floor
 from fastvl_lab.measure.parity import Parity
-from fastvl_lab.measure.publish import photo
+from fastvl_lab.measure.publish import environment, photo
 from fastvl_lab.measure.quiet import Quiet
 from fastvl_lab.measure.recipes import STOCK
 from fastvl_lab.measure.samples import FOR_AN_INTERVAL, Interval, RunSample
@@ -40,12 +47,28 @@ _ROUNDS_QUIET = Quiet(wait=2.0, total=10.0)  # somebody looks on
 _IN_BACKGROUND = 120.0  # seconds that what each toggle would save may take to measure
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, eq=False)
 class Picture:
-    """A photograph's name, a path, or bytes, which `name` is of."""
+    """A photograph's name, a path, or bytes, which `name` is of; two of bytes are equal where names and bytes are.
+
+    digest: SHA-256 of bytes that only an earlier session had; then `source` is empty.
+    """
 
     source: str | bytes
     name: str = ""
+    digest: str = ""
+
+    @cached_property
+    def _same(self) -> tuple[str, str]:
+        if isinstance(self.source, str):
+            return self.source, ""
+        return self.name, self.digest or sha256(self.source).hexdigest()
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Picture) and self._same == other._same
+
+    def __hash__(self) -> int:
+        return hash(self._same)
 
     def __str__(self) -> str:
         return self.name or (self.source if isinstance(self.source, str) else f"{len(self.source)} bytes")
@@ -78,6 +101,10 @@ class Question:
         )
 
     def _image(self, picture: Picture) -> ImageInput:
+        if picture.digest:
+            raise ImageError(
+                f"{picture} is not what it was, or was given as a file, of which only the name was kept; give it again"
+            )
         size = _fitted(picture.source, self.size) if self.size and self.within else self.size
         image = ImageInput.of(photo(picture.source, size))
         return replace(image, label=str(picture))
@@ -93,12 +120,15 @@ class Question:
 class Result:
     """One answer, and what has been measured of it since.
 
-    run: the first. held: bytes by what held them after it. before: the recipe that it was measured beside, if any. comparison: of
-    the bar to beat, that one, and its own. layers: a run of Transformers and one of its own with every block timed. floors: stage
-    to seconds. attribution: its way from the baseline.
+    number: from 1 in a session, and below 0 of an earlier one. when: seconds since 1970. where: as `where` has it. run: the first.
+    held: bytes by what held them after it. before: the recipe that it was measured beside, if any. comparison: of the bar to beat,
+    that one, and its own. layers: a run of Transformers and one of its own with every block timed. floors: stage to seconds.
+    attribution: its way from the baseline.
     """
 
     number: int
+    when: float
+    where: Mapping[str, str]
     question: Question
     recipe: Recipe
     run: Run
@@ -206,7 +236,8 @@ class Session:
     A question with its recipe takes the place of what waits, and ends what runs at its next stage or step; what a view needs waits
     for its turn. A bar to beat whose server must be started starts on a thread of its own; recipes run meanwhile, and the newest is
     measured once it is ready. What each toggle would save is measured once nothing has been wished for a while, if `advise` is set,
-    and gives way to any wish. tell: is given `News`, on either thread. borrow: a lab that has the checkpoint, if any has.
+    and gives way to any wish. tell: is given `News`, on either thread. keep: is given each result, and again once more is known of
+    it, between runs. borrow: a lab that has the checkpoint, if any has.
     """
 
     def __init__(
@@ -216,12 +247,14 @@ class Session:
         device: str | None = None,
         dtype: str | None = None,
         borrow: Callable[[str], Lab | None] = lambda _: None,
+        keep: Callable[[Result], None] = lambda _: None,
     ) -> None:
         self.history: list[Result] = []
         self.lab: Lab | None = None
         self.advise = False
         self.advice: Advice | None = None
-        self._tell, self._device, self._dtype, self._borrow = tell, device, dtype, borrow
+        self._tell, self._device, self._dtype, self._borrow, self._keep = tell, device, dtype, borrow, keep
+        self._where: Mapping[str, str] = {}  # of the lab
         self._ceilings: Ceilings | None = None
         self._changed = threading.Condition()
         self._wishes: list[_Wish] = []
@@ -323,6 +356,7 @@ class Session:
                 known = self._grant(wish)
                 if isinstance(known, Result):
                     self._tell(News(state="idle", text=known.run.text, result=known))
+                    self._keep(known)
                 else:
                     self.advice = known
                     self._tell(News(state="idle", advice=known))
@@ -348,6 +382,7 @@ class Session:
             gc.collect()
             borrowed = self._borrow(question.checkpoint)
             self.lab = borrowed or Lab(question.checkpoint, device=self._device, dtype=self._dtype)
+            self._where = where(self.lab)
             self._ceilings = None
         request = question.request()
         if not wish.background:
@@ -382,7 +417,14 @@ class Session:
         run = lab.run(request, recipe, on_chunk=on_chunk, on_begin=on_begin, on_stage=on_stage, stop=stop)
         run = replace(run, logits=run.logits[:0])  # which may be half a megabyte: the history holds many runs
         result = Result(
-            number=next(self._numbers), question=question, recipe=recipe, run=run, held=_held(lab, recipe), before=before
+            number=next(self._numbers),
+            when=time.time(),
+            where=self._where,
+            question=question,
+            recipe=recipe,
+            run=run,
+            held=_held(lab, recipe),
+            before=before,
         )
         self.history.append(result)
         if repeats == 0:
@@ -391,6 +433,7 @@ class Session:
         if rivals.must_start(rival) and not self._is_started(lab, rival, partial(self._wish_for, question, "measuring", measure)):
             return result
         self._tell(News(state="measuring", text=run.text, result=result))
+        self._keep(result)
         return measure(lab, request, stop)
 
     def _is_started(self, lab: Lab, rival: EngineLike, then: Callable[[], None]) -> bool:
@@ -485,7 +528,9 @@ class Session:
     def _advise(self, last: Result, lab: Lab, request: Request, stop: threading.Event) -> Advice:
         """What each toggle saves that the fastest known recipe has elsewhere, alone beside the recipe, in the time there is."""
         if last.floors is None:
-            self._tell(News(state="idle", result=self._know(last.number, floors=self._floors(lab, request))))
+            known_of_last = self._know(last.number, floors=self._floors(lab, request))
+            self._tell(News(state="idle", result=known_of_last))
+            self._keep(known_of_last)
         known = candidates(last, lab.checkpoint.target)
         a_round = last.shown.ttft * (FOR_AN_INTERVAL + 1)
         engines: dict[str, EngineLike] = {path: recipe for path, (_, recipe) in known[: int(_IN_BACKGROUND / a_round)]}
@@ -534,6 +579,27 @@ def candidates(last: Result, target: Target) -> list[tuple[str, tuple[OptionValu
     stages = last.shown.trace.stages()
     spent = {slot: sum(stages.get(name, 0) for name in names) for slot, names in _STAGES_OF.items()}
     return sorted(found.items(), key=lambda one: -spent.get(one[0].partition(".")[0], 0))
+
+
+def where(lab: Lab) -> dict[str, str]:
+    """What is the same for two results that may be compared: device, processor, dtype, versions, weights (by the ends of each)."""
+    ends = [w.detach()[(at,) * w.ndim].float() for w in lab.checkpoint.model.parameters() if w.numel() for at in (0, -1)]
+    weights = sha256(torch.stack(ends).cpu().numpy().tobytes()).hexdigest()[:12]
+    found = environment(lab) | {"processor": _processor(), "weights": weights}
+    for package in ("fastvl-lab", "triton"):
+        with suppress(PackageNotFoundError):
+            found[package] = version(package)
+    return found
+
+
+def _processor() -> str:
+    """The host's, by the name that Linux has for it; elsewhere its architecture."""
+    with suppress(OSError):
+        if (
+            name := re.search(r"^model name\s*: (.+)", Path("/proc/cpuinfo").read_text(encoding="utf-8"), re.MULTILINE)
+        ) is not None:
+            return name[1]
+    return platform.machine()
 
 
 def _steps(recipe: Recipe) -> list[str]:

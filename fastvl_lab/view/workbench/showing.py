@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from collections.abc import Mapping, Sequence
 from itertools import zip_longest
 
@@ -58,10 +59,22 @@ def series(run: Run, label: str, rounds: Sequence[Dot] = ()) -> Series:
     )
 
 
-def shown(result: Result, other: Result | None, *, view: str, against: int, pending: bool) -> Shown:
+def shown(
+    result: Result,
+    other: Result | None,
+    *,
+    view: str,
+    against: int,
+    pending: bool,
+    apart: str = "",
+    lacks: str = "",
+    link: str = "",
+    line: str = "",
+) -> Shown:
     """The result beside the bar to beat and `other`, the result that it is held against.
 
-    pending: whether it is still being measured; then the number of its first, cold run is no headline.
+    pending: whether it is still being measured; then the number of its first, cold run is no headline. apart: what is other here
+    than where it was measured. lacks, link, line: as `Shown` has them.
     """
     run, comparison = result.shown, result.comparison
     before, label, why = _before(result, other)
@@ -71,10 +84,10 @@ def shown(result: Result, other: Result | None, *, view: str, against: int, pend
     ttft = milliseconds(run.ttft * 1e3)
     return Shown(
         number=result.number,
-        heading=f"#{result.number} · {about_question(result.question)} · {result.recipe.text(run_device(run))}",
+        heading=f"{called(result)} · {about_question(result.question)} · {result.recipe.text(run_device(run))}",
         detail=f"{run.subtitle()} · {run.device} {run.dtype}",
         headline="" if cold and pending else ttft,
-        spread=_spread(result) if not cold else ("measuring…" if pending else "cold: the first of its shape"),
+        spread="measuring…" if cold and pending else spread(result),
         tpot="" if run.tpot is None else milliseconds(run.tpot * 1e3),
         cold=first,
         learnt=learnt(result),
@@ -87,7 +100,37 @@ def shown(result: Result, other: Result | None, *, view: str, against: int, pend
         answer=run.text + (" (random weights: only the time counts)" if _random(result.question.checkpoint) else ""),
         view=view,
         against=against,
+        earlier=_of_an_earlier_session(result, apart),
+        lacks=lacks,
+        link=link,
+        line=line,
     )
+
+
+def called(result: Result) -> str:
+    """A result as a sentence has it: its number, or when an earlier session made it."""
+    return f"#{result.number}" if result.number > 0 else f"the result of {date(result.when)}"
+
+
+def date(when: float) -> str:
+    """Seconds since 1970 as a day and a minute here."""
+    return time.strftime("%d %b %Y %H:%M", time.localtime(when))
+
+
+def elsewhere(theirs: Mapping[str, str], ours: Mapping[str, str], *, checkpoint: bool = True) -> str:
+    """What differs in where two results were measured, as far as ours is known; checkpoint: whether both are of the same one."""
+    every = dict.fromkeys([*ours, *(theirs if "weights" in ours else ())])  # before a checkpoint is loaded not all of ours is known
+    names = [name for name in every if checkpoint or name not in ("dtype", "weights")]
+    apart = [name for name in names if theirs.get(name) != ours.get(name)]
+    said = [f"{name} {theirs.get(name, 'none')}, not {ours.get(name, 'none')}" for name in apart if name != "weights"]
+    return "; ".join([*said, *(["other weights"] if "weights" in apart else [])])
+
+
+def _of_an_earlier_session(result: Result, apart: str) -> str:
+    if result.number > 0:
+        return ""
+    said = f"of an earlier session, {date(result.when)}"
+    return f"{said}, and measured elsewhere ({apart}): it is held against nothing of here" if apart else said
 
 
 def run_device(run: Run) -> str:
@@ -110,13 +153,15 @@ def _before(result: Result, other: Result | None) -> tuple[Run | None, str, str]
     if other is None:
         return None, "", ""
     if other.question != result.question:
-        return None, "", f"not held against #{other.number}: it was asked something else ({changes(result, other)})"
-    label = f"#{other.number} ({changes(result, other) or 'the same recipe'})"
+        return None, "", f"not held against {called(other)}: it was asked something else ({changes(result, other)})"
+    if apart := elsewhere(other.where, result.where):
+        return None, "", f"not held against {called(other)}: it was measured elsewhere ({apart})"
+    label = f"{called(other)} ({changes(result, other) or 'the same recipe'})"
     if result.comparison is not None and result.before == other.recipe:
         return result.comparison.representative(BEFORE), label, ""
     if other.shown.kind != result.shown.kind:
         ours, theirs = in_words(result.shown.kind), in_words(other.shown.kind)
-        return None, "", f"not held against #{other.number}: this run is {ours}, and that one {theirs}"
+        return None, "", f"not held against {called(other)}: this run is {ours}, and that one {theirs}"
     return other.shown, f"{label}, measured at another time", ""
 
 
@@ -166,7 +211,10 @@ def _rounds(comparison: Comparison | None, label: str) -> list[float]:
     return [ms for ms, disturbed in _dots(comparison, label) if not disturbed]
 
 
-def _spread(result: Result) -> str:
+def spread(result: Result) -> str:
+    """How far the rounds of a result lie apart, or what its one run was."""
+    if result.shown.kind == "cold":
+        return "cold: the first of its shape"
     if not (rounds := _rounds(result.comparison, RECIPE)):
         busy = any(disturbed for _, disturbed in _dots(result.comparison, RECIPE))
         return "the machine was busy in every round" if busy else f"one run, {in_words(result.shown.kind)}"

@@ -73,7 +73,7 @@ def _layers_of(name: str, stage: str, parts: str) -> View:
 def _runs(result: Result, other: Result | None) -> dict[str, Run]:
     """The bar to beat, the result's own, and the run before where it was asked the same."""
     against = None
-    if other is not None and other.question == result.question:
+    if other is not None and (other.question, other.where) == (result.question, result.where):
         beside = result.comparison is not None and result.before == other.recipe
         against = result.comparison.representative(BEFORE) if result.comparison is not None and beside else other.shown
     reference = result.reference
