@@ -87,7 +87,7 @@ function mount(model, el, libraries) {
   const big = h("strong", { class: "fl-big" });
   const spread = h("span", { class: "fl-spread" });
   const strip = h("span", { class: "fl-strip" });
-  const pills = h("div", { class: "fl-pills", "aria-label": "about this result" });
+  const pills = h("div", { class: "fl-pills", role: "group", "aria-label": "about this result" });
   const learnt = h("p", { class: "fl-learnt", "aria-live": "polite" });
   const advice = h("p", { class: "fl-advice" });
   const heading = h("div", { class: "fl-heading" });
@@ -96,8 +96,8 @@ function mount(model, el, libraries) {
   const chart = h("div", { class: "fl-chart" });
   const plot = h("div", { class: "fl-plot", hidden: true });
   const table = h("details", { class: "fl-table" }, h("summary", {}, "the same as a table"), h("div"));
-  const answer = h("pre", { class: "fl-answer", tabindex: "0", "aria-label": "the answer" });
-  const toggles = h("div", { class: "fl-toggles", "aria-label": "the recipe's toggles" });
+  const answer = h("pre", { class: "fl-answer", role: "region", tabindex: "0", "aria-label": "the answer" });
+  const toggles = h("div", { class: "fl-toggles", role: "group", "aria-label": "the recipe's toggles" });
   const history = h("div", { class: "fl-history" });
   const copies = h("details", { class: "fl-copies" }, h("summary", {}, "copy the recipe"), h("div"));
   const tip = h("div", { class: "fl-tip", role: "tooltip", hidden: true });
