@@ -151,6 +151,21 @@ def test_host_and_device_are_two_lanes_of_a_row_and_the_run_before_an_outline(pa
         assert said in tip
 
 
+def test_the_table_has_units_and_what_the_recipe_takes_more_or_less(
+    page: Any, show: Callable[..., Any], records: dict[str, Any]
+) -> None:
+    records["shown"]["before"]["label"] = "#1"
+    for run, ms in (("recipe", {"vit": 30.0, "emit": 0.001}), ("before", {"vit": 40.0, "emit": 0.0})):
+        records["shown"][run] |= {"host": ms, "device": {}, "ttft": 100.0}
+    show()
+    table = page.locator(".fl-table")
+    assert table.locator("th").all_text_contents() == ["stage", "this recipe, ms", "#1, ms", "this recipe against #1"]
+    rows = {cells[0]: cells[1:] for row in table.locator("tbody tr").all() if (cells := row.locator("td").all_text_contents())}
+    assert rows["vit"] == ["30.000", "40.000", "−10.000 ms (75 %)"]
+    assert rows["emit"] == ["0.001", "0.000", "–"]
+    assert page.locator(".fl-stage[data-stage='emit'] .fl-number").text_content() == "0.001 ms · <0.1 %"
+
+
 def test_a_round_that_others_disturbed_is_a_hollow_dot_that_says_why(
     page: Any, show: Callable[..., Any], records: dict[str, Any]
 ) -> None:
