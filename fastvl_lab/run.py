@@ -176,7 +176,7 @@ class Run:
 
     def summary(self) -> str:
         """TTFT, TPOT, and how many tokens in how many chunks."""
-        per_token = "" if self.tpot is None else f", TPOT {self.tpot * 1e3:.2f} ms"
+        per_token = "" if self.tpot is None else f", TPOT {milliseconds(self.tpot * 1e3)}"
         return f"TTFT {self.ttft * 1e3:.1f} ms{per_token}, {len(self.tokens)} tokens in {len(self.chunks)} chunks"
 
     def __repr__(self) -> str:
@@ -200,6 +200,14 @@ class Run:
     def _repr_mimebundle_(self, include: Any = None, exclude: Any = None) -> dict[str, Any]:
         """A figure where plotly can be shown, a table where only HTML can, and text in a terminal."""
         return shown.bundle(self)
+
+
+def milliseconds(ms: float) -> str:
+    """A duration with three significant digits, in seconds from one on."""
+    if abs(ms) >= 1000:
+        return f"{ms / 1e3:.2f} s"
+    decimals = 0 if abs(ms) >= 100 else 1 if abs(ms) >= 10 else 2 if abs(ms) >= 0.1 or ms == 0 else 3
+    return f"{ms:.{decimals}f} ms"
 
 
 def in_words(kind: Kind) -> str:

@@ -68,6 +68,11 @@ class Finding(NamedTuple):
     arithmetic: str = ""
     verdict: str = ""
 
+    @property
+    def named(self) -> str:
+        """The verdict in words."""
+        return self.verdict.replace("_", " ").replace("ttft", "TTFT")
+
 
 def _judged(arithmetic: str, *cases: tuple[object, Severity, str]) -> Finding:
     """The first case that holds, of (whether it holds, how grave it is, the sentence); clear where none does."""

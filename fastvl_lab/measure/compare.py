@@ -184,7 +184,7 @@ class Comparison:
         if checked.moved is None:
             return text
         if checked.moved == 0:
-            return f"{text}, on pixels made another way, which leave Transformers' logits as they are"
+            return f"{text}, on pixels made another way, of which Transformers computes the same logits"
         text += f", on other pixels than {reference}, which move Transformers' logits by up to {checked.moved:.2g}"
         return text if checked.expected == self.checks[reference].expected else f"{text} and change its answer"
 

@@ -280,6 +280,10 @@ class Cost:
         """The seconds of each term at n patches."""
         return self.fixed, self.per_patch * n, self.per_pair * n * n
 
+    def off(self, patches: Sequence[int], seconds: Sequence[float]) -> float:
+        """The largest share by which it is off what was measured; NaN, the time of what was always disturbed, is left out."""
+        return max(abs(sum(self.parts(n)) / t - 1) for n, t in zip(patches, seconds, strict=True) if t == t)
+
 
 def fit_cost(patches: Sequence[int], seconds: Sequence[float]) -> Cost:
     """The cost that comes nearest in relative error, by least squares over the terms that can be positive together.

@@ -8,6 +8,8 @@ import importlib.util
 import io
 import platform
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from datetime import date
 from pathlib import Path
 from typing import Any
 
@@ -90,14 +92,25 @@ def _photograph(name: object) -> bytes:
 
 
 def environment(lab: Lab) -> dict[str, str]:
-    """Where something was measured: device, dtype, and the versions that matter."""
+    """Where and when something was measured: device, dtype, the host's processor, the day, and the versions that matter."""
     return {
         "device": device_name(lab.device),
+        "processor": _processor(),
+        "date": date.today().isoformat(),
         "dtype": dtype_name(lab.dtype),
         "python": platform.python_version(),
         "torch": str(torch.__version__),
         "transformers": transformers.__version__,
     }
+
+
+def _processor() -> str:
+    """The host's model, as the system names it."""
+    with suppress(OSError):
+        for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()
 
 
 def published_point(checkpoint: str, image: str, comparison: Comparison) -> dict[str, Any]:
@@ -122,5 +135,6 @@ def document(points: Sequence[dict[str, Any]], *, errors: Sequence[dict[str, str
 
 def publish(result: dict[str, Any]) -> None:
     """Show the document in the notebook as one display of type `MIME_TYPE`; needs the extra "notebooks"."""
-    text = f"result: {len(result['points'])} points, {len(result['errors'])} errors"
+    points, errors = (f"{len(result[of])} {of[:-1] if len(result[of]) == 1 else of}" for of in ("points", "errors"))
+    text = f"result: {points}, {errors}"
     require("IPython.display", "notebooks").display({MIME_TYPE: result, "text/plain": text}, raw=True)

@@ -43,7 +43,7 @@ def each_undone(recipe: Recipe, choices: Changes, bare: Recipe) -> dict[str, Rec
 def undone_alone(reported: Recipe) -> dict[str, Recipe]:
     """The recipe, then the same with each of its streaming toggles back at its first option alone."""
     first = {path: Recipe.baseline().value(path) for path in choices_of(reported, "streaming")}
-    undone = {f"but {path.partition('.')[2]}={value}": reported.replace(path, value) for path, value in first.items()}
+    undone = {f"as reported, but {path.partition('.')[2]}={value}": reported.replace(path, value) for path, value in first.items()}
     return {"as reported": reported} | undone
 
 

@@ -193,7 +193,8 @@ def _stage_spans(checkpoint: Checkpoint, tracer: Tracer, *, has_images: bool) ->
         text.module.register_forward_pre_hook(before_decoder),
         text.head.register_forward_hook(after_head),
     ]
-    layers = {f"vit.block.{i}": block for i, block in enumerate(vision.blocks)}
+    layers = {"vit.patch_embed": vision.patch_embed}
+    layers |= {f"vit.block.{i}": block for i, block in enumerate(vision.blocks)}
     layers |= {f"language.layer.{i}": layer for i, layer in enumerate(text.blocks)}
     try:
         with tracer.modules(layers):

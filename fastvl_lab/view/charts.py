@@ -89,6 +89,8 @@ def panels(
         x = replace(part.x, title="") if down and number < len(parts) else part.x
         y = replace(part.y, title="") if not down and number > 1 else part.y
         _fill(figure, replace(part, x=x, y=y), {"row": number, "col": 1} if down else {"row": 1, "col": number})
+    if down:
+        figure.update_xaxes(showticklabels=True)  # a long column is read a screen at a time
     shown: set[str] = set()
     for trace in figure.data:
         trace.showlegend = bool(trace.name) and trace.name not in shown

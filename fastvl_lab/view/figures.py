@@ -64,7 +64,7 @@ def sample_dots(comparison: Comparison) -> go.Figure:
 
 
 def step_bars(rounds: Samples[StageSample], title: str) -> go.Figure:
-    """One bar a variant, made of its steps' median milliseconds."""
+    """One bar a variant, made of its steps' median milliseconds; at its end the 95% interval of all of them together."""
     traces = [
         bars(
             rounds.engines,
@@ -76,9 +76,12 @@ def step_bars(rounds: Samples[StageSample], title: str) -> go.Figure:
         )
         for number, step in enumerate(rounds.samples[0].steps)
     ]
-    totals = dict(zip(rounds.engines, _medians(rounds), strict=True))
-    notes = [(total, label, f"{total:.1f} ms") if total == total else (0.0, label, _BUSY) for label, total in totals.items()]
-    x = Axis(title="milliseconds (medians)", until=_longest(totals.values()) * 1.15)
+    totals = {label: rounds.median(label).ms for label in rounds.engines}
+    traces[-1].error_x = arms(totals.values()) | {"color": style.INK, "thickness": 1.2}
+    ends = {label: _longest((total.median, total.high), least=0.0) for label, total in totals.items()}
+    texts = {label: f"{total.median:.1f} ms" if total.median == total.median else _BUSY for label, total in totals.items()}
+    notes = [(ends[label], label, text) for label, text in texts.items()]
+    x = Axis(title="milliseconds (medians, 95% CI)", until=_longest(ends.values()) * 1.15)
     return panels([Panel(traces=traces, x=x, rows=rounds.engines, notes=notes)], row=32, barmode="stack", title=title)
 
 
@@ -100,29 +103,37 @@ def _medians(rounds: Samples[StageSample], *steps: str) -> list[float]:
     return [rounds.median(label, *steps).median * 1e3 for label in rounds.engines]
 
 
-def _longest(times: Iterable[float]) -> float:
-    """Of those that are numbers; 1 where none is."""
-    return max((time for time in times if time == time), default=1.0)
+def _longest(times: Iterable[float], least: float = 1.0) -> float:
+    """Of those that are numbers; `least` where none is."""
+    return max((time for time in times if time == time), default=least)
 
 
 def cost_against_size(points: Mapping[float, Samples[StageSample]], *, x_title: str, y_title: str) -> go.Figure:
-    """Median milliseconds of all steps against a size, one line a variant, on logarithmic axes."""
+    """Median milliseconds of all steps against a size, one line a variant, on logarithmic axes.
+
+    The three that are fastest at the largest size, and the first, which they are held against, are strong; the others are pale.
+    """
     traces, ticks = _against_size(points, told="%{x:.2f}: %{y:.2f} ms"), decades(1, 2, 5)
+    strong = [traces[0], *sorted((trace for trace in traces if trace.y[-1] == trace.y[-1]), key=lambda trace: trace.y[-1])[:3]]
+    for trace in traces:
+        trace.opacity = 1.0 if any(trace is one for one in strong) else 0.3
     part = Panel(traces=traces, x=Axis(title=x_title, ticks=ticks), y=Axis(title=y_title, ticks=ticks))
     return panels([part], height=390, beside=True)
 
 
 def steps_against_length(points: Mapping[int, Samples[StageSample]], titles: Mapping[str, str]) -> go.Figure:
-    """Median milliseconds of each step against the prompt's tokens, on logarithmic axes: one panel a step, one line a variant.
+    """Median milliseconds of each step against the prompt's tokens: one panel a step, one line a variant.
 
-    titles: step -> what stands over its panel.
+    The axes are logarithmic; where the times of a step lie within a factor of three, theirs is not, and begins at 0. titles: step
+    -> what stands over its panel.
     """
     parts = []
     for step, title in titles.items():
         traces = _against_size(points, step, told="%{x} tokens: %{y:.3f} ms")
         drawn = [y for trace in traces for y in trace.y if y == y] or [1.0]
         ticks = decades(1, 2, 5) if max(drawn) > 10 * min(drawn) else decades(1, 1.5, 2, 3, 4, 5, 7)
-        y = Axis(title="milliseconds (medians)", ticks=ticks)
+        near = max(drawn) < 3 * min(drawn)
+        y = Axis(title="milliseconds (medians)", ticks=() if near else ticks, zero=near)
         parts.append(Panel(title=title, traces=traces, x=Axis(title="tokens of the prompt", ticks=sorted(points)), y=y))
     return panels(parts, gap=0.08, own_scales=True)
 

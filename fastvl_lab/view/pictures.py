@@ -44,8 +44,10 @@ def difference_maps(picture: np.ndarray, differences: Mapping[str, PixelDifferen
     for number, image in enumerate(images):
         figure.add_trace(_image(image, np.max if number else np.mean), row=number // columns + 1, col=number % columns + 1)
     figure.update_annotations(font_size=12)
+    scale = "black: equal; grey: 1 of 255; white: 255; each step of brightness between them doubles the difference"
+    figure.add_annotation(text=scale, x=0, y=0, xref="paper", yref="paper", yshift=-6, yanchor="top", showarrow=False)
     height, width = picture.shape[:2]
-    return _bare(figure, height=round(rows * (1060 / columns * height / width + 70)), top=60)
+    return _bare(figure, height=round(rows * (1060 / columns * height / width + 70)) + 20, top=60, bottom=30)
 
 
 def window_layout(picture: bytes, grid: Grid, window: int | None, merge_size: int) -> go.Figure:
@@ -73,11 +75,11 @@ def window_layout(picture: bytes, grid: Grid, window: int | None, merge_size: in
     return _bare(figure, height=round(800 * rows / columns) + 90, top=70, width=860, legend=legend)
 
 
-def _bare(figure: go.Figure, *, height: int, top: int, **layout: Any) -> go.Figure:
+def _bare(figure: go.Figure, *, height: int, top: int, bottom: int = 10, **layout: Any) -> go.Figure:
     """Without axes, up to the edges."""
     figure.update_xaxes(visible=False)
     figure.update_yaxes(visible=False)
-    return figure.update_layout(**style.layout(height=height, margin={"l": 10, "r": 10, "t": top, "b": 10}, **layout))
+    return figure.update_layout(**style.layout(height=height, margin={"l": 10, "r": 10, "t": top, "b": bottom}, **layout))
 
 
 def _image(image: np.ndarray, reduce: Callable[..., np.ndarray], largest_side: int = 700) -> Any:

@@ -14,26 +14,35 @@ from fastvl_lab.measure.sweep import SweepResult
 from fastvl_lab.run import Run
 from fastvl_lab.view import style
 from fastvl_lab.view.figures import sample_dots, ttft_against_visual_tokens
-from fastvl_lab.view.tables import stage_frame, summary_frame
+from fastvl_lab.view.tables import html_of, made_of_frame, settings_frame, stage_frame, summary_frame
 
 _CSS = """
 body { font: 15px/1.5 "DejaVu Sans", Arial, sans-serif; color: #222; max-width: 1240px; margin: 2em auto; padding: 0 1em; }
 h1 { font-size: 1.6em; } h2 { font-size: 1.25em; margin-top: 2em; border-bottom: 1px solid #ddd; }
 .scroll { overflow-x: auto; }
 table { border-collapse: collapse; font-size: 0.9em; margin: 1em 0; }
-th, td { padding: 0.3em 0.8em; border-bottom: 1px solid #ddd; text-align: left; white-space: nowrap; }
+th, td { padding: 0.3em 0.8em; border-bottom: 1px solid #ddd; text-align: left; vertical-align: top; }
+th, td:not(:last-child) { white-space: nowrap; }
 th { background: #f4f4f4; } .error { color: #a00; }
 """
 
 
 @shown.page.register(SweepResult)
 def report_html(result: SweepResult) -> str:
-    """The page: settings, what failed, the summary, TTFT against visual tokens, and each point's waterfalls with their tables."""
+    """The page: what was learnt, what failed, what each engine is, the summary, TTFT against visual tokens, each point's waterfalls
+    with their tables, and the settings.
+    """
     environment = " · ".join(f"{key} {value}" for key, value in result.environment.items())
     body = [f"<h1>TTFT sweep</h1><p>{html.escape(environment)}</p>", _errors(result)]
     if result.points:
         rows = result.summary()
+        comparisons = [point.comparison for point in result.points]
+        engines = {engine: each.representative(engine) for each in comparisons for engine in each.engines}
         body += [
+            "<h2>What was learnt on this machine</h2>",
+            f"<ul>{''.join(f'<li>{html.escape(line)}</li>' for line in result.findings())}</ul>",
+            "<h2>Engines</h2>",
+            table_html(made_of_frame(list(engines.values()))),
             "<h2>Summary</h2>",
             "<p>Medians over warm runs, and over all runs of endpoints that do not say whether they reused anything (reuse "
             "unknown), measured in interleaved rounds, without those that others disturbed; a speed-up is the median of ratios "
@@ -48,11 +57,7 @@ def report_html(result: SweepResult) -> str:
         runs = [point.comparison.representative(engine) for engine in point.comparison.engines]
         figures = (point.comparison.waterfall(), sample_dots(point.comparison))
         body += [f"<h2>{html.escape(point.label)}</h2>", *map(figure_html, figures), table_html(stage_frame(runs))]
-    if found := result.findings():
-        lines = "".join(f"<li>{html.escape(line)}</li>" for line in found)
-        body.append(f"<h2>What was learnt on this machine</h2><ul>{lines}</ul>")
-    settings = "".join(f"<tr><td>{k}</td><td>{html.escape(repr(v))}</td></tr>" for k, v in vars(result.settings).items())
-    body.append(f"<h2>Settings</h2><div class='scroll'><table>{settings}</table></div>")
+    body.append(f"<h2>Settings</h2>{table_html(settings_frame(result.settings))}")
     return page("TTFT sweep", body)
 
 
@@ -78,7 +83,7 @@ def _errors(result: SweepResult) -> str:
 
 def table_html(frame: Any) -> str:
     """A DataFrame as a piece of a `page`."""
-    return f"<div class='scroll'>{frame.to_html(index=False, border=0)}</div>"
+    return f"<div class='scroll'>{html_of(frame)}</div>"
 
 
 def figure_html(figure: Any) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from operator import attrgetter, itemgetter
 from typing import Any, TypeVar
@@ -17,6 +18,7 @@ from fastvl_lab.measure.load import PERCENTILES, Load, Measure
 from fastvl_lab.measure.profile import Profile
 from fastvl_lab.measure.recipes import STOCK
 from fastvl_lab.measure.samples import Interval, Samples, StageSample, gains
+from fastvl_lab.measure.sweep import SweepSettings
 from fastvl_lab.run import Run, in_words
 from fastvl_lab.trace import STAGES, Lane
 
@@ -29,9 +31,19 @@ def frame(rows: Iterable[T], columns: Mapping[str, Callable[[T], object]]) -> An
     return require("pandas", "notebooks").DataFrame(table, columns=list(columns))
 
 
+# Notebooks put text to the right of its cell, and break it within words.
+_LOOK = "<style>table.fl-frame :is(th, td) { text-align: left !important; overflow-wrap: normal; word-break: normal; }</style>"
+
+
 def show(frame: Any) -> Any:
     """The whole frame as an HTML table: pandas' own display cuts long texts and long tables."""
-    return require("IPython.display", "notebooks").HTML(frame.to_html(index=False, border=0, max_rows=None))
+    return require("IPython.display", "notebooks").HTML(_LOOK + html_of(frame))
+
+
+def html_of(frame: Any) -> str:
+    """The whole frame as an HTML table, without a look of its own."""
+    text: str = frame.to_html(index=False, border=0, max_rows=None, classes="fl-frame", justify="left")
+    return text
 
 
 def times(ratio: Interval | None) -> str | None:
@@ -102,7 +114,7 @@ def summary_frame(rows: Sequence[Mapping[str, Any]]) -> Any:
         "TTFT ms (95% CI)": lambda row: _interval(row["ttft_ms"], row["ttft_low_ms"], row["ttft_high_ms"], ".1f"),
         "cold TTFT ms": lambda row: _number(row["cold_ttft_ms"], ".0f"),
         "cache-hit TTFT ms": lambda row: _number(row["hit_ttft_ms"], ".1f"),
-        "TPOT ms": lambda row: _number(row["tpot_ms"], ".2f"),
+        "TPOT ms": lambda row: _number(row["tpot_ms"], ".3g" if (row["tpot_ms"] or 1) < 1 else ".2f"),
         "parity": itemgetter("parity_says"),
         "speed-up (95% CI)": speedup,
         "warm runs": lambda row: f"{row['unknown_runs']} (reuse unknown)" if row["unknown_runs"] else row["warm_runs"],
@@ -115,7 +127,11 @@ def summary_frame(rows: Sequence[Mapping[str, Any]]) -> Any:
 
 
 def stage_frame(runs: Sequence[Run]) -> Any:
-    """Host milliseconds a stage, one column a run; stages add up to TTFT with `unaccounted`, and "wait: …" to `wait`."""
+    """Host milliseconds a stage, one column a run; stages add up to TTFT with `unaccounted`, and "wait: …" to `wait`.
+
+    Then a column a run after the first: what it takes more or less than that one, and as a share of it. They are of these runs
+    alone, so they have no interval.
+    """
     columns: dict[str, dict[str, float]] = {}
     for run in runs:
         name, same = run.engine, 2
@@ -129,7 +145,46 @@ def stage_frame(runs: Sequence[Run]) -> Any:
     def of(column: Mapping[str, float]) -> Callable[[str], str | None]:
         return lambda stage: _number(column.get(stage), ".3f")
 
-    return frame(order, {"stage": str, **{engine: of(column) for engine, column in columns.items()}})
+    first, *others = columns
+
+    def against(column: Mapping[str, float]) -> Callable[[str], str | None]:
+        def cell(stage: str) -> str | None:
+            ours, theirs = column.get(stage), columns[first].get(stage)
+            if ours is None or not theirs:
+                return None
+            return f"{ours - theirs:+.3f} ms ({ours / theirs:.0%})".replace("-", "−")
+
+        return cell
+
+    shown: dict[str, Callable[[str], str | None]] = {"stage": str}
+    shown |= {f"{engine}, ms": of(column) for engine, column in columns.items()}
+    shown |= {f"{engine} against {first}": against(columns[engine]) for engine in others}
+    return frame(order, shown)
+
+
+def made_of_frame(runs: Sequence[Run]) -> Any:
+    """What each run's engine is: a recipe's choices beyond the baseline, by slot."""
+
+    def made_of(run: Run) -> str:
+        if run.recipe is None:
+            return "as it is" if not run.remote else "as its server has it"
+        changes = ", ".join(f"{path}={value}" for path, value in run.recipe.changes().items())
+        return changes or "the baseline: every toggle at its first option"
+
+    return frame(runs, {"engine": attrgetter("engine"), "what it is": made_of})
+
+
+def settings_frame(settings: SweepSettings) -> Any:
+    """The settings of a sweep in words."""
+
+    def said(name: str) -> str | None:
+        value = getattr(settings, name)
+        if name == "image_sizes":
+            return ", ".join(f"{width}×{height}" for width, height in value) or "as it is"
+        return ", ".join(map(str, value)) if isinstance(value, list | tuple) else str(value) if value != "" else None
+
+    names = [field.name for field in dataclasses.fields(settings)]
+    return frame(names, {"setting": lambda name: name.replace("_", " "), "value": said})
 
 
 def layer_frame(run: Run) -> Any:
@@ -187,7 +242,7 @@ def streaming_frame(runs: Mapping[str, Run], expected: Run, audits: Mapping[str,
     """A line a setting: TTFT, the whole answer, chunks, whether its tokens are those of `expected`, and what its audit says."""
 
     def wrong(label: str) -> str:
-        said = [finding.verdict for finding in audits[label].findings if finding.severity != "note"]
+        said = [finding.named for finding in audits[label].findings if finding.severity != "note"]
         return ", ".join(said) or "clear"
 
     columns: dict[str, Callable[[str], object]] = {
@@ -251,9 +306,10 @@ def rounds_frame(rounds: Samples[StageSample], reference: str, *steps: str) -> A
 
     steps: what the ratio is over; all, if none is named.
     """
-    columns = {"variant": str} | {f"{step} ms": _median(rounds, step) for step in rounds.samples[0].steps}
-    columns |= {"in all ms": _median(rounds)} | _ratio(rounds, reference, " + ".join(steps) or "all", *steps)
-    return frame(rounds.engines, columns)
+    every = tuple(rounds.samples[0].steps)
+    columns = {"variant": str} | {f"{step} ms": _median(rounds, step) for step in every}
+    columns |= {"in all ms": _median(rounds)} if every[1:] else {}
+    return frame(rounds.engines, columns | _ratio(rounds, reference, " + ".join(steps) or "all", *steps))
 
 
 def step_frame(rounds: Samples[StageSample], reference: str) -> Any:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from fastvl_lab import shown
 from fastvl_lab.account import OF_WAIT, REST
 from fastvl_lab.measure.compare import Comparison
-from fastvl_lab.run import Run, in_words
+from fastvl_lab.run import Run, in_words, milliseconds
 from fastvl_lab.trace import LANES, STAGES, Span
 from fastvl_lab.view import style
 from fastvl_lab.view.charts import Axis, Panel, panels, said, timeline
@@ -79,14 +79,14 @@ def _panel(run: Run, x: Axis) -> Panel:
     table = run.stage_table()
     rows, notes = [row["stage"] for row in table[:-1]], []
     for row in table:
-        device = "" if row["device_ms"] is None else f" · device {_ms(row['device_ms'])}"
-        text = f"{_ms(row['host_ms'])} · {row['share']:.1%}{device}"
+        device = "" if row["device_ms"] is None else f" · device {milliseconds(row['device_ms'])}"
+        text = f"{milliseconds(row['host_ms'])} · {_share(row['share'])}{device}"
         if row["stage"] in rows:
             notes.append((ends.get(row["stage"], run.ttft * 1e3), row["stage"], text))
     for stage, ns in run.trace.stages("beside").items():
         if stage not in rows:
             rows.insert(-1, stage)
-            notes.append((ends[stage], stage, f"{_ms(ns / 1e6)}, beside others"))
+            notes.append((ends[stage], stage, f"{milliseconds(ns / 1e6)}, beside others"))
     return Panel(
         traces=[_lane(run, lane, mine) for lane, mine in bars.items() if mine], x=x, rows=rows, notes=notes, limit=run.ttft * 1e3
     )
@@ -120,15 +120,13 @@ def _file(run: Run, stage: str) -> str:
     return f"fastvl_lab/{STAGES[stage]}" if run.recipe is not None and stage in STAGES else f"inside {run.engine}"
 
 
+def _share(share: float) -> str:
+    """Of what is too short for its digits, that it is there."""
+    return "<0.1%" if 0 < share < 5e-4 else f"{share:.1%}"
+
+
 def _heading(run: Run) -> str:
     """What stands above a run's panel; what a long recipe may push out of the picture comes last."""
-    heading = (
-        f"<b>{html.escape(run.engine)}: {in_words(run.kind)} TTFT {_ms(run.ttft * 1e3)}</b> · {html.escape(run.checkpoint)} · "
-    )
+    ttft = f"{in_words(run.kind)} TTFT {milliseconds(run.ttft * 1e3)}"
+    heading = f"<b>{html.escape(run.engine)}: {ttft}</b> · {html.escape(run.checkpoint)} · "
     return f"{heading}{html.escape(run.device)} {run.dtype}<br><span style='font-size:12px'>{run.subtitle()}</span>"
-
-
-def _ms(milliseconds: float) -> str:
-    """A duration with three significant digits."""
-    decimals = 0 if milliseconds >= 100 else 1 if milliseconds >= 10 else 2 if milliseconds >= 0.1 else 3
-    return f"{milliseconds:.{decimals}f} ms"

@@ -100,7 +100,8 @@ def encode(
 ) -> VisionTokens:
     """Patches to visual tokens (and DeepStack features), in the order of the prompt's placeholders; padding stays last."""
     vision = tower.vision
-    hidden = patch_embed(patches if plan.order is None else patches.index_select(0, plan.order))  # [N, hidden]
+    with inner("vit.patch_embed"):
+        hidden = patch_embed(patches if plan.order is None else patches.index_select(0, plan.order))  # [N, hidden]
     added = plan.learned
 
     deepstack = []

@@ -22,7 +22,7 @@ class StockInputs:
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class StockEncoder:
-    """The module's own forward over patches and grids, and its blocks by the names of their spans; never padded or captured."""
+    """The module's own forward over patches and grids, and what it is made of by the names of spans; never padded or captured."""
 
     run: Callable[[torch.Tensor, torch.Tensor], VisionTokens]
     blocks: Mapping[str, torch.nn.Module]
@@ -30,7 +30,8 @@ class StockEncoder:
     @classmethod
     def of(cls, checkpoint: Checkpoint) -> StockEncoder:
         vision, stock = checkpoint.vision, checkpoint.family.stock_vision
-        blocks = {f"vit.block.{index}": block for index, block in enumerate(vision.blocks)}
+        blocks = {"vit.patch_embed": vision.patch_embed}
+        blocks |= {f"vit.block.{index}": block for index, block in enumerate(vision.blocks)}
         return cls(run=lambda patches, grid_thw: stock(vision.module, patches, grid_thw), blocks=blocks)
 
     def __call__(self, pixels: Pixels, tracer: Tracer) -> VisionTokens:

@@ -47,6 +47,27 @@ def page(browser: Any) -> Iterator[Any]:
     context.close()
 
 
+@pytest.fixture
+def barriers(page: Any) -> Callable[..., list[str]]:
+    """What keeps people out, by axe-core: a line for each element that it finds serious or critical, of the page or a part of it.
+
+    It looks below the fold too, but not at what an SVG has drawn.
+    """
+    axe = pytest.importorskip("axe_playwright_python.sync_playwright", reason="needs axe-core (extra dev)").Axe()
+
+    def found(within: str | None = None) -> list[str]:
+        response = axe.run(page, within).response
+        assert response["passes"], "axe has looked at nothing"
+        return [
+            f"{rule['id']}, {rule['impact']}: {node['failureSummary']} {node['html'][:160]}"
+            for rule in response["violations"]
+            if rule["impact"] in ("serious", "critical")
+            for node in rule["nodes"]
+        ]
+
+    return found
+
+
 @dataclass(frozen=True)
 class JupyterLab:
     """A running server: `url` of a notebook in its root folder, in a workspace of no tab but that one."""

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from plotly.offline import get_plotlyjs
 
 import fastvl_lab.view.workbench
 from fastvl_lab import Lab, Recipe, Request, photo
@@ -28,6 +29,7 @@ SHOW = """async ([code, records]) => {
   window.tell = (name, record) => { records[name] = record; (listeners[`change:${name}`] ?? []).forEach((listen) => listen()); };
   const model = { get: (name) => records[name], on: (name, listen) => (listeners[name] ??= []).push(listen), off() {},
     send: (content) => window.sent.push(content) };
+  window.hear = (content, text) => listeners["msg:custom"].forEach((listen) => listen(content, [new TextEncoder().encode(text)]));
   const widget = bench.default();
   widget.initialize({ model });
   widget.render({ model, el: document.querySelector("main") });
@@ -81,6 +83,7 @@ def records(labs: dict[str, Lab]) -> dict[str, Any]:
     ]
     made = controls(lambda: recipe, lambda *_: None, lambda: lab.checkpoint.target)
     values = {path: control.value for path, control in made.items()}
+    drawn, frame = views()["tokens over time"].draw(second, first)
     savings = {"vit.rope": ("halves", 2.0, 1.0, 3.0), "vit.norms": ("native", -1.0, -2.0, -0.5)}
     told = {
         "choices": messages.Choices(
@@ -110,7 +113,13 @@ def records(labs: dict[str, Lab]) -> dict[str, Any]:
         "chosen": messages.Chosen(values=values, moved=("vit.tower",), undoable=True, texts={"Python": "recipe"}),
         "live": messages.Live(state="idle", busy=False, error="an error"),
         "shown": showing.shown(second, first, view="waterfall", against=0, pending=False),
-        "figure": {},
+        "figure": messages.Figure(
+            view="tokens over time",
+            about="tokens over time of 2",
+            figure=drawn.to_json(),
+            columns=tuple(frame.columns),
+            rows=tuple(tuple(map(str, row)) for row in frame.itertuples(index=False)),
+        ),
         "history": tuple(showing.row(result, None, pinned=False, note="") for result in (first, second)),
         "earlier": messages.Earlier(rows=tuple(earlier)),
         "advised": messages.Advised(savings=savings, sentence="Next best: vit.rope.", path="vit.rope", value="halves"),
@@ -127,7 +136,7 @@ def show(page: Any, records: dict[str, Any]) -> Callable[[], dict[str, Any]]:
         page.on("pageerror", lambda error: failures.append(str(error)))
         page.set_content(f"<style>{(FILES / 'bench.css').read_text()}</style><body data-jp-theme-light='true'><main></main>")
         page.evaluate(SHOW, [(FILES / "bench.js").read_text(), records])
-        page.wait_for_selector(".fl-stage")
+        page.wait_for_selector(".fl-stage" if records["shown"] else ".fl-bench", state="attached")
         assert failures == []
         return records
 
@@ -149,6 +158,21 @@ def test_host_and_device_are_two_lanes_of_a_row_and_the_run_before_an_outline(pa
     tip = page.locator(".fl-tip").inner_text()
     for said in ("ms, host", "ms, device", "before: ", "floor: 1.00 ms", "fastvl_lab/vit/"):
         assert said in tip
+
+
+def test_the_table_has_units_and_what_the_recipe_takes_more_or_less(
+    page: Any, show: Callable[..., Any], records: dict[str, Any]
+) -> None:
+    records["shown"]["before"]["label"] = "#1"
+    for run, ms in (("recipe", {"vit": 30.0, "emit": 0.001}), ("before", {"vit": 40.0, "emit": 0.0})):
+        records["shown"][run] |= {"host": ms, "device": {}, "ttft": 100.0}
+    show()
+    table = page.locator(".fl-table")
+    assert table.locator("th").all_text_contents() == ["stage", "this recipe, ms", "#1, ms", "this recipe against #1"]
+    rows = {cells[0]: cells[1:] for row in table.locator("tbody tr").all() if (cells := row.locator("td").all_text_contents())}
+    assert rows["vit"] == ["30.000", "40.000", "−10.000 ms (75 %)"]
+    assert rows["emit"] == ["0.001", "0.000", "–"]
+    assert page.locator(".fl-stage[data-stage='emit'] .fl-number").text_content() == "0.001 ms · <0.1 %"
 
 
 def test_a_round_that_others_disturbed_is_a_hollow_dot_that_says_why(
@@ -174,6 +198,49 @@ def test_all_can_be_read_and_has_a_name(page: Any, show: Callable[..., Any], lig
     assert page.evaluate(NAMELESS) == []
     stops = page.locator(".fl-toggles [tabindex='0']").count()
     assert stops == 1  # arrows lead from there
+
+
+@pytest.mark.parametrize("light", ["true", "false"], ids=["light", "dark"])
+def test_axe_finds_no_serious_barrier_whatever_the_page_shows(
+    page: Any, show: Callable[..., Any], records: dict[str, Any], barriers: Callable[..., list[str]], light: str
+) -> None:
+    result, rows = records["shown"], records["history"]
+    records |= {"shown": {}, "history": [], "live": messages.to_json(messages.Live(state="starting", busy=True))}
+    show()
+    page.evaluate("(light) => { document.body.dataset.jpThemeLight = light; }", light)
+    dark = "(dark) => document.querySelector('.fl-bench').classList.contains('fl-dark') === dark"
+    page.wait_for_function(dark, arg=light == "false")
+    found = {"before the first result": barriers(".fl-bench")}
+
+    tell = "([name, record]) => window.tell(name, record)"
+    page.evaluate(tell, ["live", messages.to_json(messages.Live(state="idle", busy=False))])
+    page.evaluate(tell, ["shown", result])
+    page.evaluate(tell, ["history", rows])
+    page.wait_for_selector(".fl-history tbody tr")
+    found["a result"] = barriers(".fl-bench")
+    page.evaluate("() => document.querySelectorAll('.fl-bench details').forEach((one) => { one.open = true; })")
+    page.locator(".fl-more").first.click()
+    page.locator(".fl-history tbody tr").nth(1).click()
+    page.locator(".fl-stage[data-stage='vit']").hover()
+    assert page.locator(".fl-tip").is_visible()
+    found["all of it unfolded, and a tip"] = barriers(".fl-bench")
+
+    page.evaluate(tell, ["live", messages.to_json(messages.Live(state="idle", busy=False, error="broken.jpg is no picture"))])
+    assert page.get_by_role("alert").is_visible()
+    found["an error"] = barriers(".fl-bench")
+    page.keyboard.press("?")
+    assert page.get_by_role("dialog").is_visible()
+    found["the help"] = barriers(".fl-bench")
+    page.keyboard.press("Escape")
+
+    page.evaluate(tell, ["shown", result | {"view": "tokens over time"}])
+    page.evaluate("(library) => window.hear({ kind: 'plotly' }, library)", get_plotlyjs())
+    page.wait_for_selector(".fl-plot .scatterlayer .point")
+    found["a view by plotly"] = barriers(".fl-bench")
+    page.set_viewport_size({"width": 600, "height": 800})
+    page.wait_for_selector(".fl-narrow")
+    found["a narrow page"] = barriers(".fl-bench")
+    assert {state: lines for state, lines in found.items() if lines} == {}
 
 
 def test_a_click_is_seen_before_the_kernel_has_answered(page: Any, show: Callable[..., Any]) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +11,7 @@ import nbformat
 import pytest
 
 from fastvl_lab import SweepSettings, sweep
+from fastvl_lab.view import gpu_report
 
 pytestmark = pytest.mark.alone
 
@@ -38,7 +41,9 @@ def _run_all(page: Any, jupyterlab: Any, name: str) -> int:
     return len([cell for cell in notebook.cells if cell.cell_type == "code"])
 
 
-def test_the_workbench_runs_in_jupyterlab_and_shows_its_waterfalls(jupyterlab: Any, page: Any) -> None:
+def test_the_workbench_runs_in_jupyterlab_and_shows_its_waterfalls(
+    jupyterlab: Any, page: Any, barriers: Callable[..., list[str]]
+) -> None:
     _run_all(page, jupyterlab, "workbench.ipynb")
     # A figure is there before the first answer is; a click before that would end the run under way.
     page.wait_for_function("() => document.querySelectorAll('.fl-history tbody tr').length === 1", timeout=120_000)
@@ -46,6 +51,8 @@ def test_the_workbench_runs_in_jupyterlab_and_shows_its_waterfalls(jupyterlab: A
     assert 0 <= panel.bounding_box()["y"] < 400  # who has pressed Run All looks at it
     panel.locator("[data-path='vit.attention']").get_by_role("radio", name="grouped", exact=True).click()
     page.wait_for_function("() => document.querySelectorAll('.fl-history tbody tr').length === 2", timeout=120_000)
+
+    assert barriers(".fl-bench") == []  # the rest of the page is JupyterLab's
 
     cells = _run_all(page, jupyterlab, "workbench_from_cells.ipynb")
     page.wait_for_function(FINISHED, arg=cells - 2, timeout=120_000)
@@ -61,7 +68,7 @@ def test_the_workbench_runs_in_jupyterlab_and_shows_its_waterfalls(jupyterlab: A
     assert page.get_by_text("Share chart").count() == 0
 
 
-def test_the_report_opens_from_disk_without_a_network(page: Any, tmp_path: Path) -> None:
+def test_the_report_opens_from_disk_without_a_network(page: Any, tmp_path: Path, barriers: Callable[..., list[str]]) -> None:
     settings = SweepSettings(
         checkpoints=["tiny-qwen3-vl"],
         recipes=["transformers", "fastest"],
@@ -88,3 +95,12 @@ def test_the_report_opens_from_disk_without_a_network(page: Any, tmp_path: Path)
     assert page.locator("table").count() == 3  # summary, stages, settings
     assert "aspect ratio" in page.locator("ul.error").inner_text()
     assert page.evaluate("document.documentElement.scrollWidth <= window.innerWidth")
+    assert barriers() == []
+
+
+def test_the_page_of_a_gpu_report_has_no_serious_barrier(page: Any, tmp_path: Path, barriers: Callable[..., list[str]]) -> None:
+    rows = json.loads((REPOSITORY / "figures" / "h200.json").read_text(encoding="utf-8"))
+    (tmp_path / "gpu.html").write_text(gpu_report.report_html(rows), encoding="utf-8")
+    page.goto((tmp_path / "gpu.html").as_uri())
+    page.wait_for_selector(".js-plotly-plot .barlayer")
+    assert barriers() == []

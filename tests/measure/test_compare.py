@@ -136,7 +136,7 @@ def test_runs_of_unknown_kind_count_only_where_none_is_warm(run: Run) -> None:
 @pytest.mark.parametrize(
     ("moved", "tokens", "says"),
     [
-        (0.0, None, "on pixels made another way, which leave Transformers' logits as they are"),
+        (0.0, None, "on pixels made another way, of which Transformers computes the same logits"),
         (0.0123, None, "on other pixels than a, which move Transformers' logits by up to 0.012"),
         (0.0123, (7, 8, 9), "on other pixels than a, which move Transformers' logits by up to 0.012 and change its answer"),
     ],

@@ -196,5 +196,7 @@ def test_a_cost_is_found_again_in_its_own_times(cost: tuple[float, float, float]
     truth = Cost(fixed=cost[0], per_patch=cost[1], per_pair=cost[2])
     seconds = np.array([sum(truth.parts(n)) for n in sizes])
     assert dataclasses.astuple(fit_cost(sizes, list(seconds))) == pytest.approx(cost, abs=1e-12, rel=1e-6)
+    assert truth.off([*sizes, 9], [*seconds, float("nan")]) == pytest.approx(0, abs=1e-9)
+    assert truth.off(sizes, [seconds[0] / 2, *seconds[1:]]) == pytest.approx(1)
     noisy = fit_cost(sizes, list(seconds * np.random.default_rng(0).uniform(0.9, 1.1, len(sizes))))
     assert min(dataclasses.astuple(noisy)) >= 0

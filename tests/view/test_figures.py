@@ -69,12 +69,24 @@ def test_steps_have_columns_panels_and_lines_of_their_own() -> None:
     ]
     assert bars.layout.annotations[0].text == "prefill of &lt;8&gt; tokens"
 
+    stacked = view.step_bars(_rounds(stock=(0.2, 0.004), ours=(0.1, 0.001)), "")
+    assert [trace.error_x.array for trace in stacked.data] == [None, (0, 0)]  # six alike, at the end of the bar
+    few = view.step_bars(rounds.only(lambda sample: sample.round < 5), "")
+    assert [note.text for note in few.layout.annotations[:2]] == ["204.0 ms", "101.0 ms"]
+    assert few.data[1].error_x.array == (0, 0)  # no interval, no arms
+
     lines = view.steps_against_length({64: _rounds(stock=(0.4, 0.008), ours=(0.3, 0.001)), 8: rounds}, titles)
     drawn = {(line.name, line.xaxis): (list(line.x), list(line.y)) for line in lines.data}
     assert drawn["stock", "x"] == ([8, 64], [200, 400])
     assert drawn["ours", "x2"] == ([8, 64], [1, 1])
     assert [line.showlegend for line in lines.data] == [True, True, False, False]
     assert lines.layout.yaxis2.type == "log"
+    near = view.steps_against_length({8: _rounds(stock=(0.2, 0.004), ours=(0.1, 0.003))}, titles).layout
+    assert (near.yaxis2.type, near.yaxis2.rangemode) == (None, "tozero")  # one tick of a logarithm says nothing
+
+    many = {1.0: _rounds(**{name: (speed, 0.0) for name, speed in zip("abcde", (1.0, 0.4, 0.1, 0.2, 0.3), strict=True)})}
+    sizes = view.cost_against_size(many, x_title="", y_title="")
+    assert [trace.opacity for trace in sizes.data] == [1, 0.3, 1, 1, 1]
 
     costs = {"ours": Cost(fixed=0, per_patch=1e-3, per_pair=0)}
     parts = view.cost_parts({8: rounds, 64: rounds}, costs, steps=["prefill"], unit="tokens", y_title="prefill, ms")

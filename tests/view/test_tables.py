@@ -7,7 +7,7 @@ import html
 
 import pytest
 
-from fastvl_lab import Lab, Request, Run, audit, compare, toggles, view
+from fastvl_lab import Lab, Recipe, Request, Run, audit, compare, toggles, view
 from fastvl_lab.capture.execute import Capture
 from fastvl_lab.measure.audit import audit_reported
 from fastvl_lab.measure.compare import Comparison
@@ -46,7 +46,7 @@ def test_a_setting_stands_beside_its_tokens_and_its_audit(run: Run) -> None:
     frame = view.streaming_frame({"a": run, "b": other}, run, {"a": audit(run), "b": audit(other)})
     assert list(frame["same tokens"]) == ["yes", "NO"]
     assert list(frame["chunks"]) == [len(run.chunks)] * 2
-    said = [finding.verdict for finding in audit(run).findings if finding.severity != "note"]
+    said = [finding.named for finding in audit(run).findings if finding.severity != "note"]
     assert frame["audit"][0] == (", ".join(said) or "clear")
 
 
@@ -54,10 +54,18 @@ def test_tables_stand_beside_the_charts(labs: dict[str, Lab], picture: bytes) ->
     short = Request(images=[picture], prompt="What?", max_new_tokens=3, ignore_eos=True)
     runs = [labs["tiny-qwen2.5-vl"].run(short, engine) for engine in ("transformers", "fastest")]
     frame = view.stage_frame(runs)
-    assert list(frame.columns) == ["stage", "transformers", "fastest"]
+    assert list(frame.columns) == ["stage", "transformers, ms", "fastest, ms", "fastest against transformers"]
     assert list(frame.stage)[-2:] == ["unaccounted", "TTFT"]
-    assert list(view.stage_frame([runs[0], runs[0]]).columns) == ["stage", "transformers", "transformers (2)"]
-    values = [float(x) for x in frame.fastest]
+    assert list(view.stage_frame([runs[0], runs[0]]).columns) == [
+        "stage",
+        "transformers, ms",
+        "transformers (2), ms",
+        "transformers (2) against transformers",
+    ]
+    stock, ours = (run.trace.stages()["vit"] / 1e6 for run in runs)
+    told = f"{ours - stock:+.3f} ms ({ours / stock:.0%})".replace("-", "−")
+    assert frame.set_index("stage")["fastest against transformers"]["vit"] == told
+    values = [float(x) for x in frame["fastest, ms"]]
     assert sum(values[:-1]) == pytest.approx(values[-1], abs=0.01)
 
     request = Request(images=[picture], prompt="What?", max_new_tokens=2, ignore_eos=True)
@@ -86,9 +94,33 @@ def test_the_layer_table_has_everything_inside_the_stages_once(labs: dict[str, L
     request = Request(images=[picture], prompt="What?", max_new_tokens=3, ignore_eos=True)
     frame = view.layer_frame(lab.run(request, "fastest", trace="layers"))
     config = lab.checkpoint.config
-    blocks = [f"vit.block.{i}" for i in range(config.vision_config.depth)]
+    blocks = ["vit.patch_embed", *(f"vit.block.{i}" for i in range(config.vision_config.depth))]
     layers = [f"language.layer.{i}" for i in range(config.text_config.num_hidden_layers)]
     assert list(frame["block or layer"]) == ["vit.positions", *blocks, *layers]
+
+
+def test_an_engine_is_what_its_recipe_chooses_beyond_the_baseline(run: Run) -> None:
+    runs = [dataclasses.replace(run, engine="stock", recipe=None), run, dataclasses.replace(run, recipe=Recipe.baseline())]
+    what = list(view.made_of_frame(runs)["what it is"])
+    assert what[0] == "as it is"
+    assert "vit.tower=lean, " in what[1]
+    assert what[2] == "the baseline: every toggle at its first option"
+
+
+def test_a_shown_table_has_its_text_on_the_left() -> None:
+    shown = view.show(view.frame(["a"], {"<b>": str})).data
+    assert "text-align: left" in shown
+    assert 'class="dataframe fl-frame"' in shown
+    assert "&lt;b&gt;" in shown
+
+
+def test_a_token_that_takes_microseconds_takes_no_nothing(run: Run) -> None:
+    rows = [row for n in (0.5, 0.1) for row in _comparison(run, 6, eager=n).summary()]
+    assert list(view.summary_frame([rows[0] | {"tpot_ms": tpot} for tpot in (0.00412, 12.345, None)])["TPOT ms"]) == [
+        "0.00412",
+        "12.35",
+        "–",
+    ]
 
 
 def test_the_catalogue_table_has_every_option() -> None:

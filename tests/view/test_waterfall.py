@@ -109,10 +109,25 @@ def test_stages_with_names_of_their_own_are_drawn_and_tabled(runs: list[Run]) ->
     run = dataclasses.replace(runs[0], engine="http://host:1/v1", trace=trace)
     table = view.stage_frame([run])
     assert list(table["stage"]) == ["encode", "wait", "unaccounted", "TTFT"]
-    assert list(table[run.engine]) == ["1.000", "1.000", "0.000", "2.000"]
+    assert list(table[f"{run.engine}, ms"]) == ["1.000", "1.000", "0.000", "2.000"]
     bars = view.waterfall([run]).data[0]
     assert list(bars.y) == ["encode", "wait"]
     assert {data[3] for data in bars.customdata} == {"inside http://host:1/v1"}
+
+
+def test_what_is_too_short_for_its_digits_is_there_and_long_times_are_in_seconds(runs: list[Run]) -> None:
+    spans = (
+        Span(name="tokenize", lane="host", depth=0, start_ns=0, end_ns=300_000),
+        Span(name="vit", lane="host", depth=0, start_ns=300_000, end_ns=1_500_000_000),
+    )
+    run = dataclasses.replace(runs[0], trace=Trace(spans=spans, first_chunk_ns=1_500_000_000, end_ns=1_500_000_000))
+    texts = [note.text for note in view.waterfall([run]).layout.annotations]
+    assert texts[:2] == ["0.30 ms · &lt;0.1%", "1.50 s · 100.0%"]
+
+
+def test_every_panel_of_a_long_column_has_its_numbers(runs: list[Run]) -> None:
+    layout = view.waterfall(runs).layout
+    assert [axis.showticklabels for axis in (layout.xaxis, layout.xaxis2)] == [True, True]
 
 
 def test_hostile_names_do_not_become_markup(runs: list[Run]) -> None:

@@ -54,7 +54,7 @@ const ms = (value) => {
   return `${value.toFixed(size >= 100 ? 0 : size >= 10 ? 1 : size >= 0.1 || size === 0 ? 2 : 3)} ms`;
 };
 const ruler = document.createElement("canvas").getContext("2d"); // measures texts
-const percent = (share) => `${(100 * share).toFixed(share < 0.0995 ? 1 : 0)} %`;
+const percent = (share) => share > 0 && share < 0.0005 ? "<0.1 %" : `${(100 * share).toFixed(share < 0.0995 ? 1 : 0)} %`;
 
 export default () => {
   const libraries = { plotly: null, waiting: [] };
@@ -87,7 +87,7 @@ function mount(model, el, libraries) {
   const big = h("strong", { class: "fl-big" });
   const spread = h("span", { class: "fl-spread" });
   const strip = h("span", { class: "fl-strip" });
-  const pills = h("div", { class: "fl-pills", "aria-label": "about this result" });
+  const pills = h("div", { class: "fl-pills", role: "group", "aria-label": "about this result" });
   const learnt = h("p", { class: "fl-learnt", "aria-live": "polite" });
   const advice = h("p", { class: "fl-advice" });
   const heading = h("div", { class: "fl-heading" });
@@ -96,8 +96,8 @@ function mount(model, el, libraries) {
   const chart = h("div", { class: "fl-chart" });
   const plot = h("div", { class: "fl-plot", hidden: true });
   const table = h("details", { class: "fl-table" }, h("summary", {}, "the same as a table"), h("div"));
-  const answer = h("pre", { class: "fl-answer", tabindex: "0", "aria-label": "the answer" });
-  const toggles = h("div", { class: "fl-toggles", "aria-label": "the recipe's toggles" });
+  const answer = h("pre", { class: "fl-answer", role: "region", tabindex: "0", "aria-label": "the answer" });
+  const toggles = h("div", { class: "fl-toggles", role: "group", "aria-label": "the recipe's toggles" });
   const history = h("div", { class: "fl-history" });
   const earlier = h("details", { class: "fl-earlier", hidden: true });
   const copies = h("details", { class: "fl-copies" }, h("summary", {}, "copy the recipe"), h("div"));
@@ -361,7 +361,9 @@ function mount(model, el, libraries) {
     plot.hidden = waterfall;
     if (waterfall) {
       drawWaterfall(result);
-      return showTable(["stage", ...series(result).map(({ label }) => `${label}, ms`)], rowsOf(result).map((stage) => [stage, ...series(result).map((run) => stageText(run, stage))]));
+      const others = series(result).filter((run) => run !== result.recipe);
+      return showTable(["stage", ...series(result).map(({ label }) => `${label}, ms`), ...others.map(({ label }) => `this recipe against ${label}`)],
+        rowsOf(result).map((stage) => [stage, ...series(result).map((run) => stageText(run, stage)), ...others.map((run) => changeText(result.recipe, run, stage))]));
     }
     const figure = model.get("figure");
     if (figure.view !== result.view || figure.about !== `${result.view} of ${result.number}`) {
@@ -408,6 +410,10 @@ function mount(model, el, libraries) {
     return [...new Set(names.filter((name) => name !== "unaccounted")), ...(names.includes("unaccounted") ? ["unaccounted"] : [])];
   };
   const stageText = (run, stage) => run.host[stage] === undefined ? "–" : run.host[stage].toFixed(3) + (run.device[stage] === undefined ? "" : ` · device ${run.device[stage].toFixed(3)}`);
+  const changeText = (run, other, stage) => {
+    const [ours, theirs] = [run.host[stage], other.host[stage]];
+    return ours === undefined || !theirs ? "–" : `${ours < theirs ? "−" : "+"}${Math.abs(ours - theirs).toFixed(3)} ms (${percent(ours / theirs)})`;
+  };
   function drawWaterfall(result) {
     const width = roomOf();
     if (width === 0) return;

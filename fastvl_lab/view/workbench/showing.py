@@ -12,20 +12,12 @@ from fastvl_lab.measure.compare import Comparison
 from fastvl_lab.measure.recipes import STOCK
 from fastvl_lab.measure.samples import Interval, RunSample
 from fastvl_lab.recipe import Recipe
-from fastvl_lab.run import Run, in_words
+from fastvl_lab.run import Run, in_words, milliseconds
 from fastvl_lab.trace import LANES, STAGES
 from fastvl_lab.view.workbench.messages import Advised, Dot, Pill, Row, Series, Shown
 from fastvl_lab.view.workbench.session import BEFORE, RECIPE, Advice, Question, Result, candidates
 
 _BUSY = 3.0  # the slowest warm round over the fastest, from which a machine is busy with something else
-
-
-def milliseconds(ms: float) -> str:
-    """A duration with three significant digits, in seconds from one on."""
-    if abs(ms) >= 1000:
-        return f"{ms / 1e3:.2f} s"
-    decimals = 0 if abs(ms) >= 100 else 1 if abs(ms) >= 10 else 2 if abs(ms) >= 0.1 or ms == 0 else 3
-    return f"{ms:.{decimals}f} ms"
 
 
 def _range(low: float, high: float) -> str:
