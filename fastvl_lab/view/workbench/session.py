@@ -22,7 +22,7 @@ from fastvl_lab.measure.floors import Ceilings, floor
 from fastvl_lab.measure.parity import Parity
 from fastvl_lab.measure.publish import photo
 from fastvl_lab.measure.quiet import Quiet
-from fastvl_lab.measure.recipes import STOCK
+from fastvl_lab.measure.recipes import STOCK, stages_of
 from fastvl_lab.measure.samples import FOR_AN_INTERVAL, Interval, RunSample
 from fastvl_lab.preprocessor.decode_image import open_image, read_orientation, rgb_of
 from fastvl_lab.recipe import Recipe
@@ -513,15 +513,6 @@ class Session:
         raise RequestCancelledError(f"result {number} was deleted")
 
 
-# The stages in which the toggles of a slot work.
-_STAGES_OF = {
-    "preprocessor": ("decode_image", "preprocess", "upload"),
-    "vit": ("vit", "merge"),
-    "attention": ("prefill", "sample"),
-    "cache": ("admit", "prefill"),
-}
-
-
 def candidates(last: Result, target: Target) -> list[tuple[str, tuple[OptionValue, Recipe]]]:
     """Toggles that the fastest known recipe has elsewhere, as the recipe with each; those of the longest stages first."""
     fastest, found = Recipe.fastest(target.device), {}
@@ -532,8 +523,7 @@ def candidates(last: Result, target: Target) -> list[tuple[str, tuple[OptionValu
                 changed.check(target)
                 found[toggle.path] = (value, changed)
     stages = last.shown.trace.stages()
-    spent = {slot: sum(stages.get(name, 0) for name in names) for slot, names in _STAGES_OF.items()}
-    return sorted(found.items(), key=lambda one: -spent.get(one[0].partition(".")[0], 0))
+    return sorted(found.items(), key=lambda one: -sum(stages.get(name, 0) for name in stages_of(one[0])))
 
 
 def _steps(recipe: Recipe) -> list[str]:
