@@ -174,6 +174,7 @@ def tune(
     seconds: float = 120,
     *,
     goal: Goal = "ttft",
+    only: Sequence[str] = (),
     seed: int = 0,
     keep: bool = True,
     limit: float | None = None,
@@ -186,8 +187,9 @@ def tune(
 
     workload: a request, or requests with what each weighs; each is run to its end, so a few new tokens leave time for more recipes.
     seconds: that it may take; beyond them goes at most one recipe's cold run and check. goal: "ttft", "tpot", or what each weighs,
-    such as {"ttft": 1, "tpot": 32} for an answer of 33 tokens. keep: write a record (`learnt`), once the best has been confirmed to
-    be faster than the start. limit: seconds that one recipe's cold run and check, or one timed run, may take; by default a quarter
+    such as {"ttft": 1, "tpot": 32} for an answer of 33 tokens. only: slots or toggles that are searched, such as "vit" or
+    "attention.prefill"; all, if none is named. keep: write a record (`learnt`), once the best has been confirmed to be faster than
+    the start. limit: seconds that one recipe's cold run and check, or one timed run, may take; by default a quarter
     of `seconds`, or ten times what Transformers takes where that is more. quiet: as `compare` has it, within a fifth of `seconds`.
     on_progress: called before each recipe; progress: without it, whether to show a bar. stop: once it is set, the best so far is
     returned, unconfirmed where it was not yet held against the start.
@@ -210,11 +212,11 @@ def tune(
             if request.max_new_tokens < 2:
                 raise RequestError(f"max_new_tokens is {request.max_new_tokens}; a goal with tpot takes at least 2")
     bench = _Bench(lab, requests, weights, seconds=seconds, limit=limit, quiet=quiet, stop=stop)
-    space, fallen = _space(lab, requests, weights)
+    space, fallen = _space(lab, requests, weights, _named(only))
     starts = {"fastest": lab.fastest, "the hand-chosen fastest": Recipe.fastest(lab.device), START: Recipe.baseline()}
     starts = {label: recipe for label, recipe in starts.items() if space.allowed(recipe) is None}
     seeds = {label: engine for label, engine in of_a_request(lab.device).items() if label.startswith("all: ")}
-    seeds = {**seeds, **starts}
+    seeds = {} if only else {**seeds, **starts}
     bar = tqdm(total=round(seconds), unit="s", disable=not progress or on_progress is not None)
 
     def show(now: Progress) -> None:
@@ -310,7 +312,17 @@ def _is_weight(value: object) -> bool:
     return not isinstance(value, bool) and isinstance(value, int | float) and 0 < value < math.inf
 
 
-def _space(lab: Lab, requests: Sequence[tuple[Request, float]], weights: Mapping[str, float]) -> tuple[Space, list[CastOut]]:
+def _named(only: Sequence[str]) -> frozenset[str]:
+    """The toggles that are named, or whose slots are."""
+    known = {name for toggle in toggles() for name in (toggle.slot, toggle.path)}
+    if isinstance(only, str) or not set(only) <= known:
+        raise RequestError(f"only is {only!r}; give a list of slots such as 'vit', or of toggles such as 'vit.rope'")
+    return frozenset(toggle.path for toggle in toggles() if not only or {toggle.slot, toggle.path} & set(only))
+
+
+def _space(
+    lab: Lab, requests: Sequence[tuple[Request, float]], weights: Mapping[str, float], named: frozenset[str]
+) -> tuple[Space, list[CastOut]]:
     """What there is to choose for these requests on this lab, and what falls away, with the reason."""
     target = lab.checkpoint.target
     values: dict[str, list[OptionValue]] = {}
@@ -323,7 +335,7 @@ def _space(lab: Lab, requests: Sequence[tuple[Request, float]], weights: Mapping
             return sentence(error)
         return None if recipe.exact else "it is approximate"
 
-    for toggle in toggles():
+    for toggle in [toggle for toggle in toggles() if toggle.path in named]:
         if (why := _out_of_scope(toggle, requests, weights)) is not None:
             fallen.append(CastOut(label=toggle.path, why=why))
             continue
@@ -362,6 +374,20 @@ def _unfit(lab: Lab, toggle: Toggle, option: Option) -> str | None:
         return why
     idle = toggle.slot == "vit" and f"{toggle.name}={option.value}" in lab.checkpoint.family.idle
     return "it does nothing in this family's tower" if idle else None
+
+
+def costs(times: Sequence[tuple[float, float | None]], shares: Sequence[float], goal: Mapping[str, float]) -> dict[str, float]:
+    """The seconds of each part of a goal, over requests by their shares, and as `COST` all together, as they weigh.
+
+    times: TTFT and TPOT of each request. Raises `CastOutError` where a part of the goal has no time.
+    """
+    parts = {}
+    for name in goal:
+        of_each = [of_one[GOALS.index(name)] for of_one in times]
+        if None in of_each:
+            raise CastOutError("it has no TPOT: all of an answer came at once, or was one token")
+        parts[name] = sum(share * (seconds or 0.0) for share, seconds in zip(shares, of_each, strict=True))
+    return {**parts, COST: sum(weight * parts[name] for name, weight in goal.items())}
 
 
 class _Bench:
@@ -435,19 +461,14 @@ class _Bench:
                     yield StageSample(engine=label, round=number, steps=steps, use=use)
 
     def _costs(self, recipe: Recipe) -> dict[str, float] | None:
-        """The seconds of each part of the goal, and of all together as they weigh; None where a run was not warm."""
-        sums, warm = dict.fromkeys(self._weights, 0.0), True
-        for number, (request, weight) in enumerate(self._requests):
-            run = self._lab.run(request, recipe, stop=self._stop)
-            if run.tokens != self._runs[recipe][number].tokens:
-                raise CastOutError("it is unstable: its tokens differ from one run to the next")
-            if run.tpot is None and "tpot" in self._weights:
-                raise CastOutError("it has no TPOT: all of its answer came at once, or was one token")
-            warm &= run.kind == "warm"
-            self._runs[recipe][number] = run
-            for name in sums:
-                sums[name] += weight * getattr(run, name)
-        return {**sums, COST: sum(self._weights[name] * sums[name] for name in sums)} if warm else None
+        """The cost of one round; None where a run was not warm."""
+        runs = [self._lab.run(request, recipe, stop=self._stop) for request, _ in self._requests]
+        if any(run.tokens != before.tokens for run, before in zip(runs, self._runs[recipe], strict=True)):
+            raise CastOutError("it is unstable: its tokens differ from one run to the next")
+        self._runs[recipe] = runs
+        if any(run.kind != "warm" for run in runs):
+            return None
+        return costs([(run.ttft, run.tpot) for run in runs], [weight for _, weight in self._requests], self._weights)
 
     @contextlib.contextmanager
     def _in_words(self) -> Iterator[None]:
