@@ -390,6 +390,15 @@ def costs(times: Sequence[tuple[float, float | None]], shares: Sequence[float], 
     return {**parts, COST: sum(weight * parts[name] for name, weight in goal.items())}
 
 
+def read_goal(text: str) -> Goal:
+    """A goal from a text: "ttft", "tpot", or weights such as "ttft=1,tpot=32"; raises `RequestError`."""
+    pairs = [part.partition("=") for part in text.split(",")]
+    try:
+        return {name.strip(): float(weight) for name, _, weight in pairs} if "=" in text else text
+    except ValueError:
+        raise RequestError(f"{text!r} is no goal; write ttft, tpot, or ttft=1,tpot=32") from None
+
+
 class _Bench:
     """What a search of recipes over a lab runs on: `search.Bench`."""
 
@@ -521,16 +530,6 @@ def _size(text: str) -> tuple[int, int]:
     return int(width), int(height)
 
 
-def _goal(text: str) -> Goal:
-    if "=" not in text:
-        return text
-    pairs = [part.partition("=") for part in text.split(",")]
-    try:
-        return {name.strip(): float(weight) for name, _, weight in pairs}
-    except ValueError:
-        raise argparse.ArgumentTypeError(f"{text!r} is no goal; write ttft, tpot, or ttft=1,tpot=32") from None
-
-
 def main(arguments: Sequence[str] | None = None) -> None:
     """Progress and the table to the terminal, all of it to a file; arguments: by default the process's."""
     parser = argparse.ArgumentParser(prog="python -m fastvl_lab.measure.tune", description=__doc__)
@@ -542,7 +541,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         "--max-new-tokens", type=int, default=8, help="tokens to make; the end-of-text token is ignored (default 8)"
     )
     parser.add_argument("--seconds", type=float, default=120, help="that it may take (default 120)")
-    parser.add_argument("--goal", type=_goal, default="ttft", help="ttft, tpot, or weights such as ttft=1,tpot=32 (default ttft)")
+    parser.add_argument("--goal", default="ttft", help="ttft, tpot, or weights such as ttft=1,tpot=32 (default ttft)")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--device", help="cpu, cuda, cuda:1 (default: CUDA where present)")
     parser.add_argument("--dtype", help="float32, bfloat16, float16")
@@ -560,7 +559,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
         images = [photo(given.image, size) if given.image else picture(*size) for size in given.image_size]
         asked = {"prompt": given.prompt, "max_new_tokens": given.max_new_tokens, "ignore_eos": True}
         workload = [(Request(images=[image], **asked), 1.0) for image in images]
-        found = tune(lab, workload, given.seconds, goal=given.goal, seed=given.seed, keep=not given.no_keep, on_progress=say)
+        found = tune(
+            lab, workload, given.seconds, goal=read_goal(given.goal), seed=given.seed, keep=not given.no_keep, on_progress=say
+        )
     except FastvlError as error:
         sys.exit(str(error))
     print(f"\n{found!r}")
