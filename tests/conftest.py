@@ -39,7 +39,9 @@ from fastvl_lab.checkpoint.random_weights import randomise
 from fastvl_lab.families import FAMILIES, family_of
 from fastvl_lab.measure.samples import Interval
 from fastvl_lab.preprocessor.decode_image import rgb_of
-from fastvl_lab.request import ImageInput, ImageSource
+from fastvl_lab.request import Chunk, ImageInput, ImageSource
+from fastvl_lab.run import Run
+from fastvl_lab.trace import Span, Trace
 
 TINY = ("tiny-qwen2.5-vl", "tiny-qwen3-vl")
 
@@ -67,6 +69,34 @@ def labs() -> dict[str, Lab]:
 def lab(request: pytest.FixtureRequest, labs: dict[str, Lab]) -> Lab:
     """Each built-in checkpoint in turn."""
     return labs[request.param]
+
+
+@pytest.fixture(scope="session")
+def run_of() -> Callable[..., Run]:
+    """Makes a run from its spans (stage, start and end in ms) and the moments of its chunks (s), which are of a token each."""
+
+    def made(*spans: tuple[str, float, float], chunks: Sequence[float] = (0.01,)) -> Run:
+        ns = [(name, round(start * 1e6), round(end * 1e6)) for name, start, end in spans]
+        return Run(
+            engine="x",
+            recipe=None,
+            checkpoint="c",
+            device="d",
+            dtype="float32",
+            kind="warm",
+            n_prompt=3,
+            shapes=(),
+            tokens=tuple(range(len(chunks))),
+            chunks=tuple(Chunk(text="a", tokens=(number,), time=float(when)) for number, when in enumerate(chunks)),
+            trace=Trace(
+                spans=tuple(Span(name=name, lane="host", depth=0, start_ns=start, end_ns=end) for name, start, end in ns),
+                first_chunk_ns=round(chunks[0] * 1e9),
+                end_ns=max(round(chunks[-1] * 1e9), *(end for *_, end in ns), 0),
+            ),
+            logits=torch.empty(0),
+        )
+
+    return made
 
 
 @pytest.fixture(scope="session")

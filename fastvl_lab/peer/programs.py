@@ -103,6 +103,17 @@ class Option:
         raise RecipeError(f"{whose} has {self.name}={quoted(text)}; the choices are {choices}")
 
 
+def switch(name: str, does: str, *values: str, **flags: Sequence[str]) -> Option:
+    """An option of some of "auto", "on" and "off", the default first; flags: what a value that is no default adds."""
+    return Option(name=name, does=does, values=tuple(Value(name=value, flags=tuple(flags.get(value, ()))) for value in values))
+
+
+def among(name: str, does: str, flag: str, choices: Mapping[str, str]) -> Option:
+    """An option that the engine chooses itself unless told: its values, and how each is spelt behind the flag."""
+    told = (Value(name=value, flags=(flag, spelt)) for value, spelt in choices.items())
+    return Option(name=name, does=does, values=(Value(name="auto"), *told))
+
+
 # What every engine has; each says it in a flag of its own, from `Wanted`.
 MAX_BATCH = Option(name="max_batch", does="requests that may share a step; 8 by default", unless="8")
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 
-from fastvl_lab.peer.programs import MAX_BATCH, Option, Program, Value, Wanted, register
+from fastvl_lab.peer.programs import MAX_BATCH, Option, Program, Value, Wanted, among, register, switch
 from fastvl_lab.request import MAX_IMAGES
 
 
@@ -41,52 +41,31 @@ SGLANG = Program(
     env=environment,
     options=(
         MAX_BATCH,
-        Option(
-            name="graphs",
-            does="CUDA graphs of the decoder",
-            values=(Value(name="on"), Value(name="off", flags=("--disable-decode-cuda-graph", "--disable-prefill-cuda-graph"))),
+        switch(
+            "graphs",
+            "CUDA graphs of the decoder",
+            *("on", "off"),
+            off=("--disable-decode-cuda-graph", "--disable-prefill-cuda-graph"),
         ),
         Option(
             name="tower_graphs",
             does="CUDA graphs of the vision tower",
             values=(Value(name="off"), Value(name="on", env=("SGLANG_VIT_ENABLE_CUDA_GRAPH=1",))),
         ),
-        Option(
-            name="chunked_prefill",
-            does="a long prompt in several steps",
-            values=(Value(name="auto"), Value(name="off", flags=("--chunked-prefill-size", "-1"))),
+        switch("chunked_prefill", "a long prompt in several steps", "auto", "off", off=("--chunked-prefill-size", "-1")),
+        switch("overlap", "the next step is scheduled while one runs", "on", "off", off=("--disable-overlap-schedule",)),
+        switch("compile", "torch.compile of the decoder", "off", "on", on=("--enable-torch-compile",)),
+        among(
+            "attention",
+            "the decoder's attention",
+            "--attention-backend",
+            {name: name for name in ("fa3", "fa4", "flashinfer", "triton", "torch_native", "intel_amx")},
         ),
-        Option(
-            name="overlap",
-            does="the next step is scheduled while one runs",
-            values=(Value(name="on"), Value(name="off", flags=("--disable-overlap-schedule",))),
-        ),
-        Option(
-            name="compile",
-            does="torch.compile of the decoder",
-            values=(Value(name="off"), Value(name="on", flags=("--enable-torch-compile",))),
-        ),
-        Option(
-            name="attention",
-            does="the decoder's attention",
-            values=(
-                Value(name="auto"),
-                *(
-                    Value(name=name, flags=("--attention-backend", name))
-                    for name in ("fa3", "fa4", "flashinfer", "triton", "torch_native", "intel_amx")
-                ),
-            ),
-        ),
-        Option(
-            name="tower_attention",
-            does="the vision tower's attention",
-            values=(
-                Value(name="auto"),
-                *(
-                    Value(name=name, flags=("--mm-attention-backend", name))
-                    for name in ("sdpa", "fa3", "fa4", "triton_attn", "amx_attn")
-                ),
-            ),
+        among(
+            "tower_attention",
+            "the vision tower's attention",
+            "--mm-attention-backend",
+            {name: name for name in ("sdpa", "fa3", "fa4", "triton_attn", "amx_attn")},
         ),
     ),
 )

@@ -6,7 +6,7 @@ import json
 import os
 from collections.abc import Mapping, Sequence
 
-from fastvl_lab.peer.programs import MAX_BATCH, Option, Program, Value, Wanted, register
+from fastvl_lab.peer.programs import MAX_BATCH, Option, Program, Wanted, among, register, switch
 from fastvl_lab.request import MAX_IMAGES
 
 
@@ -46,58 +46,41 @@ VLLM = Program(
     env=environment,
     options=(
         MAX_BATCH,
-        Option(
-            name="graphs",
-            does="torch.compile and CUDA graphs of the decoder",
-            values=(Value(name="on"), Value(name="off", flags=("--enforce-eager",))),
+        switch("graphs", "torch.compile and CUDA graphs of the decoder", "on", "off", off=("--enforce-eager",)),
+        switch(
+            "tower_graphs",
+            "CUDA graphs of the vision tower",
+            *("off", "on"),
+            on=("--compilation-config", '{"cudagraph_mm_encoder": true}'),
         ),
-        Option(
-            name="tower_graphs",
-            does="CUDA graphs of the vision tower",
-            values=(Value(name="off"), Value(name="on", flags=("--compilation-config", '{"cudagraph_mm_encoder": true}'))),
-        ),
-        Option(
-            name="chunked_prefill",
-            does="a long prompt in several steps",
-            values=(
-                Value(name="auto"),
-                Value(name="on", flags=("--enable-chunked-prefill",)),
-                Value(name="off", flags=("--no-enable-chunked-prefill",)),
-            ),
+        switch(
+            "chunked_prefill",
+            "a long prompt in several steps",
+            *("auto", "on", "off"),
+            on=("--enable-chunked-prefill",),
+            off=("--no-enable-chunked-prefill",),
         ),
         Option(
             name="step_tokens", does="tokens of a step at most, which is how long a chunk can be", flag="--max-num-batched-tokens"
         ),
-        Option(
-            name="async_scheduling",
-            does="the next step is scheduled while one runs",
-            values=(
-                Value(name="auto"),
-                Value(name="on", flags=("--async-scheduling",)),
-                Value(name="off", flags=("--no-async-scheduling",)),
-            ),
+        switch(
+            "async_scheduling",
+            "the next step is scheduled while one runs",
+            *("auto", "on", "off"),
+            on=("--async-scheduling",),
+            off=("--no-async-scheduling",),
         ),
-        Option(
-            name="attention",
-            does="the decoder's attention",
-            values=(
-                Value(name="auto"),
-                *(
-                    Value(name=name, flags=("--attention-backend", name.upper()))
-                    for name in ("flash_attn", "flashinfer", "triton_attn", "flex_attention")
-                ),
-            ),
+        among(
+            "attention",
+            "the decoder's attention",
+            "--attention-backend",
+            {name: name.upper() for name in ("flash_attn", "flashinfer", "triton_attn", "flex_attention")},
         ),
-        Option(
-            name="tower_attention",
-            does="the vision tower's attention",
-            values=(
-                Value(name="auto"),
-                *(
-                    Value(name=name, flags=("--mm-encoder-attn-backend", name.upper()))
-                    for name in ("flash_attn", "torch_sdpa", "triton_attn", "flashinfer")
-                ),
-            ),
+        among(
+            "tower_attention",
+            "the vision tower's attention",
+            "--mm-encoder-attn-backend",
+            {name: name.upper() for name in ("flash_attn", "torch_sdpa", "triton_attn", "flashinfer")},
         ),
     ),
 )

@@ -7,6 +7,7 @@ import json
 import math
 import threading
 import time
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -15,9 +16,7 @@ import pytest
 from fastvl_lab import FastvlError, Lab, Request, RequestCancelledError, RequestError, load, photo
 from fastvl_lab.measure.load import Load, findings, quantile_interval, varied
 from fastvl_lab.preprocessor.decode_image import rgb_of
-from fastvl_lab.request import Chunk
 from fastvl_lab.run import Run
-from fastvl_lab.trace import Span, Trace
 
 TOGETHER = "fastest, cache.kv=paged, schedule.batching=continuous"
 TEXT = Request(prompt="What is this?", max_new_tokens=5, ignore_eos=True)
@@ -72,27 +71,14 @@ def test_arrivals_are_at_random_by_the_seed_or_as_recorded(tiny: Lab) -> None:
     assert recorded.begun[1] < 0.3 < recorded.begun[2] < 2.0
 
 
-def _run(ttft: float, gaps: list[float], queued: float) -> Run:
-    times = np.cumsum([ttft, *gaps])
-    spans = (Span(name="queued", lane="host", depth=0, start_ns=0, end_ns=int(queued * 1e9)),)
-    return Run(
-        engine="x",
-        recipe=None,
-        checkpoint="c",
-        device="d",
-        dtype="float32",
-        kind="warm",
-        n_prompt=3,
-        shapes=(),
-        tokens=tuple(range(len(times))),
-        chunks=tuple(Chunk(text="a", tokens=(number,), time=float(when)) for number, when in enumerate(times)),
-        trace=Trace(spans=spans, first_chunk_ns=int(ttft * 1e9), end_ns=int(times[-1] * 1e9)),
-        logits=None,  # type: ignore[arg-type]
-    )
+@pytest.fixture
+def timed(run_of: Callable[..., Run]) -> Callable[[float, list[float], float], Run]:
+    """Makes a run from its TTFT, the gaps after it and its time in the queue, all in seconds."""
+    return lambda ttft, gaps, queued: run_of(("queued", 0, queued * 1e3), chunks=np.cumsum([ttft, *gaps]).tolist())
 
 
-def test_what_is_counted() -> None:
-    runs = (_run(0.1, [0.01, 0.03], 0.02), None, _run(0.3, [0.02], 0.2))
+def test_what_is_counted(timed: Callable[..., Run]) -> None:
+    runs = (timed(0.1, [0.01, 0.03], 0.02), None, timed(0.3, [0.02], 0.2))
     made = Load(engine="x", concurrency=2, begun=(0.0, 0.0, 0.1), runs=runs, failures={1: "no room"}, steps=(), seconds=2.0)
     assert made.tokens_per_second == 5 / 2
     assert made.requests_per_second == 1.0
@@ -111,9 +97,9 @@ def test_what_is_counted() -> None:
         made.values("latency")  # type: ignore[arg-type]
 
 
-def test_a_finding_calls_longer_only_what_is_shown_to_be() -> None:
+def test_a_finding_calls_longer_only_what_is_shown_to_be(timed: Callable[..., Run]) -> None:
     def of(ttft: float, n: int = 10) -> Load:
-        runs = tuple(_run(ttft + number / 1e3, [0.01], 0.0) for number in range(n))
+        runs = tuple(timed(ttft + number / 1e3, [0.01], 0.0) for number in range(n))
         return Load(engine="x", begun=(0.0,) * n, runs=runs, failures={}, steps=(), seconds=ttft * 10)
 
     said = findings({"slow": of(0.2), "fast": of(0.1), "same": of(0.202), "few": of(0.1, 3)}, "slow")

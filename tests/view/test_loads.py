@@ -4,15 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import pytest
-import torch
 
 from fastvl_lab import Lab, Load, Request, RequestError, Run, load, photo, view
-from fastvl_lab.request import Chunk
 from fastvl_lab.schedule.loop import Step
-from fastvl_lab.trace import Span, Trace
 from fastvl_lab.view import style
 
 MS = 1_000_000
@@ -23,28 +20,6 @@ CONTINUOUS = "fastest, cache.kv=paged, schedule.batching=continuous"
 def small(labs: dict[str, Lab]) -> Load:
     request = Request(images=[photo("coffee", (56, 56))], prompt="Hi", max_new_tokens=3, ignore_eos=True, min_pixels=3136)
     return load(labs["tiny-qwen2.5-vl"], request, CONTINUOUS, concurrency=3, n=4, warm_up=0)
-
-
-def _run(*spans: tuple[str, int, int], chunks: Sequence[float] = (0.01,)) -> Run:
-    """Of spans (stage, start, end) in ms, and chunks at so many seconds."""
-    return Run(
-        engine="x",
-        recipe=None,
-        checkpoint="c",
-        device="d",
-        dtype="float32",
-        kind="warm",
-        n_prompt=3,
-        shapes=(),
-        tokens=tuple(range(len(chunks))),
-        chunks=tuple(Chunk(text="a", tokens=(number,), time=when) for number, when in enumerate(chunks)),
-        trace=Trace(
-            spans=tuple(Span(name=name, lane="host", depth=0, start_ns=start * MS, end_ns=end * MS) for name, start, end in spans),
-            first_chunk_ns=round(chunks[0] * 1e9),
-            end_ns=spans[-1][2] * MS if spans else 0,
-        ),
-        logits=torch.empty(0),
-    )
 
 
 def _load(*runs: Run | None, steps: Sequence[Step] = (), **changes: object) -> Load:
@@ -97,11 +72,11 @@ def test_the_lane_below_is_what_each_step_computed(small: Load) -> None:
         assert list(trace.width) == [(step.end_ns - step.start_ns) / 1e6 for step in small.steps]
 
 
-def test_a_wait_names_the_steps_it_waited_for_and_what_they_did_for_others() -> None:
+def test_a_wait_names_the_steps_it_waited_for_and_what_they_did_for_others(run_of: Callable[..., Run]) -> None:
     runs = (
-        _run(("prefill", 0, 10), ("waiting", 10, 40), ("decode", 40, 50), ("waiting", 50, 60), ("decode", 60, 70)),
-        _run(("queued", 0, 11), ("vit", 11, 20), ("prefill", 20, 30), ("waiting", 30, 40), ("decode", 40, 50)),
-        _run(("queued", 0, 31), ("vit", 31, 35), ("prefill", 35, 39), ("decode", 40, 50), ("decode", 60, 70)),
+        run_of(("prefill", 0, 10), ("waiting", 10, 40), ("decode", 40, 50), ("waiting", 50, 60), ("decode", 60, 70)),
+        run_of(("queued", 0, 11), ("vit", 11, 20), ("prefill", 20, 30), ("waiting", 30, 40), ("decode", 40, 50)),
+        run_of(("queued", 0, 31), ("vit", 31, 35), ("prefill", 35, 39), ("decode", 40, 50), ("decode", 60, 70)),
         None,
     )
     steps = (
@@ -135,8 +110,8 @@ def test_a_wait_names_the_steps_it_waited_for_and_what_they_did_for_others() -> 
     assert (list(failed.y), list(failed.customdata)) == (["request 3"], ["no &lt;room&gt;"])
 
 
-def test_one_at_a_time_a_wait_names_the_requests_before_it_and_there_is_no_lane() -> None:
-    runs = (_run(("vit", 0, 10)), _run(("queued", 0, 10), ("vit", 10, 20)), _run(("queued", 0, 20), ("vit", 20, 30)))
+def test_one_at_a_time_a_wait_names_the_requests_before_it_and_there_is_no_lane(run_of: Callable[..., Run]) -> None:
+    runs = (run_of(("vit", 0, 10)), run_of(("queued", 0, 10), ("vit", 10, 20)), run_of(("queued", 0, 20), ("vit", 20, 30)))
     steps = [Step(start_ns=10 * n * MS, end_ns=10 * (n + 1) * MS, admitted=((n, 0),)) for n in range(3)]
     figure = view.load_timeline(_load(*runs, steps=steps))
     assert [data[3] for data in figure.data[0].customdata] == [
@@ -147,10 +122,10 @@ def test_one_at_a_time_a_wait_names_the_requests_before_it_and_there_is_no_lane(
     assert {trace.xaxis for trace in view.load_timeline(_load(*runs)).data} == {"x"}, "an endpoint does not tell its steps"
 
 
-def test_two_hundred_requests_stay_readable_and_light(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_two_hundred_requests_stay_readable_and_light(run_of: Callable[..., Run]) -> None:
     """Bars are thin, and spans under a pixel are joined: no time is lost by it."""
     answer = [(name, 10 * n + at, 10 * n + end) for n in range(30) for name, at, end in (("decode", 0, 9), ("sample", 9, 10))]
-    few, many = _load(*[_run(*answer)] * 20, seconds=30.0), _load(*[_run(*answer)] * 200, seconds=30.0)
+    few, many = _load(*[run_of(*answer)] * 20, seconds=30.0), _load(*[run_of(*answer)] * 200, seconds=30.0)
     exact, joined = view.load_timeline(few), view.load_timeline(many)
     assert sum(len(trace.x) for trace in exact.data if trace.type == "bar") == 20 * 60
     bars = [trace for trace in joined.data if trace.type == "bar"]
@@ -161,8 +136,8 @@ def test_two_hundred_requests_stay_readable_and_light(monkeypatch: pytest.Monkey
     assert joined.layout.height < 900
 
 
-def test_curves_rise_by_a_share_at_every_value(small: Load) -> None:
-    other = _load(_run(chunks=(0.02, 0.03, 0.07)), None, _run(chunks=(0.01, 0.02)))
+def test_curves_rise_by_a_share_at_every_value(small: Load, run_of: Callable[..., Run]) -> None:
+    other = _load(run_of(chunks=(0.02, 0.03, 0.07)), None, run_of(chunks=(0.01, 0.02)))
     figure = view.load_curves({"small": small, "<other>": other})
     assert [trace.name for trace in figure.data] == ["small", "&lt;other&gt; (1 of 3 failed)"]
     assert list(figure.data[0].x)[1:] == sorted(value * 1e3 for value in small.values("ttft"))
@@ -173,9 +148,9 @@ def test_curves_rise_by_a_share_at_every_value(small: Load) -> None:
     assert gaps.layout.yaxis.title.text == "share of chunks"
 
 
-def test_percentiles_and_answers_stand_against_what_arrives() -> None:
+def test_percentiles_and_answers_stand_against_what_arrives(run_of: Callable[..., Run]) -> None:
     at = {
-        rate: _load(*[_run(chunks=(0.01 * rate * (1 + n / 10),)) for n in range(10)], concurrency=None, rate=rate)
+        rate: _load(*[run_of(chunks=(0.01 * rate * (1 + n / 10),)) for n in range(10)], concurrency=None, rate=rate)
         for rate in (1.0, 2.0)
     }
     figure = view.load_rates({"one": list(at.values()), "two": [at[2.0]]})
@@ -191,15 +166,15 @@ def test_percentiles_and_answers_stand_against_what_arrives() -> None:
     assert lines["one, p90"].error_y.array[0] == 0, "ten samples bound no p90"
     answered = [trace for trace in figure.data if trace.xaxis == "x2"]
     assert [list(trace.y) for trace in answered] == [[10, 10], [10], [0, 2]]
-    closed = view.load_rates({"one": [_load(_run(), concurrency=n) for n in (1, 4)]})
+    closed = view.load_rates({"one": [_load(run_of(), concurrency=n) for n in (1, 4)]})
     assert list(closed.data[0].x) == [1, 4]
     assert closed.layout.xaxis.title.text == "requests at once"
     assert len(closed.data) == 3, "answers to so many at once lie on no diagonal"
     with pytest.raises(RequestError, match="not 1 a second and 2 at once"):
-        view.load_rates({"one": [at[1.0], _load(_run())]})
+        view.load_rates({"one": [at[1.0], _load(run_of())]})
 
 
-def test_the_table_says_what_there_is_to_say(small: Load) -> None:
+def test_the_table_says_what_there_is_to_say(small: Load, run_of: Callable[..., Run]) -> None:
     frame = view.load_frame({"continuous": small})
     assert list(frame["engine"]) == ["continuous"]
     assert list(frame["arrivals"]) == ["3 at once"]
@@ -208,7 +183,7 @@ def test_the_table_says_what_there_is_to_say(small: Load) -> None:
     assert ttft is not None
     assert frame["TTFT p50 ms"][0] == f"{ttft.median * 1e3:.1f}", "four requests bound no median"
     assert "failed" not in frame
-    mixed = view.load_frame({"continuous": small, "other": _load(_run(), None)})
+    mixed = view.load_frame({"continuous": small, "other": _load(run_of(), None)})
     assert list(mixed["failed"]) == ["–", 1]
     assert list(mixed["TPOT p50 ms"])[1] == "–"
 
