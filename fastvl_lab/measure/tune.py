@@ -61,7 +61,9 @@ GOALS = ("ttft", "tpot")
 Workload = Request | Sequence[tuple[Request, float]]
 Goal = str | Mapping[str, float]
 
-_SHARE_OF_A_LOOK = 0.25  # of all the time, what one recipe's cold run and check may take, unless said otherwise
+# What one recipe's cold run and check may take, unless said otherwise: so much of all the time, so many times what Transformers took,
+# and no less than so many seconds, whichever is most. A whole recipe of Triton kernels compiles for a minute where none is kept.
+_SHARE_OF_A_LOOK, _TIMES_STOCK, _LEAST = 0.5, 10, 30.0
 _SHARE_OF_QUIET = 0.2  # and what waiting for quiet may
 
 
@@ -189,8 +191,8 @@ def tune(
     seconds: that it may take; beyond them goes at most one recipe's cold run and check. goal: "ttft", "tpot", or what each weighs,
     such as {"ttft": 1, "tpot": 32} for an answer of 33 tokens. only: slots or toggles that are searched, such as "vit" or
     "attention.prefill"; all, if none is named. keep: write a record (`learnt`), once the best has been confirmed to be faster than
-    the start. limit: seconds that one recipe's cold run and check, or one timed run, may take; by default a quarter
-    of `seconds`, or ten times what Transformers takes where that is more. quiet: as `compare` has it, within a fifth of `seconds`.
+    the start. limit: seconds that one recipe's cold run and check, or one timed run, may take; by default half of
+    `seconds`, ten times what Transformers takes, or 30, whichever is most. quiet: as `compare` has it, within a fifth of `seconds`.
     on_progress: called before each recipe; progress: without it, whether to show a bar. stop: once it is set, the best so far is
     returned, unconfirmed where it was not yet held against the start.
 
@@ -372,8 +374,8 @@ def _unfit(lab: Lab, toggle: Toggle, option: Option) -> str | None:
         return "it is approximate: such are asked for by name"
     if (why := option.needs.unmet(lab.checkpoint.target)) is not None:
         return why
-    idle = toggle.slot == "vit" and f"{toggle.name}={option.value}" in lab.checkpoint.family.idle
-    return "it does nothing in this family's tower" if idle else None
+    idle = lab.checkpoint.family.idle if toggle.slot == "vit" else ()
+    return "it does nothing in this family's tower" if f"{toggle.name}={option.value}" in idle else None
 
 
 def costs(times: Sequence[tuple[float, float | None]], shares: Sequence[float], goal: Mapping[str, float]) -> dict[str, float]:
@@ -423,7 +425,7 @@ class _Bench:
         for oracles in self._oracles:  # a request's own fault is found here, and raised
             oracles.run("transformers")
         took = time.perf_counter() - self._began
-        self._limit = max(_SHARE_OF_A_LOOK * seconds, 10 * took) if limit is None else limit
+        self._limit = max(_SHARE_OF_A_LOOK * seconds, _TIMES_STOCK * took, _LEAST) if limit is None else limit
         self._bases: list[str] = []
         self._runs: dict[Recipe, list[Run]] = {}  # the last one of each request
         self.checks: dict[Recipe, tuple[Parity, ...]] = {}
