@@ -61,8 +61,8 @@ GOALS = ("ttft", "tpot")
 Workload = Request | Sequence[tuple[Request, float]]
 Goal = str | Mapping[str, float]
 
-# What one recipe's cold run and check may take, unless said otherwise: so much of all the time, so many times what Transformers took,
-# and no less than so many seconds, whichever is most. A whole recipe of Triton kernels compiles for a minute where none is kept.
+# What one recipe's cold run and check may take, unless said otherwise: so much of all the time, so many times what Transformers
+# took, or so many seconds, whichever is most. A whole recipe of Triton kernels may compile for a minute where none is kept.
 _SHARE_OF_A_LOOK, _TIMES_STOCK, _LEAST = 0.5, 10, 30.0
 _SHARE_OF_QUIET = 0.2  # and what waiting for quiet may
 
