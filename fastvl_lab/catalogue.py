@@ -675,6 +675,12 @@ class Schedule:
             does="threads unpack and resize the images of requests that wait while the device steps; vLLM's frontend processes",
             requires=_CONTINUOUS,
         ),
+        Option(
+            value="batched",
+            does="as ahead, and the images of all requests that a step admits go through the tower in one call; SGLang (PR 24013), "
+            "vLLM, LMDeploy",
+            requires=_CONTINUOUS,
+        ),
     )
     order: str = _toggle(
         Option(value="fifo", does="who came first is admitted first; vLLM, SGLang"),

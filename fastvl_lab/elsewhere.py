@@ -488,11 +488,21 @@ ELSEWHERE: Mapping[str, Elsewhere] = {
         lmdeploy=_has(_L_SCHEDULE, **{n: f"--max-prefill-token-num {n}" for n in ("512", "128", "2048")}),
     ),
     "schedule.vision": Elsewhere(
-        vllm=_has("vllm/v1/engine/async_llm.py, vllm/renderers/", ahead="default; in the server's process, beside the engine's"),
-        sglang=_has(
-            "sglang/srt/managers/tokenizer_manager.py", ahead="default; in the tokenizer's process, beside the scheduler's"
+        vllm=_has(
+            "vllm/v1/engine/async_llm.py, vllm/renderers/, vllm/v1/worker/gpu_model_runner.py (_execute_mm_encoder)",
+            ahead="default; in the server's process, beside the engine's",
+            batched="default; up to the encoder's budget of a step",
         ),
-        lmdeploy=_has("lmdeploy/serve/processors/multimodal.py", ahead="default; on threads beside the engine's loop"),
+        sglang=_has(
+            "sglang/srt/managers/tokenizer_manager.py, mm_schedule.py (_batch_encode_per_image_misses)",
+            ahead="default; in the tokenizer's process, beside the scheduler's",
+            batched="default; an image that several show is encoded once",
+        ),
+        lmdeploy=_has(
+            f"lmdeploy/serve/processors/multimodal.py, {_L_QWEN}",
+            ahead="default; on threads beside the engine's loop",
+            batched="default; of prompts that are computed together",
+        ),
     ),
     "schedule.order": Elsewhere(
         vllm=_has(

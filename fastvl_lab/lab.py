@@ -33,7 +33,7 @@ from fastvl_lab.recipe import Recipe
 from fastvl_lab.request import Chunk, Request, check_whole_number
 from fastvl_lab.run import ELSEWHERE, Kind, Run
 from fastvl_lab.schedule.inbox import Inbox, Job
-from fastvl_lab.schedule.loop import Step, one_at_a_time, side_by_side
+from fastvl_lab.schedule.loop import OnStep, one_at_a_time, side_by_side
 from fastvl_lab.streaming.text import Deliver
 from fastvl_lab.trace import Level, Span, Trace, Tracer
 
@@ -44,6 +44,9 @@ MAX_GRAPHS = 256
 
 # Engines that a lab keeps bound beside those that are held: each has tables, threads and compiled programs of its own.
 MAX_ENGINES = 8
+
+# Shapes of requests that an engine is known to have run; one that was forgotten is called cold again.
+MAX_SHAPES = 10_000
 
 # How libraries word that memory has run out, where torch has no error type for it: its CPU allocator, the CUDA driver, cuBLAS and
 # cuDNN.
@@ -271,26 +274,31 @@ class Lab:
 
         return Job(number=number, request=request, tracer=tracer, deliver=deliver, begin=on_begin, end=end)
 
-    def serve(self, engine: EngineLike, inbox: Inbox, *, lingers: bool = True) -> list[Step]:
-        """Serve jobs as they come, on the lab's thread, until the inbox is closed and all have ended: the steps that it took.
+    def serve(self, engine: EngineLike, inbox: Inbox, on_step: OnStep, *, lingers: bool = True) -> None:
+        """Serve jobs as they come, on the lab's thread, until the inbox is closed and all have ended.
 
-        What a server computes is asked of it by all at once. lingers: whether to wait for more where there are none.
+        What a server computes is asked of it by all at once. on_step: given each step of the lab's own engines as it ends. lingers:
+        whether to wait for more where there are none.
         """
         key = self.engine(engine)
 
-        def served() -> list[Step]:
+        def serve() -> None:
             bound = self._bind(key)
-            if isinstance(bound, Pipeline):
-                return bound.serve(inbox, lingers=lingers)
 
             def run(job: Job) -> Outcome:
                 return bound.run(job.request, job.tracer, job.deliver)
 
-            if key.remote:
-                return side_by_side(run, inbox, lingers=lingers)
-            return one_at_a_time(run, self.device, inbox, lingers=lingers)
+            if isinstance(bound, Pipeline):
+                bound.serve(inbox, on_step, lingers=lingers)
+            elif key.remote:
+                side_by_side(run, inbox, lingers=lingers)
+            else:
+                one_at_a_time(run, self.device, inbox, on_step, lingers=lingers)
 
-        return served() if key.elsewhere else self.compute(served)
+        if key.elsewhere:
+            serve()
+        else:
+            self.compute(serve)
 
     def warm_up(
         self, recipe: EngineLike, shapes: Iterable[Shape], *, max_new_tokens: int = 32, progress: bool = True
@@ -478,8 +486,10 @@ class Lab:
         if outcome.reused and not outcome.captures:
             return "cache_hit"
         seen, shape = self._seen.setdefault(key, {}), (outcome.n_prompt, *(s.grid for s in outcome.shapes))
-        known, made = seen.get(shape, 0), len(outcome.tokens)
-        seen[shape] = max(known, made)
+        known, made = seen.pop(shape, 0), len(outcome.tokens)
+        seen[shape] = max(known, made)  # the last of them
+        if len(seen) > MAX_SHAPES:
+            del seen[next(iter(seen))]
         return "cold" if made > known or outcome.captures else "warm"
 
 

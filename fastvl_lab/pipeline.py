@@ -20,7 +20,7 @@ from fastvl_lab.recipe import Recipe
 from fastvl_lab.request import Request
 from fastvl_lab.schedule.in_flight import InFlight
 from fastvl_lab.schedule.inbox import Inbox, Job
-from fastvl_lab.schedule.loop import Loop, Step as LoopStep, one_at_a_time, unpackers
+from fastvl_lab.schedule.loop import Loop, OnStep, one_at_a_time, unpackers
 from fastvl_lab.schedule.policy import Policy
 from fastvl_lab.streaming.answer import Forced
 from fastvl_lab.streaming.text import Deliver, TokenBytes
@@ -53,7 +53,7 @@ class Pipeline:
         self.token_bytes = TokenBytes.of(checkpoint.tokenizer)
         slot = recipe.schedule
         self._policy = {"one_at_a_time": None, "continuous": Policy.of(slot)}[slot.batching]
-        self._unpacking = unpackers() if {"inline": False, "ahead": True}[slot.vision] else None
+        self._unpacking = unpackers() if {"inline": False, "ahead": True, "batched": True}[slot.vision] else None
 
     @torch.inference_mode()
     def warm_up(self, tracer: Tracer) -> tuple[Capture, ...]:
@@ -65,12 +65,13 @@ class Pipeline:
         """Serve one request; raises `RequestError` for one that cannot be served, before any pixel of it is read."""
         return self._run(request, tracer, deliver, None)
 
-    def serve(self, inbox: Inbox, *, lingers: bool) -> list[LoopStep]:
-        """Serve what comes until the inbox is closed, or empty where nothing `lingers`: the steps that it took."""
+    def serve(self, inbox: Inbox, on_step: OnStep, *, lingers: bool) -> None:
+        """Serve what comes until the inbox is closed, or empty where nothing `lingers`."""
         if self._policy is None:
             device = self.checkpoint.device
-            return one_at_a_time(lambda job: self.run(job.request, job.tracer, job.deliver), device, inbox, lingers=lingers)
-        return self._serve_together(inbox, None, lingers=lingers)
+            one_at_a_time(lambda job: self.run(job.request, job.tracer, job.deliver), device, inbox, on_step, lingers=lingers)
+        else:
+            self._serve_together(inbox, None, on_step, lingers=lingers)
 
     def logits_along(self, request: Request, tokens: torch.Tensor) -> torch.Tensor:
         """Logits of the prompt's last token, and after each of `tokens` (int64 [n]); float32 [1 + n, vocab], on the host."""
@@ -86,18 +87,16 @@ class Pipeline:
             return self._serve_alone(job, forced)
         inbox = Inbox()
         inbox.put(job)
-        self._serve_together(inbox, forced, lingers=False)
+        self._serve_together(inbox, forced, None, lingers=False)
         if isinstance(ended[0], Exception):
             raise ended[0]
         return ended[0]
 
     @torch.inference_mode()
-    def _serve_together(self, inbox: Inbox, forced: Forced | None, *, lingers: bool) -> list[LoopStep]:
+    def _serve_together(self, inbox: Inbox, forced: Forced | None, on_step: OnStep | None, *, lingers: bool) -> None:
         assert self._policy is not None
         self.stages.take_fresh()  # what a request that failed has made is no part of these
-        loop = Loop(self, self._policy, self._unpacking, forced)
-        loop.serve(inbox, lingers=lingers)
-        return loop.steps
+        Loop(self, self._policy, self._unpacking, forced, on_step).serve(inbox, lingers=lingers)
 
     @torch.inference_mode()
     def _serve_alone(self, job: Job, forced: Forced | None) -> Outcome:

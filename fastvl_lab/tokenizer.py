@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import unicodedata
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 
 import numpy as np
 import torch
@@ -143,6 +144,19 @@ def tokenize(request: Request, grids: Sequence[Grid], checkpoint: Checkpoint) ->
         visual_index=torch.from_numpy(np.flatnonzero(input_ids == checkpoint.image_token_id)),
         next_position=next_position,
         images=tuple(zip(first_tokens, visual_tokens, strict=True)),
+    )
+
+
+def followed_by(prompt: Prompt, tokens: Sequence[int]) -> Prompt:
+    """The prompt, on the host, with generated tokens at its end; they are text, whatever their ids."""
+    if not tokens:
+        return prompt
+    after = torch.arange(prompt.next_position, prompt.next_position + len(tokens))
+    return replace(
+        prompt,
+        input_ids=torch.cat([prompt.input_ids, torch.tensor(tokens)]),
+        positions=torch.cat([prompt.positions, after.expand(3, -1)], dim=1),
+        next_position=prompt.next_position + len(tokens),
     )
 
 

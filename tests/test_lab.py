@@ -39,6 +39,14 @@ def test_the_first_run_of_an_engine_and_shape_is_cold(picture: bytes) -> None:
     assert elsewhere == ["warm"]  # the lab computes on a thread of its own, whoever asks
 
 
+def test_shapes_unseen_for_longest_are_forgotten(monkeypatch: pytest.MonkeyPatch) -> None:
+    """So that a server that runs for weeks does not remember every length there was; what was forgotten is called cold."""
+    monkeypatch.setattr("fastvl_lab.lab.MAX_SHAPES", 2)
+    lab = Lab("tiny-qwen2.5-vl", device="cpu", dtype="float32")
+    kinds = [lab.run(Request(prompt="x" * n, max_new_tokens=1)).kind for n in (1, 2, 1, 3, 1, 2)]
+    assert kinds == ["cold", "cold", "warm", "cold", "warm", "cold"]
+
+
 def test_engines_unused_for_longest_are_let_go_and_cold_when_they_come_back(picture: bytes) -> None:
     lab = Lab("tiny-qwen3-vl", device="cpu")
     request = Request(prompt="Hi.", max_new_tokens=1)

@@ -17,7 +17,7 @@ from fastvl_lab import Lab, Request, RequestError
 from fastvl_lab.checkpoint import Checkpoint
 from fastvl_lab.families.qwen import mrope_positions
 from fastvl_lab.request import Grid
-from fastvl_lab.tokenizer import chat_text, check_bytes, check_text, tokenize
+from fastvl_lab.tokenizer import chat_text, check_bytes, check_text, followed_by, tokenize
 
 grids_strategy = st.lists(st.builds(lambda h, w: Grid(1, 2 * h, 2 * w), st.integers(1, 40), st.integers(1, 40)), max_size=4)
 # Without placeholders, which hypothesis knows from the source, and which are refused in a prompt.
@@ -71,6 +71,19 @@ def test_a_placeholder_in_the_text_is_refused(lab: Lab, placeholder: str) -> Non
     for engine in ("baseline", "transformers"):
         with pytest.raises(RequestError, match=r"the prompt contains the placeholder '<\|(image|video)_pad\|>'"):
             lab.run(Request(prompt=f"Look: {placeholder}"), engine)
+
+
+def test_tokens_behind_a_prompt_are_text_whatever_their_ids(lab: Lab) -> None:
+    request = Request(images=[b"not decoded here"], prompt="Hi")
+    prompt = tokenize(request, [Grid(1, 8, 12)], lab.checkpoint)
+    n, image = prompt.n_tokens, lab.checkpoint.image_token_id
+    longer = followed_by(followed_by(prompt, [7]), [image, 8])
+    assert longer.input_ids.tolist() == [*prompt.input_ids.tolist(), 7, image, 8]
+    assert longer.positions[:, :n].equal(prompt.positions)
+    assert longer.positions[:, n:].tolist() == [[prompt.next_position + step for step in range(3)]] * 3
+    assert longer.visual_index is prompt.visual_index
+    assert (longer.next_position, longer.images) == (prompt.next_position + 3, prompt.images)
+    assert followed_by(prompt, []) is prompt
 
 
 def test_a_placeholder_put_together_from_parts_is_refused(lab: Lab) -> None:

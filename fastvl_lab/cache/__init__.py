@@ -38,19 +38,32 @@ class Place:
     ) -> None:
         self.sequence, self.kv, self.reused = sequence, together([sequence]), sequence.length
         self._prompt, self._images, self._digests = prompt, images, digests
-        needed = [number for number, (first, length) in enumerate(prompt.images) if first + length > self.reused]
-        self._needed = needed
+        self._needed = [number for number, (first, length) in enumerate(prompt.images) if first + length > self.reused]
+        self._bytes_per_token = bytes_per_token
+        self.look()
+
+    def look(self) -> None:
+        """See which of the images that it needs are known by now."""
         self._known: dict[int, Kept] = {}
-        if images is not None:
-            found = {number: images.get(digests[number]) for number in needed}
+        if self._images is not None:
+            found = {number: self._images.get(self._digests[number]) for number in self._needed}
             self._known = {number: kept for number, kept in found.items() if kept is not None}
-        self.to_make = tuple(number for number in needed if number not in self._known)
-        found_bytes = sum(kept.n_bytes for kept in self._known.values())
-        self.counts = {
+        self.to_make = tuple(number for number in self._needed if number not in self._known)
+
+    def would_find(self, other: Place) -> bool:
+        """Whether the other is to make visual tokens of an image that this one is to make too, and could find."""
+        if self._images is None:
+            return False
+        mine, others = ({place._digests[number] for number in place.to_make} for place in (self, other))
+        return not mine.isdisjoint(others)
+
+    @property
+    def counts(self) -> dict[str, int]:
+        return {
             "cache: prefix tokens found": self.reused,
-            "cache: prefix bytes found": self.reused * bytes_per_token,
+            "cache: prefix bytes found": self.reused * self._bytes_per_token,
             "cache: images found": len(self._known),
-            "cache: image bytes found": found_bytes,
+            "cache: image bytes found": sum(kept.n_bytes for kept in self._known.values()),
         }
 
     @property
@@ -97,16 +110,17 @@ class Place:
 
 
 class PagedSequence(SlottedSequence):
-    """One request's blocks of the paged cache; it takes them as it grows."""
+    """One request's blocks of the paged cache: those of its n_prompt tokens are promised to it, and more it takes as it grows."""
 
-    def __init__(self, paged: Paged, tokens: list[Token], longest: int, family: str, *, reuse: bool) -> None:
+    def __init__(self, paged: Paged, tokens: list[Token], n_prompt: int, longest: int, family: str, *, reuse: bool) -> None:
         self._pool, self._tokens, self._family, self._reuse = paged.pool, tokens, family, reuse
-        self._table = paged.pool.admit(tokens, longest, family=family, reuse=reuse)
+        self._table = paged.pool.admit(tokens, longest, first=n_prompt, family=family, reuse=reuse)
         super().__init__(paged.store, self._table.blocks, block_size=BLOCK_SIZE, longest=longest)
         self.length = self._table.reused
 
     def grow(self, length: int) -> None:
         """The first new block begins with what was found of one, if that was only a part."""
+        assert length <= self.longest, "more tokens than were asked for"
         new = self._pool.extend(self._table, length)
         self.add_blocks(new)
         if self._table.source is not None:
@@ -114,10 +128,15 @@ class PagedSequence(SlottedSequence):
             self.store.copy_slots(source * BLOCK_SIZE, new[0] * BLOCK_SIZE, n)
             self._pool.copied(self._table)
 
+    @property
+    def n_missing(self) -> int:
+        """Blocks that its next token takes beyond those that it was promised."""
+        return self._pool.n_missing(self._table, self.length + 1)
+
     def keep(self, generated: Sequence[int]) -> None:
-        """Let later requests find the prompt and the generated tokens that went through the decoder."""
+        """Let later requests find what of the prompt and of the generated tokens went through the decoder."""
         if self._reuse:
-            self._pool.keep(self._table, [*self._tokens, *generated], family=self._family)
+            self._pool.keep(self._table, [*self._tokens, *generated][: self.length], family=self._family)
 
     def close(self) -> None:
         self._pool.free(self._table)
@@ -146,16 +165,28 @@ class BoundCache:
             return None
         return self._memory.static if self._kv == "static" else self._memory.paged.store
 
-    def has_room(self, prompt: Prompt, max_new_tokens: int) -> bool:
-        """Whether `admit` would find room now, beside the requests that are under way, even if it found nothing of the prompt."""
+    def has_room(self, n_tokens: int, *, beside: int) -> bool:
+        """Whether a prompt of so many tokens has room now, even if nothing of it is found.
+
+        A block is left then for its answer, and for that of each of the requests `beside` which it would be under way: else one of
+        them had to give way at once.
+        """
         if self._kv != "paged":
             return True
-        return self._memory.paged.pool.n_available * BLOCK_SIZE >= prompt.n_tokens + max_new_tokens
+        return self._memory.paged.pool.n_available >= -(-n_tokens // BLOCK_SIZE) + beside + 1
+
+    def has_room_for_step(self, places: Sequence[Place]) -> bool:
+        """Whether a decode step of all of these finds the blocks that it takes."""
+        if self._kv != "paged":
+            return True
+        missing = sum(place.sequence.n_missing for place in places if isinstance(place.sequence, PagedSequence))
+        return missing <= self._memory.paged.pool.n_available
 
     def admit(self, prompt: Prompt, max_new_tokens: int, contents: Contents) -> Place:
-        """A place for a prompt that is on the host still, and for the answer; raises `RequestError` where there is no room.
+        """A place for a prompt that is on the host still; raises `RequestError` where there is no room for it.
 
-        contents: of the request's images; asked for where something can be reused.
+        There is room for the answer as long as the request is alone, or `has_room_for_step` says so. contents: of the request's
+        images; asked for where something can be reused.
         """
         memory, digests = self._memory, []
         if self._image_reuse or self._prefix_reuse:
@@ -171,7 +202,7 @@ class BoundCache:
         else:
             assert self._kv == "paged"
             tokens = _tokens(prompt, digests) if self._prefix_reuse else []
-            sequence = PagedSequence(memory.paged, tokens, total, self._family, reuse=self._prefix_reuse)
+            sequence = PagedSequence(memory.paged, tokens, prompt.n_tokens, total, self._family, reuse=self._prefix_reuse)
         return Place(sequence, prompt, images=images, digests=digests, bytes_per_token=shape.bytes_per_token)
 
 

@@ -46,8 +46,9 @@ class _Node:
 class BlockPool:
     """`n_blocks` blocks of `block_size` tokens.
 
-    A sequence is admitted with a promise of all the blocks that it can come to need, so that none runs out on its way; what can be
-    had is never promised twice. Blocks that are kept go when there is no free one, the one unused for longest first.
+    A sequence is admitted with a promise of the blocks that its first tokens need; what can be had is never promised twice. Further
+    blocks it takes as it grows, while there are any that nobody was promised (`n_missing`, `n_available`). One that is alone has
+    them always. Blocks that are kept go when there is no free one, the one unused for longest first.
     """
 
     def __init__(self, n_blocks: int, block_size: int) -> None:
@@ -71,26 +72,31 @@ class BlockPool:
 
     @property
     def n_used(self) -> int:
-        return self._free.count(0) - len(self._kept)
+        """Blocks of sequences; one look, so that any thread may ask while another takes and gives back."""
+        return self.n_blocks - self._references.count(0)
 
-    def admit(self, tokens: Sequence[Token], total: int, *, family: Hashable = None, reuse: bool = True) -> Table:
+    def admit(
+        self, tokens: Sequence[Token], total: int, *, first: int | None = None, family: Hashable = None, reuse: bool = True
+    ) -> Table:
         """Room for a sequence of up to `total` tokens that begins with these; what is there of them is shared.
 
-        family: sequences of different families never share (other recipes round differently). The last of `tokens` is never taken
-        as found: somebody must compute its logits. Raises `RequestError` if the room cannot be had.
+        first: how many of its tokens are promised room now; by default all. family: sequences of different families never share
+        (other recipes round differently). The last of `tokens` is never taken as found: somebody must compute its logits. Raises
+        `RequestError` if that room cannot be had, or all of it never.
         """
         size = self.block_size
         nodes, partly, common = self._find(tokens, family) if reuse else ([], None, 0)
-        needed = -(-total // size) - len(nodes)
+        whole = self._n_blocks_of(total)
+        needed, promised = whole - len(nodes), self._n_blocks_of(total if first is None else first) - len(nodes)
         available = self.n_available - sum(node.block in self._kept for node in nodes)
-        if needed > available:
+        if promised > available or whole > self.n_blocks:
             raise RequestError(
-                f"the request needs {-(-total // size)} cache blocks of {size} tokens for its {total} tokens, and "
+                f"the request needs {whole} cache blocks of {size} tokens for its {total} tokens, and "
                 f"{available + len(nodes)} of {self.n_blocks} can be had; set a smaller max_pixels or max_new_tokens, or give the "
                 f"lab a larger memory_budget"
             )
-        table = Table(promised=needed)
-        self._promised += needed
+        table = Table(promised=promised)
+        self._promised += promised
         if needed and (start := self._find_free(needed)) >= 0:
             table.home = range(start, start + needed)
             self._homes.append(table.home)
@@ -98,19 +104,24 @@ class BlockPool:
             self._refer(node.block)
             table.blocks.append(node.block)
         table.reused = len(nodes) * size
-        if partly is not None and needed < available + (partly.block not in self._kept):
+        if partly is not None and promised < available + (partly.block not in self._kept):
             self._refer(partly.block)  # until it is copied
             table.source = (partly.block, common)
             table.reused += common
         return table
 
+    def n_missing(self, table: Table, length: int) -> int:
+        """Blocks beyond those that it has and was promised, for `length` tokens."""
+        return max(self._n_blocks_of(length) - len(table.blocks) - table.promised, 0)
+
     def extend(self, table: Table, length: int) -> list[int]:
         """Blocks so that the table holds `length` tokens; returns the new ones."""
+        assert self.n_missing(table, length) <= self.n_available, "a sequence took blocks that others were promised"
         new = []
         while len(table.blocks) * self.block_size < length:
-            assert table.promised > 0, "a sequence took more than it was promised"
-            table.promised -= 1
-            self._promised -= 1
+            if table.promised > 0:
+                table.promised -= 1
+                self._promised -= 1
             new.append(self._take(table.home))
             table.blocks.append(new[-1])
         return new
@@ -144,10 +155,14 @@ class BlockPool:
         table.promised = 0
         if table.home in self._homes:
             self._homes.remove(table.home)
+        table.home = range(0)  # which may be another's by the time that this one is freed again
         self.copied(table)
         for block in reversed(table.blocks):  # the end of a sequence is of less use than its beginning, and goes first
             self._release(block)
         table.blocks.clear()
+
+    def _n_blocks_of(self, length: int) -> int:
+        return -(-length // self.block_size)
 
     def _find(self, tokens: Sequence[Token], family: Hashable) -> tuple[list[_Node], _Node | None, int]:
         """The nodes of the whole blocks that are there, a node of which only the first tokens are wanted, and how many."""

@@ -69,6 +69,11 @@ class Memory:
             self._paged = Paged(store=store, pool=BlockPool(self._pool_blocks, BLOCK_SIZE))
         return self._paged
 
+    @property
+    def blocks(self) -> tuple[int, int]:
+        """Of the paged cache: those in use, and all; from any thread."""
+        return 0 if self._paged is None else self._paged.pool.n_used, self._pool_blocks
+
     def forget(self) -> None:
         """Forget what earlier requests left behind; the room for it stays allocated. No request may be under way."""
         self.images = ImageStore(self.images.max_bytes)

@@ -22,6 +22,7 @@ from fastvl_lab.errors import FastvlError
 from fastvl_lab.lab import dtype_name
 from fastvl_lab.measure.floors import decode_bytes, prefill_flops, vit_flops
 from fastvl_lab.measure.hardware import find_hardware
+from fastvl_lab.measure.load import Load
 from fastvl_lab.measure.samples import FOR_AN_INTERVAL
 from fastvl_lab.preprocessor.layout import AreaLimits, shapes_of
 from fastvl_lab.request import Grid
@@ -92,15 +93,21 @@ class Device(NamedTuple):
 class Seen:
     """What is known of one request: seconds, tokens, tokens a second after the first chunk, arrivals as (seconds, tokens).
 
-    work: floating-point operations that its first token takes at least. run: its run, if it is one of the lab's.
+    queued: of its TTFT, seconds in which it waited for its turn. loaded: whether others were under way beside it; throughput:
+    tokens a second of all together, under_way: how many there were on average, past the queue. work: floating-point operations
+    that its first token takes at least. run: its run, if it is one of the lab's.
     """
 
     device: Device
     model: Checkpoint | None
     ttft: float | None = None
+    queued: float | None = None
     total: float | None = None
     n_tokens: int | None = None
     rate: float | None = None
+    loaded: bool = False
+    throughput: float | None = None
+    under_way: float | None = None
     arrivals: tuple[tuple[float, int], ...] = ()
     n_visual: int = 0
     work: int | None = None
@@ -194,10 +201,12 @@ class Audit:
 
 
 def audit(
-    run: Run | Sequence[Run] | None = None,
+    run: Run | Sequence[Run] | Load | None = None,
     *,
     ttft: float | None = None,
+    queued: float | None = None,
     tokens_per_second: float | None = None,
+    concurrency: float | None = None,
     output_tokens: int | None = None,
     total: float | None = None,
     chunks: Iterable[tuple[float, int]] | None = None,
@@ -208,31 +217,40 @@ def audit(
     peak_flops: float | None = None,
     dtype: str | None = None,
 ) -> Audit:
-    """Say which numbers cannot be what they are called, and why; one request at a time, one token a decode step.
+    """Say which numbers cannot be what they are called, and why; a decode step makes one token of a request.
 
-    run: a run, or several as samples of one engine. For anybody's numbers instead: `ttft` and `total`, seconds from the request to
-    its first and last chunk; `tokens_per_second` after the first chunk; `output_tokens`; or, in place of these, `chunks`, (seconds
-    since the request, tokens) each. image: its (width, height). model: a published hub id or its last part, a built-in checkpoint
-    or a folder; dtype: of its weights, by default bfloat16.
+    run: a run, several as samples of one engine, or a load. For anybody's numbers instead: `ttft` and `total`, seconds from the
+    request to its first and last chunk; `queued`, seconds of them in a queue; `tokens_per_second` after the first chunk;
+    `output_tokens`; or, in place of these, `chunks`, (seconds since the request, tokens) each. concurrency: requests at once, where
+    there were others; then `tokens_per_second` is that of all together. image: its (width, height). model: a published hub id or
+    its last part, a built-in checkpoint or a folder; dtype: of its weights, by default bfloat16.
 
     hardware: a GPU's name (`measure.hardware`), by default the run's own device; memory_bandwidth (bytes a second) and peak_flops
     (operations a second), of all GPUs together, stand in for its figures. Raises `FastvlError` for unknown names, and for too
     little to say anything.
     """
     given: dict[str, Any] = {"ttft": ttft, "tokens_per_second": tokens_per_second, "output_tokens": output_tokens, "total": total}
-    for name, value in {**given, "memory_bandwidth": memory_bandwidth, "peak_flops": peak_flops}.items():
+    beside = {"queued": queued, "concurrency": concurrency}
+    for name, value in {**given, **beside, "memory_bandwidth": memory_bandwidth, "peak_flops": peak_flops}.items():
         good = isinstance(value, Real) and not isinstance(value, bool) and math.isfinite(value) and float(value) > 0
         if value is not None and not good:
             raise FastvlError(f"{name} is {value!r}; it must be a finite number above 0")
     device = _device(hardware, memory_bandwidth, peak_flops)
     if run is not None:
-        given |= {"chunks": chunks, "image": image, "model": model, "dtype": dtype}
+        given |= {**beside, "chunks": chunks, "image": image, "model": model, "dtype": dtype}
         if extra := [name for name, value in given.items() if value is not None]:
             raise FastvlError(f"a run brings its own {', '.join(extra)}; beside one, only hardware and its figures are given")
+        if isinstance(run, Load):
+            return _audit_of(_verdicts_on_load(run, device))
         return _audit_of(_verdicts_on_runs([run] if isinstance(run, Run) else run, device))
     shape = None if model is None else without_weights(model, dtype or "bfloat16")
-    seen = _of_numbers(Seen(device=device, model=shape), given, chunks)
-    return _audit_of(_verdicts(seen if image is None else _with_image(seen, image)))
+    seen = Seen(device=device, model=shape, queued=queued)
+    if concurrency is not None:
+        seen = replace(seen, loaded=True, throughput=tokens_per_second, under_way=concurrency)
+        given["tokens_per_second"] = None
+    seen = _of_numbers(seen, given, chunks)
+    found = _verdicts(seen if image is None else _with_image(seen, image), queued=queued is not None)
+    return _audit_of([_finding(load_faster_than_memory, seen), *found] if seen.loaded else found)
 
 
 # What one RTX A6000 gave one request at a time, as the report has it that this project began with (InternLM/lmdeploy, issue 4114).
@@ -321,35 +339,66 @@ def _work(model: Checkpoint, grids: Sequence[Grid], n_prompt: int) -> int:
     return vit_flops(model, grids, frames=1).total + prefill_flops(model, n_prompt, last_token_alone=True).total
 
 
-def _verdicts(seen: Seen, *, served: bool = False) -> list[Finding]:
-    """Every verdict on one request. served: by an engine behind an address, which may tell of itself."""
+def _verdicts(seen: Seen, *, served: bool = False, queued: bool = False) -> list[Finding]:
+    """Every verdict on one request. served: by an engine behind an address, which may tell of itself; queued: after others."""
     of_all = (decode_faster_than_memory, ttft_is_the_answer, bursts, faster_than_compute)
     of_runs = (stages_do_not_add_up, logits_not_finite) if seen.run is not None else ()
-    return [_finding(judge, seen) for judge in (*of_all, *of_runs, *((own_ttft_leaves_out,) if served else ()))]
+    of_some = (*((own_ttft_leaves_out,) if served else ()), *((ttft_shorter_than_queue,) if queued else ()))
+    return [_finding(judge, seen) for judge in (*of_all, *of_runs, *of_some)]
 
 
 def _finding(judge: Callable[[Any], Finding], about: Any) -> Finding:
     return judge(about)._replace(verdict=judge.__name__)
 
 
-def _verdicts_on_runs(runs: Sequence[Run], device: Device) -> list[Finding]:
+def _verdicts_on_load(load: Load, device: Device) -> list[Finding]:
+    runs = load.finished
+    found = _verdicts_on_runs(runs, device, loaded=True)
+    under_way = sum(run.chunks[-1].time - (_queued(run) or 0) for run in runs) / load.seconds
+    seen = Seen(
+        device=_device_of(runs[0], device), model=_model_of(runs[0]), throughput=load.tokens_per_second, under_way=under_way
+    )
+    return [_finding(load_faster_than_memory, seen), *found]
+
+
+def _queued(run: Run) -> float | None:
+    """Seconds until it was admitted, by its own trace or by the engine's account; None where neither tells."""
+    spans = [span.duration_ns for span in run.trace.spans if (span.name, span.lane, span.depth) == ("queued", "host", 0)]
+    if spans:
+        return sum(spans) / 1e9
+    return None if run.account is None else run.account.seconds("queue")
+
+
+def _device_of(run: Run, device: Device) -> Device:
+    """The device given, or else the run's own, where it is known: it may be a CPU, or a GPU that is not in the table."""
+    if device.memory_bandwidth is None and device.peak_flops is None:
+        with suppress(FastvlError):
+            return _device(run.device, None, None)
+    return device
+
+
+def _model_of(run: Run) -> Checkpoint | None:
+    """None of which nothing is known without its weights."""
+    with suppress(FastvlError):
+        return without_weights(run.checkpoint, run.dtype)
+    return None
+
+
+def _verdicts_on_runs(runs: Sequence[Run], device: Device, *, loaded: bool = False) -> list[Finding]:
     if not isinstance(runs, list | tuple) or not runs or not all(isinstance(run, Run) for run in runs):
         raise FastvlError("give a run, or a list of at least one")
     first, *others = (f"{run.engine} · {run.checkpoint} · {run.device} {run.dtype}" for run in runs)
     if other := next((name for name in others if name != first), None):
         raise FastvlError(f"the runs are not samples of one engine: {first}, and {other}; audit each engine's by themselves")
-    if device.memory_bandwidth is None and device.peak_flops is None:
-        with suppress(FastvlError):  # a CPU, or a GPU that is not in the table
-            device = _device(runs[0].device, None, None)
-    model = None
-    with suppress(FastvlError):  # of which nothing is known without its weights
-        model = without_weights(runs[0].checkpoint, runs[0].dtype)
+    device, model = _device_of(runs[0], device), _model_of(runs[0])
+    waits = [_queued(run) for run in runs]
     served = any(run.device == ELSEWHERE or run.account is not None for run in runs)
     found = []
-    for run in runs:
+    for run, waited in zip(runs, waits, strict=True):
         seen = _with_arrivals(Seen(device=device, model=model), tuple((chunk.time, len(chunk.tokens)) for chunk in run.chunks))
         work = None if model is None else _work(model, [shape.grid for shape in run.shapes], run.n_prompt)
-        found.append(_verdicts(replace(seen, ttft=run.ttft, n_visual=run.visual_tokens, work=work, run=run), served=served))
+        seen = replace(seen, ttft=run.ttft, queued=waited, loaded=loaded, n_visual=run.visual_tokens, work=work, run=run)
+        found.append(_verdicts(seen, served=served, queued=any(wait is not None for wait in waits)))
     of_samples = (too_few_samples,) if len(runs) == 1 else (cold_among_warm, too_few_samples)
     return [*_over_runs(found), *(_finding(judge, runs) for judge in of_samples)]
 
@@ -396,6 +445,25 @@ def decode_faster_than_memory(seen: Seen) -> Finding:
     return _judged(shown, (rate > limit, "impossible", why))
 
 
+def load_faster_than_memory(seen: Seen) -> Finding:
+    rate, rows, bandwidth, model, weights = seen.throughput, seen.under_way, seen.device.memory_bandwidth, seen.model, seen.weights
+    if rate is None or rows is None or bandwidth is None or model is None or weights is None:
+        return _needs({"tokens_per_second": rate, "model": model, "hardware or memory_bandwidth": bandwidth})
+    if seen.fastest is None:
+        return _needs(f"weights that no cache holds; these are {gigabytes(weights)}")
+    most = seen.fastest * rows
+    shown = (
+        f"{bandwidth / 1e9:.0f} GB/s ({seen.device.name}) / {weights / 1e9:.2f} GB of weights a step ({dtype_name(model.dtype)}) = "
+        f"{seen.fastest:.0f} steps/s at most, times {rows:.3g} requests under way = {most:.0f} tokens/s; {rate:.0f} is "
+        f"{f'{rate / most:.0%} of' if rate <= most else f'{rate / most:.1f} times'} that"
+    )
+    why = (
+        f"{rate:.0f} tokens/s is more than memory allows {rows:.3g} requests: a step reads all weights and makes a token of each; "
+        f"so more were under way than that, or tokens were counted that were not made in this time"
+    )
+    return _judged(shown, (rate > most, "impossible", why))
+
+
 def ttft_is_the_answer(seen: Seen) -> Finding:
     ttft, total, n, run = seen.ttft, seen.total, seen.n_tokens, seen.run
     if ttft is None or total is None or n is None:
@@ -407,7 +475,10 @@ def ttft_is_the_answer(seen: Seen) -> Finding:
         lane = "device" if run.trace.has_device_lane else "host"
         steps = [span.start_ns < run.trace.first_chunk_ns for span in run.trace.spans if (span.name, span.lane) == ("decode", lane)]
         shown += f", and {sum(steps)} of {len(steps)} decode steps begun before the first chunk left" if steps else ""
-    late = ttft > _WHOLE * total and (not steps or 2 * sum(steps) >= len(steps))
+    waited = seen.queued or 0
+    late = ttft - waited > _WHOLE * (total - waited) and (not steps or 2 * sum(steps) >= len(steps))
+    if late and not steps and seen.loaded and seen.queued is None:
+        return _needs("a trace, or the time in the queue: among others, a TTFT may be spent there")
     if late and not steps and seen.rate is not None and seen.fastest is not None and seen.rate <= seen.fastest:
         return _judged(f"{shown}; those after the first chunk came no faster than memory allows")
     if late and not steps and run is not None and run.kind == "cold":
@@ -514,6 +585,18 @@ def own_ttft_leaves_out(seen: Seen) -> Finding:
         f"token; {_TRAPS[account.begins]}"
     )
     return _judged(shown, (outside > max(_LARGE * waited, _HTTP), "suspect", why), (account.notes, "note", dropped))
+
+
+def ttft_shorter_than_queue(seen: Seen) -> Finding:
+    if seen.ttft is None or seen.queued is None:
+        return _needs({"ttft": seen.ttft, "queued": seen.queued})
+    name, least = "TTFT", seen.ttft
+    account = None if seen.run is None else seen.run.account
+    if account is not None and account.ttft is not None and account.begins == "arrival" and account.ttft < least:
+        name, least = "the engine's own TTFT", account.ttft
+    shown = f"{seconds(seen.queued)} in the queue; {name} is {seconds(least)}"
+    why = f"{name} is shorter than the wait for its turn alone, so its clock began after the request had come"
+    return _judged(shown, (least < seen.queued, "impossible", why))
 
 
 def cold_among_warm(runs: Sequence[Run]) -> Finding:

@@ -179,7 +179,8 @@ def _values(run: Run, of: Measure) -> Iterator[float]:
 
 def _step(data: Mapping[str, Any]) -> Step:
     pairs = {name: tuple((number, n) for number, n in data[name]) for name in ("admitted", "prefilled")}
-    return Step(**{**data, **pairs, "decoded": tuple(data["decoded"])})
+    numbers = {name: tuple(data.get(name, ())) for name in ("decoded", "preempted")}  # older records have none of the latter
+    return Step(**{**data, **pairs, **numbers})
 
 
 def quantile_interval(samples: Sequence[float], quantile: float) -> Interval:
@@ -376,7 +377,8 @@ class _Sent:
         self._next()
 
     def _served(self, *, concurrency: int | None = None, rate: float | None = None) -> Load:
-        steps = self._lab.serve(self._engine, self._inbox)
+        steps: list[Step] = []
+        self._lab.serve(self._engine, self._inbox, steps.append)
         sent = sorted(self._ended)
         first_ns = min((self._began_ns[number] for number in sent), default=0)
         failures = {number: sentence(error) for number in sent if isinstance(error := self._ended[number], Exception)}

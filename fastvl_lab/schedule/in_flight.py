@@ -21,7 +21,7 @@ from fastvl_lab.request import Pixels, Prompt, VisionTokens
 from fastvl_lab.schedule.inbox import Job
 from fastvl_lab.streaming.answer import Answer, Decode, Forced, Steps
 from fastvl_lab.streaming.text import Emitter, TokenBytes
-from fastvl_lab.tokenizer import tokenize, tokens_to_make
+from fastvl_lab.tokenizer import followed_by, tokenize, tokens_to_make
 
 
 class Bound(Protocol):
@@ -38,7 +38,8 @@ class Bound(Protocol):
 class InFlight:
     """A request on its way. Each method is a stage or some; they are called in the order in which they stand.
 
-    seen: what a loop had done for all requests when this one had its last turn.
+    pixels: of the images that are still to go through the vision tower. seen: what a loop had done for all requests when this one
+    had its last turn. number_admitted: how many it had admitted before this one came first.
     """
 
     def __init__(self, job: Job, bound: Bound) -> None:
@@ -46,10 +47,13 @@ class InFlight:
         self._bound = bound
         self._opened: OpenedImages | None = None
         self._place: Place | None = None
-        self._pixels: Pixels | None = None
-        self._n_done = 0  # tokens of the rest of the prompt that were computed
+        self._first_place: Place | None = None
+        self.pixels: Pixels | None = None
+        self._hidden: torch.Tensor | None = None
+        self._vision: VisionTokens | None = None
         self._captures: list[Capture] = []
         self.seen = 0
+        self.number_admitted: int | None = None
 
     @property
     def n_prompt(self) -> int:
@@ -87,38 +91,66 @@ class InFlight:
     def unpack(self) -> None:
         """All of its images, before it is admitted."""
         if self._opened is not None:
-            self._pixels = self._bound.images.make(self._opened, self.tracer.span)
+            self.pixels = self._bound.images.make(self._opened, self.tracer.span)
 
-    def has_room(self) -> bool:
-        """Whether the caches could admit it now."""
-        return self._bound.cache.has_room(self._prompt, self._n_new)
+    def has_room(self, *, beside: int) -> bool:
+        """Whether the caches could admit it now, beside so many others."""
+        return self._bound.cache.has_room(self.n_prompt + len(self.answer.tokens), beside=beside)
 
     def admit(self) -> None:
-        """Its place in the caches; then its images and what is left of its prompt, on the device."""
-        bound, opened, span = self._bound, self._opened, self.tracer.span
-        with span("admit"):
-            self._place = place = bound.cache.admit(self._prompt, self._n_new, opened.contents if opened else tuple)
-        if opened is None or len(place.to_make) < len(opened.images):
-            self._pixels = None  # of images that are known
-        if opened is not None and place.to_make and self._pixels is None:
-            self._pixels = bound.images.make(opened.only(place.to_make), span)
-        self._visual_rows = (rest := self._prompt.after(place.reused)).visual_index  # on the host
-        with span("upload"):
+        """Its place in the caches; then its images and what is left of its prompt, on the device.
+
+        The tokens that it had made when it gave way are the end of its prompt.
+        """
+        bound, made = self._bound, self.answer.tokens
+        self._n_told, self._n_done = len(made), 0  # tokens of the answer in the prompt; tokens of its rest that were computed
+        with self.tracer.span("admit"):
+            prompt = followed_by(self._prompt, made)
+            contents = self._opened.contents if self._opened else tuple
+            self._place = place = bound.cache.admit(prompt, self._n_new - len(made), contents)
+            self._first_place = self._first_place or place
+        self._make_pixels()
+        self._visual_rows = (rest := prompt.after(place.reused)).visual_index  # on the host
+        with self.tracer.span("upload"):
             self._rest = upload_prompt(rest, bound.images.copy)
+
+    def _make_pixels(self) -> None:
+        """Of the images whose visual tokens are not known; those that were unpacked before it was admitted are of all."""
+        opened, to_make = self._opened, self.place.to_make
+        if opened is None or len(to_make) < len(opened.images):
+            self.pixels = None
+        if opened is not None and to_make and self.pixels is None:
+            self.pixels = self._bound.images.make(opened.only(to_make), self.tracer.span)
+
+    def look_again(self) -> None:
+        """Others have made visual tokens since it was admitted, of images that it shows too."""
+        self.place.look()
+        self._make_pixels()
+
+    def give_way(self) -> None:
+        """Leave the caches in the middle of its way; it is to be admitted again, and goes on where it was."""
+        self.place.keep(self.answer.tokens[self._n_told :])
+        self.place.close()
+        self._place = self.pixels = None
+        self._hidden = self._vision = None
+        self.tracer.count("schedule: preempted")
 
     def first_token(self) -> None:
         """Patches and prompt to the first token of the answer, as one program."""
         with self.tracer.span("first_token"):
             self.place.extend(self._rest.n_tokens)
-            self._logits, self.token = self._bound.stages.first_token(self._pixels, self._rest, self.place.kv, self.tracer)
+            self._logits, self.token = self._bound.stages.first_token(self.pixels, self._rest, self.place.kv, self.tracer)
 
-    def encode(self) -> None:
-        """Patches to visual tokens, and these into their places among the prompt's embeddings."""
-        span, made = self.tracer.span, None
-        if self._pixels is not None:
+    def encode(self, made: VisionTokens | None = None) -> None:
+        """Patches to visual tokens, and these into their places among the prompt's embeddings.
+
+        made: the visual tokens, where a call of the tower for several requests has made them.
+        """
+        span = self.tracer.span
+        if self.pixels is not None and made is None:
             with span("vit"):
-                made = self._bound.stages.encode(self._pixels, self.tracer)
-            self._pixels = None
+                made = self._bound.stages.encode(self.pixels, self.tracer)
+        self.pixels = None
         with span("merge"):
             self._vision = self.place.visual_tokens(made)
             self._hidden = merge(self._rest, self._vision, self._bound.decoder.weights.embed)
@@ -133,11 +165,14 @@ class InFlight:
         self._n_done += n
         if self.n_left == 0:
             with self.tracer.span("sample"):
-                self._logits, self.token = logits, sample(logits, self._bound.decoder)
-            del self._hidden, self._vision  # nobody needs them any more
+                self.token = sample(logits, self._bound.decoder)
+            if not self.answer.tokens:
+                self._logits = logits
+            self._hidden = self._vision = None  # nobody needs them any more
 
     def _piece(self, first: int, last: int) -> tuple[torch.Tensor, Prompt, VisionTokens | None]:
         """Some of the prompt's rows [last - first, hidden], and the visual tokens that stand in them."""
+        assert self._hidden is not None, "it has not been encoded"
         if (first, last) == (0, self._rest.n_tokens):
             return self._hidden, self._rest, self._vision
         among = slice(*torch.searchsorted(self._visual_rows, torch.tensor([first, last])).tolist())
@@ -201,9 +236,10 @@ class InFlight:
 
     def outcome(self) -> Outcome:
         """The whole, once its last token was taken."""
-        tokens = tuple(self.answer.tokens)
-        self.place.keep(tokens[:-1])  # the last one has been through no layer
-        for name, times in self.place.counts.items():
+        tokens, found = tuple(self.answer.tokens), self._first_place
+        assert found is not None, "it has not been admitted"
+        self.place.keep(tokens[self._n_told : -1])  # the last one has been through no layer
+        for name, times in found.counts.items():
             self.tracer.count(name, times)
         self.note_captures()
         return Outcome(
@@ -211,7 +247,7 @@ class InFlight:
             n_prompt=self.n_prompt,
             shapes=self._opened.shapes if self._opened else (),
             logits=self._logits[0],
-            reused=self.place.hit,
+            reused=found.hit,
             captures=tuple(self._captures),
         )
 

@@ -14,17 +14,23 @@ import torch
 
 from fastvl_lab.cache import together
 from fastvl_lab.cache.concat import ConcatKv
+from fastvl_lab.cache.images import split
 from fastvl_lab.cache.slotted import SlottedKv
 from fastvl_lab.decoder.steps import sample
 from fastvl_lab.outcome import Outcome
+from fastvl_lab.request import Pixels, VisionTokens
 from fastvl_lab.schedule.in_flight import Bound, InFlight
 from fastvl_lab.schedule.inbox import Inbox, Job
-from fastvl_lab.schedule.policy import Policy, pieces
+from fastvl_lab.schedule.policy import Policy, gives_way, pieces
 from fastvl_lab.streaming.answer import Forced
 from fastvl_lab.trace import Anchor, Tracer
 
 # Threads that unpack images of requests that wait; more would take cores from what the device's host does.
 _UNPACKING = 2
+
+# Seconds for which a mark in the device's work serves requests that arrive; CUDA tells the time since one in float32 milliseconds,
+# which are exact to 8 µs for so long.
+_ANCHORED = 60
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,7 +38,8 @@ class Step:
     """What a step did, and when (`time.perf_counter_ns`), by the numbers of jobs.
 
     admitted: whose images and prompt it took in, and patches that went through the tower; prefilled: tokens of whose prompt;
-    decoded: whose answers it made longer; waiting: how many requests were not admitted yet.
+    decoded: whose answers it made longer; preempted: who gave way, for want of cache blocks, and is to be admitted again; waiting:
+    how many requests were not admitted yet, or not again.
     """
 
     start_ns: int
@@ -40,12 +47,17 @@ class Step:
     admitted: tuple[tuple[int, int], ...] = ()
     prefilled: tuple[tuple[int, int], ...] = ()
     decoded: tuple[int, ...] = ()
+    preempted: tuple[int, ...] = ()
     waiting: int = 0
 
 
-def one_at_a_time(run: Callable[[Job], Outcome], device: torch.device, inbox: Inbox, *, lingers: bool) -> list[Step]:
+# Given each step as it ends.
+OnStep = Callable[[Step], object]
+
+
+def one_at_a_time(run: Callable[[Job], Outcome], device: torch.device, inbox: Inbox, on_step: OnStep, *, lingers: bool) -> None:
     """Serve each job to its end, in the order in which they come, until the inbox is closed, or empty where nothing `lingers`."""
-    steps, waiting = [], inbox.take(wait=lingers)
+    waiting = inbox.take(wait=lingers)
     while waiting:
         job, start_ns = waiting.pop(0), time.perf_counter_ns()
         try:
@@ -56,12 +68,11 @@ def one_at_a_time(run: Callable[[Job], Outcome], device: torch.device, inbox: In
         except Exception as error:
             ended = error
         job.end(ended)
-        steps.append(Step(start_ns=start_ns, end_ns=time.perf_counter_ns(), admitted=((job.number, 0),), waiting=len(waiting)))
+        on_step(Step(start_ns=start_ns, end_ns=time.perf_counter_ns(), admitted=((job.number, 0),), waiting=len(waiting)))
         waiting += inbox.take(wait=lingers and not waiting)
-    return steps
 
 
-def side_by_side(run: Callable[[Job], Outcome], inbox: Inbox, *, lingers: bool) -> list[Step]:
+def side_by_side(run: Callable[[Job], Outcome], inbox: Inbox, *, lingers: bool) -> None:
     """Hand each job on as it comes, on a thread of its own: a server elsewhere says who waits. Nobody sees its steps."""
 
     def ask(job: Job) -> None:
@@ -80,18 +91,22 @@ def side_by_side(run: Callable[[Job], Outcome], inbox: Inbox, *, lingers: bool) 
             asking[-1].start()
     for thread in asking:
         thread.join()
-    return []
 
 
 class Loop:
     """The requests of one recipe that are under way together, and the steps that serve them.
 
     unpacking: threads that unpack the images of requests that wait, if any (`unpackers`). forced: tokens that the answer of the
-    only request is made to go on with.
+    only request is made to go on with. on_step: given each step as it ends; by default they are kept in `steps`.
     """
 
     def __init__(
-        self, bound: Bound, policy: Policy, unpacking: ThreadPoolExecutor | None = None, forced: Forced | None = None
+        self,
+        bound: Bound,
+        policy: Policy,
+        unpacking: ThreadPoolExecutor | None = None,
+        forced: Forced | None = None,
+        on_step: OnStep | None = None,
     ) -> None:
         self._bound, self._policy, self._forced = bound, policy, forced
         self._off, self._anchor = Tracer(bound.checkpoint.device, "off"), Anchor.now(bound.checkpoint.device)
@@ -102,28 +117,36 @@ class Loop:
         self._decoding: list[InFlight] = []
         self._kv: tuple[list[InFlight], ConcatKv | SlottedKv] | None = None  # of the last step
         self._turns = 0  # times that anything was done for a request
+        self._n_admitted = 0
         self.steps: list[Step] = []
+        self._on_step: OnStep = self.steps.append if on_step is None else on_step
 
     def serve(self, inbox: Inbox, *, lingers: bool = True) -> None:
         """Serve what comes until the inbox is closed, or empty where nothing `lingers`, and every job has ended.
 
-        An error ends the jobs that it is of, and no other.
+        An error ends the jobs that it is of, and no other; a fault of the loop's own ends all, and is raised.
         """
         try:
             while self._arrive(inbox, lingers):
                 start_ns = time.perf_counter_ns()
                 admitted, prefilled = self._prompts()
+                preempted = self._make_room()
                 decoded = self._decode()
-                if admitted or prefilled or decoded:
+                if admitted or prefilled or preempted or decoded:
                     step = Step(
                         start_ns=start_ns,
                         end_ns=time.perf_counter_ns(),
                         admitted=tuple(admitted),
                         prefilled=tuple(prefilled),
                         decoded=tuple(decoded),
+                        preempted=tuple(preempted),
                         waiting=len(self._waiting) + len(self._opening),
                     )
-                    self.steps.append(step)
+                    self._on_step(step)
+        except Exception as error:
+            for flight in [*(flight for flight, _ in self._opening), *self._waiting, *self._prefilling, *self._decoding]:
+                self._fail(flight, error)
+            raise
         finally:
             for _, opened in self._opening:
                 opened.cancel()
@@ -132,10 +155,12 @@ class Loop:
 
     def _arrive(self, inbox: Inbox, lingers: bool) -> bool:
         """Take in who has come and whose images are there; wait for somebody if nobody is there. Whether anybody is."""
-        for flight in [*self._waiting, *self._prefilling]:
-            self._turn(flight, None)
+        for flight in [*self._waiting, *self._prefilling, *self._decoding]:
+            self._turn(flight, None)  # who is not wanted any more leaves
         busy = bool(self._waiting or self._prefilling or self._decoding)
         come = inbox.take(wait=lingers and not busy and not self._opening)
+        if come and time.perf_counter_ns() - self._anchor.ns > _ANCHORED * 1e9:
+            self._anchor = Anchor.now(self._bound.checkpoint.device)
         for job in come:
             job.tracer.start_at(job.since_ns, self._anchor)
             flight = InFlight(job, self._bound)
@@ -165,23 +190,67 @@ class Loop:
                         self._first_token(flight)
             if self._prefilling:  # the step is full
                 break
-            flight_or_none = self._admit()
-            if flight_or_none is None:
+            come = self._admit(self._policy.left(n_decoding, sum(n for _, n in prefilled)))
+            if not come:
                 break
-            admitted.append((flight_or_none.job.number, flight_or_none.n_patches))
+            admitted += [(flight.job.number, flight.n_patches) for flight in come]
         return admitted, prefilled
 
-    def _admit(self) -> InFlight | None:
-        """The next to begin, if there is one, and room for it."""
-        while self._waiting and len(self._prefilling) + len(self._decoding) < self._policy.max_batch:
+    def _admit(self, left: int | None) -> list[InFlight]:
+        """The next to begin, if there is one, and room for it; where images are packed, as many as fill the rest of the step."""
+        come: list[InFlight] = []
+        to_encode: list[InFlight] = []
+        most = self._policy.max_batch if self._policy.packs_images else 1
+        while len(come) < most and self._waiting and (n := len(self._prefilling) + len(self._decoding)) < self._policy.max_batch:
+            if left is not None and sum(flight.n_left for flight in come) >= left:
+                break
             flight = self._policy.next(self._waiting, time.perf_counter())
-            if not flight.has_room() and (self._prefilling or self._decoding):
-                return None  # somebody's end makes room
+            if n > 0 and not flight.has_room(beside=n):
+                break  # somebody's end makes room
             self._waiting.remove(flight)
+            if self._begin(flight):
+                if any(flight.place.would_find(other.place) for other in to_encode):
+                    self._encode(to_encode)
+                    to_encode.clear()
+                    self._turn(flight, "waiting", flight.look_again)
+                come.append(flight)
+                to_encode.append(flight)
+        self._encode(to_encode)
+        return [flight for flight in come if flight in self._prefilling]
+
+    def _begin(self, flight: InFlight) -> bool:
+        """Admit a request, or one that gave way again; whether nothing went wrong."""
+        waited = "waiting"
+        if flight.number_admitted is None:
+            flight.number_admitted, waited = self._n_admitted, "queued"
+            self._n_admitted += 1
             flight.job.begin()
-            if self._turn(flight, "queued", partial(_admit_and_encode, flight), then=self._prefilling):
-                return flight
-        return None
+        return self._turn(flight, waited, flight.admit, then=self._prefilling)
+
+    def _encode(self, flights: Sequence[InFlight]) -> None:
+        """Images to visual tokens, of several requests in one call, and these into the prompts."""
+        made = self._encode_packed([flight for flight in flights if flight.pixels is not None and self._turn(flight, "waiting")])
+        for flight in flights:
+            if flight in self._prefilling and self._turn(flight, "waiting", partial(flight.encode, made.get(flight))):
+                flight.note_captures()
+
+    def _encode_packed(self, flights: Sequence[InFlight]) -> dict[InFlight, VisionTokens]:
+        """What the tower makes of the images of several requests; one alone is left to itself."""
+        pixels = [flight.pixels for flight in flights if flight.pixels is not None]
+        if len(pixels) < 2:
+            return {}
+        try:
+            with _all(flights, "vit"):
+                made = self._bound.stages.encode(_packed(pixels), self._off)
+        except Exception as error:
+            for flight in flights:
+                self._fail(flight, error)
+            return {}
+        self._turns += 1
+        for flight in flights:
+            flight.seen = self._turns
+        flights[0].note_captures()
+        return dict(zip(flights, split(made, [sum(shape.visual_tokens for shape in one.shapes) for one in pixels]), strict=True))
 
     def _first_token(self, flight: InFlight) -> None:
         def read() -> None:
@@ -193,6 +262,18 @@ class Loop:
                 self._decoding.append(flight)
 
         self._turn(flight, None, read)
+
+    def _make_room(self) -> list[int]:
+        """Have blocks for a decode step of every answer under way: who was admitted last gives way until there are."""
+        preempted = []
+        while not self._bound.cache.has_room_for_step([flight.place for flight in self._decoding]):
+            flight = gives_way([*self._prefilling, *self._decoding])
+            (self._prefilling if flight in self._prefilling else self._decoding).remove(flight)
+            flight.give_way()
+            self._waiting.append(flight)
+            self._kv = None
+            preempted.append(flight.job.number)
+        return preempted
 
     def _decode(self) -> list[int]:
         """A decode step of every answer under way."""
@@ -258,7 +339,8 @@ class Loop:
         except Exception as error:
             self._fail(flight, error)
             return False
-        flight.seen = self._turns
+        if work is not None or waited is not None:
+            flight.seen = self._turns
         if then is not None:
             then.append(flight)
         return True
@@ -276,12 +358,6 @@ class Loop:
                 group.remove(flight)
         flight.close()
         flight.job.end(error)
-
-
-def _admit_and_encode(flight: InFlight) -> None:
-    flight.admit()
-    flight.encode()
-    flight.note_captures()
 
 
 def _open_and_unpack(flight: InFlight) -> None:
@@ -313,6 +389,11 @@ def _all(flights: Iterable[InFlight], name: str) -> ExitStack:
     for flight in flights:
         stack.enter_context(flight.tracer.shared_span(name))
     return stack
+
+
+def _packed(pixels: Sequence[Pixels]) -> Pixels:
+    """The images of several requests as those of one."""
+    return Pixels(patches=torch.cat([one.patches for one in pixels]), shapes=tuple(shape for one in pixels for shape in one.shapes))
 
 
 def _joined(parts: Sequence[torch.Tensor]) -> torch.Tensor:

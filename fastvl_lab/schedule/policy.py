@@ -1,6 +1,7 @@
 """Who is admitted next, and how many tokens of whose prompt a step computes: decisions over numbers, without a model.
 
-Iteration-level scheduling is Orca's (OSDI 2022); pieces of prompts beside decode rows are Sarathi-Serve's (arXiv 2403.02310).
+Iteration-level scheduling is Orca's (OSDI 2022); pieces of prompts beside decode rows are Sarathi-Serve's (arXiv 2403.02310). Who
+gives way and is computed again, and when, is as in vLLM V1 (vllm/v1/core/sched/scheduler.py): last admitted, first to give way.
 """
 
 from __future__ import annotations
@@ -17,7 +18,14 @@ Order = Literal["fifo", "shortest_first"]
 _AGEING = 1_000
 
 
-class Waits(Protocol):
+class Admitted(Protocol):
+    """A request that was admitted at some time, as the how manieth; None if it never was."""
+
+    @property
+    def number_admitted(self) -> int | None: ...
+
+
+class Waits(Admitted, Protocol):
     """A request that waits: the length of its prompt, and since when (seconds)."""
 
     @property
@@ -34,17 +42,23 @@ class Prefills(Protocol):
     def n_left(self) -> int: ...
 
 
+A = TypeVar("A", bound=Admitted)
 W = TypeVar("W", bound=Waits)
 P = TypeVar("P", bound=Prefills)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Policy:
-    """The slot's toggles as a step reads them; budget: tokens of a step, None where prompts are computed whole."""
+    """The slot's toggles as a step reads them.
+
+    budget: tokens of a step, None where prompts are computed whole. packs_images: whether images of requests that are admitted in
+    one step go through the vision tower in one call.
+    """
 
     max_batch: int
     budget: int | None
     order: Order
+    packs_images: bool = False
 
     @classmethod
     def of(cls, slot: Schedule) -> Policy:
@@ -52,10 +66,14 @@ class Policy:
         assert isinstance(slot.budget, int)
         orders: dict[str, Order] = {"fifo": "fifo", "shortest_first": "shortest_first"}
         budget = {"whole": None, "chunked": slot.budget}[slot.prefill]
-        return cls(max_batch=slot.max_batch, budget=budget, order=orders[slot.order])
+        packs_images = {"inline": False, "ahead": False, "batched": True}[slot.vision]
+        return cls(max_batch=slot.max_batch, budget=budget, order=orders[slot.order], packs_images=packs_images)
 
     def next(self, waiting: Sequence[W], now: float) -> W:
-        """Whom of those who wait to admit, in the order in which they came; now: seconds."""
+        """Whom of those who wait, in the order in which they came, to admit; now: seconds. Who gave way is before all others."""
+        gave_way = [one for one in waiting if one.number_admitted is not None]
+        if gave_way:
+            return min(gave_way, key=_age)
         if self.order == "fifo":
             return waiting[0]
         return min(waiting, key=lambda one: one.n_prompt - _AGEING * (now - one.since))
@@ -66,6 +84,16 @@ class Policy:
         A step that is full of decode rows computes one: prompts go on, if slowly.
         """
         return None if self.budget is None else max(self.budget - n_decoding, 1) - n_taken
+
+
+def gives_way(under_way: Sequence[A]) -> A:
+    """Who is to be computed again later, where blocks run out: whoever was admitted last. So the first always comes to its end."""
+    return max(under_way, key=_age)
+
+
+def _age(one: Admitted) -> int:
+    assert one.number_admitted is not None, "it was never admitted"
+    return one.number_admitted
 
 
 def pieces(prefilling: Sequence[P], left: int | None) -> list[tuple[P, int]]:

@@ -21,7 +21,7 @@ from fastvl_lab.preprocessor import open_images
 from fastvl_lab.recipe import Recipe
 from fastvl_lab.request import Chunk, Request
 from fastvl_lab.serve import chat as chats
-from fastvl_lab.serve.chat import Chat, Reply, Served, UnknownModelError, error_body
+from fastvl_lab.serve.chat import Chat, Draft, Reply, Served, UnknownModelError, error_body
 from fastvl_lab.serve.fetch import fetch_all
 from fastvl_lab.serve.metrics import Metrics
 from fastvl_lab.serve.request_queue import Finished, QueuedRequest, QueueFullError, RequestQueue
@@ -47,7 +47,7 @@ def create_app(lab: Lab, recipe: Recipe | str, settings: Settings | None = None)
     bound.check(lab.checkpoint.target)
     lab = _under_its_served_name(lab, settings)
     warm_up = tuple(_checked(request, lab.checkpoint) for request in requests_of(settings.warm_up, 32))
-    metrics = Metrics()
+    metrics = Metrics(lab.memory if bound.cache.kv == "paged" else None)
     queue = RequestQueue(lab, bound, metrics, max_queue=settings.max_queue, warm_up=warm_up)
     front = _Front(lab.checkpoint, queue, metrics, settings)
 
@@ -158,18 +158,21 @@ class _Front:
 
     async def complete(self, request: Any) -> Any:
         """One chat completion, from its body to the response that will be sent."""
-        deadline = asyncio.get_running_loop().time() + self._settings.timeout
+        arrived = asyncio.get_running_loop().time()
         if (refused := self._without_key(request)) is not None:
             return refused
         if int(request.headers.get("content-length", "0")) > 2 * self._settings.max_body:
             return self._too_large()
         try:
             with self._queue.place() as put:
-                async with asyncio.timeout_at(deadline):
+                async with asyncio.timeout_at(arrived + self._settings.timeout) as until:
                     body = await self._body(request)
                     if body is None:
                         return self._too_large()
-                    chat = await self._chat(body, deadline)
+                    draft = await self._draft(body)
+                    deadline = arrived + draft.timeout
+                    until.reschedule(deadline)
+                    chat = await self._chat(draft, deadline)
                 queued = QueuedRequest(chat.request)
                 put(queued)
         except self._gone:
@@ -183,10 +186,13 @@ class _Front:
             return self._refused(status, error, kind)
         return _Answer(chat, queued, self._queue, self._metrics, deadline)
 
-    async def _chat(self, body: bytes, deadline: float) -> Chat:
-        """What a body asks, with the images at its addresses; on other threads, and none of it on the engine's."""
+    async def _draft(self, body: bytes) -> Draft:
+        """What a body asks; read, as all of it, on other threads than the engine's."""
+        return await asyncio.get_running_loop().run_in_executor(self._readers, chats.read, body, self._served, self._settings)
+
+    async def _chat(self, draft: Draft, deadline: float) -> Chat:
+        """The same with the images at its addresses."""
         loop = asyncio.get_running_loop()
-        draft = await loop.run_in_executor(self._readers, chats.read, body, self._served, self._settings)
         fetched: dict[str, bytes] = {}
         if draft.addresses:
             left = deadline - loop.time()

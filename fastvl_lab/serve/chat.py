@@ -64,7 +64,7 @@ _IGNORED = (
     *("stream_reasoning", "length_penalty", "spaces_between_special_tokens", "include_stop_str_in_output"),
 )
 _READ = ("model", "messages", "max_tokens", "max_completion_tokens", "stream", "stream_options")
-_EXTENSIONS = ("ignore_eos", "min_pixels", "max_pixels", "mm_processor_kwargs", "return_token_ids", "return_trace")
+_EXTENSIONS = ("ignore_eos", "min_pixels", "max_pixels", "mm_processor_kwargs", "return_token_ids", "return_trace", "timeout")
 _LIMITS = ("min_pixels", "max_pixels")
 
 # vLLM takes a lower temperature for 0.
@@ -106,9 +106,13 @@ class Chat:
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Draft:
-    """A chat completion whose images may still be at their addresses. chat: the whole, from the bytes at each address."""
+    """A chat completion whose images may still be at their addresses.
+
+    timeout: seconds that it may take from its arrival. chat: the whole, from the bytes at each address.
+    """
 
     addresses: tuple[str, ...]
+    timeout: float
     chat: Callable[[Mapping[str, bytes]], Chat]
 
 
@@ -145,7 +149,8 @@ def read(body: bytes, served: Served, settings: Settings) -> Draft:
         return Chat(request=request, served=served, stream=stream, include_usage=usage, token_ids=token_ids, trace=trace)
 
     urls = (_url(number, part) for number, message in enumerate(messages) for part in _parts(message) if _is_image(part))
-    return Draft(addresses=tuple(dict.fromkeys(url for url in urls if not _is_data(url))), chat=chat)
+    addresses = tuple(dict.fromkeys(url for url in urls if not _is_data(url)))
+    return Draft(addresses=addresses, timeout=_timeout(data, settings), chat=chat)
 
 
 def _check_fields(data: Mapping[str, Any], served: Served, most: int, *, ignore_eos: bool) -> None:
@@ -183,6 +188,15 @@ def _is_greedy(data: Mapping[str, Any]) -> bool:
 
 def _number(value: Any) -> TypeGuard[float]:
     return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def _timeout(data: Mapping[str, Any], settings: Settings) -> float:
+    """Seconds that the client gives its request, or else the server."""
+    given = data.get("timeout", settings.timeout)
+    if not _number(given) or not 0 < given <= settings.timeout:
+        most = f"at most {settings.timeout:g}, which this server gives every request"
+        raise RequestError(f"timeout is {json.dumps(given)[:80]}; it must be a number of seconds above 0 and {most}")
+    return given
 
 
 def _limits(data: Mapping[str, Any]) -> dict[str, Any]:
@@ -323,7 +337,7 @@ def error_body(error: BaseException | str, kind: str, code: str | None = None) -
     if isinstance(error, str):
         message = error
     elif isinstance(error, TimeoutError | RequestCancelledError):
-        message = "the request took longer than this server allows"
+        message = "the request took longer than this server, or its own timeout, allows"
     elif isinstance(error, FastvlError):
         message = sentence(error)
     else:

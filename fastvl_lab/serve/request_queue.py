@@ -132,7 +132,7 @@ class RequestQueue:
         self.ready.set()
         while not self._inbox.is_over():
             try:
-                self._lab.serve(self._recipe, self._inbox, lingers=False)
+                self._lab.serve(self._recipe, self._inbox, self._metrics.stepped, lingers=False)
             except Exception as error:  # of none of the requests: the recipe cannot be bound, or the loop has a fault
                 self.failure = error
                 for job in self._inbox.take(wait=False):

@@ -194,13 +194,15 @@ def _of_steps(steps: Mapping[int, Step]) -> str:
 
 
 def _in_words(*steps: Step) -> str:
-    """What steps did together: whose prompts, how many tokens and patches, and how many rows were decoded."""
+    """What steps did together: whose prompts, how many tokens and patches, how many rows were decoded, and who gave way."""
     prompts = [number for step in steps for number, _ in (*step.admitted, *step.prefilled)]
     n_tokens, n_patches = sum(n for step in steps for _, n in step.prefilled), sum(n for step in steps for _, n in step.admitted)
     n_rows = sum(len(step.decoded) for step in steps)
     found = [f"{'prompts' if n_tokens or n_rows else 'all'} of {_listed(prompts)}"] if prompts else []
     counted = ((n_tokens, "prompt tokens"), (n_patches, "patches"), (n_rows, "decode rows" if n_rows > 1 else "decode row"))
-    return ", ".join([*found, *(f"{n:,} {what}" for n, what in counted if n)])
+    preempted = [number for step in steps for number in step.preempted]
+    gave_way = [f"{_listed(preempted)} gave way"] if preempted else []
+    return ", ".join([*found, *(f"{n:,} {what}" for n, what in counted if n), *gave_way])
 
 
 def _listed(numbers: Sequence[int]) -> str:

@@ -27,15 +27,26 @@ class Pool(RuleBasedStateMachine):
         self.content: dict[int, tuple] = {}  # block -> family and all tokens up to its end, as they were written
         self.number = 0
 
-    @rule(target=sequences, tokens=TOKENS, more=st.integers(0, 20), family=st.sampled_from("ab"), reuse=st.booleans())
-    def admit(self, tokens: list, more: int, family: str, reuse: bool) -> object:
+    @rule(
+        target=sequences,
+        tokens=TOKENS,
+        more=st.integers(0, 40),
+        all_at_once=st.booleans(),
+        family=st.sampled_from("ab"),
+        reuse=st.booleans(),
+    )
+    def admit(self, tokens: list, more: int, all_at_once: bool, family: str, reuse: bool) -> object:
         before = (self.pool.n_available, self.pool.n_used, self.pool.n_kept)
+        total = len(tokens) + more
+        first = total if all_at_once else len(tokens)
         try:
-            table = self.pool.admit(tokens, len(tokens) + more, family=family, reuse=reuse)
+            table = self.pool.admit(tokens, total, first=None if all_at_once else first, family=family, reuse=reuse)
         except RequestError:
             assert before == (self.pool.n_available, self.pool.n_used, self.pool.n_kept)
-            assert -(-(len(tokens) + more) // SIZE) > before[0] - before[2]  # whatever can be shared, free room was too little
+            # Whatever can be shared, free room was too little, or will never be enough.
+            assert -(-first // SIZE) > before[0] - before[2] or total > N * SIZE
             return multiple()
+        assert total <= N * SIZE
         assert table.reused < len(tokens)
         assert reuse or table.reused == 0
         for number, block in enumerate(table.blocks):  # what is shared holds exactly these tokens
@@ -57,6 +68,10 @@ class Pool(RuleBasedStateMachine):
         n_written = len(table.blocks) * SIZE
         if n_written >= len(tokens):  # the prompt is in; tokens are made
             tokens += more[: total - len(tokens)]
+        if self.pool.n_missing(table, len(tokens)) > self.pool.n_available:
+            with pytest.raises(AssertionError, match="promised"):
+                self.pool.extend(table, len(tokens))
+            del tokens[(len(table.blocks) + table.promised) * SIZE :]
         in_use = {block for other, *_ in self.live.values() for block in other.blocks}
         new = self.pool.extend(table, len(tokens))
         assert not in_use & set(new)
@@ -163,6 +178,20 @@ def test_room_that_is_promised_is_not_promised_again() -> None:
         pool.admit([2], 8)
     pool.free(table)
     assert pool.admit([2], 8).promised == 2
+
+
+def test_room_beyond_what_was_promised_is_taken_while_there_is_some_and_one_alone_always_has_it() -> None:
+    pool = BlockPool(4, 4)
+    first, second = (pool.admit([n], 16, first=4) for n in range(2))
+    for table in (first, second):
+        pool.extend(table, 8)
+    assert [pool.n_missing(table, 9) for table in (first, second)] == [1, 1]
+    assert pool.n_available == 0
+    pool.free(second)
+    pool.extend(first, 16)
+    assert first.blocks == [0, 1, 2, 3]
+    with pytest.raises(RequestError, match=r"needs 5 cache blocks of 4 tokens for its 17 tokens"):
+        BlockPool(4, 4).admit([1], 17, first=4)
 
 
 def test_sequences_that_grow_side_by_side_lie_in_one_piece_each() -> None:

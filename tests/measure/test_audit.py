@@ -9,12 +9,14 @@ from collections.abc import Callable
 
 import pytest
 
-from fastvl_lab import Audit, Chunk, FastvlError, Lab, Request, Run, Trace, audit
+from fastvl_lab import Audit, Chunk, FastvlError, Lab, Request, Run, Trace, audit, load
+from fastvl_lab.account import Account, Part
 from fastvl_lab.checkpoint.random_weights import published
 from fastvl_lab.checkpoint.shape import without_weights
 from fastvl_lab.measure.audit import FOR_A_P95, FOR_AN_INTERVAL, Finding, Severity
 from fastvl_lab.measure.floors import decode_bytes, prefill_flops, vit_flops
 from fastvl_lab.measure.hardware import HARDWARE, find_hardware
+from fastvl_lab.measure.load import Load
 from fastvl_lab.request import Grid
 from fastvl_lab.trace import Span
 
@@ -325,6 +327,92 @@ def test_several_runs_tell_a_verdict_once_with_the_runs_that_have_it(drawn: Call
     assert _found(audited) == {"stages_do_not_add_up": "suspect"}
     assert "in 2 of 20 runs, first in run 2" in audited.findings[0].sentence
     assert "stages_do_not_add_up" not in [cleared.verdict for cleared in audited.cleared]
+
+
+def test_a_load_makes_no_more_tokens_than_memory_allows_all_its_requests(drawn: Callable[..., Run]) -> None:
+    """Two requests in turn under way for 1 s each, of 40 tokens: 80 tokens in 2 s, of one request at a time."""
+    known = {"checkpoint": "Qwen/Qwen2.5-VL-3B-Instruct", "dtype": "bfloat16", "device": "NVIDIA RTX A6000"}
+    run = drawn(610, chunks=[(610 + 10 * n, 1) for n in range(40)], **known)
+
+    def of(seconds: float, runs: list[Run | None]) -> Load:
+        failures = {number: "no room" for number, run in enumerate(runs) if run is None}
+        return Load(
+            engine="x", begun=(0.0,) * len(runs), runs=tuple(runs), failures=failures, steps=(), seconds=seconds, concurrency=2
+        )
+
+    audited = audit(of(2.0, [run, run, None]))
+    assert audited.ok
+    assert "124 steps/s at most, times 1 requests under way = 124 tokens/s; 40 is 32% of that" in audited.text
+    # A queue is no time in which tokens are made: without it each had 320 ms for its 40 tokens, which takes 322 ms.
+    spans = (Span(name="queued", lane="host", depth=0, start_ns=0, end_ns=680_000_000),)
+    waited = dataclasses.replace(run, trace=dataclasses.replace(run.trace, spans=spans, first_chunk_ns=690_000_000))
+    assert _found(audit(of(2.0, [waited, waited])))["load_faster_than_memory"] == "impossible"
+    assert (
+        "load_faster_than_memory: needs hardware or memory_bandwidth"
+        in audit(of(2.0, [dataclasses.replace(run, device="CPU (8 threads)")])).text
+    )
+
+
+def test_tokens_a_second_of_several_at_once_as_users_write_them() -> None:
+    known = {"model": "Qwen2.5-VL-3B-Instruct", "hardware": "RTX A6000"}
+    assert not audit(tokens_per_second=624, **known).ok
+    assert audit(tokens_per_second=624, concurrency=8, **known).ok
+    assert _found(audit(tokens_per_second=1_100, concurrency=8, **known)) == {"load_faster_than_memory": "impossible"}
+    audited = audit(tokens_per_second=1_100, concurrency=8, **known)
+    assert _finding(audited, "load_faster_than_memory").arithmetic == (
+        "768 GB/s (RTX A6000) / 6.17 GB of weights a step (bfloat16) = 124 steps/s at most, times 8 requests under way = "
+        "995 tokens/s; 1100 is 1.1 times that"
+    )
+    # The rate of one of them is that of its own tokens and times, and never the rate of all.
+    of_one = {"ttft": 1.0, "output_tokens": 101, "concurrency": 8, "tokens_per_second": 624, **known}
+    assert audit(**of_one, total=2.0).ok
+    assert _found(audit(**of_one, total=1.5)) == {"decode_faster_than_memory": "impossible"}
+    assert "decode_faster_than_memory: needs tokens_per_second" in audit(**of_one).text
+
+
+def test_a_ttft_is_no_shorter_than_the_wait_in_its_queue(drawn: Callable[..., Run]) -> None:
+    finding = _finding(audit(ttft=0.08, queued=0.25), "ttft_shorter_than_queue")
+    assert finding.severity == "impossible"
+    assert finding.arithmetic == "250.0 ms in the queue; TTFT is 80.0 ms"
+    assert "its clock began after the request had come" in finding.sentence
+    assert audit(ttft=0.25, queued=0.25).ok
+    queue = Span(name="queued", lane="host", depth=0, start_ns=0, end_ns=99_000_000)
+    run = drawn(100, stages=[(99, 100)])
+    run = dataclasses.replace(run, trace=dataclasses.replace(run.trace, spans=(queue, *run.trace.spans)))
+    assert "ttft_shorter_than_queue" in [one.verdict for one in audit(run).cleared]
+    late = dataclasses.replace(run, trace=dataclasses.replace(run.trace, first_chunk_ns=98_000_000))
+    assert _found(audit(late))["ttft_shorter_than_queue"] == "impossible"
+    account = Account(source="a server", parts=(Part(name="queue", seconds=0.09),), ttft=0.05)
+    assert _found(audit(dataclasses.replace(drawn(100), account=account)))["ttft_shorter_than_queue"] == "impossible"
+    scheduled = dataclasses.replace(account, begins="scheduled")
+    assert "ttft_shorter_than_queue" not in _found(audit(dataclasses.replace(drawn(100), account=scheduled)))
+
+
+def test_a_wait_in_the_queue_is_no_held_answer(drawn: Callable[..., Run]) -> None:
+    """Of 10.5 s the queue has 10: the first of 40 tokens comes after 0.1 s of its own."""
+    assert "ttft_is_the_answer" in _found(audit(ttft=10.1, total=10.5, output_tokens=40))
+    assert audit(ttft=10.1, total=10.5, output_tokens=40, queued=10.0).ok
+    assert (
+        "ttft_is_the_answer: needs a trace, or the time in the queue"
+        in audit(
+            ttft=10.1,
+            total=10.5,
+            output_tokens=40,
+            concurrency=8,
+            tokens_per_second=1,
+            memory_bandwidth=1e12,
+            model="Qwen2.5-VL-3B-Instruct",
+        ).text
+    )
+
+
+def test_a_load_of_our_own_is_clear(labs: dict[str, Lab]) -> None:
+    request = Request(prompt="Hi", max_new_tokens=12, ignore_eos=True)
+    made = load(labs["tiny-qwen3-vl"], request, "fastest, cache.kv=paged, schedule.batching=continuous", concurrency=3, n=6)
+    audited = audit(made)
+    assert audited.ok, audited
+    assert "ttft_shorter_than_queue" in [one.verdict for one in audited.cleared]
+    assert audit(Load.from_record(json.loads(json.dumps(made.record())))).text == audited.text
 
 
 def test_an_audit_shows_itself(drawn: Callable[..., Run]) -> None:

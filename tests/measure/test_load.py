@@ -27,7 +27,9 @@ def tiny(labs: dict[str, Lab]) -> Lab:
     return labs["tiny-qwen2.5-vl"]
 
 
-@pytest.mark.parametrize("engine", ["transformers", "fastest", TOGETHER, f"{TOGETHER}, schedule.vision=ahead"])
+@pytest.mark.parametrize(
+    "engine", ["transformers", "fastest", TOGETHER, *(f"{TOGETHER}, schedule.vision={x}" for x in ("ahead", "batched"))]
+)
 def test_each_request_has_a_run_of_its_own_with_the_tokens_that_it_has_alone(tiny: Lab, engine: str) -> None:
     request = Request(images=[photo("coffee", (84, 56))], prompt="Hi", max_new_tokens=6, ignore_eos=True)
     made = load(tiny, request, engine, concurrency=3, n=5)

@@ -34,8 +34,8 @@ def serve(labs: dict[str, Lab]) -> Callable[..., Any]:
     pytest.importorskip("fastapi")
 
     @contextmanager
-    def start(name: str = "tiny-qwen2.5-vl", recipe: str = RECIPE, **settings: Any) -> Iterator[Server]:
-        lab = labs[name].apart()
+    def start(name: str = "tiny-qwen2.5-vl", recipe: str = RECIPE, lab: Lab | None = None, **settings: Any) -> Iterator[Server]:
+        lab = (lab or labs[name]).apart()
         app = create_app(lab, recipe, Settings(**settings))
         with socket.socket() as listening:
             listening.bind(("127.0.0.1", 0))

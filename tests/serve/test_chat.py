@@ -49,6 +49,10 @@ def _read(**change: Any) -> Request:
         ({"stop_token_ids": [7], "ignore_eos": True}, "stop_token_ids is [7]"),  # which would end it all the same
         ({"mm_processor_kwargs": [1]}, "mm_processor_kwargs must be an object"),
         ({"stream_options": True}, "stream_options must be an object"),
+        ({"timeout": 0}, "timeout is 0; it must be a number of seconds above 0 and at most 300"),
+        ({"timeout": 301}, "timeout is 301"),
+        ({"timeout": float("nan")}, "timeout is NaN"),
+        ({"timeout": True}, "timeout is true"),
     ],
 )
 def test_what_would_change_the_answer_is_refused_by_name(change: dict[str, Any], says: str) -> None:
@@ -125,6 +129,12 @@ def test_a_length_is_the_clients_wish_or_what_fits() -> None:
     ]
     default = _read(max_tokens=None)
     assert (default.max_new_tokens, default.fit) == (512, True)
+
+
+def test_a_timeout_is_the_clients_or_the_servers() -> None:
+    body = {"messages": HI, "timeout": 2.5}
+    assert chat.read(json.dumps(body).encode(), SERVED, Settings()).timeout == 2.5
+    assert chat.read(json.dumps({"messages": HI}).encode(), SERVED, Settings(timeout=7)).timeout == 7
 
 
 def test_what_parts_and_messages_carry_reaches_the_request() -> None:

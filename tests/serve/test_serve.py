@@ -6,6 +6,7 @@ import asyncio
 import base64
 import contextlib
 import dataclasses
+import gc
 import http.client
 import json
 import os
@@ -31,6 +32,7 @@ from fastvl_lab.errors import DeviceError, FastvlError
 from fastvl_lab.measure.compare import compare
 from fastvl_lab.measure.load import load, varied
 from fastvl_lab.pipeline import Pipeline
+from fastvl_lab.schedule.loop import Step
 from fastvl_lab.serve import serving
 from fastvl_lab.serve.__main__ import main
 from fastvl_lab.serve.app import _Front, create_app
@@ -300,7 +302,9 @@ def test_models_health_and_metrics(server: Any, picture: bytes) -> None:
     assert after['fastvl_lab_requests_total{status="200"}'] == before.get('fastvl_lab_requests_total{status="200"}', 0) + 1
     for name in ("ttft_seconds_count", "queued_seconds_count", 'stage_seconds_count{stage="prefill"}'):
         assert after[f"fastvl_lab_{name}"] == before.get(f"fastvl_lab_{name}", 0) + 1, name
-    assert after["fastvl_lab_requests_waiting"] == after["fastvl_lab_requests_running"] == 0
+    assert after["fastvl_lab_requests_waiting"] == after["fastvl_lab_requests_running"] == after["fastvl_lab_kv_blocks_used"] == 0
+    assert after["fastvl_lab_kv_blocks"] == server.lab.memory.paged.pool.n_blocks
+    assert after["process_resident_memory_bytes"] > 1e8
 
 
 def _metrics(server: Any) -> dict[str, float]:
@@ -523,10 +527,13 @@ def test_a_request_that_takes_too_long_is_ended(serve: Callable[..., Any]) -> No
         url = f"{running.url}/v1/chat/completions"
         answer = httpx.post(url, json=body, timeout=30)
         assert answer.status_code == 504
-        assert "longer than this server allows" in answer.json()["error"]["message"]
+        assert "longer than this server, or its own timeout, allows" in answer.json()["error"]["message"]
         lines = httpx.post(url, json=body | {"stream": True}, timeout=30).text.strip().splitlines()
-        assert "longer than this server allows" in json.loads(lines[-1].removeprefix("data: "))["error"]["message"]
-        with pytest.raises(EndpointError, match=r"gave up.*longer than this server allows"):
+        assert (
+            "longer than this server, or its own timeout, allows"
+            in json.loads(lines[-1].removeprefix("data: "))["error"]["message"]
+        )
+        with pytest.raises(EndpointError, match=r"gave up.*longer than this server, or its own timeout, allows"):
             running.lab.run(Request(prompt="Go on.", max_new_tokens=20_000, ignore_eos=True), f"{running.url}/v1")
 
 
@@ -541,18 +548,30 @@ def test_many_clients_share_decode_steps_and_who_leaves_makes_room(serve: Callab
             return str(answer.json()["choices"][0]["message"]["content"])
 
         alone = [text(body) for body in bodies]
-        most = 0
+        most, kept = 0, _steps_kept()
         with ThreadPoolExecutor(8) as clients:
             together = [clients.submit(text, body) for body in bodies]
             long = {"messages": _messages(None), "max_tokens": 4000, "ignore_eos": True, "stream": True}
             with httpx.stream("POST", url, json=long, timeout=120) as leaving:
                 next(leaving.iter_lines())
+                used = _metrics(running)["fastvl_lab_kv_blocks_used"]
                 while not all(one.done() for one in together):
                     most = max(most, len(running.queue._running))
                     time.sleep(0.005)
                 assert most == 4, "as many as max_batch are under way, and no more"
             assert [one.result() for one in together] == alone
         _until(lambda: not running.queue._running and pool.n_used == 0)
+        assert used > 0
+        after = _metrics(running)
+        n_tokens = 2 * sum(body["max_tokens"] - 1 for body in bodies)  # of which decode steps make all but the first
+        assert after["fastvl_lab_batch_size_sum"] > n_tokens, "and those of the answer that was left"
+        assert after['fastvl_lab_batch_size_bucket{le="4.0"}'] == after["fastvl_lab_batch_size_count"]
+        assert after["fastvl_lab_batch_size_sum"] > after["fastvl_lab_batch_size_count"], "some were shared"
+        assert _steps_kept() <= kept + 1, "steps are told and forgotten"
+
+
+def _steps_kept() -> int:
+    return sum(type(one) is Step for one in gc.get_objects())
 
 
 def test_what_the_engine_fails_on_is_told_without_its_insides(serve: Callable[..., Any], monkeypatch: pytest.MonkeyPatch) -> None:

@@ -88,7 +88,7 @@ def test_a_wait_names_the_steps_it_waited_for_and_what_they_did_for_others(run_o
             decoded=(0, 1, 2),
             waiting=1,
         ),
-        Step(start_ns=59 * MS, end_ns=70 * MS, decoded=(0, 2)),
+        Step(start_ns=59 * MS, end_ns=70 * MS, decoded=(0, 2), preempted=(1,)),
     )
     figure = view.load_timeline(_load(*runs, steps=steps))
     waits = {
@@ -106,6 +106,8 @@ def test_a_wait_names_the_steps_it_waited_for_and_what_they_did_for_others(run_o
     }
     told = next(trace for trace in figure.data if trace.xaxis == "x2").customdata[0][0]
     assert told == "step 0: prompts of requests 0, 1, 2, 416 prompt tokens, 1,604 patches, 3 decode rows; 1 not admitted yet"
+    told = next(trace for trace in figure.data if trace.xaxis == "x2").customdata[1][0]
+    assert told == "step 1: 2 decode rows, request 1 gave way; 0 not admitted yet"
     failed = next(trace for trace in figure.data if trace.name == "failed")
     assert (list(failed.y), list(failed.customdata)) == (["request 3"], ["no &lt;room&gt;"])
 
