@@ -24,6 +24,7 @@ if TYPE_CHECKING:
         RecipeError as RecipeError,
         RequestCancelledError as RequestCancelledError,
         RequestError as RequestError,
+        TimeLimitError as TimeLimitError,
     )
     from fastvl_lab.lab import Lab as Lab
     from fastvl_lab.measure.audit import Audit as Audit, audit as audit
@@ -38,6 +39,7 @@ if TYPE_CHECKING:
     from fastvl_lab.measure.publish import photo as photo
     from fastvl_lab.measure.quiet import Quiet as Quiet
     from fastvl_lab.measure.sweep import SweepSettings as SweepSettings, sweep as sweep
+    from fastvl_lab.measure.tune import Tuned as Tuned, tune as tune
     from fastvl_lab.recipe import Recipe as Recipe
     from fastvl_lab.request import Chunk as Chunk, Request as Request
     from fastvl_lab.run import Run as Run
@@ -70,6 +72,8 @@ _PUBLIC = {
     "Floor": "measure.floors",
     "load": "measure.load",
     "Load": "measure.load",
+    "tune": "measure.tune",
+    "Tuned": "measure.tune",
     "photo": "measure.publish",
     "Quiet": "measure.quiet",
     "workbench": "view.workbench",
@@ -81,6 +85,7 @@ _PUBLIC = {
     "DeviceError": "errors",
     "EndpointError": "errors",
     "RequestCancelledError": "errors",
+    "TimeLimitError": "errors",
     "MissingExtraError": "errors",
 }
 

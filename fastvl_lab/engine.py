@@ -103,9 +103,9 @@ class Engine:
         """How many levels of 255 its pixels may be from the stock ones; None where it promises nothing of the kind."""
         return self.recipe.within(image_backend) if self.recipe else None
 
-    def text(self, device: torch.device) -> str:
-        """The shortest text that `find` reads as this engine on the device."""
-        return self.recipe.text(device) if self.recipe else self.name
+    def text(self, device: torch.device, *, fastest: Recipe | None = None) -> str:
+        """The shortest text that `find` reads as this engine on the device; fastest: as `Recipe.parse` has it."""
+        return self.recipe.text(device, fastest=fastest) if self.recipe else self.name
 
 
 # Whatever `find` finds an engine by: itself, a recipe, or a text.
@@ -184,10 +184,10 @@ def engine(*words: str, said: str | None = None, about: Callable[[], PeerInfo] |
     return register
 
 
-def find(given: EngineLike, device: torch.device | str | None = None) -> Engine:
+def find(given: EngineLike, device: torch.device | str | None = None, *, fastest: Recipe | None = None) -> Engine:
     """The engine that is given as itself, as its recipe, or as a text, which is read for the device (`Recipe.parse`).
 
-    Raises `RecipeError` naming the choices.
+    fastest: what the text "fastest" means. Raises `RecipeError` naming the choices.
     """
     if isinstance(given, Engine):
         return given
@@ -197,7 +197,7 @@ def find(given: EngineLike, device: torch.device | str | None = None) -> Engine:
     if word not in PRESETS and (peer := _peers().get(word)) is not None:
         return peer.read(given)
     try:
-        return _of_recipe(Recipe.parse(given, device))
+        return _of_recipe(Recipe.parse(given, device, fastest=fastest))
     except RecipeError as error:
         if word in PRESETS:
             raise
@@ -205,10 +205,10 @@ def find(given: EngineLike, device: torch.device | str | None = None) -> Engine:
         raise RecipeError(f"{error}; or a peer: {', '.join(names)}") from None
 
 
-def find_recipe(given: EngineLike, device: torch.device | str | None = None) -> Recipe:
+def find_recipe(given: EngineLike, device: torch.device | str | None = None, *, fastest: Recipe | None = None) -> Recipe:
     """As `find`, where nothing but a recipe will do."""
     if isinstance(given, str) and _word(given) not in _peers():
-        return Recipe.parse(given, device)
+        return Recipe.parse(given, device, fastest=fastest)
     recipe = find(given, device).recipe
     if recipe is None:
         raise RecipeError(f"{str(given)!r} is a peer, which has no toggles; give a recipe")

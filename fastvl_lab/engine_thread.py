@@ -10,11 +10,14 @@ import contextvars
 import ctypes
 import queue
 import threading
+import time
 import weakref
 from collections.abc import Callable
 from typing import Any, Generic, TypeVar
 
 import torch
+
+from fastvl_lab.errors import TimeLimitError
 
 T = TypeVar("T")
 
@@ -24,6 +27,9 @@ _MAKING = threading.Lock()
 
 # Seconds after which a waiting caller looks up: a signal that another thread was given does not wake it.
 _LOOK_UP = 0.1
+
+# Seconds that interrupted work has to come back to Python.
+GRACE = 10.0
 
 
 class Job(Generic[T]):
@@ -38,6 +44,7 @@ class Job(Generic[T]):
         self._context, self._n_threads = contextvars.copy_context(), torch.get_num_threads()
         self._changing = threading.Lock()
         self._thread: int | None = None  # while it runs
+        self._began: float | None = None
         self._given_up = False
         self._done = threading.Event()
         self._value: Any = None
@@ -49,7 +56,7 @@ class Job(Generic[T]):
             with self._changing:
                 if self._given_up:
                     return
-                self._thread = threading.get_ident()
+                self._thread, self._began = threading.get_ident(), time.perf_counter()
             try:
                 if torch.get_num_threads() != self._n_threads:
                     torch.set_num_threads(self._n_threads)
@@ -64,11 +71,21 @@ class Job(Generic[T]):
             self._work, self._context = _nothing, contextvars.Context()
             self._done.set()
 
-    def result(self) -> T:
-        """Wait for the end: the value, or the error. An interruption interrupts the work too, and waits for its end."""
+    def result(self, *, limit: float | None = None) -> T:
+        """Wait for the end: the value, or the error. An interruption interrupts the work too, and waits for its end.
+
+        limit: seconds after which work that has begun is interrupted at its next step of Python, and a `TimeLimitError` raised. No
+        Python stops a call into a library that never returns: after `GRACE` more it is left behind, and the thread is `stuck`.
+        """
         try:
             while not self._done.wait(_LOOK_UP):
-                pass
+                if limit is not None and (began := self._began) is not None and time.perf_counter() - began > limit:
+                    raise TimeLimitError(f"it did not end within {limit:.3g} s")
+        except TimeLimitError as error:
+            self.interrupt()
+            if not self._done.wait(GRACE):
+                raise TimeLimitError(f"{error}, and {GRACE:g} s after its interruption it had not returned", stuck=True) from None
+            raise
         except BaseException:
             self.interrupt()
             self._done.wait()
@@ -131,9 +148,9 @@ class EngineThread:
             self._jobs.put(job)
         return job
 
-    def call(self, work: Callable[[], T]) -> T:
-        """Have it done, and wait for it; at once where the caller is on the thread already."""
-        return work() if self.is_current else self.submit(work).result()
+    def call(self, work: Callable[[], T], *, limit: float | None = None) -> T:
+        """Have it done, and wait for it; at once where the caller is on the thread already. limit: as `Job.result` has it."""
+        return work() if self.is_current else self.submit(work).result(limit=limit)
 
 
 def _serve(jobs: queue.SimpleQueue[Job[Any] | None]) -> None:

@@ -44,6 +44,14 @@ class RequestCancelledError(FastvlError):
     """A request that was given up before its answer was complete."""
 
 
+class TimeLimitError(FastvlError):
+    """Work that took longer than it was allowed; stuck: it still holds its device's thread, which serves nobody any more."""
+
+    def __init__(self, text: str, *, stuck: bool = False) -> None:
+        super().__init__(text)
+        self.stuck = stuck
+
+
 class MissingExtraError(FastvlError, ImportError):
     """A feature whose optional packages are not installed; names the extra that brings them."""
 

@@ -17,18 +17,19 @@ from typing import Any, TypeVar
 import torch
 from tqdm.auto import tqdm
 
-from fastvl_lab import checkpoint as checkpoints
+from fastvl_lab import checkpoint as checkpoints, learnt
 from fastvl_lab.cache.memory import Memory, default_session_len
 from fastvl_lab.capture.compile_cache import keep_compiled
 from fastvl_lab.capture.execute import Capture
 from fastvl_lab.capture.graphs import GraphStore
 from fastvl_lab.capture.warm_up import Shape, requests_of
-from fastvl_lab.engine import BoundEngine, Engine, EngineLike, Place, StartedEngine, find
+from fastvl_lab.engine import BoundEngine, Engine, EngineLike, Place, StartedEngine, find, find_recipe
 from fastvl_lab.engine_thread import EngineThread
 from fastvl_lab.errors import CheckpointError, DeviceError, RequestError
 from fastvl_lab.families import FAMILIES, Family
 from fastvl_lab.pipeline import Outcome, Pipeline
 from fastvl_lab.processes.server import Servers
+from fastvl_lab.recipe import Recipe
 from fastvl_lab.request import Chunk, Request, check_whole_number
 from fastvl_lab.run import ELSEWHERE, Kind, Run
 from fastvl_lab.schedule.inbox import Inbox, Job
@@ -100,6 +101,7 @@ class Lab:
         self._held: Counter[Engine] = Counter()
         self._seen: dict[Engine, dict[tuple[object, ...], int]] = {}
         self._telling = threading.local()
+        self.relearn()
 
     @property
     def device(self) -> torch.device:
@@ -193,7 +195,7 @@ class Lab:
             chunks = [dataclasses.replace(chunk, tokens=tokens) for chunk, tokens in known if chunk.text or tokens]
         own = None if outcome.account is None else outcome.account()
         return Run(
-            engine=engine if isinstance(engine, str) else key.text(self.device),
+            engine=engine if isinstance(engine, str) else key.text(self.device, fastest=self.fastest),
             recipe=key.recipe,
             checkpoint=outcome.model or self.checkpoint.name,
             device=ELSEWHERE if key.elsewhere else device_name(self.device, threads=not key.started),
@@ -351,14 +353,17 @@ class Lab:
 
         return self._in_turn(key, along)
 
-    def compute(self, work: Callable[[], T]) -> T:
-        """Do work of the caller's on the lab's thread, in its turn, with the lab's device the current one."""
+    def compute(self, work: Callable[[], T], *, limit: float | None = None) -> T:
+        """Do work of the caller's on the lab's thread, in its turn, with the lab's device the current one.
+
+        limit: seconds that it may take, as `Job.result` has them; not for who is on that thread already.
+        """
 
         def on_device() -> T:
             with computing(self.device, self.dtype):
                 return work()
 
-        return self._thread.call(on_device)
+        return self._thread.call(on_device, limit=limit)
 
     @contextmanager
     def hold(self, engines: Iterable[EngineLike]) -> Iterator[None]:
@@ -369,11 +374,27 @@ class Lab:
             yield
         finally:
             self._held.subtract(keys)
-            self.compute(self._let_go)
+            self._thread.submit(self._let_go)  # not waited for: who held them may have left work behind that never ends
 
     def engine(self, engine: EngineLike | None) -> Engine:
         """What `run` would run; raises `RecipeError` for what is no engine."""
-        return find("baseline" if engine is None else engine, self.device)
+        return find("baseline" if engine is None else engine, self.device, fastest=self.fastest)
+
+    def recipe(self, engine: EngineLike) -> Recipe:
+        """As `engine`, where nothing but a recipe will do."""
+        return find_recipe(engine, self.device, fastest=self.fastest)
+
+    @property
+    def fastest(self) -> Recipe:
+        """What the text "fastest" means on this lab: what was tuned here, else `Recipe.fastest`; its `origin` says which.
+
+        Read when the lab was made, and by `relearn`: no comparison changes its meaning half-way.
+        """
+        return self._fastest
+
+    def relearn(self) -> None:
+        """Read anew what was learnt here (`fl.tune` does, once it has kept a record)."""
+        self._fastest = learnt.fastest(self.checkpoint)
 
     def _admitted(self, request: Request, engine: EngineLike | None) -> Engine:
         """The engine, where it can be given a request at all."""

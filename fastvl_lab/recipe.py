@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -37,7 +37,8 @@ class Recipe:
     """One choice for every toggle; immutable and hashable.
 
     `Recipe()` is the baseline. Raises `RecipeError` on an unknown value or a combination without meaning; whether the options
-    can run on a device is asked by `check`.
+    can run on a device is asked by `check`. origin: how a recipe that is called "fastest" came to be, such as "tuned here on …" or
+    "a guess for cuda"; "" of any other. Recipes of other origins are equal.
     """
 
     preprocessor: Preprocessor = Preprocessor()
@@ -47,6 +48,7 @@ class Recipe:
     capture: Capture = Capture()
     streaming: Streaming = Streaming()
     schedule: Schedule = Schedule()
+    origin: str = field(default="", compare=False, repr=False)
 
     def __post_init__(self) -> None:
         for name, expected in SLOTS.items():
@@ -104,14 +106,16 @@ class Recipe:
             ),
             cache=Cache(kv="static"),
             capture=Capture(decode="graph" if cuda else "eager"),
+            origin="a guess for cuda" if cuda else "measured on another machine",
         )
 
     @classmethod
-    def parse(cls, text: str, device: Target | torch.device | str | None = None) -> Recipe:
+    def parse(cls, text: str, device: Target | torch.device | str | None = None, *, fastest: Recipe | None = None) -> Recipe:
         """Read "baseline" or "fastest", then changes: "fastest, vit.patch_embed=conv3d". Raises `RecipeError`.
 
         device: what the recipe is for; an option that cannot run on it is refused with the reason. It need not be there, and then
         this machine's packages and compilers do not count. By default "fastest" is that of a CPU, and options of any are read.
+        fastest: what "fastest" means, by default `Recipe.fastest` of the device; a lab has its own (`Lab.recipe`).
         """
         if not isinstance(text, str):
             raise RecipeError(f"a recipe is given as {text!r}; give a text such as 'baseline' or 'fastest, vit.tower=lean'")
@@ -132,7 +136,8 @@ class Recipe:
                 raise RecipeError(f"recipe {text!r} sets {toggle.path} twice")
             changed[toggle.path] = next((v for v in toggle.values if str(v) == value), value)
         target = device if isinstance(device, Target) else Target(device=_known("cpu" if device is None else device))
-        recipe = (cls.fastest(target.device) if name == "fastest" else cls.baseline()).replace(changed)
+        recipe = (fastest or cls.fastest(target.device)) if name == "fastest" else cls.baseline()
+        recipe = recipe.replace(changed) if changed else recipe
         if device is not None:
             here = target.here and (target.device.type == "cpu" or torch.cuda.is_available())
             recipe.check(dataclasses.replace(target, here=here))
@@ -187,7 +192,7 @@ class Recipe:
 
     def to_dict(self) -> dict[str, dict[str, OptionValue]]:
         """Plain nested data, ready for JSON and YAML."""
-        return dataclasses.asdict(self)
+        return {slot: dataclasses.asdict(getattr(self, slot)) for slot in SLOTS}
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Mapping[str, OptionValue]]) -> Recipe:
@@ -238,10 +243,13 @@ class Recipe:
         bounds = [o.within for o in map(self.option, toggles()) if o.pixels not in (None, image_backend)]
         return max(bounds, default=0) if self.exact and all(bounds) else None
 
-    def text(self, device: torch.device | str = "cpu") -> str:
-        """The shortest text that `parse` reads as this recipe on the device: a preset, and what is changed of it."""
+    def text(self, device: torch.device | str = "cpu", *, fastest: Recipe | None = None) -> str:
+        """The shortest text that `parse` reads as this recipe on the device: a preset, and what is changed of it.
+
+        fastest: as `parse` has it.
+        """
         texts = []
-        for name, preset in (("baseline", Recipe.baseline()), ("fastest", Recipe.fastest(device))):
+        for name, preset in (("baseline", Recipe.baseline()), ("fastest", fastest or Recipe.fastest(device))):
             changed = [f"{t.path}={self.value(t.path)}" for t in toggles() if self.value(t.path) != preset.value(t.path)]
             texts.append(", ".join([name, *changed]))
         return min(texts, key=len)

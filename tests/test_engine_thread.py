@@ -15,6 +15,7 @@ import torch
 
 from fastvl_lab import Lab, Request
 from fastvl_lab.engine_thread import EngineThread
+from fastvl_lab.errors import TimeLimitError
 
 
 @pytest.fixture
@@ -149,3 +150,27 @@ def test_requests_of_run_and_stream_are_computed_on_one_thread(labs: dict[str, L
     assert len(threads) == 9
     assert len(set(threads)) == 1
     assert threads[0] != threading.get_ident()
+
+
+def test_work_over_its_limit_is_interrupted_and_the_thread_goes_on(thread: EngineThread) -> None:
+    def endless() -> None:
+        while True:
+            time.sleep(0.01)
+
+    with pytest.raises(TimeLimitError, match=r"did not end within 0\.3 s") as raised:
+        thread.call(endless, limit=0.3)
+    assert not raised.value.stuck
+    assert thread.call(lambda: 5, limit=1) == 5
+
+
+def test_a_limit_counts_from_when_the_work_begins(thread: EngineThread) -> None:
+    before = thread.submit(lambda: time.sleep(0.6))
+    assert thread.call(lambda: 5, limit=0.3) == 5
+    before.result()
+
+
+def test_a_call_that_never_comes_back_leaves_its_thread_stuck(thread: EngineThread, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("fastvl_lab.engine_thread.GRACE", 0.2)
+    with pytest.raises(TimeLimitError, match="after its interruption") as raised:
+        thread.call(lambda: time.sleep(2), limit=0.1)
+    assert raised.value.stuck

@@ -41,7 +41,7 @@ LAYERS = (
     ("checkpoint",),
     ("decoder",),
     ("tokenizer", "processes", *SLOTS),
-    ("outcome", "schedule"),
+    ("outcome", "schedule", "learnt"),
     ("pipeline",),
     ("engine", "peer", "run"),  # a peer registers with the engine, which knows of `peer` its folder alone
     ("lab",),

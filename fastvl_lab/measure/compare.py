@@ -14,7 +14,7 @@ import torch
 
 from fastvl_lab import shown
 from fastvl_lab.capture.execute import Capture
-from fastvl_lab.engine import Engine, EngineLike, find_recipe
+from fastvl_lab.engine import Engine, EngineLike
 from fastvl_lab.errors import RecipeError, RequestCancelledError, RequestError, require, sentence
 from fastvl_lab.lab import Lab
 from fastvl_lab.measure.parity import Oracles, Parity, check
@@ -356,7 +356,7 @@ def attribute(
 
     A step's saving depends on the steps before it: in another order it would be another one.
     """
-    ways = steps_between(find_recipe(START if start is None else start, lab.device), find_recipe(recipe, lab.device))
+    ways = steps_between(lab.recipe(START if start is None else start), lab.recipe(recipe))
     comparison = compare(lab, request, {STOCK: STOCK, **ways}, repeats=repeats, on_sample=on_sample, quiet=quiet, stop=stop)
     return Attribution(comparison=comparison, steps=tuple(step for step in ways if step in comparison.engines))
 

@@ -321,7 +321,7 @@ class _Sent:
         on_run: Callable[[int, Run | Exception], object] | None,
     ) -> None:
         self._lab, self.requests, self._engine, self._stop, self._on_run = lab, requests, engine, stop, on_run
-        self._engine_name = engine if isinstance(engine, str) else lab.engine(engine).text(lab.device)
+        self._engine_name = engine if isinstance(engine, str) else lab.engine(engine).text(lab.device, fastest=lab.fastest)
         self._inbox = Inbox()
         self._next: Callable[[], None] = _nothing  # what is done when one has ended
         self._began_ns = [0] * len(requests)

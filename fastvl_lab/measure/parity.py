@@ -21,7 +21,7 @@ import torch
 
 from fastvl_lab import preprocessor, vit
 from fastvl_lab.checkpoint.wider import in_wider_dtype, wider
-from fastvl_lab.engine import Engine, EngineLike, Place, find, find_recipe
+from fastvl_lab.engine import Engine, EngineLike, Place, find
 from fastvl_lab.errors import sentence
 from fastvl_lab.lab import Lab, dtype_name
 from fastvl_lab.measure.tasks import (
@@ -333,7 +333,7 @@ def check_tower(lab: Lab, task: Tower, engines: Mapping[str, EngineLike]) -> dic
     stock, request = in_wider_dtype(lab.checkpoint).vision.module, task.request
 
     def one(engine: EngineLike) -> StageCheck:
-        recipe = find_recipe(engine, lab.device)
+        recipe = lab.recipe(engine)
         sent = bound_preprocessor(lab, request, recipe)
         stock_form = dataclasses.replace(recipe.preprocessor, payload="float32", temporal="duplicated")
         pixels, whole = sent.pixels(request), preprocessor.bind(stock_form, lab.checkpoint).patches(request)

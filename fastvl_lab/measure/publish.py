@@ -8,7 +8,6 @@ import importlib.util
 import io
 import platform
 from collections.abc import Mapping, Sequence
-from contextlib import suppress
 from datetime import date
 from pathlib import Path
 from typing import Any
@@ -20,6 +19,7 @@ from PIL import Image
 
 from fastvl_lab.errors import ImageError, MissingExtraError, RequestError, require
 from fastvl_lab.lab import Lab, device_name, dtype_name
+from fastvl_lab.machine import processor_name
 from fastvl_lab.measure.compare import Comparison
 from fastvl_lab.measure.samples import json_value
 from fastvl_lab.preprocessor.decode_image import rgb_of
@@ -95,22 +95,13 @@ def environment(lab: Lab) -> dict[str, str]:
     """Where and when something was measured: device, dtype, the host's processor, the day, and the versions that matter."""
     return {
         "device": device_name(lab.device),
-        "processor": _processor(),
+        "processor": processor_name(),
         "date": date.today().isoformat(),
         "dtype": dtype_name(lab.dtype),
         "python": platform.python_version(),
         "torch": str(torch.__version__),
         "transformers": transformers.__version__,
     }
-
-
-def _processor() -> str:
-    """The host's model, as the system names it."""
-    with suppress(OSError):
-        for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
-    return platform.processor() or platform.machine()
 
 
 def published_point(checkpoint: str, image: str, comparison: Comparison) -> dict[str, Any]:

@@ -89,6 +89,31 @@ def cannot_run(engine: EngineLike, target: Target) -> str | None:
     return None
 
 
+# Slot, or a toggle of its own -> the stages in which it works.
+_STAGES_OF = {
+    "preprocessor": ("preprocess", "await_image"),
+    "preprocessor.decode": ("decode_image", "await_image"),
+    "preprocessor.threads": ("decode_image", "preprocess", "await_image"),
+    "preprocessor.upload": ("upload",),
+    "vit": ("vit", "merge"),
+    "attention": ("prefill", "sample"),
+    "attention.decode": ("decode",),
+    "cache": ("admit", "prefill"),
+    "capture": ("vit", "merge", "prefill", "first_token"),
+    "capture.vit": ("vit",),
+    "capture.prefill": ("prefill",),
+    "capture.decode": ("decode",),
+    "capture.shapes": (),  # nothing where nothing is captured
+    "streaming": ("decode", "emit"),
+    "schedule.overlap": ("decode_image", "preprocess", "await_image"),
+}
+
+
+def stages_of(path: str) -> tuple[str, ...]:
+    """The stages in which the toggle "slot.toggle" works; none of those that say who shares a step."""
+    return _STAGES_OF[path] if path in _STAGES_OF else _STAGES_OF.get(path.partition(".")[0], ())
+
+
 # What the report compares of one slot.
 
 

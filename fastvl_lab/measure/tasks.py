@@ -136,7 +136,7 @@ def bound_preprocessor(lab: Lab, request: Request, engine: EngineLike) -> prepro
     """An engine's preprocessor; raises `RequestError` for a request without images, and `RecipeError`."""
     if not request.image_inputs:
         raise RequestError("the request has no images; there is nothing to preprocess, and no visual token to make")
-    recipe = find_recipe(engine, lab.device)
+    recipe = lab.recipe(engine)
     recipe.check(lab.checkpoint.target)
     return preprocessor.bind(recipe.preprocessor, lab.checkpoint)
 

@@ -15,7 +15,6 @@ from typing import Any
 
 from fastvl_lab.capture.warm_up import requests_of
 from fastvl_lab.checkpoint import Checkpoint
-from fastvl_lab.engine import find_recipe
 from fastvl_lab.errors import DeviceError, FastvlError, RequestCancelledError, require
 from fastvl_lab.lab import Lab
 from fastvl_lab.preprocessor import open_images
@@ -44,7 +43,7 @@ def create_app(lab: Lab, recipe: Recipe | str, settings: Settings | None = None)
     """
     fastapi = require("fastapi", "serve")
     settings = settings or Settings()
-    bound = find_recipe(recipe, lab.device)
+    bound = lab.recipe(recipe)
     bound.check(lab.checkpoint.target)
     lab = _under_its_served_name(lab, settings)
     warm_up = tuple(_checked(request, lab.checkpoint) for request in requests_of(settings.warm_up, 32))

@@ -49,4 +49,5 @@ from fastvl_lab.view.timelines import (
     launches_and_steps as launches_and_steps,
     operation_timeline as operation_timeline,
 )
+from fastvl_lab.view.tunes import tuned_bars as tuned_bars, tuned_frame as tuned_frame
 from fastvl_lab.view.waterfall import waterfall as waterfall

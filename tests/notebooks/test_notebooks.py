@@ -61,6 +61,7 @@ SMALL: dict[str, dict[str, Any]] = {
     },
     "ttft_sweep": {"image_sizes": [[168, 140], [336, 280]], "max_new_tokens": 4, "repeats": 2},
     "preprocessor": {"image_size": [640, 480], "sizes": [[168, 140], [640, 480]], "max_pixels": 100_000, "repeats": 2},
+    "tune": {"image_sizes": [[168, 140]], "max_new_tokens": 2, "seconds": 6, "only": ["vit.rope"], "keep": False, "repeats": 2},
     "vit": {"image_size": [336, 280], "sizes": [[112, 112], [224, 224], [336, 336]], "repeats": 2},
     "workbench": {"image_size": [168, 140], "max_new_tokens": 6, "repeats": 2},
     "workbench_from_cells": {"image_size": [168, 140], "max_new_tokens": 6, "repeats": 2},

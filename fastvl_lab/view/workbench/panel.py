@@ -221,9 +221,14 @@ class Workbench:
 
     def use(self, recipe: Recipe | str) -> None:
         """Take a whole recipe, such as a preset, and run."""
-        changed = find_recipe(recipe, self.device)
+        changed = find_recipe(recipe, self.device, fastest=self._fastest)
         changed.check(self._target)
         self._use(changed, None)
+
+    @property
+    def _fastest(self) -> Recipe | None:
+        """What "fastest" means on the lab, once there is one."""
+        return None if (lab := self._session.lab) is None else lab.fastest
 
     def undo(self) -> None:
         """Back to the recipe before; nothing happens at the first."""
@@ -346,7 +351,7 @@ class Workbench:
 
     def code(self) -> str:
         """The recipe as Python, and as YAML."""
-        texts = showing.texts(self.recipe, self._question, self.device.type)
+        texts = showing.texts(self.recipe, self._question, self.device.type, fastest=self._fastest)
         return f"{texts['Python']}\n\n# fl.Recipe.from_dict(yaml.safe_load(…)) of\n{texts['YAML']}"
 
     def rows(self) -> list[dict[str, Any]]:
@@ -645,7 +650,7 @@ class Workbench:
 
     def _tell_chosen(self) -> None:
         values = {path: control.value for path, control in self.controls.items()}
-        texts = showing.texts(self.recipe, self._question, self.device.type)
+        texts = showing.texts(self.recipe, self._question, self.device.type, fastest=self._fastest)
         self.widget.tell("chosen", messages.Chosen(values=values, moved=self._moved, undoable=bool(self._before), texts=texts))
         self._tell_advised()
 

@@ -5,8 +5,6 @@ from __future__ import annotations
 import gc
 import io
 import itertools
-import platform
-import re
 import threading
 import time
 from collections.abc import Callable, Mapping
@@ -15,7 +13,6 @@ from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
 from hashlib import sha256
 from importlib.metadata import PackageNotFoundError, version
-from pathlib import Path
 
 import torch
 
@@ -29,7 +26,7 @@ from fastvl_lab.measure.floors import Ceilings, floor
 from fastvl_lab.measure.parity import Parity
 from fastvl_lab.measure.publish import environment, photo
 from fastvl_lab.measure.quiet import Quiet
-from fastvl_lab.measure.recipes import STOCK
+from fastvl_lab.measure.recipes import STOCK, stages_of
 from fastvl_lab.measure.samples import FOR_AN_INTERVAL, Interval, RunSample
 from fastvl_lab.preprocessor.decode_image import open_image, read_orientation, rgb_of
 from fastvl_lab.recipe import Recipe
@@ -558,15 +555,6 @@ class Session:
         raise RequestCancelledError(f"result {number} was deleted")
 
 
-# The stages in which the toggles of a slot work.
-_STAGES_OF = {
-    "preprocessor": ("decode_image", "preprocess", "await_image", "upload"),
-    "vit": ("vit", "merge"),
-    "attention": ("prefill", "sample"),
-    "cache": ("admit", "prefill"),
-}
-
-
 def candidates(last: Result, target: Target) -> list[tuple[str, tuple[OptionValue, Recipe]]]:
     """Toggles that the fastest known recipe has elsewhere, as the recipe with each; those of the longest stages first."""
     fastest, found = Recipe.fastest(target.device), {}
@@ -577,29 +565,18 @@ def candidates(last: Result, target: Target) -> list[tuple[str, tuple[OptionValu
                 changed.check(target)
                 found[toggle.path] = (value, changed)
     stages = last.shown.trace.stages()
-    spent = {slot: sum(stages.get(name, 0) for name in names) for slot, names in _STAGES_OF.items()}
-    return sorted(found.items(), key=lambda one: -spent.get(one[0].partition(".")[0], 0))
+    return sorted(found.items(), key=lambda one: -sum(stages.get(name, 0) for name in stages_of(one[0])))
 
 
 def where(lab: Lab) -> dict[str, str]:
     """What is the same for two results that may be compared: device, processor, dtype, versions, weights (by the ends of each)."""
     ends = [w.detach()[(at,) * w.ndim].float() for w in lab.checkpoint.model.parameters() if w.numel() for at in (0, -1)]
     weights = sha256(torch.stack(ends).cpu().numpy().tobytes()).hexdigest()[:12]
-    found = environment(lab) | {"processor": _processor(), "weights": weights}
+    found = {name: value for name, value in environment(lab).items() if name != "date"} | {"weights": weights}
     for package in ("fastvl-lab", "triton"):
         with suppress(PackageNotFoundError):
             found[package] = version(package)
     return found
-
-
-def _processor() -> str:
-    """The host's, by the name that Linux has for it; elsewhere its architecture."""
-    with suppress(OSError):
-        if (
-            name := re.search(r"^model name\s*: (.+)", Path("/proc/cpuinfo").read_text(encoding="utf-8"), re.MULTILINE)
-        ) is not None:
-            return name[1]
-    return platform.machine()
 
 
 def _steps(recipe: Recipe) -> list[str]:

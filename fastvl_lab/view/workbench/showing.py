@@ -384,9 +384,9 @@ def row(result: Result, before: Result | None, *, pinned: bool, note: str) -> Ro
     )
 
 
-def texts(recipe: Recipe, question: Question, device: str) -> Mapping[str, str]:
-    """The recipe to copy: as Python, as YAML, and as the command that serves it."""
-    text = recipe.text(device)
+def texts(recipe: Recipe, question: Question, device: str, *, fastest: Recipe | None = None) -> Mapping[str, str]:
+    """The recipe to copy: as Python, as YAML, and as the command that serves it; fastest: what that means on a lab here."""
+    text, served = recipe.text(device), recipe.text(device, fastest=fastest)
     yaml = "\n".join(
         f"{slot}:\n" + "\n".join(f"  {name}: {json.dumps(value)}" for name, value in values.items())
         for slot, values in recipe.to_dict().items()
@@ -394,5 +394,5 @@ def texts(recipe: Recipe, question: Question, device: str) -> Mapping[str, str]:
     return {
         "Python": f'recipe = fl.Recipe.parse("{text}", "{device}")',
         "YAML": yaml,
-        "serve": f'python -m fastvl_lab.serve --checkpoint {question.checkpoint} --recipe "{text}"',
+        "serve": f'python -m fastvl_lab.serve --checkpoint {question.checkpoint} --recipe "{served}"',
     }

@@ -1,0 +1,163 @@
+"""What a machine has learnt of itself: the best recipe that `fl.tune` found here, in a file that "fastest" is read from.
+
+A record is one JSON file in `tuned/` of the cache folder, for one device with its processor and threads, one geometry and one
+dtype. It is a plain file: it may be copied to another machine of the same kind.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import importlib.metadata
+import json
+import os
+import re
+import tempfile
+import warnings
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from fastvl_lab.checkpoint import Checkpoint
+from fastvl_lab.checkpoint.user_cache import cache_root
+from fastvl_lab.errors import RecipeError, sentence
+from fastvl_lab.machine import processor_name
+from fastvl_lab.recipe import Recipe
+
+SCHEMA = 1
+
+# What a recipe's times depend on beside the machine.
+_PACKAGES = ("fastvl-lab", "torch", "transformers", "triton")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Site:
+    """What a record is of. device: the GPU's name, or "CPU". threads: of torch's. geometry: a digest of all weights' shapes."""
+
+    device: str
+    processor: str
+    threads: int
+    geometry: str
+    dtype: str
+
+    @classmethod
+    def of(cls, checkpoint: Checkpoint) -> Site:
+        """Where a checkpoint is, and what it is like; two of one geometry are alike."""
+        device, target = checkpoint.device, checkpoint.target
+        shapes = sorted((name, tuple(weight.shape)) for name, weight in checkpoint.model.named_parameters())
+        widths = (target.tower_head_dim, target.decoder_head_dim)
+        digest = hashlib.sha256(repr((shapes, widths)).encode()).hexdigest()[:16]
+        return cls(
+            device=torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU",
+            processor=processor_name(),
+            threads=torch.get_num_threads(),
+            geometry=f"{checkpoint.family.model_type} {digest}",
+            dtype=str(checkpoint.dtype).removeprefix("torch."),
+        )
+
+    @property
+    def path(self) -> Path:
+        """The file of its record."""
+        digest = hashlib.sha256(repr(self).encode()).hexdigest()[:12]
+        words = re.sub(r"\W+", "-", f"{self.device} {self.geometry.partition(' ')[0]} {self.dtype}".lower())
+        return cache_root() / "tuned" / f"{words}-{digest}.json"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Record:
+    """What one tune found.
+
+    versions: package -> version. ratio: how many times as fast as `over` the recipe is, with the ends of the 95% interval. goal:
+    what was weighed, such as {"ttft": 1}. workload: of each request what it is, and its weight. parity: what its check said. date:
+    as ISO 8601 has it.
+    """
+
+    site: Site
+    versions: Mapping[str, str]
+    checkpoint: str
+    recipe: Recipe
+    over: Recipe
+    ratio: tuple[float, float, float]
+    goal: Mapping[str, float]
+    workload: Sequence[Mapping[str, Any]]
+    parity: Sequence[str]
+    date: str
+
+    def write(self) -> Path:
+        """Keep it in the place of an earlier one, whole or not at all; raises `OSError`."""
+        path = self.site.path
+        path.parent.mkdir(parents=True, exist_ok=True)
+        own = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+        own |= {"site": dataclasses.asdict(self.site), "recipe": self.recipe.to_dict(), "over": self.over.to_dict()}
+        descriptor, aside = tempfile.mkstemp(prefix=f".{path.name}-", dir=path.parent)
+        try:
+            with os.fdopen(descriptor, "w", encoding="utf-8") as file:
+                json.dump({"schema": SCHEMA, **own}, file, indent=1)
+            os.replace(aside, path)
+        except BaseException:
+            with suppress(OSError):
+                os.unlink(aside)
+            raise
+        return path
+
+    @classmethod
+    def read(cls, path: Path) -> Record:
+        """Raises `OSError`, and `ValueError` for a file that is no whole record."""
+        data = json.loads(path.read_text(encoding="utf-8"))
+        if not isinstance(data, dict) or data.pop("schema", None) != SCHEMA:
+            raise ValueError(f"its schema is not {SCHEMA}")
+        try:
+            data |= {"site": Site(**data["site"]), "ratio": tuple(map(float, data["ratio"])), "versions": dict(data["versions"])}
+            record = cls(**data | {name: Recipe.from_dict(data[name]) for name in ("recipe", "over")})
+        except (KeyError, TypeError) as error:
+            raise ValueError(f"it is incomplete or has what is unknown ({sentence(error)})") from None
+        if len(record.ratio) != 3 or not record.recipe.exact:
+            raise ValueError("its ratio has no interval" if record.recipe.exact else "its recipe is not exact")
+        return record
+
+    @property
+    def origin(self) -> str:
+        """Where its recipe is from, in words."""
+        goal = (
+            " and ".join(self.goal) if len(set(self.goal.values())) <= 1 else " + ".join(f"{w:g}·{g}" for g, w in self.goal.items())
+        )
+        return f"tuned here on {self.date} for {goal}: {self.ratio[0]:.2f}× what fastest was before"
+
+
+def versions() -> dict[str, str]:
+    """Of the packages that a recipe's times depend on; one that is not installed is absent."""
+    found = {"torch": str(torch.__version__)}
+    for package in _PACKAGES:
+        with suppress(importlib.metadata.PackageNotFoundError):
+            found.setdefault(package, importlib.metadata.version(package))
+    return found
+
+
+def fastest(checkpoint: Checkpoint) -> Recipe:
+    """What was tuned for just this machine, geometry, dtype and these versions, else `Recipe.fastest`; its `origin` says which.
+
+    A record of other versions is named there and not used. One that is damaged, that is of another machine under this one's name,
+    or whose recipe cannot run here, is ignored with a warning.
+    """
+    guess, site = Recipe.fastest(checkpoint.device), Site.of(checkpoint)
+    if not (path := site.path).is_file():
+        return guess
+    try:
+        record = Record.read(path)
+        if record.site != site:
+            other = next(f.name for f in dataclasses.fields(Site) if getattr(record.site, f.name) != getattr(site, f.name))
+            raise ValueError(f"its {other} is {getattr(record.site, other)!r}, and here it is {getattr(site, other)!r}")
+        now = versions()
+        for package in {**record.versions, **now}:
+            if (old := record.versions.get(package)) != (new := now.get(package)):
+                why = f"what was tuned here on {record.date} is of {package} {old or 'absent'}, and here is {new or 'none'}"
+                return dataclasses.replace(guess, origin=f"{guess.origin}; {why}")
+        record.recipe.check(checkpoint.target)
+    except (OSError, ValueError, RecipeError) as error:
+        warnings.warn(f"{path} is ignored: {sentence(error)}", stacklevel=2)
+        return guess
+    return dataclasses.replace(record.recipe, origin=record.origin)

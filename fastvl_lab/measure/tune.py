@@ -1,0 +1,577 @@
+"""The best exact recipe for a workload on this machine, found by measuring: what cannot run, fails or disagrees is never timed."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import dataclasses
+import json
+import math
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from datetime import date
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from tqdm.auto import tqdm
+
+from fastvl_lab import shown
+from fastvl_lab.catalogue import Option, OptionValue, Toggle, toggles
+from fastvl_lab.errors import (
+    FastvlError,
+    RecipeError,
+    RequestCancelledError,
+    RequestError,
+    TimeLimitError,
+    check_whole_number,
+    sentence,
+    shortened,
+)
+from fastvl_lab.lab import Lab
+from fastvl_lab.learnt import Record, Site, versions
+from fastvl_lab.measure.parity import Oracles, Parity, check
+from fastvl_lab.measure.publish import environment, photo, picture
+from fastvl_lab.measure.quiet import QUIET, Quiet, Watch
+from fastvl_lab.measure.recipes import START, of_a_request, stages_of
+from fastvl_lab.measure.samples import Interval, StageSample, as_row, json_value
+from fastvl_lab.measure.search import (
+    COST,
+    CastOut,
+    CastOutError,
+    EndOfSearchError,
+    Found,
+    Progress,
+    Space,
+    Tried,
+    search,
+    told,
+)
+from fastvl_lab.recipe import Recipe
+from fastvl_lab.request import Request
+from fastvl_lab.run import Run
+
+GOALS = ("ttft", "tpot")
+
+# One request, or several with what each weighs.
+Workload = Request | Sequence[tuple[Request, float]]
+Goal = str | Mapping[str, float]
+
+# What one recipe's cold run and check may take, unless said otherwise: so much of all the time, so many times what Transformers
+# took, or so many seconds, whichever is most. A whole recipe of Triton kernels may compile for a minute where none is kept.
+_SHARE_OF_A_LOOK, _TIMES_STOCK, _LEAST = 0.5, 10, 30.0
+_SHARE_OF_QUIET = 0.2  # and what waiting for quiet may
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Tuned:
+    """What `tune` found.
+
+    recipe: the best, or `start` where nothing is shown to be faster. ratio: how many times as fast as `start` it is by the goal, on
+    samples taken for that alone; where the search was cut short before those, the product of its races' medians without an
+    interval; of the start itself, 1. over: what the start is called, and where it is from. tried: a row a recipe and race;
+    cast_out: what was not timed, with the reason; untried: what time was too short for. checks: the recipe's parity, a request
+    each. seconds: that it took. kept: the file of the record, None where none was written.
+    """
+
+    recipe: Recipe
+    start: Recipe
+    over: str
+    ratio: Interval
+    confirmed: bool
+    goal: Mapping[str, float]
+    workload: tuple[Mapping[str, Any], ...]
+    tried: tuple[Tried, ...]
+    cast_out: tuple[CastOut, ...]
+    untried: tuple[str, ...]
+    checks: tuple[Parity, ...]
+    ended: str
+    seconds: float
+    environment: Mapping[str, str]
+    notes: tuple[str, ...] = ()
+    kept: Path | None = None
+
+    def findings(self) -> list[str]:
+        """What was found, in sentences."""
+        by = " + ".join(f"{weight:g}·{name.upper()}" if weight != 1 else name.upper() for name, weight in self.goal.items())
+        if self.recipe == self.start:
+            lines = [f"nothing was shown to be faster than {self.over} by {by}: it stays"]
+        else:
+            lines = [f"{told(self.recipe, self.start)}: {self.ratio.times()} as fast as {self.over} by {by}"]
+            lines += [] if self.confirmed else ["the search was cut short before this met the start once more, so it is not kept"]
+        lines += [f"parity: {checked.sentence}" for checked in self.checks]
+        failed = [one for one in self.cast_out if one.recipe is not None]
+        lines += [f"{one.label} was cast out: {one.why}" for one in failed]
+        if unable := len(self.cast_out) - len(failed):
+            lines.append(f"{unable} options cannot run here or do not count (see cast_out)")
+        lines.append(f"{self.ended}, after {self.seconds:.0f} s and {len(self.tried)} races")
+        return [*lines, *self.notes, *([f"kept in {self.kept}"] if self.kept else [])]
+
+    def rows(self) -> list[dict[str, Any]]:
+        """One row a recipe and race, then one for each that was cast out, ready for JSON."""
+        made = [
+            {
+                "phase": tried.phase,
+                "tried": tried.label,
+                "verdict": tried.verdict,
+                **{name: json_value(value) for name, value in as_row("ratio", tried.ratio).items()},
+                "rounds": tried.rounds,
+                "why": None,
+            }
+            for tried in self.tried
+        ]
+        empty = {"phase": None, **as_row("ratio", None), "rounds": None}
+        return made + [{**empty, "tried": one.label, "verdict": "cast out", "why": one.why} for one in self.cast_out]
+
+    def to_record(self) -> dict[str, Any]:
+        """Everything as JSON-ready data."""
+        return {
+            "recipe": self.recipe.to_dict(),
+            "recipe_text": str(self.recipe),
+            "start": str(self.start),
+            "over": self.over,
+            **{name: json_value(value) for name, value in as_row("ratio", self.ratio).items()},
+            "confirmed": self.confirmed,
+            "goal": dict(self.goal),
+            "workload": [dict(one) for one in self.workload],
+            "parity": [checked.says for checked in self.checks],
+            "rows": self.rows(),
+            "untried": list(self.untried),
+            "ended": self.ended,
+            "seconds": self.seconds,
+            "environment": dict(self.environment),
+            "findings": self.findings(),
+        }
+
+    def __repr__(self) -> str:
+        return "\n".join([f"Tuned: {self.recipe}", *self.findings(), *self.lines()])
+
+    def lines(self) -> list[str]:
+        """The recipes that were raced, a line each."""
+        labels = [shortened(tried.label, 60) for tried in self.tried]
+        width = max(map(len, labels), default=0)
+        rows = zip(labels, self.tried, strict=True)
+        return [f"  {label:<{width}}  {t.verdict:<10}  {t.ratio.times() if t.ratio else '–'}" for label, t in rows]
+
+    def frame(self) -> Any:
+        """The rows as a pandas DataFrame; raises `MissingExtraError` without pandas."""
+        return shown.frame(self)
+
+    def figure(self) -> Any:
+        """The recipes that were raced by their ratios, as a plotly figure; raises `MissingExtraError` without plotly."""
+        return shown.figure(self)
+
+    def _repr_mimebundle_(self, include: Any = None, exclude: Any = None) -> dict[str, Any]:
+        """What was found and tried as a table, where pandas can be had, else text."""
+        return shown.bundle(self)
+
+
+def tune(
+    lab: Lab,
+    workload: Workload,
+    seconds: float = 120,
+    *,
+    goal: Goal = "ttft",
+    only: Sequence[str] = (),
+    seed: int = 0,
+    keep: bool = True,
+    limit: float | None = None,
+    quiet: Quiet | None = QUIET,
+    on_progress: Callable[[Progress], object] | None = None,
+    progress: bool = True,
+    stop: threading.Event | None = None,
+) -> Tuned:
+    """Find the best exact recipe for a workload on this machine, and keep it: from then on it is what "fastest" means on this lab.
+
+    workload: a request, or requests with what each weighs; each is run to its end, so a few new tokens leave time for more recipes.
+    seconds: that it may take; beyond them goes at most one recipe's cold run and check. goal: "ttft", "tpot", or what each weighs,
+    such as {"ttft": 1, "tpot": 32} for an answer of 33 tokens. only: slots or toggles that are searched, such as "vit" or
+    "attention.prefill"; all, if none is named. keep: write a record (`learnt`), once the best has been confirmed to be faster than
+    the start. limit: seconds that one recipe's cold run and check, or one timed run, may take; by default half of
+    `seconds`, ten times what Transformers takes, or 30, whichever is most. quiet: as `compare` has it, within a fifth of `seconds`.
+    on_progress: called before each recipe; progress: without it, whether to show a bar. stop: once it is set, the best so far is
+    returned, unconfirmed where it was not yet held against the start.
+
+    Not searched: approximate options; what is kept between requests, since every request here comes again; and the schedule, which
+    counts among many requests alone. These stay as the start has them. A recipe that fails, whose tokens or logits are not its
+    oracle's, whose runs differ, or that takes too long is cast out and named, and raises nothing.
+
+    Raises `RequestError` for a workload, goal or time that cannot be, and what a request's own fault raises; `RecipeError` where
+    not even the baseline passes; `RequestCancelledError` where it was stopped before any recipe had passed.
+    """
+    requests, weights = _read(workload), _weights(goal)
+    if isinstance(seconds, bool) or not isinstance(seconds, int | float) or not 0 < seconds < math.inf:
+        raise RequestError(f"seconds is {seconds!r}; it must be a number above 0")
+    if limit is not None and (isinstance(limit, bool) or not isinstance(limit, int | float) or not 0 < limit < math.inf):
+        raise RequestError(f"limit is {limit!r}; it must be a number of seconds above 0, or None")
+    check_whole_number("seed", seed, least=0)
+    if weights.get("tpot"):
+        for request, _ in requests:
+            if request.max_new_tokens < 2:
+                raise RequestError(f"max_new_tokens is {request.max_new_tokens}; a goal with tpot takes at least 2")
+    bench = _Bench(lab, requests, weights, seconds=seconds, limit=limit, quiet=quiet, stop=stop)
+    space, fallen = _space(lab, requests, weights, _named(only))
+    starts = {"fastest": lab.fastest, "the hand-chosen fastest": Recipe.fastest(lab.device), START: Recipe.baseline()}
+    starts = {label: recipe for label, recipe in starts.items() if space.allowed(recipe) is None}
+    seeds = {label: engine for label, engine in of_a_request(lab.device).items() if label.startswith("all: ")}
+    seeds = {} if only else {**seeds, **starts}
+    bar = tqdm(total=round(seconds), unit="s", disable=not progress or on_progress is not None)
+
+    def show(now: Progress) -> None:
+        bar.n = min(round(bench.spent), bar.total or 0)
+        bar.set_description(f"{now.ratio:.2f}× {now.phase}: {now.trying}"[:80])
+
+    recipes = {label: recipe for label, recipe in seeds.items() if isinstance(recipe, Recipe)}
+    with bar:
+        try:
+            found = search(starts, space, bench, seeds=recipes, order=bench.order, seed=seed, on_progress=on_progress or show)
+        except EndOfSearchError as error:
+            raise RequestCancelledError(f"{error} before any recipe had passed") from None
+    return _result(lab, bench, found, fallen, weights, starts, keep=keep)
+
+
+def _result(
+    lab: Lab,
+    bench: _Bench,
+    found: Found,
+    fallen: Sequence[CastOut],
+    weights: Mapping[str, float],
+    starts: Mapping[str, Recipe],
+    *,
+    keep: bool,
+) -> Tuned:
+    called = next(label for label, recipe in starts.items() if recipe == found.start)
+    stays = found.recipe == found.start
+    ratio = Interval(1.0, 1.0, 1.0) if stays else found.ratio or Interval(found.gained, math.nan, math.nan)
+    made = Tuned(
+        recipe=found.recipe,
+        start=found.start,
+        over=f"{called} ({found.start.origin})" if found.start.origin else called,
+        ratio=ratio,
+        confirmed=found.confirmed and not stays,
+        goal=weights,
+        workload=bench.described(found.start),
+        tried=found.tried,
+        cast_out=(*found.cast_out, *fallen),
+        untried=found.untried,
+        checks=bench.checks[found.recipe],
+        ended=found.ended,
+        seconds=bench.spent,
+        environment=environment(lab),
+        notes=bench.notes(),
+    )
+    if not made.confirmed:
+        return made
+    record = Record(
+        site=Site.of(lab.checkpoint),
+        versions=versions(),
+        checkpoint=lab.checkpoint.name,
+        recipe=made.recipe,
+        over=made.start,
+        ratio=(ratio.median, ratio.low, ratio.high),
+        goal=made.goal,
+        workload=made.workload,
+        parity=[checked.says for checked in made.checks],
+        date=date.today().isoformat(),
+    )
+    made = dataclasses.replace(made, recipe=dataclasses.replace(made.recipe, origin=record.origin))
+    if not keep:
+        return made
+    try:
+        kept = record.write()
+    except OSError as error:
+        return dataclasses.replace(made, notes=(*made.notes, f"what was found could not be kept: {sentence(error)}"))
+    lab.relearn()
+    return dataclasses.replace(made, kept=kept)
+
+
+def _read(workload: Workload) -> tuple[tuple[Request, float], ...]:
+    """Requests with their shares, which add up to 1."""
+    if isinstance(workload, Request):
+        return ((workload, 1.0),)
+    if isinstance(workload, str | bytes) or not isinstance(workload, Sequence) or not workload:
+        raise RequestError(f"workload is {type(workload).__name__}; give a Request, or a list of (Request, weight)")
+    for pair in workload:
+        if not isinstance(pair, Sequence) or len(pair) != 2 or not isinstance(pair[0], Request) or not _is_weight(pair[1]):
+            raise RequestError("workload has what is no (Request, weight); a weight is a number above 0")
+    total = sum(weight for _, weight in workload)
+    return tuple((request, weight / total) for request, weight in workload)
+
+
+def _weights(goal: Goal) -> dict[str, float]:
+    given = {goal: 1.0} if isinstance(goal, str) else goal
+    known = isinstance(given, Mapping) and given and all(name in GOALS and _is_weight(weight) for name, weight in given.items())
+    if not known:
+        raise RequestError(f"goal is {goal!r}; the choices are {', '.join(GOALS)}, or a mapping from them to weights above 0")
+    return {name: float(weight) for name, weight in given.items()}
+
+
+def _is_weight(value: object) -> bool:
+    return not isinstance(value, bool) and isinstance(value, int | float) and 0 < value < math.inf
+
+
+def _named(only: Sequence[str]) -> frozenset[str]:
+    """The toggles that are named, or whose slots are."""
+    known = {name for toggle in toggles() for name in (toggle.slot, toggle.path)}
+    if isinstance(only, str) or not set(only) <= known:
+        raise RequestError(f"only is {only!r}; give a list of slots such as 'vit', or of toggles such as 'vit.rope'")
+    return frozenset(toggle.path for toggle in toggles() if not only or {toggle.slot, toggle.path} & set(only))
+
+
+def _space(
+    lab: Lab, requests: Sequence[tuple[Request, float]], weights: Mapping[str, float], named: frozenset[str]
+) -> tuple[Space, list[CastOut]]:
+    """What there is to choose for these requests on this lab, and what falls away, with the reason."""
+    target = lab.checkpoint.target
+    values: dict[str, list[OptionValue]] = {}
+    fallen, late = [], set()
+
+    def allowed(recipe: Recipe) -> str | None:
+        try:
+            recipe.check(target)
+        except RecipeError as error:
+            return sentence(error)
+        return None if recipe.exact else "it is approximate"
+
+    for toggle in [toggle for toggle in toggles() if toggle.path in named]:
+        if (why := _out_of_scope(toggle, requests, weights)) is not None:
+            fallen.append(CastOut(label=toggle.path, why=why))
+            continue
+        for option in toggle.options:
+            label = f"{toggle.path}={option.value}"
+            if (why := _unfit(lab, toggle, option)) is not None:
+                fallen.append(CastOut(label=label, why=why))
+                continue
+            values.setdefault(toggle.path, []).append(option.value)
+            if option.needs.compiler:
+                late.add(label)
+    return Space(values=values, late=frozenset(late), allowed=allowed), fallen
+
+
+def _out_of_scope(toggle: Toggle, requests: Sequence[tuple[Request, float]], weights: Mapping[str, float]) -> str | None:
+    """Why a toggle does not count for this workload and goal, or None."""
+    if toggle.slot == "schedule" and toggle.path != "schedule.overlap":
+        return "it counts among many requests alone"
+    if toggle.path in ("cache.image_reuse", "cache.prefix_reuse"):
+        return "every request comes again here, and would find what the one before it left"
+    works_in = set(stages_of(toggle.path))
+    if not works_in:
+        return None
+    if works_in <= {"decode_image", "preprocess", "await_image", "upload", "vit", "merge"} and not any(
+        r.image_inputs for r, _ in requests
+    ):
+        return "the workload has no image"
+    if works_in <= {"decode", "emit"} and "tpot" not in weights:
+        return "it works after the first token, and the goal is ttft"
+    return None
+
+
+def _unfit(lab: Lab, toggle: Toggle, option: Option) -> str | None:
+    """Why an option is not searched, or None."""
+    if not option.exact:
+        return "it is approximate: such are asked for by name"
+    if (why := option.needs.unmet(lab.checkpoint.target)) is not None:
+        return why
+    idle = lab.checkpoint.family.idle if toggle.slot == "vit" else ()
+    return "it does nothing in this family's tower" if f"{toggle.name}={option.value}" in idle else None
+
+
+def costs(times: Sequence[tuple[float, float | None]], shares: Sequence[float], goal: Mapping[str, float]) -> dict[str, float]:
+    """The seconds of each part of a goal, over requests by their shares, and as `COST` all together, as they weigh.
+
+    times: TTFT and TPOT of each request. Raises `CastOutError` where a part of the goal has no time.
+    """
+    parts = {}
+    for name in goal:
+        of_each = [of_one[GOALS.index(name)] for of_one in times]
+        if None in of_each:
+            raise CastOutError("it has no TPOT: all of an answer came at once, or was one token")
+        parts[name] = sum(share * (seconds or 0.0) for share, seconds in zip(shares, of_each, strict=True))
+    return {**parts, COST: sum(weight * parts[name] for name, weight in goal.items())}
+
+
+def read_goal(text: str) -> Goal:
+    """A goal from a text: "ttft", "tpot", or weights such as "ttft=1,tpot=32"; raises `RequestError`."""
+    pairs = [part.partition("=") for part in text.split(",")]
+    try:
+        return {name.strip(): float(weight) for name, _, weight in pairs} if "=" in text else text
+    except ValueError:
+        raise RequestError(f"{text!r} is no goal; write ttft, tpot, or ttft=1,tpot=32") from None
+
+
+class _Bench:
+    """What a search of recipes over a lab runs on: `search.Bench`."""
+
+    def __init__(
+        self,
+        lab: Lab,
+        requests: Sequence[tuple[Request, float]],
+        weights: Mapping[str, float],
+        *,
+        seconds: float,
+        limit: float | None,
+        quiet: Quiet | None,
+        stop: threading.Event | None,
+    ) -> None:
+        self._lab, self._requests, self._weights, self._stop = lab, requests, weights, stop
+        self._began, self._seconds = time.perf_counter(), seconds
+        if quiet is not None:
+            most = _SHARE_OF_QUIET * seconds
+            quiet = dataclasses.replace(quiet, total=min(quiet.total, most), wait=min(quiet.wait, most / 4))
+        self._watch = Watch(quiet, lab.device)
+        self._oracles = [Oracles(lab, request, stop=stop) for request, _ in requests]
+        for oracles in self._oracles:  # a request's own fault is found here, and raised
+            oracles.run("transformers")
+        took = time.perf_counter() - self._began
+        self._limit = max(_SHARE_OF_A_LOOK * seconds, _TIMES_STOCK * took, _LEAST) if limit is None else limit
+        self._bases: list[str] = []
+        self._runs: dict[Recipe, list[Run]] = {}  # the last one of each request
+        self.checks: dict[Recipe, tuple[Parity, ...]] = {}
+
+    @property
+    def spent(self) -> float:
+        """Seconds so far."""
+        return time.perf_counter() - self._began
+
+    def left(self) -> float:
+        return self._seconds - self.spent
+
+    def hold(self, recipes: Iterable[Recipe]) -> AbstractContextManager[None]:
+        return self._lab.hold(recipes)
+
+    def notes(self) -> tuple[str, ...]:
+        return self._watch.notes()
+
+    def admit(self, recipe: Recipe) -> None:
+        """Two runs of each request, which must be alike, then the parity check."""
+        with self._in_words():
+            self._lab.compute(partial(self._look_at, recipe), limit=self._limit)
+
+    def _look_at(self, recipe: Recipe) -> None:
+        found, last = [], []
+        for number, ((request, _), oracles) in enumerate(zip(self._requests, self._oracles, strict=True)):
+            runs = [self._lab.run(request, recipe, stop=self._stop) for _ in range(2)]
+            if len(self._bases) == number:
+                self._bases.append(oracles.of(recipe))
+            if runs[0].tokens != runs[1].tokens:
+                raise CastOutError("it is unstable: its tokens differ from one run to the next")
+            checked = check(oracles, recipe, runs, runs[0].logits, self._bases[number])
+            if not checked.holds:
+                raise CastOutError(f"parity: {checked.why}")
+            found.append(checked)
+            last.append(runs[-1])
+        self._runs[recipe], self.checks[recipe] = last, tuple(found)
+
+    def measure(self, recipe: Recipe, label: str, number: int) -> Iterator[StageSample]:
+        with self._in_words():
+            once = partial(self._lab.compute, partial(self._costs, recipe), limit=self._limit)
+            for steps, use in self._watch.measured(once, stop=self._stop):
+                if steps is not None:
+                    yield StageSample(engine=label, round=number, steps=steps, use=use)
+
+    def _costs(self, recipe: Recipe) -> dict[str, float] | None:
+        """The cost of one round; None where a run was not warm."""
+        runs = [self._lab.run(request, recipe, stop=self._stop) for request, _ in self._requests]
+        if any(run.tokens != before.tokens for run, before in zip(runs, self._runs[recipe], strict=True)):
+            raise CastOutError("it is unstable: its tokens differ from one run to the next")
+        self._runs[recipe] = runs
+        if any(run.kind != "warm" for run in runs):
+            return None
+        return costs([(run.ttft, run.tpot) for run in runs], [weight for _, weight in self._requests], self._weights)
+
+    @contextlib.contextmanager
+    def _in_words(self) -> Iterator[None]:
+        """Whatever a recipe raises takes it out; what is asked of outside ends the search."""
+        try:
+            if self._stop is not None and self._stop.is_set():
+                raise EndOfSearchError("it was stopped")
+            yield
+        except (CastOutError, EndOfSearchError, GeneratorExit):
+            raise
+        except TimeLimitError as error:
+            raise CastOutError(sentence(error), ends=error.stuck) from None
+        except Exception as error:
+            if isinstance(error, RequestCancelledError) and self._stop is not None and self._stop.is_set():
+                raise EndOfSearchError("it was stopped") from None
+            raise CastOutError(f"it failed: {sentence(error)}") from error
+
+    def order(self, recipe: Recipe) -> Sequence[str]:
+        """Toggles by the share that their stages have of the goal, the largest first."""
+        spent: dict[str, float] = {}
+        for run, (_, weight) in zip(self._runs[recipe], self._requests, strict=True):
+            host, device = run.trace.stages(), run.trace.stages("device")
+            for stage in {**host, **device}:
+                within = weight * self._weights.get("ttft", 0.0) * max(host.get(stage, 0), device.get(stage, 0)) / 1e9
+                spent[stage] = spent.get(stage, 0.0) + within
+            spent["decode"] = spent.get("decode", 0.0) + weight * self._weights.get("tpot", 0.0) * (run.tpot or 0.0)
+        return sorted((toggle.path for toggle in toggles()), key=lambda path: -sum(spent.get(s, 0.0) for s in stages_of(path)))
+
+    def described(self, recipe: Recipe) -> tuple[dict[str, Any], ...]:
+        """Each request in a few numbers."""
+        return tuple(
+            {
+                "images": [[shape.width, shape.height] for shape in run.shapes],
+                "visual_tokens": run.visual_tokens,
+                "prompt_tokens": run.n_prompt,
+                "new_tokens": len(run.tokens),
+                "weight": weight,
+            }
+            for run, (_, weight) in zip(self._runs[recipe], self._requests, strict=True)
+        )
+
+
+# The command line, for a box without a notebook.
+
+
+def _size(text: str) -> tuple[int, int]:
+    width, by, height = text.partition("x")
+    if not (by and width.isdigit() and height.isdigit() and int(width) and int(height)):
+        raise argparse.ArgumentTypeError(f"{text!r} is no size; write WIDTHxHEIGHT, such as 448x448")
+    return int(width), int(height)
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Progress and the table to the terminal, all of it to a file; arguments: by default the process's."""
+    parser = argparse.ArgumentParser(prog="python -m fastvl_lab.measure.tune", description=__doc__)
+    parser.add_argument("--checkpoint", required=True, help="a folder, a hub id, a built-in name, or random:<hub id>")
+    parser.add_argument("--image", help="a path or a built-in photograph (default: one that is drawn)")
+    parser.add_argument("--image-size", type=_size, nargs="+", default=[(448, 448)], help="WxH; of several each counts alike")
+    parser.add_argument("--prompt", default="What is in this picture?", help="the text after the image")
+    parser.add_argument(
+        "--max-new-tokens", type=int, default=8, help="tokens to make; the end-of-text token is ignored (default 8)"
+    )
+    parser.add_argument("--seconds", type=float, default=120, help="that it may take (default 120)")
+    parser.add_argument("--goal", default="ttft", help="ttft, tpot, or weights such as ttft=1,tpot=32 (default ttft)")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--device", help="cpu, cuda, cuda:1 (default: CUDA where present)")
+    parser.add_argument("--dtype", help="float32, bfloat16, float16")
+    parser.add_argument("--no-keep", action="store_true", help='leave what "fastest" means here as it is')
+    parser.add_argument("--out", type=Path, help="a file for all of it as JSON")
+    given = parser.parse_args(arguments)
+    if given.out is not None and not given.out.parent.is_dir():
+        parser.error(f"--out is {given.out}, and there is no folder {given.out.parent}")
+
+    def say(now: Progress) -> None:
+        print(f"{now.ratio:5.2f}×  {now.phase}: {now.trying}", flush=True)
+
+    try:
+        lab = Lab(given.checkpoint, device=given.device, dtype=given.dtype)
+        images = [photo(given.image, size) if given.image else picture(*size) for size in given.image_size]
+        asked = {"prompt": given.prompt, "max_new_tokens": given.max_new_tokens, "ignore_eos": True}
+        workload = [(Request(images=[image], **asked), 1.0) for image in images]
+        found = tune(
+            lab, workload, given.seconds, goal=read_goal(given.goal), seed=given.seed, keep=not given.no_keep, on_progress=say
+        )
+    except FastvlError as error:
+        sys.exit(str(error))
+    print(f"\n{found!r}")
+    if given.out is not None:
+        given.out.write_text(json.dumps(found.to_record(), indent=1) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,339 @@
+"""Tuning on models: what is planted is found and named, what was learnt is kept and read, and nothing slower is ever returned."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import fastvl_lab as fl
+from fastvl_lab import Lab, Recipe, RecipeError, Request, RequestCancelledError, RequestError, Tuned, learnt, tune, view
+from fastvl_lab.measure.parity import Parity
+from fastvl_lab.measure.samples import gains
+from fastvl_lab.measure.search import COST, CastOutError, Progress
+from fastvl_lab.measure.tune import costs, main
+from fastvl_lab.vit import operations
+
+ROPE = {"only": ["vit.rope"], "quiet": None, "progress": False}
+
+
+@pytest.fixture
+def request_(picture: bytes) -> Request:
+    return Request(images=[picture], prompt="What is this?", max_new_tokens=3, ignore_eos=True)
+
+
+@pytest.fixture
+def lab(shallow_labs: dict[str, Lab], monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Lab:
+    """One with a cache of its own and nothing bound, so that what is planted is bound, and bound nowhere else."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    return shallow_labs["tiny-qwen2.5-vl"].apart()
+
+
+Plant = Callable[[str, Callable[..., Any]], None]
+
+
+@pytest.fixture
+def plant(monkeypatch: pytest.MonkeyPatch) -> Plant:
+    """Put a step in the place of one of the tower's; it is given the step and what that takes."""
+
+    def planted(name: str, step: Callable[..., Any]) -> None:
+        right = getattr(operations, name)
+        monkeypatch.setattr(operations, name, lambda *given: step(right, *given))
+
+    return planted
+
+
+def _scaled(right: Callable[..., Any], *given: Any) -> Any:
+    q, k, v = right(*given)
+    return q * 1.5, k, v
+
+
+def _crashing(_: Callable[..., Any], *given: Any) -> Any:
+    raise RuntimeError("planted")
+
+
+def _hanging(_: Callable[..., Any], *given: Any) -> Any:
+    while True:
+        time.sleep(0.01)
+
+
+def _slow(right: Callable[..., Any], *given: Any) -> Any:
+    time.sleep(0.05)
+    return right(*given)
+
+
+@pytest.mark.parametrize(
+    ("step", "why"),
+    [(_scaled, "parity: its "), (_crashing, "it failed: RuntimeError: planted"), (_hanging, "it did not end within 8 s")],
+)
+def test_a_wrong_a_crashing_and_a_hanging_option_is_cast_out_and_named(
+    lab: Lab, request_: Request, plant: Plant, step: Callable[..., Any], why: str
+) -> None:
+    plant("_rotate", step)
+    found = tune(lab, request_, 30, limit=8 if step is _hanging else None, **ROPE)
+    assert [one.label for one in found.cast_out if one.recipe] == ["vit.rope=eager"]
+    assert found.cast_out[0].why.startswith(why)
+    assert found.recipe == found.start == Recipe.fastest("cpu")
+    assert any(line.startswith("vit.rope=eager was cast out") for line in found.findings())
+    assert lab.run(request_, "fastest").tokens == lab.run(request_, "transformers").tokens, "the lab serves as before"
+
+
+def test_an_option_whose_runs_differ_is_unstable(lab: Lab, request_: Request, plant: Plant) -> None:
+    calls = iter(range(10**6))
+
+    def changing(right: Callable[..., Any], *given: Any) -> Any:
+        q, k, v = right(*given)
+        return q * (1 + next(calls) % 97), k, v
+
+    plant("_rotate", changing)
+    found = tune(lab, request_, 30, **ROPE)
+    assert [one.label for one in found.cast_out if one.recipe] == ["vit.rope=eager"]
+
+
+def test_a_slow_option_is_not_chosen(lab: Lab, request_: Request, plant: Plant) -> None:
+    plant("_rotate", _slow)
+    found = tune(lab, request_, 30, **ROPE)
+    assert [(tried.label, tried.verdict) for tried in found.tried] == [("vit.rope=eager", "slower")]
+    assert (found.recipe, tuple(found.ratio), found.kept) == (found.start, (1, 1, 1), None)
+    assert not (learnt.Site.of(lab.checkpoint).path).exists(), "what stays as it was is not kept"
+
+
+def test_what_is_faster_is_chosen_confirmed_kept_and_read(
+    lab: Lab, request_: Request, plant: Plant, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The start is made slow; what was learnt is the lab's "fastest" from then on, for these versions alone."""
+    plant("_rotate_halves", _slow)
+    before = lab.fastest
+    found = tune(lab, request_, 60, **ROPE)
+    assert found.recipe == before.replace("vit.rope", "eager")
+    assert found.confirmed
+    assert found.ratio.low > 1
+    assert found.over == "fastest (measured on another machine)"
+    assert found.kept == learnt.Site.of(lab.checkpoint).path
+    assert found.recipe.origin.startswith(f"tuned here on {time.strftime('%Y-%m-%d')} for ttft: ")
+
+    assert lab.fastest == lab.engine("fastest").recipe == lab.recipe("fastest") == found.recipe
+    assert lab.fastest.origin == found.recipe.origin
+    assert lab.recipe("fastest, vit.norms=eager") == found.recipe.replace("vit.norms", "eager")
+    assert lab.run(request_, found.recipe).engine == "fastest"
+    assert lab.run(request_, Recipe.fastest("cpu")).engine == "fastest, vit.rope=halves", "a text that the lab reads back"
+    assert Recipe.parse("fastest") == before, "without a lab it is the guess"
+
+    again = tune(lab, request_, 30, **ROPE)
+    assert again.over.startswith("fastest (tuned here on")
+    assert again.recipe == found.recipe
+
+    monkeypatch.setattr(learnt, "versions", lambda: learnt_versions | {"torch": "99.0"})
+    old = learnt.fastest(lab.checkpoint)
+    assert old == before
+    assert "measured on another machine; what was tuned here on" in old.origin
+    assert "and here is 99.0" in old.origin
+
+
+learnt_versions = learnt.versions()
+
+
+def test_a_damaged_a_foreign_and_an_approximate_record_are_ignored_with_a_word(lab: Lab) -> None:
+    site = learnt.Site.of(lab.checkpoint)
+    recipe = Recipe.baseline().replace("vit.tower", "lean")
+    record = learnt.Record(
+        site=site,
+        versions=learnt.versions(),
+        checkpoint="x",
+        recipe=recipe,
+        over=Recipe.baseline(),
+        ratio=(1.5, 1.4, 1.6),
+        goal={"ttft": 1.0},
+        workload=({"images": [[1, 2]]},),
+        parity=("yes",),
+        date="2026-01-02",
+    )
+    path = record.write()
+    assert learnt.Record.read(path) == dataclasses.replace(record, workload=[{"images": [[1, 2]]}], parity=["yes"])
+    assert learnt.fastest(lab.checkpoint) == recipe
+    assert [file.name for file in path.parent.iterdir()] == [path.name], "nothing is left aside"
+    whole = json.loads(path.read_text())
+
+    def ignored(text: str, why: str) -> None:
+        path.write_text(text)
+        with pytest.warns(UserWarning, match=why):
+            assert learnt.fastest(lab.checkpoint) == Recipe.fastest("cpu")
+
+    ignored(path.read_text()[:100], "is ignored: JSONDecodeError")
+    ignored("[]", "its schema is not 1")
+    ignored(json.dumps({**whole, "schema": 2}), "its schema is not 1")
+    ignored(json.dumps({key: value for key, value in whole.items() if key != "recipe"}), "it is incomplete")
+    ignored(json.dumps({**whole, "site": {**whole["site"], "processor": "Z80"}}), "its processor is 'Z80', and here it is")
+    ignored(json.dumps({**whole, "recipe": {"vit": {"rope": "no_more"}}}), "the choices are")
+    on_cuda = {"preprocessor": {"upload": "pinned"}}
+    ignored(json.dumps({**whole, "recipe": on_cuda}), "it needs a CUDA device")
+    approximate = Recipe.baseline().choose("preprocessor.resize", "device").to_dict()
+    ignored(json.dumps({**whole, "recipe": approximate}), "its recipe is not exact")
+
+
+def test_sites_differ_by_dtype_geometry_and_threads(labs: dict[str, Lab], shallow_labs: dict[str, Lab]) -> None:
+    checkpoint = labs["tiny-qwen3-vl"].checkpoint
+    site = learnt.Site.of(checkpoint)
+    others = [learnt.Site.of(shallow_labs["tiny-qwen3-vl"].checkpoint), learnt.Site.of(labs["tiny-qwen2.5-vl"].checkpoint)]
+    others += [dataclasses.replace(site, **{name: other}) for name, other in (("dtype", "bfloat16"), ("threads", site.threads + 1))]
+    assert len({site.path, *(other.path for other in others)}) == 5
+
+
+def test_an_origin_is_no_part_of_a_recipe() -> None:
+    guess = Recipe.fastest("cuda")
+    assert guess.origin == "a guess for cuda"
+    assert guess == dataclasses.replace(guess, origin="")
+    assert hash(guess) == hash(dataclasses.replace(guess, origin=""))
+    assert "origin" not in guess.to_dict()
+    assert "origin" not in repr(guess)
+    assert Recipe.parse("fastest", "cpu").origin == "measured on another machine"
+    assert Recipe.parse("fastest, vit.rope=eager").origin == Recipe.baseline().origin == ""
+
+
+@pytest.fixture(scope="module")
+def short(labs: dict[str, Lab], picture: bytes) -> Tuned:
+    """A whole search, cut off by its time."""
+    request = Request(images=[picture], prompt="What is this?", max_new_tokens=2, ignore_eos=True)
+    return tune(labs["tiny-qwen2.5-vl"], request, 12, quiet=None, progress=False, keep=False)
+
+
+def test_a_short_tune_never_returns_what_is_not_shown_to_be_faster(short: Tuned) -> None:
+    assert short.start == Recipe.fastest("cpu")
+    assert short.recipe == short.start or (short.confirmed and gains(short.ratio))
+    assert all(checked.holds for checked in short.checks)
+    assert short.tried
+    assert short.recipe.exact
+    assert short.kept is None
+    reasons = {one.label: one.why for one in short.cast_out}
+    assert "CUDA" in reasons["vit.attention=varlen"]
+    assert "approximate" in reasons["preprocessor.decode=draft"]
+    assert "many requests" in reasons["schedule.batching"]
+    assert "comes again" in reasons["cache.image_reuse"]
+    assert "after the first token" in reasons["attention.decode"]
+    assert "nothing in this family" in reasons["vit.interpolation=fused"] or "CUDA" in reasons["vit.interpolation=fused"]
+
+
+def test_it_shows_itself_as_text_a_table_and_bars(short: Tuned) -> None:
+    assert repr(short).startswith("Tuned: baseline, ")
+    frame = short.frame()
+    assert list(frame["tried"]) == [*(tried.label for tried in short.tried), *(one.label for one in short.cast_out)]
+    bundle = short._repr_mimebundle_()
+    assert "<table" in bundle["text/html"]
+    assert bundle["text/plain"] == repr(short)
+    (bars,) = short.figure().data
+    timed = [tried for tried in short.tried if tried.ratio is not None]
+    assert list(bars.x) == pytest.approx([(tried.ratio.median - 1) * 100 for tried in timed if tried.ratio])
+    assert view.tuned_bars(short).layout.yaxis.categoryarray[0].startswith("1. ")
+    record = json.loads(json.dumps(short.to_record(), allow_nan=False))
+    assert len(record["rows"]) == len(frame)
+    assert Recipe.from_dict(record["recipe"]) == short.recipe
+
+
+def test_a_mix_of_requests_and_goals(lab: Lab, picture: bytes) -> None:
+    request = Request(images=[picture], prompt="What is this?", max_new_tokens=4, ignore_eos=True)
+    short = dataclasses.replace(request, prompt="Hi.")
+    mix = [(request, 3), (short, 1)]
+    goal = {"ttft": 1, "tpot": 3}
+    found = tune(lab, mix, 30, goal=goal, only=["streaming.steps_per_round"], quiet=None, progress=False, keep=False)
+    assert [one["weight"] for one in found.workload] == [0.75, 0.25]
+    assert found.goal == goal
+    assert len(found.checks) == 2
+    assert {tried.label for tried in found.tried} <= {"streaming.steps_per_round=2", "streaming.steps_per_round=16"}
+    assert len(found.tried) + sum(one.recipe is not None for one in found.cast_out) == 2
+
+
+def test_a_cost_is_what_its_parts_weigh() -> None:
+    made = costs([(1.0, 0.1), (3.0, 0.3)], [0.75, 0.25], {"ttft": 1.0, "tpot": 10.0})
+    assert made == pytest.approx({"ttft": 1.5, "tpot": 0.15, COST: 3.0})
+    assert costs([(2.0, None)], [1.0], {"ttft": 2.0}) == {"ttft": 2.0, COST: 4.0}
+    with pytest.raises(CastOutError, match="no TPOT"):
+        costs([(2.0, None)], [1.0], {"tpot": 2.0})
+
+
+def test_without_an_image_nothing_of_the_tower_is_tried(lab: Lab) -> None:
+    request = Request(prompt="Hello.", max_new_tokens=1)
+    found = tune(lab, request, 20, only=["vit.rope", "preprocessor.decode"], quiet=None, progress=False)
+    assert {one.label: one.why for one in found.cast_out} == dict.fromkeys(
+        ["preprocessor.decode", "vit.rope"], "the workload has no image"
+    )
+    assert not found.tried
+
+
+def test_stopping_gives_the_best_so_far(lab: Lab, request_: Request) -> None:
+    stop, seen = threading.Event(), list[Progress]()
+
+    def on_progress(now: Progress) -> None:
+        seen.append(now)
+        if len(seen) == 3:
+            stop.set()
+
+    found = tune(lab, request_, 600, quiet=None, stop=stop, on_progress=on_progress)
+    assert len(seen) == 3
+    assert (found.ended, found.confirmed, found.kept) == ("it was stopped", False, None)
+    with pytest.raises(RequestCancelledError):
+        tune(lab, request_, 60, quiet=None, stop=stop, progress=False)
+
+
+@pytest.mark.parametrize(
+    ("wrong", "why"),
+    [
+        ({"workload": "x"}, "workload is str; give a Request"),
+        ({"workload": []}, "give a Request, or a list"),
+        ({"workload": [(Request(prompt="x"), 0)]}, "a weight is a number above 0"),
+        ({"seconds": 0}, "seconds is 0"),
+        ({"goal": "speed"}, "the choices are ttft, tpot"),
+        ({"goal": {"ttft": -1}}, "the choices are ttft, tpot"),
+        ({"goal": "tpot"}, "max_new_tokens is 1"),
+        ({"only": ["vit.colour"]}, "only is"),
+        ({"only": "vit"}, "only is"),
+        ({"limit": 0}, "limit is 0"),
+    ],
+)
+def test_what_makes_no_sense_is_refused(lab: Lab, wrong: dict[str, Any], why: str) -> None:
+    given = {"workload": Request(prompt="x", max_new_tokens=1), "seconds": 1, "progress": False, **wrong}
+    with pytest.raises(RequestError, match=why):
+        tune(lab, **given)
+
+
+def test_where_not_even_the_baseline_passes_nothing_is_returned(
+    lab: Lab, request_: Request, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("fastvl_lab.measure.tune.check", lambda *_: Parity(oracle="transformers", holds=False, why="planted"))
+    with pytest.raises(RecipeError, match=r"no recipe passes here: fastest: parity: planted; .*baseline: parity: planted"):
+        tune(lab, request_, 20, **ROPE)
+
+
+def test_the_command_line_writes_what_it_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
+    asked: dict[str, Any] = {}
+
+    def fake(lab: Lab, workload: Any, seconds: float, **more: Any) -> Any:
+        asked.update(more, workload=workload, seconds=seconds)
+        return tune(lab, workload, 3, **more, only=["vit.rope"], quiet=None)
+
+    monkeypatch.setattr("fastvl_lab.measure.tune.tune", fake)
+    out = tmp_path / "out.json"
+    sizes = ["--image-size", "112x84", "56x56", "--max-new-tokens", "2", "--goal", "ttft=1,tpot=2"]
+    main(["--checkpoint", "tiny-qwen3-vl", "--device", "cpu", *sizes, "--seconds", "7", "--no-keep", "--out", str(out)])
+    assert (asked["seconds"], asked["goal"], asked["keep"]) == (7, {"ttft": 1, "tpot": 2}, False)
+    assert [weight for _, weight in asked["workload"]] == [1, 1]
+    written = json.loads(out.read_text())
+    assert [one["images"] for one in written["workload"]] == [[[112, 84]], [[56, 56]]]
+    said = capsys.readouterr().out
+    assert "1.00×  start: fastest" in said
+    assert "Tuned: baseline" in said
+    with pytest.raises(SystemExit, match="max_new_tokens is 1"):
+        main(["--checkpoint", "tiny-qwen3-vl", "--device", "cpu", "--max-new-tokens", "1", "--goal", "tpot"])
+    with pytest.raises(SystemExit):
+        main(["--checkpoint", "tiny-qwen3-vl", "--image-size", "448"])
+
+
+def test_it_is_public() -> None:
+    assert fl.tune is tune
+    assert torch.get_num_threads() == learnt.Site.of(fl.Lab("tiny-qwen3-vl", device="cpu").checkpoint).threads
