@@ -31,7 +31,7 @@ if not torch.cuda.is_available():
 
 from transformers import AutoConfig, AutoModelForImageTextToText
 
-from fastvl_lab import Lab, photo
+from fastvl_lab import Lab, SweepSettings, photo
 from fastvl_lab.catalogue import SLOTS, Option, toggles
 from fastvl_lab.checkpoint import Checkpoint, tiny
 from fastvl_lab.checkpoint.fused import fuse_projections
@@ -69,6 +69,30 @@ def labs() -> dict[str, Lab]:
 def lab(request: pytest.FixtureRequest, labs: dict[str, Lab]) -> Lab:
     """Each built-in checkpoint in turn."""
     return labs[request.param]
+
+
+@pytest.fixture(scope="session")
+def sweep_settings() -> Callable[..., SweepSettings]:
+    """Makes the settings of a small sweep over the Qwen3-VL of the built-in checkpoints, with what a test changes."""
+
+    def made(**changes: Any) -> SweepSettings:
+        small: dict[str, Any] = {
+            "checkpoints": ["tiny-qwen3-vl"],
+            "recipes": ["transformers", "fastest"],
+            "image": "coffee",
+            "image_sizes": [[56, 56]],
+            "prompt": "What is this?",
+            "max_new_tokens": 2,
+            "repeats": 1,
+            "warm_up": 1,
+            "device": "cpu",
+            "dtype": "",
+            "seed": 0,
+            "output_dir": "",
+        }
+        return SweepSettings(**small | changes)
+
+    return made
 
 
 @pytest.fixture(scope="session")

@@ -68,21 +68,10 @@ def test_the_workbench_runs_in_jupyterlab_and_shows_its_waterfalls(
     assert page.get_by_text("Share chart").count() == 0
 
 
-def test_the_report_opens_from_disk_without_a_network(page: Any, tmp_path: Path, barriers: Callable[..., list[str]]) -> None:
-    settings = SweepSettings(
-        checkpoints=["tiny-qwen3-vl"],
-        recipes=["transformers", "fastest"],
-        image="coffee",
-        image_sizes=[[168, 140], [2100, 10]],
-        prompt="What is this?",
-        max_new_tokens=2,
-        repeats=1,
-        warm_up=1,
-        device="cpu",
-        dtype="",
-        seed=0,
-        output_dir=str(tmp_path),
-    )
+def test_the_report_opens_from_disk_without_a_network(
+    page: Any, tmp_path: Path, barriers: Callable[..., list[str]], sweep_settings: Callable[..., SweepSettings]
+) -> None:
+    settings = sweep_settings(image_sizes=[[168, 140], [2100, 10]], output_dir=str(tmp_path))
     sweep(settings, progress=False).write()
     asked, failures = [], []
     page.on("request", lambda request: asked.append(request.url))

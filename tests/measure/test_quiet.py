@@ -461,25 +461,13 @@ def test_a_neighbour_that_does_not_sleep_is_waited_for(neighbour: str, monkeypat
 
 @pytest.mark.alone
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
-def test_a_sweep_beside_a_busy_process_prints_no_speed_up(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_a_sweep_beside_a_busy_process_prints_no_speed_up(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, sweep_settings: Callable[..., SweepSettings]
+) -> None:
     monkeypatch.delenv(quiet.VARIABLE)
     busy = [subprocess.Popen([sys.executable, "-c", "while True: pass"]) for _ in range(os.cpu_count() or 1)]
     try:
-        settings = SweepSettings(
-            checkpoints=["tiny-qwen3-vl"],
-            recipes=["transformers", "fastest"],
-            image="coffee",
-            image_sizes=[[168, 140]],
-            prompt="What is this?",
-            max_new_tokens=3,
-            repeats=6,
-            warm_up=1,
-            device="cpu",
-            dtype="",
-            seed=0,
-            output_dir=str(tmp_path),
-            quiet=1.0,
-        )
+        settings = sweep_settings(image_sizes=[[168, 140]], max_new_tokens=3, repeats=6, output_dir=str(tmp_path), quiet=1.0)
         result = sweep(settings, progress=False)
     finally:
         for process in busy:

@@ -4,27 +4,15 @@ from __future__ import annotations
 
 import html
 import re
+from collections.abc import Callable
 from datetime import date
 
 from fastvl_lab import SweepSettings, sweep
 from fastvl_lab.view.report import report_html
 
 
-def test_a_reader_meets_sentences_first_and_every_name_explained() -> None:
-    settings = SweepSettings(
-        checkpoints=["tiny-qwen3-vl"],
-        recipes=["transformers", "fastest"],
-        image="coffee",
-        image_sizes=[[96, 64]],
-        prompt="<b>?",
-        max_new_tokens=2,
-        repeats=1,
-        warm_up=1,
-        device="cpu",
-        dtype="",
-        seed=0,
-        output_dir="",
-    )
+def test_a_reader_meets_sentences_first_and_every_name_explained(sweep_settings: Callable[..., SweepSettings]) -> None:
+    settings = sweep_settings(image_sizes=[[96, 64]], prompt="<b>?")
     result = sweep(settings, progress=False)
     page = report_html(result)
     body = html.unescape(re.sub(r"<script.*?</script>|<style.*?</style>", "", page, flags=re.DOTALL))

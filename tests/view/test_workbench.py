@@ -370,7 +370,7 @@ def test_the_next_toggle_to_try_is_the_one_that_saves_most(bench: Workbench) -> 
     assert "measured before the last change" in later.sentence
     assert set(later.savings) == {"vit.attention", "vit.rope"}
     other = dataclasses.replace(result.question, prompt="Why?")
-    assert showing.advised(advice, result, result.recipe, other, bench._target).sentence == ""
+    assert showing.advised(advice, result, result.recipe, other, bench._target, Recipe.fastest()).sentence == ""
 
 
 def test_savings_are_measured_while_somebody_looks_on_and_give_way(bench: Workbench) -> None:
@@ -536,7 +536,7 @@ def test_text_stands_in_where_no_kernel_lives(bench: Workbench) -> None:
 
 
 def test_an_option_is_a_line_of_the_catalogue_and_a_function_of_its_slot(
-    monkeypatch: pytest.MonkeyPatch, add_option: Callable[[str, Option], None]
+    monkeypatch: pytest.MonkeyPatch, add_option: Callable[[str, Option], None], sweep_settings: Callable[..., SweepSettings]
 ) -> None:
     """Added here while everything runs: panel, sweep, README table and error text find it, and a click runs it."""
     calls: list[int] = []
@@ -566,20 +566,7 @@ def test_an_option_is_a_line_of_the_catalogue_and_a_function_of_its_slot(
     assert bench.result().parity
     bench.close()
 
-    settings = SweepSettings(
-        checkpoints=["tiny-qwen3-vl"],
-        recipes=["transformers", "fastest, vit.attention=written_out"],
-        image="coffee",
-        image_sizes=[[56, 56]],
-        prompt="What is this?",
-        max_new_tokens=2,
-        repeats=1,
-        warm_up=1,
-        device="cpu",
-        dtype="",
-        seed=0,
-        output_dir="",
-    )
+    settings = sweep_settings(recipes=["transformers", "fastest, vit.attention=written_out"])
     rows = sweep(settings, progress=False).summary()
     assert {row["engine"]: row["tokens_equal"] for row in rows} == dict.fromkeys(settings.recipes, True)
     assert "| `written_out` | yes | scores, softmax and sum a window at a time; nobody does so yet |" in catalogue_markdown()

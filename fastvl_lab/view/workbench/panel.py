@@ -656,7 +656,8 @@ class Workbench:
 
     def _tell_advised(self) -> None:
         last = self.history[-1] if self.history else None
-        said = showing.advised(self._session.advice, last, self.recipe, self._question, self._target)
+        fastest = self._fastest or Recipe.fastest(self.device)
+        said = showing.advised(self._session.advice, last, self.recipe, self._question, self._target, fastest)
         self.widget.tell("advised", said)
 
     def _tell_history(self) -> None:

@@ -528,7 +528,7 @@ class Session:
             known_of_last = self._know(last.number, floors=self._floors(lab, request))
             self._tell(News(state="idle", result=known_of_last))
             self._keep(known_of_last)
-        known = candidates(last, lab.checkpoint.target)
+        known = candidates(last, lab.checkpoint.target, lab.fastest)
         a_round = last.shown.ttft * (FOR_AN_INTERVAL + 1)
         engines: dict[str, EngineLike] = {path: recipe for path, (_, recipe) in known[: int(_IN_BACKGROUND / a_round)]}
         if not engines:
@@ -555,9 +555,9 @@ class Session:
         raise RequestCancelledError(f"result {number} was deleted")
 
 
-def candidates(last: Result, target: Target) -> list[tuple[str, tuple[OptionValue, Recipe]]]:
+def candidates(last: Result, target: Target, fastest: Recipe) -> list[tuple[str, tuple[OptionValue, Recipe]]]:
     """Toggles that the fastest known recipe has elsewhere, as the recipe with each; those of the longest stages first."""
-    fastest, found = Recipe.fastest(target.device), {}
+    found = {}
     for toggle in toggles():
         if (value := fastest.value(toggle.path)) != last.recipe.value(toggle.path):
             with suppress(RecipeError):

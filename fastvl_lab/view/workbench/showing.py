@@ -329,10 +329,13 @@ def _few(said: list[str], most: int) -> str:
     return ", ".join(said[:most]) + (f" and {len(said) - most} more" if len(said) > most else "")
 
 
-def advised(advice: Advice | None, last: Result | None, recipe: Recipe, question: Question, target: Target) -> Advised:
+def advised(
+    advice: Advice | None, last: Result | None, recipe: Recipe, question: Question, target: Target, fastest: Recipe
+) -> Advised:
     """What each toggle would save of those that the recipe has not yet, and the next to try, with how sure that is."""
     if advice is None or advice.question != question:
-        return _first_advice(last, target) if last is not None and (last.recipe, last.question) == (recipe, question) else Advised()
+        here = last is not None and (last.recipe, last.question) == (recipe, question)
+        return _first_advice(last, target, fastest) if last is not None and here else Advised()
     savings = {path: (value, *saved) for path, (value, saved) in advice.savings.items() if recipe.value(path) != value}
     beside = "" if advice.recipe == recipe else "; measured before the last change"
     by_saving = sorted(savings, key=lambda path: -savings[path][1])
@@ -349,9 +352,9 @@ def advised(advice: Advice | None, last: Result | None, recipe: Recipe, question
     return Advised(savings=savings, sentence=sentence, path=best or likely or "", value=value)
 
 
-def _first_advice(last: Result, target: Target) -> Advised:
+def _first_advice(last: Result, target: Target, fastest: Recipe) -> Advised:
     """Before anything is measured: the longest stage, and what the fastest known recipe does about it."""
-    if last.shown.kind == "cold" or not (known := candidates(last, target)):
+    if last.shown.kind == "cold" or not (known := candidates(last, target, fastest)):
         return Advised()
     path, (value, _) = known[0]
     stages = last.shown.trace.stages()
