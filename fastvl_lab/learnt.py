@@ -10,9 +10,7 @@ import dataclasses
 import hashlib
 import importlib.metadata
 import json
-import os
 import re
-import tempfile
 import warnings
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
@@ -23,7 +21,7 @@ from typing import Any
 import torch
 
 from fastvl_lab.checkpoint import Checkpoint
-from fastvl_lab.checkpoint.user_cache import cache_root
+from fastvl_lab.checkpoint.user_cache import cache_root, write_whole
 from fastvl_lab.errors import RecipeError, sentence
 from fastvl_lab.machine import processor_name
 from fastvl_lab.recipe import Recipe
@@ -90,18 +88,9 @@ class Record:
     def write(self) -> Path:
         """Keep it in the place of an earlier one, whole or not at all; raises `OSError`."""
         path = self.site.path
-        path.parent.mkdir(parents=True, exist_ok=True)
         own = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
         own |= {"site": dataclasses.asdict(self.site), "recipe": self.recipe.to_dict(), "over": self.over.to_dict()}
-        descriptor, aside = tempfile.mkstemp(prefix=f".{path.name}-", dir=path.parent)
-        try:
-            with os.fdopen(descriptor, "w", encoding="utf-8") as file:
-                json.dump({"schema": SCHEMA, **own}, file, indent=1)
-            os.replace(aside, path)
-        except BaseException:
-            with suppress(OSError):
-                os.unlink(aside)
-            raise
+        write_whole(path, json.dumps({"schema": SCHEMA, **own}, indent=1).encode())
         return path
 
     @classmethod

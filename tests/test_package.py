@@ -35,6 +35,7 @@ LAYERS = (
         "kernels",
         "catalogue",
         "elsewhere",
+        "machine",
         "engine_thread",
     ),
     ("recipe", "equivalents", "families"),

@@ -8,10 +8,8 @@ from __future__ import annotations
 
 import gzip
 import json
-import os
 import re
 import secrets
-import tempfile
 import time
 import zlib
 from collections.abc import Callable, Mapping
@@ -22,6 +20,7 @@ from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
+from fastvl_lab.checkpoint.user_cache import ASIDE, write_whole
 from fastvl_lab.errors import ImageError, RequestError, sentence
 from fastvl_lab.measure.compare import Attribution, Comparison
 from fastvl_lab.measure.publish import photo
@@ -35,7 +34,7 @@ MOST, MOST_BYTES = 200, 64 * 2**20  # of all results of a folder
 _LARGEST = 4 * 2**20  # bytes of one
 _LONGEST = 256 * 2**20  # bytes of one, unpacked
 _FORMAT = "fastvl_lab workbench result 1"
-_SUFFIX, _ASIDE = ".json.gz", ".aside"
+_SUFFIX = ".json.gz"
 _NAME = re.compile(r"\d{8}-\d{6}-[0-9a-f]{4}-\d{3,9}", re.ASCII)
 _OLD = 3600.0  # seconds after which a file that was never finished goes
 
@@ -185,24 +184,15 @@ def _lines(path: Path) -> tuple[bytes, bytes]:
 
 
 def _replace(path: Path, head: bytes, body: bytes) -> None:
-    """Written aside and renamed, so that a file under its name is never half-written, also when the process dies."""
     packed = gzip.compress(head + b"\n" + body, compresslevel=1)
     if len(packed) > _LARGEST:
         raise RequestError(f"a result of {len(packed) / 2**20:.1f} MiB is not kept: the limit is {_LARGEST / 2**20:.0f} MiB")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, aside = tempfile.mkstemp(prefix=".", suffix=_ASIDE, dir=path.parent)
-    try:
-        with os.fdopen(handle, "wb") as file:
-            file.write(packed)
-        os.replace(aside, path)
-    except OSError:
-        Path(aside).unlink(missing_ok=True)
-        raise
+    write_whole(path, packed)
 
 
 def _keep_within_bounds(folder: Path) -> None:
     """Take the oldest away, by their names, while there are too many or they are too large; pinned ones where no other is left."""
-    for aside in folder.glob(f".*{_ASIDE}"):
+    for aside in folder.glob(f".*{ASIDE}"):
         with suppress(FileNotFoundError):
             if time.time() - aside.stat().st_mtime > _OLD:
                 aside.unlink()
