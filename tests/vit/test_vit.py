@@ -22,6 +22,7 @@ from transformers.vision_utils import (
 from fastvl_lab import Lab, Recipe, Request, photo, toggles
 from fastvl_lab.catalogue import OptionValue, Target
 from fastvl_lab.checkpoint import Checkpoint, tiny
+from fastvl_lab.checkpoint.packed import PackedWeights
 from fastvl_lab.checkpoint.padded import pad_widths
 from fastvl_lab.checkpoint.random_weights import randomise
 from fastvl_lab.request import Grid, ImageShape, Pixels
@@ -34,7 +35,9 @@ from fastvl_lab.vit.plan import Plan, PlanCache
 
 CPU = torch.device("cpu")
 OFF = Tracer(CPU, "off")
-OPERATIONS = bind_operations(norms="eager", rope="eager", activation="eager", interpolation="eager")
+OPERATIONS = bind_operations(
+    PackedWeights(), weights="plain", norms="eager", rope="eager", activation="eager", interpolation="eager"
+)
 
 grids_strategy = st.lists(
     st.builds(lambda t, h, w: Grid(t, 2 * h, 2 * w), st.integers(1, 3), st.integers(1, 17), st.integers(1, 17)),
@@ -64,7 +67,13 @@ def _combinations() -> list[dict[str, OptionValue]]:
         if t.slot == "vit" and t.name != "tower"
     ]
     every = [dict(choice) for choice in itertools.product(*free)]
-    return [choice for choice in every if choice["vit.padding"] == "exact" or choice["vit.patch_embed"] == "linear"]
+    plain = {path: value for options in free for path, value in options[:1]}
+    return [
+        choice
+        for choice in every
+        if (choice["vit.padding"] == "exact" or choice["vit.patch_embed"] == "linear")
+        and (choice["vit.weights"] == "plain" or choice == {**plain, "vit.weights": "packed"})  # which no other toggle sees
+    ]
 
 
 COMBINATIONS = _combinations()
@@ -107,7 +116,7 @@ def test_lean_equals_stock_over_random_grids_and_mixes(
 @pytest.mark.parametrize("name", tiny.NAMES)
 def test_every_combination_of_exact_options_equals_stock(labs: dict[str, Lab], name: str) -> None:
     """On two images with windows cut on the right, below and in the corner, and a clip."""
-    assert len(COMBINATIONS) == 3 * 2 * 2 * 2 * 2
+    assert len(COMBINATIONS) == 3 * 2 * 2 * 2 * 2 + 1
     _assert_lean_equals_stock(labs[name].checkpoint, [Grid(1, 10, 14), Grid(2, 6, 18)], COMBINATIONS)
 
 
