@@ -77,6 +77,7 @@ def _combinations() -> list[dict[str, OptionValue]]:
 
 
 COMBINATIONS = _combinations()
+UNPACKED = [choice for choice in COMBINATIONS if choice["vit.weights"] == "plain"]  # which any dtype and device have
 
 
 def _checkpoint_of(checkpoint: Checkpoint, visual: torch.nn.Module) -> Checkpoint:
@@ -297,13 +298,13 @@ class _OnlyOnMeta(TorchDispatchMode):
 @pytest.mark.parametrize("name", tiny.NAMES)
 def test_the_lean_tower_reads_nothing_back_and_makes_nothing_on_the_host(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """On a device that has no values at all, where reading one is an error; and without the words that read."""
-    checkpoint = Lab(name, device="cpu", dtype="float32").checkpoint
+    checkpoint = dataclasses.replace(Lab(name, device="cpu", dtype="float32").checkpoint)  # which has looked at no tower yet
     visual = checkpoint.model.model.visual.to("meta")  # which loses the padding
     pad_widths(visual)
     pixels = _pixels([Grid(1, 10, 14), Grid(2, 6, 18)], _patch_dim(visual))
     on_meta = Pixels(patches=pixels.patches.to("meta"), shapes=pixels.shapes)
     encoders = []
-    for changes in COMBINATIONS:
+    for changes in UNPACKED:
         slot = Recipe.parse("baseline, vit.tower=lean").replace(changes).vit
         encoders.append(bind(slot, checkpoint, stock_format(checkpoint)))
 
@@ -341,7 +342,7 @@ def test_lean_in_bfloat16_is_within_the_error_budget(picture: bytes) -> None:
             half = Lab(name, device="cpu", dtype="bfloat16").checkpoint
             low = Pixels(patches=pixels.patches.bfloat16(), shapes=pixels.shapes)
             lean_tower = Recipe.parse("baseline, vit.tower=lean")
-            slots = [Recipe.baseline().vit, *(lean_tower.replace(changes).vit for changes in COMBINATIONS)]
+            slots = [Recipe.baseline().vit, *(lean_tower.replace(changes).vit for changes in UNPACKED)]
             stock, *ours = (
                 (bind(slot, half, stock_format(half))(low, OFF).embeds.double() - truth).norm() / truth.norm() for slot in slots
             )
