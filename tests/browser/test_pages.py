@@ -81,7 +81,7 @@ def test_the_report_opens_from_disk_without_a_network(
     assert failures == []
     assert [url for url in asked if not url.startswith(("file:", "data:", "blob:"))] == []
     assert page.locator(".js-plotly-plot").count() == 3  # TTFT against size, waterfalls, a dot a run
-    assert page.locator("table").count() == 3  # summary, stages, settings
+    assert page.locator("table").count() == 4  # engines, summary, stages, settings
     assert "aspect ratio" in page.locator("ul.error").inner_text()
     assert page.evaluate("document.documentElement.scrollWidth <= window.innerWidth")
     assert barriers() == []

@@ -95,7 +95,7 @@ function mount(model, el, libraries) {
   const crumbs = h("nav", { class: "fl-crumbs", "aria-label": "where this view is" });
   const chart = h("div", { class: "fl-chart" });
   const plot = h("div", { class: "fl-plot", hidden: true });
-  const table = h("details", { class: "fl-table" }, h("summary", {}, "the same as a table"), h("div"));
+  const table = h("details", { class: "fl-table" }, h("summary", {}, "the same as a table"), h("div", { role: "region", tabindex: "0", "aria-label": "the same as a table" }));
   const answer = h("pre", { class: "fl-answer", role: "region", tabindex: "0", "aria-label": "the answer" });
   const toggles = h("div", { class: "fl-toggles", role: "group", "aria-label": "the recipe's toggles" });
   const history = h("div", { class: "fl-history" });
@@ -237,7 +237,7 @@ function mount(model, el, libraries) {
     for (const slot of toggles.querySelectorAll(".fl-slot")) slot.querySelector(".fl-changed").textContent = changed[slot.dataset.slot] ? `${changed[slot.dataset.slot]} beyond the baseline` : "";
     undo.disabled = !undoable;
     copies.lastChild.replaceChildren(...Object.entries(texts).map(([name, text]) => h("div", { class: "fl-copy" },
-      button(`copy ${name}`, () => copied(text, name), `the recipe as ${name}`), h("pre", {}, text))));
+      button(`copy ${name}`, () => copied(text, name), `the recipe as ${name}`), h("pre", { role: "region", tabindex: "0", "aria-label": `the recipe as ${name}` }, text))));
   }
   function copied(text, name) {
     navigator.clipboard?.writeText(text);
