@@ -15,6 +15,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 from playwright.sync_api import Error as PlaywrightError, sync_playwright
@@ -44,8 +45,9 @@ def look_at_the_workbench() -> None:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     options = [f"--port={port}", "--no-browser", f"--checkpoint={CHECKPOINT}", "--image-size", "640", "480"]
-    server = subprocess.Popen([sys.executable, "-m", "fastvl_lab.view.workbench", *options])
-    with sync_playwright() as driver:
+    kept = TemporaryDirectory()  # no results of earlier sessions
+    server = subprocess.Popen([sys.executable, "-m", "fastvl_lab.view.workbench", f"--folder={kept.name}", *options])
+    with kept, sync_playwright() as driver:
         browser = driver.chromium.launch(executable_path=shutil.which("chromium"), args=["--no-sandbox", "--disable-gpu"])
         try:
             page = browser.new_page(viewport={"width": 1400, "height": 1010}, device_scale_factor=1.5)

@@ -361,7 +361,7 @@ def test_the_next_toggle_to_try_is_the_one_that_saves_most(bench: Workbench) -> 
         "vit.rope": ("halves", Interval(20.0, -1.0, 30.0)),
     }
     advice = Advice(question=result.question, recipe=result.recipe, savings=savings)
-    say = partial(showing.advised, advice, result, question=result.question, target=bench._target)
+    say = partial(showing.advised, advice, result, question=result.question, target=bench._target, fastest=Recipe.fastest())
     said = say(recipe=result.recipe)
     assert (said.path, said.value) == ("attention.prefill", "sdpa")
     assert said.sentence == "Next best: attention.prefill=sdpa saves about 9.00 ms here (7.0 to 11)."
