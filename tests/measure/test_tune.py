@@ -231,6 +231,10 @@ def test_it_shows_itself_as_text_a_table_and_bars(short: Tuned) -> None:
     timed = [tried for tried in short.tried if tried.ratio is not None]
     assert list(bars.x) == pytest.approx([(tried.ratio.median - 1) * 100 for tried in timed if tried.ratio])
     assert view.tuned_bars(short).layout.yaxis.categoryarray[0].startswith("1. ")
+    named = ", ".join(f"vit.toggle_{number}=off" for number in range(9))
+    long = view.tuned_bars(dataclasses.replace(short, tried=(dataclasses.replace(timed[0], label=named),)))
+    assert len(long.data[0].y[0]) < 50, "a recipe that changes much leaves its bar no room"
+    assert long.data[0].customdata[0][3] == named
     record = json.loads(json.dumps(short.to_record(), allow_nan=False))
     assert len(record["rows"]) == len(frame)
     assert Recipe.from_dict(record["recipe"]) == short.recipe
