@@ -431,6 +431,17 @@ def logits_not_finite(seen: Seen) -> Finding:
     return _judged(shown, (not finite, "impossible", why))
 
 
+def _by_memory(seen: Seen, made: str) -> str:
+    """How many of what is made in a decode step a second allows; its device, model and limit are known."""
+    assert seen.device.memory_bandwidth is not None
+    assert seen.model is not None
+    assert seen.weights is not None
+    return (
+        f"{seen.device.memory_bandwidth / 1e9:.0f} GB/s ({seen.device.name}) / {seen.weights / 1e9:.2f} GB of weights a {made} "
+        f"({dtype_name(seen.model.dtype)}) = {seen.fastest:.0f} {made}s/s at most"
+    )
+
+
 def decode_faster_than_memory(seen: Seen) -> Finding:
     rate, bandwidth, model, weights, limit = seen.rate, seen.device.memory_bandwidth, seen.model, seen.weights, seen.fastest
     if rate is None or bandwidth is None or model is None or weights is None:
@@ -439,10 +450,7 @@ def decode_faster_than_memory(seen: Seen) -> Finding:
         return _needs(f"weights that no cache holds; these are {gigabytes(weights)}")
     made = f"; up to {limit * seen.ttft:.0f} tokens can be made within the TTFT of {seconds(seen.ttft)}" if seen.ttft else ""
     of_limit = f"{rate / limit:.0%} of that" if rate <= limit else f"{rate / limit:.1f} times that{made}"
-    shown = (
-        f"{bandwidth / 1e9:.0f} GB/s ({seen.device.name}) / {weights / 1e9:.2f} GB of weights a token "
-        f"({dtype_name(model.dtype)}) = {limit:.0f} tokens/s at most; {rate:.0f} is {of_limit}"
-    )
+    shown = f"{_by_memory(seen, 'token')}; {rate:.0f} is {of_limit}"
     why = (
         f"{rate:.0f} tokens/s is more than memory allows one request, so it is the speed of delivery: the tokens were made before "
         f"the first chunk left, and their time is inside TTFT{seen.cause}"
@@ -458,8 +466,7 @@ def load_faster_than_memory(seen: Seen) -> Finding:
         return _needs(f"weights that no cache holds; these are {gigabytes(weights)}")
     most = seen.fastest * rows
     shown = (
-        f"{bandwidth / 1e9:.0f} GB/s ({seen.device.name}) / {weights / 1e9:.2f} GB of weights a step ({dtype_name(model.dtype)}) = "
-        f"{seen.fastest:.0f} steps/s at most, times {rows:.3g} requests under way = {most:.0f} tokens/s; {rate:.0f} is "
+        f"{_by_memory(seen, 'step')}, times {rows:.3g} requests under way = {most:.0f} tokens/s; {rate:.0f} is "
         f"{f'{rate / most:.0%} of' if rate <= most else f'{rate / most:.1f} times'} that"
     )
     why = (

@@ -43,7 +43,7 @@ def _sweep(folder: Path) -> None:
     for error in result["errors"]:
         print(f"failed: {' · '.join(v for k, v in error.items() if v and k != 'error')}: {error['error']}")
     if rows:
-        print(" · ".join(result["environment"].values()))
+        print(" · ".join(f"{name} {value}" for name, value in result["environment"].items()))
         print(summary_frame(rows).to_string(index=False))
     print(f"report: {folder / 'report.html'}")
 

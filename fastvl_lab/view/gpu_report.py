@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+from fastvl_lab.run import milliseconds
 from fastvl_lab.trace import ON_DEVICE, STAGES
 from fastvl_lab.view import style
 from fastvl_lab.view.charts import Axis, Panel, bars, decades, line, panels, said
@@ -46,9 +47,9 @@ def ttft_by_engine(rows: Sequence[Row], checkpoint: str) -> go.Figure:
         look = {"mode": "markers", "marker": {"symbol": "line-ns", "size": 8, "line": {"color": style.INK, "width": 3}}}
         told = "%{y}: %{x:.2f} ms with the floor after the upload"
         traces.append(line("the end, at the floor", ends, map(said, labels), look, told=told))
-        x = Axis(title=f"ms; floor after the upload {_ms(floor)}", until=max(row["ttft_ms"] for row in here) * 1.22)
+        x = Axis(title=f"ms; floor after the upload {milliseconds(floor)}", until=max(row["ttft_ms"] for row in here) * 1.22)
         # Medians of stages can add up to more than the median of TTFT.
-        notes = [(max(row["ttft_ms"], sum(_parts(row).values())), row["recipe"], _ms(row["ttft_ms"])) for row in here]
+        notes = [(max(row["ttft_ms"], sum(_parts(row).values())), row["recipe"], milliseconds(row["ttft_ms"])) for row in here]
         parts.append(Panel(title=image, traces=traces, x=x, rows=engines, notes=notes))
     return _figure(parts, mine, "TTFT by stage", barmode="stack", above=20)
 
@@ -121,10 +122,6 @@ def _marker(stage: str) -> dict[str, Any]:
 
 def _side(row: Row) -> int:
     return int(row["image"].partition("x")[0])
-
-
-def _ms(milliseconds: float) -> str:
-    return f"{milliseconds:.3g} ms" if milliseconds < 100 else f"{milliseconds:.0f} ms"
 
 
 def _figure(parts: Sequence[Panel], rows: Sequence[Row], what: str, **look: Any) -> go.Figure:

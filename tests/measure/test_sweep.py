@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import pandas
@@ -14,26 +15,19 @@ from fastvl_lab import CheckpointError, DeviceError, FastvlError, ImageError, Re
 from fastvl_lab.measure.publish import PHOTOGRAPHS, notebook_parameters
 from fastvl_lab.view.__main__ import main as print_table
 
-SETTINGS = {
-    "checkpoints": ["tiny-qwen3-vl"],
-    "recipes": ["transformers", "baseline"],
-    "image": "coffee",
-    "image_sizes": [[96, 64]],
-    "prompt": "What is this?",
-    "max_new_tokens": 3,
-    "repeats": 1,
-    "warm_up": 1,
-    "device": "cpu",
-    "dtype": "",
-    "seed": 0,
-    "output_dir": "",
-}
+
+@pytest.fixture
+def settings_of(sweep_settings: Callable[..., SweepSettings]) -> Callable[..., SweepSettings]:
+    """Makes those of two engines at one size, with what a test changes."""
+    return partial(sweep_settings, recipes=["transformers", "baseline"], image_sizes=[[96, 64]], max_new_tokens=3)
 
 
-def test_failures_are_recorded_and_the_sweep_goes_on(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_failures_are_recorded_and_the_sweep_goes_on(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], settings_of: Callable[..., SweepSettings]
+) -> None:
     sizes = [[96, 64], [2100, 10], [64, 96]]
     changes = {"checkpoints": ["no-such", "tiny-qwen3-vl"], "image_sizes": sizes, "output_dir": str(tmp_path)}
-    settings = SweepSettings(**SETTINGS | changes)
+    settings = settings_of(**changes)
     result = sweep(settings, progress=False)
     assert [(e["checkpoint"], e["image"], e["engine"]) for e in result.errors] == [
         ("no-such", "", ""),
@@ -64,8 +58,10 @@ def test_failures_are_recorded_and_the_sweep_goes_on(tmp_path: Path, capsys: pyt
     assert f"report: {tmp_path / 'report.html'}" in printed
 
 
-def test_an_error_that_nobody_foresaw_costs_its_point_only(monkeypatch: pytest.MonkeyPatch) -> None:
-    settings = SweepSettings(**SETTINGS | {"image_sizes": [[96, 64], [64, 96]]})
+def test_an_error_that_nobody_foresaw_costs_its_point_only(
+    monkeypatch: pytest.MonkeyPatch, settings_of: Callable[..., SweepSettings]
+) -> None:
+    settings = settings_of(image_sizes=[[96, 64], [64, 96]])
     real = photo
 
     def breaks_once(image: str, size: tuple[int, int]) -> bytes:
@@ -79,15 +75,15 @@ def test_an_error_that_nobody_foresaw_costs_its_point_only(monkeypatch: pytest.M
     assert [point.size for point in result.points] == [(64, 96)]
 
 
-def test_a_missing_image_is_recorded_at_every_point() -> None:
-    result = sweep(SweepSettings(**SETTINGS | {"image": "no/such.jpg"}), progress=False)
+def test_a_missing_image_is_recorded_at_every_point(settings_of: Callable[..., SweepSettings]) -> None:
+    result = sweep(settings_of(image="no/such.jpg"), progress=False)
     assert [e["error"].partition(";")[0] for e in result.errors] == ["image 'no/such.jpg' does not exist"]
     assert result.points == ()
 
 
-def test_an_image_as_it_is(tmp_path: Path, picture: bytes) -> None:
+def test_an_image_as_it_is(tmp_path: Path, picture: bytes, settings_of: Callable[..., SweepSettings]) -> None:
     (tmp_path / "photo.jpg").write_bytes(picture)
-    settings = SweepSettings(**SETTINGS | {"image": str(tmp_path / "photo.jpg"), "image_sizes": [], "recipes": ["fastest"]})
+    settings = settings_of(image=str(tmp_path / "photo.jpg"), image_sizes=[], recipes=["fastest"])
     result = sweep(settings, progress=False)
     assert result.points[0].comparison.representative("fastest").shapes[0].width == 168
     assert result.points[0].label == "tiny-qwen3-vl · as given"
@@ -116,9 +112,11 @@ def test_an_image_as_it_is(tmp_path: Path, picture: bytes) -> None:
         ({"repeats": 0}, RequestError, "repeats is 0"),
     ],
 )
-def test_what_can_be_known_before_any_work_is_refused_then(changes: dict, error: type[FastvlError], says: str) -> None:
+def test_what_can_be_known_before_any_work_is_refused_then(
+    changes: dict, error: type[FastvlError], says: str, settings_of: Callable[..., SweepSettings]
+) -> None:
     with pytest.raises(error, match=says):
-        SweepSettings(**SETTINGS | changes)
+        settings_of(**changes)
 
 
 @pytest.mark.parametrize(
@@ -136,7 +134,13 @@ def test_what_can_be_known_before_any_work_is_refused_then(changes: dict, error:
     ],
 )
 def test_what_is_named_twice_is_refused_however_it_is_spelled(
-    name: str, values: list, error: type[FastvlError], says: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    name: str,
+    values: list,
+    error: type[FastvlError],
+    says: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    settings_of: Callable[..., SweepSettings],
 ) -> None:
     for folder in ("mine", "other"):
         (tmp_path / folder).mkdir()
@@ -144,7 +148,7 @@ def test_what_is_named_twice_is_refused_however_it_is_spelled(
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("HOME", str(tmp_path))
     with pytest.raises(error, match=f"{name} names one twice: .*{says}"):
-        SweepSettings(**SETTINGS | {name: values})
+        settings_of(**{name: values})
 
 
 @pytest.mark.parametrize(
@@ -157,24 +161,25 @@ def test_what_is_named_twice_is_refused_however_it_is_spelled(
     ],
 )
 def test_what_has_two_names_to_be_told_apart_by_is_not_refused(
-    name: str, values: list, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    name: str, values: list, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, settings_of: Callable[..., SweepSettings]
 ) -> None:
     (tmp_path / "tiny-qwen3-vl").mkdir()
     monkeypatch.chdir(tmp_path)
-    SweepSettings(**SETTINGS | {name: values})
+    settings_of(**{name: values})
 
 
-def test_notebook_parameters_know_what_papermill_injected() -> None:
-    namespace = {**SETTINGS, "In": ["", "repeats: int = 5", "# Parameters\nrepeats = 1\n"], "layers": []}
-    assert notebook_parameters(namespace, list(SETTINGS)) == SETTINGS
+def test_notebook_parameters_know_what_papermill_injected(settings_of: Callable[..., SweepSettings]) -> None:
+    settings = vars(settings_of())
+    namespace = {**settings, "In": ["", "repeats: int = 5", "# Parameters\nrepeats = 1\n"], "layers": []}
+    assert notebook_parameters(namespace, list(settings)) == settings
     namespace["In"].append("# Parameters\nrepeat = 1\n")  # type: ignore[attr-defined]
     with pytest.raises(
         RequestError, match=r"parameter 'repeat' is unknown \(did you mean 'repeats'\?\); the choices are checkpoints"
     ):
-        notebook_parameters(namespace, list(SETTINGS))
-    assert notebook_parameters({**SETTINGS, "In": ["# Parameters\nrepeats = float('nan')\n"]}, list(SETTINGS)) == SETTINGS
+        notebook_parameters(namespace, list(settings))
+    assert notebook_parameters({**settings, "In": ["# Parameters\nrepeats = float('nan')\n"]}, list(settings)) == settings
     with pytest.raises(RequestError, match="parameters seed have no value"):
-        notebook_parameters({k: v for k, v in SETTINGS.items() if k != "seed"}, list(SETTINGS))
+        notebook_parameters({k: v for k, v in settings.items() if k != "seed"}, list(settings))
 
 
 @pytest.mark.parametrize("name", PHOTOGRAPHS)

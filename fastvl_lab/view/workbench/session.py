@@ -12,7 +12,6 @@ from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
 from hashlib import sha256
-from importlib.metadata import PackageNotFoundError, version
 
 import torch
 
@@ -20,6 +19,7 @@ from fastvl_lab.catalogue import OptionValue, Target, toggles
 from fastvl_lab.engine import EngineLike
 from fastvl_lab.errors import ImageError, RecipeError, RequestCancelledError, sentence
 from fastvl_lab.lab import Lab
+from fastvl_lab.learnt import versions
 from fastvl_lab.measure.audit import Audit, audit
 from fastvl_lab.measure.compare import Attribution, Comparison, attribute, compare
 from fastvl_lab.measure.floors import Ceilings, floor
@@ -572,11 +572,7 @@ def where(lab: Lab) -> dict[str, str]:
     """What is the same for two results that may be compared: device, processor, dtype, versions, weights (by the ends of each)."""
     ends = [w.detach()[(at,) * w.ndim].float() for w in lab.checkpoint.model.parameters() if w.numel() for at in (0, -1)]
     weights = sha256(torch.stack(ends).cpu().numpy().tobytes()).hexdigest()[:12]
-    found = {name: value for name, value in environment(lab).items() if name != "date"} | {"weights": weights}
-    for package in ("fastvl-lab", "triton"):
-        with suppress(PackageNotFoundError):
-            found[package] = version(package)
-    return found
+    return {name: value for name, value in environment(lab).items() if name != "date"} | versions() | {"weights": weights}
 
 
 def _steps(recipe: Recipe) -> list[str]:
