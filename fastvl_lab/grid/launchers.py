@@ -12,11 +12,11 @@ from typing import Any, Protocol
 import torch
 
 from fastvl_lab.errors import DeviceError, RequestError, require
-from fastvl_lab.grid.worker import command, environment
+from fastvl_lab.grid.worker import command, environment, work
 from fastvl_lab.measure.sweep import LAUNCHERS
 from fastvl_lab.processes.kept import Kept
 
-# Seconds that a worker may take to end: its cell's keeper waits for three before it kills.
+# Seconds that workers may take to end: the keeper of a cell waits for three before it kills.
 _ENDING = 15.0
 
 # Minutes that SLURM allows a worker, unless launcher_options says otherwise; submitit's own five are for functions, not for grids.
@@ -118,17 +118,8 @@ class _Submitit:
 
     def stop(self) -> None:
         for job in self._jobs:
-            job.cancel()
-
-
-def work(folder: str, name: str, program: Sequence[str]) -> int | None:
-    """A worker as a task of a cluster: a process of its own, which ends with the task; its exit code."""
-    kept = Kept(command(Path(folder), name, program=program), env=environment(), log=Path(folder) / "logs" / f"{name}.log")
-    try:
-        return kept.wait()
-    finally:
-        kept.let_go()
-        kept.wait(_ENDING)
+            if not job.done():
+                job.cancel()
 
 
 _START: dict[str, Callable[[Order], Launched]] = dict(zip(LAUNCHERS, (_Local, _Ray, _Submitit), strict=True))

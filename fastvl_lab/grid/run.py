@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import math
 import os
 import secrets
 import tempfile
@@ -24,6 +25,9 @@ from fastvl_lab.measure.sweep import SweepResult, SweepSettings
 
 # Seconds between two looks at the folder.
 _LOOK_UP = 0.2
+
+# Seconds for workers to leave by themselves once all is done.
+_LEAVING = 5.0
 
 Tell = Callable[[GridResult], object]
 
@@ -110,7 +114,7 @@ def _watch(
 ) -> None:
     """Until every cell has a result; raises `FastvlError` where no worker is left to measure one."""
     labels = {cell.id: cell.label for cell in plan.cells}
-    before = -1
+    before, done_at = -1, math.inf
     with _bars(len(labels), names, progress) as (whole, bars):
         while True:
             alive = launched.alive()
@@ -128,8 +132,10 @@ def _watch(
                 on_cell(merger.merge())
             before = len(results)
             if before == len(labels):
-                return
-            if not alive:
+                done_at = min(done_at, time.monotonic())
+                if not alive or time.monotonic() - done_at > _LEAVING:
+                    return
+            elif not alive:
                 raise FastvlError(
                     f"all workers ended, and {len(labels) - before} of {len(labels)} cells are not measured; what they said is in "
                     f"{merger.rendezvous.folder / 'logs'}; running again goes on"

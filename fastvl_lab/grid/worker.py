@@ -141,6 +141,16 @@ def command(folder: Path, name: str, *, cores: Sequence[int] = (), program: Sequ
     return [sys.executable, "-m", "fastvl_lab.grid.worker", *pinned, str(folder), name, *program]
 
 
+def work(folder: str, name: str, program: Sequence[str]) -> int | None:
+    """A worker as a task of a cluster: a process of its own, which ends with the task; its exit code."""
+    kept = Kept(command(Path(folder), name, program=program), env=environment(), log=Path(folder) / "logs" / f"{name}.log")
+    try:
+        return kept.wait()
+    finally:
+        kept.let_go()
+        kept.wait(_ENDING)
+
+
 def _progress(file: Path | None) -> tuple[int, int]:
     """Runs that are done, and how many there will be; zeros where it is not told yet."""
     with suppress(OSError, ValueError):
