@@ -184,3 +184,11 @@ def test_a_plans_keys_are_the_notebooks_parameters(plan_of: Callable[..., Plan])
     """That those are the fields of the settings is held by a test of the notebook."""
     given: dict[str, Any] = dataclasses.asdict(plan_of().settings)
     assert of_mapping(given).settings == plan_of().settings
+
+
+def test_the_plan_in_the_docs_can_be_read(repository: Path, tmp_path: Path) -> None:
+    text = (repository / "docs" / "grids.md").read_text().partition("```yaml\n")[2].partition("```")[0]
+    (tmp_path / "plan.yaml").write_text(text)
+    plan = read(tmp_path / "plan.yaml", output_dir=str(tmp_path / "run"), launcher="ray")
+    assert len(plan.cells) == 2 * 2 * 2
+    assert len(plan.settings.recipes) == 3 + 2 * 2 * 2
