@@ -91,26 +91,33 @@ class Worker:
         """What a cell's process gave, or why it gave nothing; None where another worker has taken the cell."""
         log, out = self.folder / "logs" / f"{cell}.{number}.log", self.folder / "results" / f".{cell}.{number}"
         progress = self.folder / "workers" / f".{self.name}.progress"
-        for _ in range(_ATTEMPTS):
+        try:
+            for _ in range(_ATTEMPTS):
+                exit_code = self._attempt(self._started(cell, out, progress, log), cell, number, progress)
+                with suppress(FileNotFoundError):
+                    result: dict[str, Any] = json.loads(out.read_text(encoding="utf-8"))
+                    return result
+                if not self.rendezvous.holds(cell, number):
+                    return None
+                if exit_code is not None:
+                    return {"error": f"its process ended with exit code {exit_code}: {_last_line(log)}; its log is {log}"}
+        finally:
             out.unlink(missing_ok=True)
             progress.unlink(missing_ok=True)
-            kept, began = self._started(cell, out, progress, log), time.monotonic()
-            try:
-                while kept.exit_code is None and time.monotonic() - began < self.seconds:
-                    if self._beat(cell, progress) and not self.rendezvous.holds(cell, number):
-                        return None
-                    kept.wait(_LOOK_UP)
-                exit_code = kept.exit_code
-            finally:
-                kept.let_go()
-                kept.wait(_ENDING)
-            with suppress(FileNotFoundError):
-                result: dict[str, Any] = json.loads(out.read_text(encoding="utf-8"))
-                out.unlink()
-                return result
-            if exit_code is not None:
-                return {"error": f"its process ended with exit code {exit_code}: {_last_line(log)}; its log is {log}"}
         return {"error": f"it took longer than its {self.seconds:g} seconds (cell_seconds), {_ATTEMPTS} times; its log is {log}"}
+
+    def _attempt(self, kept: Kept, cell: str, number: int, progress: Path) -> int | None:
+        """Watch a cell's process until it ends, its time is over, or another worker has the cell; its exit code, if it ended."""
+        began = time.monotonic()
+        try:
+            while kept.exit_code is None and time.monotonic() - began < self.seconds:
+                if self._beat(cell, progress) and not self.rendezvous.holds(cell, number):
+                    break
+                kept.wait(_LOOK_UP)
+            return kept.exit_code
+        finally:
+            kept.let_go()
+            kept.wait(_ENDING)
 
     def _started(self, cell: str, out: Path, progress: Path, log: Path) -> Kept:
         line = [*self.program, str(self.folder), cell, str(out), str(progress)]

@@ -1,4 +1,4 @@
-"""By seed: three workers of twelve stub cells, each killed at a random moment (SIGKILL), and one that goes on after them.
+"""By seed: three workers of eight stub cells, each killed at a random moment (SIGKILL), and one that goes on after them.
 
     killed_workers.py FOLDER SEED…
 
@@ -18,7 +18,7 @@ from pathlib import Path
 from fastvl_lab.grid.rendezvous import Rendezvous, prepare
 from fastvl_lab.grid.worker import Worker
 
-CELLS = {f"cell{number:02}": {"label": f"cell {number}"} for number in range(12)}
+CELLS = {f"cell{number:02}": {"label": f"cell {number}"} for number in range(8)}
 PROGRAM = [sys.executable, "-I", "-S", str(Path(__file__).with_name("stub_cell.py")), json.dumps({"seconds": 0.03})]
 
 

@@ -101,12 +101,14 @@ def test_a_worker_measures_what_is_left_and_a_failed_cell_is_a_result_with_its_s
 
 
 def test_a_stuck_cell_is_ended_after_its_time_and_tried_once_more(folder_of: Callable[..., Path]) -> None:
-    folder = folder_of("a", "b", cell_seconds=0.3)
+    folder = folder_of("a", cell_seconds=0.3)
     Worker(folder, "only", _program(a="hangs")).work()
     found = Rendezvous(folder=folder, stale=60.0).result("a")
     assert found is not None
     assert found["error"].startswith("it took longer than its 0.3 seconds (cell_seconds), 2 times")
-    assert _ran(folder) == ["a", "a", "b"]
+    log = Path(found["error"].partition("its log is ")[2]).read_text()
+    assert [line[0] for line in log.splitlines() if "stub_cell" in line] == ["$", "$"]  # as it was started
+    assert not list(folder.glob("*/.*"))
 
 
 def test_a_worker_whose_cell_was_taken_lets_go_of_it(folder_of: Callable[..., Path], monkeypatch: pytest.MonkeyPatch) -> None:
