@@ -11,7 +11,7 @@ from typing import Any, Protocol
 
 import torch
 
-from fastvl_lab.errors import DeviceError, RequestError, require
+from fastvl_lab.errors import DeviceError, FastvlError, RequestError, require, sentence
 from fastvl_lab.grid.worker import command, environment, work
 from fastvl_lab.measure.sweep import LAUNCHERS
 from fastvl_lab.processes.kept import Kept
@@ -78,7 +78,10 @@ class _Ray:
         self._ray = require("ray", "ray")
         self._started = not self._ray.is_initialized()
         if self._started:
-            self._ray.init(log_to_driver=False, include_dashboard=None if "RAY_ADDRESS" in os.environ else False)
+            try:
+                self._ray.init(log_to_driver=False, include_dashboard=None if "RAY_ADDRESS" in os.environ else False)
+            except Exception as error:  # of many kinds, and none of Ray's own
+                raise FastvlError(f"Ray neither has a cluster that can be joined nor starts one: {sentence(error)}") from error
         wanted = {"num_cpus": 1, "num_gpus": int(order.cuda), "scheduling_strategy": "SPREAD", "max_retries": 0}
         task = self._ray.remote(work).options(**(wanted | dict(order.options)))
         self._tasks = [task.remote(str(order.folder), name, tuple(order.program)) for name in order.names]

@@ -9,8 +9,10 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from threading import Thread
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -74,6 +76,52 @@ def test_a_launcher_has_every_cell_measured_once(launcher: str, plan_of: Callabl
     assert result.points == ()  # stubs measure nothing
     run(plan, program=_program(), progress=False)
     assert len((tmp_path / "run" / "ran").read_text().splitlines()) == 12  # nothing was left to do
+
+
+class _StandIn:
+    """As much of Ray as the launcher asks for, with threads for tasks: it shows what the launcher asks, where no cluster starts."""
+
+    def __init__(self) -> None:
+        self.asked: list[str] = []
+
+    def is_initialized(self) -> bool:
+        return False
+
+    def init(self, **_: Any) -> None:
+        self.asked.append("init")
+
+    def remote(self, function: Callable[..., Any]) -> Any:
+        def options(**given: Any) -> Any:
+            self.asked.append(f"num_cpus={given['num_cpus']} num_gpus={given['num_gpus']} max_retries={given['max_retries']}")
+            return SimpleNamespace(remote=lambda *arguments: self._started(function, arguments))
+
+        return SimpleNamespace(options=options)
+
+    def _started(self, function: Callable[..., Any], arguments: Sequence[Any]) -> Thread:
+        thread = Thread(target=function, args=arguments)
+        thread.start()
+        return thread
+
+    def wait(self, tasks: Sequence[Thread], *, num_returns: int, timeout: float) -> tuple[list[Thread], list[Thread]]:
+        assert num_returns == len(tasks)
+        for task in tasks:
+            task.join(timeout)
+        return [task for task in tasks if not task.is_alive()], [task for task in tasks if task.is_alive()]
+
+    def cancel(self, task: Thread) -> None:
+        self.asked.append("cancel")
+
+    def shutdown(self) -> None:
+        self.asked.append("shutdown")
+
+
+def test_ray_is_asked_for_a_task_a_worker(plan_of: Callable[..., Plan], monkeypatch: pytest.MonkeyPatch) -> None:
+    ray = _StandIn()
+    monkeypatch.setattr("fastvl_lab.grid.launchers.require", lambda *_: ray)
+    plan = plan_of(launcher="ray", image_sizes=SIZES[:2], launcher_options={"num_cpus": 2})
+    assert {row["state"] for row in run(plan, program=_program(), progress=False).cells} == {"done"}
+    tasks = ["num_cpus=2 num_gpus=0 max_retries=0"]
+    assert ray.asked == ["init", *tasks, *["cancel"] * WORKERS, "shutdown"]
 
 
 def test_a_failed_cell_is_a_row_and_is_measured_again_only_when_asked_for(plan_of: Callable[..., Plan]) -> None:
