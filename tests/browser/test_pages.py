@@ -124,7 +124,7 @@ def test_a_grid_of_500_cells_opens_in_three_seconds_and_its_filters_and_export_w
     assert failures == []
     assert [url for url in asked if not url.startswith(("file:", "data:", "blob:"))] == []
     assert page.locator("#grid-figure .xtitle, #grid-figure .x2title").count() == 2  # a panel a kind of card
-    assert page.locator("#grid-count").inner_text() == "2000 of 10000 rows; the table has the first 1000, the export has all"
+    assert page.locator("#grid-count").inner_text() == "2000 of 10000 rows; the table has the first 500, the export has all"
     page.get_by_label("host").select_option("three")
     page.get_by_label("recipe").select_option("recipe 3")
     page.get_by_label("checkpoint").select_option("checkpoint 2")
