@@ -27,6 +27,7 @@ if TYPE_CHECKING:
         TimeLimitError as TimeLimitError,
     )
     from fastvl_lab.lab import Lab as Lab
+    from fastvl_lab.lasting import Records as Records, open as open, records as records
     from fastvl_lab.measure.audit import Audit as Audit, audit as audit
     from fastvl_lab.measure.compare import (
         Attribution as Attribution,
@@ -74,6 +75,9 @@ _PUBLIC = {
     "Load": "measure.load",
     "tune": "measure.tune",
     "Tuned": "measure.tune",
+    "open": "lasting",
+    "records": "lasting",
+    "Records": "lasting",
     "photo": "measure.publish",
     "Quiet": "measure.quiet",
     "workbench": "view.workbench",

@@ -6,7 +6,7 @@ import dataclasses
 import math
 import threading
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, Literal
 
@@ -17,6 +17,8 @@ from fastvl_lab.capture.execute import Capture
 from fastvl_lab.engine import Engine, EngineLike
 from fastvl_lab.errors import RecipeError, RequestCancelledError, RequestError, require, sentence
 from fastvl_lab.lab import Lab
+from fastvl_lab.lasting import About, Lasting
+from fastvl_lab.measure.environment import environment
 from fastvl_lab.measure.parity import Oracles, Parity, check
 from fastvl_lab.measure.quiet import QUIET, Quiet, Watch
 from fastvl_lab.measure.recipes import START, STOCK, steps_between
@@ -28,11 +30,12 @@ from fastvl_lab.trace import Lane
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
-class Comparison:
+class Comparison(Lasting):
     """What `compare` measured.
 
     reference: the label that speed-ups refer to, a peer's where one ran, else the first engine's. checks: by label; failures: by
-    label, the error that took the engine out. notes: what came of waiting for quiet, in sentences.
+    label, the error that took the engine out. notes: what came of waiting for quiet, in sentences. environment: as
+    `measure.environment` tells it at the end.
     """
 
     samples: tuple[RunSample, ...]
@@ -40,6 +43,7 @@ class Comparison:
     checks: Mapping[str, Parity]
     failures: Mapping[str, str]
     notes: tuple[str, ...] = ()
+    environment: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def engines(self) -> tuple[str, ...]:
@@ -196,18 +200,46 @@ class Comparison:
             "checks": {label: dataclasses.asdict(checked) for label, checked in self.checks.items()},
             "failures": dict(self.failures),
             "notes": list(self.notes),
+            "environment": dict(self.environment),
         }
 
     @classmethod
     def from_record(cls, record: Mapping[str, Any]) -> Comparison:
         """Read `to_record`'s form."""
-        checks = {name: Parity(**{**checked, "expected": tuple(checked["expected"])}) for name, checked in record["checks"].items()}
         return cls(
             samples=tuple(map(RunSample.from_record, record["samples"])),
             reference=record["reference"],
-            checks=checks,
+            checks={name: Parity.from_record(checked) for name, checked in record["checks"].items()},
             failures=record["failures"],
             notes=tuple(record["notes"]),
+            environment=record.get("environment", {}),  # absent in older records
+        )
+
+    def sample_rows(self) -> list[dict[str, Any]]:
+        """One row a run, raw: percentiles are derived from these, never stored instead of them.
+
+        disturbed: None where it is not known; others: the cores that others used.
+        """
+        return [
+            {
+                "engine": sample.engine,
+                "round": sample.round,
+                "disturbed": sample.disturbed,
+                "others": sample.others,
+                **sample.run.row(),
+                "tokens_equal": self.as_expected(sample),
+            }
+            for sample in self.samples
+        ]
+
+    def about(self) -> About:
+        checkpoints = ", ".join(dict.fromkeys(sample.run.checkpoint for sample in self.samples)) or "nothing"
+        return About(
+            title=f"{checkpoints}: {' against '.join(self.engines) or ', '.join(self.failures)}",
+            findings=[*self.findings(), *(f"{label} failed: {error}" for label, error in self.failures.items())],
+            environment=self.environment,
+            samples=[{"checkpoint": s.run.checkpoint} | row for s, row in zip(self.samples, self.sample_rows(), strict=True)],
+            traces=[self.representative(engine).traced(engine) for engine in self.engines],
         )
 
     def frame(self) -> Any:
@@ -297,7 +329,14 @@ def compare(
                 found[label] = Parity(oracle=oracles.of(keys[label]), holds=False, why=why)
     checked = {label: found[label] for label in runs}
     samples = _by_label(made, engines)
-    return Comparison(samples=samples, reference=reference, checks=checked, failures=failures, notes=watch.notes())
+    return Comparison(
+        samples=samples,
+        reference=reference,
+        checks=checked,
+        failures=failures,
+        notes=watch.notes(),
+        environment=environment(lab),
+    )
 
 
 def _computing(lab: Lab, engine: Engine) -> tuple[int, ...] | None:
@@ -315,7 +354,7 @@ def _without_logits(run: Run, label: str) -> Run:
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
-class Attribution:
+class Attribution(Lasting):
     """What `attribute` measured. steps: labels of the recipes on the way, first that of the recipe it starts from."""
 
     comparison: Comparison
@@ -330,6 +369,10 @@ class Attribution:
             raise RecipeError(f"step {step!r} is unknown; the steps are {', '.join(map(repr, self.steps))}")
         number = self.steps.index(step)
         return self.comparison.saving(step, self.steps[number - 1]) if number else None
+
+    def about(self) -> About:
+        about = self.comparison.about()
+        return dataclasses.replace(about, title=f"{about.title.partition(':')[0]}: {len(self.steps) - 1} steps to {self.steps[-1]}")
 
     def to_record(self) -> dict[str, Any]:
         """As `Comparison.to_record`."""

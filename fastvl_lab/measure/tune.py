@@ -33,9 +33,11 @@ from fastvl_lab.errors import (
     shortened,
 )
 from fastvl_lab.lab import Lab
+from fastvl_lab.lasting import About, Lasting
 from fastvl_lab.learnt import Record, Site, versions
+from fastvl_lab.measure.environment import environment
 from fastvl_lab.measure.parity import Oracles, Parity, check
-from fastvl_lab.measure.publish import environment, photo, picture
+from fastvl_lab.measure.publish import photo, picture
 from fastvl_lab.measure.quiet import QUIET, Quiet, Watch
 from fastvl_lab.measure.recipes import START, of_a_request, stages_of
 from fastvl_lab.measure.samples import Interval, StageSample, as_row, json_value
@@ -68,7 +70,7 @@ _SHARE_OF_QUIET = 0.2  # and what waiting for quiet may
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
-class Tuned:
+class Tuned(Lasting):
     """What `tune` found.
 
     recipe: the best, or `start` where nothing is shown to be faster. ratio: how many times as fast as `start` it is by the goal, on
@@ -127,25 +129,68 @@ class Tuned:
         empty = {"phase": None, **as_row("ratio", None), "rounds": None}
         return made + [{**empty, "tried": one.label, "verdict": "cast out", "why": one.why} for one in self.cast_out]
 
+    def about(self) -> About:
+        return About(
+            title=f"{told(self.recipe, self.start)}: {self.ratio.times()} as fast as {self.over}",
+            findings=self.findings(),
+            environment=self.environment,
+            samples=self.rows(),
+        )
+
     def to_record(self) -> dict[str, Any]:
-        """Everything as JSON-ready data."""
+        """Everything as JSON-ready data; `from_record` reads it back. rows, findings and texts are for those who do not."""
         return {
             "recipe": self.recipe.to_dict(),
             "recipe_text": str(self.recipe),
-            "start": str(self.start),
+            "origin": self.recipe.origin,
+            "start": self.start.to_dict(),
+            "start_text": str(self.start),
             "over": self.over,
             **{name: json_value(value) for name, value in as_row("ratio", self.ratio).items()},
             "confirmed": self.confirmed,
             "goal": dict(self.goal),
             "workload": [dict(one) for one in self.workload],
             "parity": [checked.says for checked in self.checks],
+            "checks": [dataclasses.asdict(checked) for checked in self.checks],
+            "tried": [_tried_record(tried) for tried in self.tried],
+            "cast_out": [{**vars(one), "recipe": one.recipe and one.recipe.to_dict()} for one in self.cast_out],
             "rows": self.rows(),
             "untried": list(self.untried),
             "ended": self.ended,
             "seconds": self.seconds,
             "environment": dict(self.environment),
+            "notes": list(self.notes),
+            "kept": self.kept and str(self.kept),
             "findings": self.findings(),
         }
+
+    @classmethod
+    def from_record(cls, record: Mapping[str, Any]) -> Tuned:
+        """Read `to_record`'s form."""
+        tried = [
+            Tried(**{**one, "recipe": Recipe.from_dict(one["recipe"]), "over": Recipe.from_dict(one["over"]), "ratio": ratio})
+            for one in record["tried"]
+            for ratio in [one["ratio"] and _interval(one["ratio"])]
+        ]
+        cast_out = [CastOut(**{**one, "recipe": one["recipe"] and Recipe.from_dict(one["recipe"])}) for one in record["cast_out"]]
+        return cls(
+            recipe=dataclasses.replace(Recipe.from_dict(record["recipe"]), origin=record["origin"]),
+            start=Recipe.from_dict(record["start"]),
+            over=record["over"],
+            ratio=_interval([record[name] for name in ("ratio", "ratio_low", "ratio_high")]),
+            confirmed=record["confirmed"],
+            goal=record["goal"],
+            workload=tuple(record["workload"]),
+            tried=tuple(tried),
+            cast_out=tuple(cast_out),
+            untried=tuple(record["untried"]),
+            checks=tuple(map(Parity.from_record, record["checks"])),
+            ended=record["ended"],
+            seconds=record["seconds"],
+            environment=record["environment"],
+            notes=tuple(record["notes"]),
+            kept=record["kept"] and Path(record["kept"]),
+        )
 
     def __repr__(self) -> str:
         return "\n".join([f"Tuned: {self.recipe}", *self.findings(), *self.lines()])
@@ -168,6 +213,16 @@ class Tuned:
     def _repr_mimebundle_(self, include: Any = None, exclude: Any = None) -> dict[str, Any]:
         """What was found and tried as a table, where pandas can be had, else text."""
         return shown.bundle(self)
+
+
+def _tried_record(tried: Tried) -> dict[str, Any]:
+    ratio = None if tried.ratio is None else [json_value(end) for end in tried.ratio]
+    return {**vars(tried), "recipe": tried.recipe.to_dict(), "over": tried.over.to_dict(), "ratio": ratio}
+
+
+def _interval(ends: Sequence[float | None]) -> Interval:
+    """What JSON has null for is NaN."""
+    return Interval(*(math.nan if end is None else end for end in ends))
 
 
 def tune(
