@@ -22,7 +22,17 @@ from fastvl_lab.measure.environment import environment
 from fastvl_lab.measure.parity import Oracles, Parity, check
 from fastvl_lab.measure.quiet import QUIET, Quiet, Watch
 from fastvl_lab.measure.recipes import START, STOCK, steps_between
-from fastvl_lab.measure.samples import Interval, RunSample, Samples, as_row, check_rounds, interleaved, json_value, median_interval
+from fastvl_lab.measure.samples import (
+    Interval,
+    RunSample,
+    Samples,
+    StageSample,
+    as_row,
+    check_rounds,
+    interleaved,
+    json_value,
+    median_interval,
+)
 from fastvl_lab.recipe import Recipe
 from fastvl_lab.request import ImageInput, ImageSource, Request, check_whole_number
 from fastvl_lab.run import Kind, Run
@@ -97,6 +107,24 @@ class Comparison(Lasting):
         saved = self._timed(engine, over).saving(engine, over, "ttft") if self.parity(engine, over) else None
         return None if saved is None else Interval(*(x * 1e3 for x in saved))
 
+    def stages_saved(self, engine: str, over: str) -> dict[str, Interval]:
+        """Milliseconds of each stage, and of what is in none, that the engine takes less than `over`, paired by round.
+
+        Those that are shown to differ come first, the largest of them at the head. Empty where there is no speed-up.
+        """
+        timed = self._timed(engine, over).samples if self.parity(engine, over) else ()
+        lane = telling_lane([sample.run for sample in timed])
+        steps = [stage_seconds(sample.run, lane) for sample in timed]
+        names = dict.fromkeys(name for of_one in steps for name in of_one)
+        stages = tuple(
+            StageSample(
+                engine=s.engine, round=s.round, use=s.use, kind=s.kind, steps={name: of_one.get(name, 0.0) for name in names}
+            )
+            for s, of_one in zip(timed, steps, strict=True)
+        )
+        found = {name: Samples(samples=stages).saving(engine, over, name) for name in names}
+        return by_size({name: saved.ms for name, saved in found.items() if saved is not None})
+
     def _timed(self, *engines: str) -> Samples[RunSample]:
         kinds = {engine: self.compared(engine) for engine in engines}
         return Samples(samples=self.samples).only(lambda sample: kinds.get(sample.engine) == sample.kind)
@@ -144,9 +172,7 @@ class Comparison(Lasting):
         lines = []
         for engine in self.engines:
             run = self.representative(engine)
-            # On CUDA the host only waits, in `sample`, for what the device does in its stages.
-            # A device that a thread plays on a CPU has only steps after the first token to do, which is rarely most of it.
-            lane: Lane = "device" if 2 * sum(run.trace.stages("device").values()) > run.trace.first_chunk_ns else "host"
+            lane = telling_lane([run])
             stages = run.trace.stages(lane)
             largest = max(stages, key=lambda stage: stages[stage])
             line = f"{engine} spends {stages[largest] / 1e9 / run.ttft:.0%} of its TTFT in {largest} ({lane})"
@@ -251,6 +277,27 @@ class Comparison(Lasting):
         if not self.engines:
             raise RequestError(f"no engine has run, so there is no waterfall; what failed: {dict(self.failures)}")
         return shown.figure(self)
+
+
+def telling_lane(runs: Sequence[Run]) -> Lane:
+    """The lane whose stages say where the time of these runs goes.
+
+    On CUDA the host only waits, in `sample`, for what the device does in its stages. A device that a thread plays on a CPU has only
+    steps after the first token to do, which is rarely most of it.
+    """
+    told = [2 * sum(run.trace.stages("device").values()) > run.trace.first_chunk_ns for run in runs]
+    return "device" if 2 * sum(told) > len(told) else "host"
+
+
+def stage_seconds(run: Run, lane: Lane) -> dict[str, float]:
+    """Seconds of TTFT in each stage of a lane, and in none, as "unaccounted"."""
+    stages = {name: ns / 1e9 for name, ns in run.trace.stages(lane).items()}
+    return stages | {"unaccounted": sum(end - start for start, end in run.trace.gaps(lane)) / 1e9}
+
+
+def by_size(found: Mapping[str, Interval]) -> dict[str, Interval]:
+    """In order of size, those whose interval does not hold zero before all others."""
+    return dict(sorted(found.items(), key=lambda item: (not (item[1].low > 0 or item[1].high < 0), -abs(item[1].median))))
 
 
 def compare(

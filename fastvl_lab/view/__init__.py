@@ -20,7 +20,7 @@ from fastvl_lab.view.figures import (
 )
 from fastvl_lab.view.loads import load_curves as load_curves, load_rates as load_rates, load_timeline as load_timeline
 from fastvl_lab.view.pictures import difference_maps as difference_maps, window_layout as window_layout
-from fastvl_lab.view.records import records_frame as records_frame
+from fastvl_lab.view.records import records_frame as records_frame, regressions_frame as regressions_frame
 from fastvl_lab.view.report import report_html as report_html
 from fastvl_lab.view.tables import (
     attribution_frame as attribution_frame,

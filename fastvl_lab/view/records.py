@@ -1,4 +1,4 @@
-"""What a folder of records holds, as a table."""
+"""What a folder of records holds, and what became slower between two of them, as tables."""
 
 from __future__ import annotations
 
@@ -7,7 +7,8 @@ from typing import Any
 
 from fastvl_lab import shown
 from fastvl_lab.lasting import Entry, Records
-from fastvl_lab.view.tables import frame
+from fastvl_lab.measure.regressions import Change, Regressions
+from fastvl_lab.view.tables import frame, times
 
 
 @shown.frame.register(Records)
@@ -21,3 +22,24 @@ def records_frame(found: Records) -> Any:
         "folder": lambda entry: str(entry.path),
     }
     return frame(found, columns)
+
+
+@shown.frame.register(Regressions)
+def regressions_frame(found: Regressions) -> Any:
+    """A line an engine and size: TTFT before and after, how many times as long it is, and where the difference lies."""
+
+    def ms(median: float | None) -> str | None:
+        return None if median is None or median != median else f"{median * 1e3:.2f}"
+
+    columns: dict[str, Callable[[Change], object]] = {
+        "checkpoint": lambda change: change.checkpoint,
+        "image": lambda change: change.image,
+        "engine": lambda change: change.engine,
+        "TTFT ms before": lambda change: ms(change.before and change.before.median),
+        "after": lambda change: ms(change.after and change.after.median),
+        "times as long (95% CI)": lambda change: times(change.ratio),
+        f"slower than {found.bound:g}": lambda change: "YES" if change in found.slower else "no" if change.ratio else None,
+        "most of it in": lambda change: change.stage,
+        "why not compared": lambda change: change.why or None,
+    }
+    return frame(found.changes, columns)
