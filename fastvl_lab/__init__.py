@@ -40,6 +40,7 @@ if TYPE_CHECKING:
     from fastvl_lab.measure.publish import photo as photo
     from fastvl_lab.measure.quiet import Quiet as Quiet
     from fastvl_lab.measure.regressions import Regressions as Regressions, regressions as regressions
+    from fastvl_lab.measure.shares import Shares as Shares, shares as shares
     from fastvl_lab.measure.sweep import SweepSettings as SweepSettings, sweep as sweep
     from fastvl_lab.measure.tune import Tuned as Tuned, tune as tune
     from fastvl_lab.recipe import Recipe as Recipe
@@ -76,6 +77,8 @@ _PUBLIC = {
     "Load": "measure.load",
     "tune": "measure.tune",
     "Tuned": "measure.tune",
+    "shares": "measure.shares",
+    "Shares": "measure.shares",
     "regressions": "measure.regressions",
     "Regressions": "measure.regressions",
     "open": "lasting",

@@ -31,6 +31,7 @@ _CLASSES = {
     "Run": "fastvl_lab.run",
     "Comparison": "fastvl_lab.measure.compare",
     "Attribution": "fastvl_lab.measure.compare",
+    "Shares": "fastvl_lab.measure.shares",
     "Load": "fastvl_lab.measure.load",
     "SweepResult": "fastvl_lab.measure.sweep",
     "Tuned": "fastvl_lab.measure.tune",
@@ -154,7 +155,7 @@ _SHOWN = 50  # of many records, as text
 
 
 def open(folder: str | Path) -> Any:
-    """The result that was kept in a folder: a `Run`, `Comparison`, `Attribution`, `Load`, `SweepResult` or `Tuned`.
+    """The result that was kept in a folder: a `Run`, `Comparison`, `Attribution`, `Shares`, `Load`, `SweepResult` or `Tuned`.
 
     Logits are not kept. Raises `RequestError` for a folder that holds no record, one that is not whole, or another version's.
     """

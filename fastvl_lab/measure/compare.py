@@ -107,6 +107,10 @@ class Comparison(Lasting):
         saved = self._timed(engine, over).saving(engine, over, "ttft") if self.parity(engine, over) else None
         return None if saved is None else Interval(*(x * 1e3 for x in saved))
 
+    def by_round(self, engine: str) -> dict[int, float]:
+        """Round -> seconds of TTFT, of the engine's runs that are `compared` and were not disturbed."""
+        return self._timed(engine).by_round(engine, "ttft")
+
     def stages_saved(self, engine: str, over: str) -> dict[str, Interval]:
         """Milliseconds of each stage, and of what is in none, that the engine takes less than `over`, paired by round.
 
@@ -182,13 +186,13 @@ class Comparison(Lasting):
             if self.compared(engine) == "unknown":
                 line += "; the endpoint does not say whether it reused anything of earlier requests, so its runs may be cache hits"
             lines.append(line if engine == self.reference else f"{line}; {self._against(engine)}")
-        return [*lines, *self._quietness()]
+        return [*lines, *self.quietness()]
 
     def busy(self, *engines: str) -> str | None:
         """What others did to the runs of these engines, in words; None where none was disturbed."""
         return Samples(samples=self.samples).only(lambda sample: sample.engine in engines).busy
 
-    def _quietness(self) -> list[str]:
+    def quietness(self) -> list[str]:
         """Whether others disturbed it, and of which engines that is not known."""
         watched = [s for s in self.samples if s.round >= 0 and s.use is not None and s.kind != "cold"]
         unknown = dict.fromkeys(s.engine for s in watched if s.disturbed is None)
@@ -416,6 +420,16 @@ class Attribution(Lasting):
             raise RecipeError(f"step {step!r} is unknown; the steps are {', '.join(map(repr, self.steps))}")
         number = self.steps.index(step)
         return self.comparison.saving(step, self.steps[number - 1]) if number else None
+
+    @property
+    def rest(self) -> float | None:
+        """Milliseconds by which the steps' medians, which need not add up, miss what the last recipe takes off the first.
+
+        None where some step is not compared.
+        """
+        whole = self.comparison.saving(self.steps[-1], self.steps[0])
+        each = [self.saved(step) for step in self.steps[1:]]
+        return None if whole is None or None in each else whole.median - sum(saved.median for saved in each if saved)
 
     def about(self) -> About:
         about = self.comparison.about()
