@@ -13,8 +13,8 @@ import pytest
 
 from fastvl_lab import Comparison, RequestError, SweepSettings, regressions
 from fastvl_lab.measure.compare import Attribution
-from fastvl_lab.measure.regressions import Regressions, main
-from fastvl_lab.measure.sweep import SweepResult, SweptPoint, sweep
+from fastvl_lab.measure.regressions import main
+from fastvl_lab.measure.sweep import SweepResult, SweptPoint
 
 Of = Callable[..., Comparison]
 
@@ -153,18 +153,30 @@ def test_from_the_command_line(
 
 
 def test_without_a_second_record_the_sweep_is_measured_again(
-    tmp_path: Path, sweep_settings: Callable[..., SweepSettings], monkeypatch: pytest.MonkeyPatch, capsys: Any
+    before: Comparison,
+    comparison_of: Of,
+    swept: Callable[..., SweepResult],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: Any,
 ) -> None:
-    made = sweep(sweep_settings(repeats=6), progress=False)
-    made.save(tmp_path / "run" / "record")
-    assert main([str(tmp_path / "run"), str(tmp_path / "head"), "--bound", "50"]) == 0
-    again = regressions(made, tmp_path / "head")
-    assert isinstance(again, Regressions)
-    assert {change.engine for change in again.changes} == {"transformers", "fastest"}
-    assert all(change.ratio is not None for change in again.changes)
-    monkeypatch.setattr("fastvl_lab.measure.regressions.sweep", lambda settings: made)
-    assert main([str(tmp_path / "run")]) == 0
-    assert "nothing is shown to be more than 1.05 times as slow" in capsys.readouterr().out
+    made, asked = swept([before]), list[SweepSettings]()
+    settings = dataclasses.replace(made.settings, output_dir=str(tmp_path / "run"), repeats=7)
+    dataclasses.replace(made, settings=settings).save(tmp_path / "run" / "record")
+
+    def again(settings: SweepSettings) -> SweepResult:
+        asked.append(settings)
+        return swept([_slow(comparison_of, vit=36)])
+
+    monkeypatch.setattr("fastvl_lab.measure.regressions.sweep", again)
+    assert main([str(tmp_path / "run")]) == 1
+    assert asked == [dataclasses.replace(settings, output_dir="")]
+    assert main([str(tmp_path / "run"), str(tmp_path / "head"), "--bound", "1.2"]) == 0
+    assert len(asked) == 2
+    assert regressions(made, tmp_path / "head").status == 1, "it was kept"
+    assert main([str(tmp_path / "run"), str(tmp_path / "head")]) == 1
+    assert len(asked) == 2
+    assert "most of it in vit" in capsys.readouterr().out
 
 
 def test_what_has_no_engines_side_by_side_is_refused(before: Comparison) -> None:
