@@ -207,7 +207,7 @@ def test_ten_thousand_are_listed_in_under_five_seconds(folder: Path, tmp_path: P
     took = time.perf_counter() - began
     assert len(found) == n
     assert not found.skipped
-    assert took < 5 * n / 10_000
+    assert took < 5
     assert f"and {n - 50} more" in repr(found)
 
 

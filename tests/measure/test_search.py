@@ -318,7 +318,7 @@ def _journalled(bench: Steady, path: Path, key: Mapping[str, object] | None = No
     return search({"start": LEAN}, SPACE, journal, order=journal.ordered(bench.order)), journal
 
 
-@pytest.mark.parametrize("seconds", [20.0, pytest.param(math.inf, marks=pytest.mark.nightly)])
+@pytest.mark.parametrize("seconds", [40.0, pytest.param(math.inf, marks=pytest.mark.nightly)])
 def test_killed_at_any_moment_it_loses_what_was_in_flight_and_finds_the_same(tmp_path: Path, seconds: float) -> None:
     bench = Steady(seconds=seconds)
     whole, journal = _journalled(bench, tmp_path / "whole")

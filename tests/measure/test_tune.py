@@ -11,7 +11,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -307,15 +307,12 @@ def test_a_tune_that_was_stopped_goes_on_and_one_that_is_over_leaves_nothing(lab
 def test_another_workload_is_another_tune(lab: Lab, request_: Request, picture: bytes) -> None:
     starts = {"fastest": lab.fastest}
 
-    def key(request: Request, **asked: Any) -> str:
-        return json.dumps(
-            _key(lab, [(request, 1.0)], {"ttft": 1.0}, starts=starts, **{"seconds": 30, "only": (), "seed": 0, **asked})
-        )
+    def key(request: Request, seed: int = 0, only: Sequence[str] = ()) -> str:
+        return json.dumps(_key(lab, [(request, 1.0)], {"ttft": 1.0}, starts=starts, seconds=30, seed=seed, only=only))
 
+    asked: dict[str, Any] = {"prompt": "What is this?", "max_new_tokens": 3, "ignore_eos": True}
     others = [dataclasses.replace(request_, prompt="And this?"), dataclasses.replace(request_, max_new_tokens=4)]
-    others += [
-        Request(images=[image], prompt="What is this?", max_new_tokens=3, ignore_eos=True) for image in _two_pictures(picture)
-    ]
+    others += [Request(images=[image], **asked) for image in _two_pictures(picture)]
     found = [key(request) for request in (request_, *others)] + [key(request_, seed=1), key(request_, only=["vit"])]
     assert len(set(found)) == len(found)
     assert key(dataclasses.replace(request_)) == found[0]
