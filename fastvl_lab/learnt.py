@@ -22,6 +22,7 @@ from typing import Any
 import torch
 
 from fastvl_lab.checkpoint import Checkpoint
+from fastvl_lab.checkpoint.memory import available_bytes, gigabytes
 from fastvl_lab.checkpoint.user_cache import cache_root, write_whole
 from fastvl_lab.errors import RecipeError, sentence
 from fastvl_lab.machine import processor_name
@@ -150,8 +151,8 @@ def versions() -> dict[str, str]:
 def fastest(checkpoint: Checkpoint) -> Recipe:
     """What was tuned for just this machine, geometry, dtype and these versions, else `otherwise`; its `origin` says which.
 
-    A record of other versions is named there and not used. One that is damaged, that is of another machine under this one's name,
-    or whose recipe cannot run here, is ignored with a warning.
+    Without a record, weights are packed where memory has room for them twice. A record of other versions is named there and not
+    used. One that is damaged, of another machine under this one's name, or whose recipe cannot run here, is ignored with a warning.
     """
     site = Site.of(checkpoint)
     guess = otherwise(checkpoint, site)
@@ -175,7 +176,7 @@ def fastest(checkpoint: Checkpoint) -> Recipe:
 
 
 def otherwise(checkpoint: Checkpoint, site: Site) -> Recipe:
-    """Where a machine has learnt nothing itself: what is shipped for such a device, geometry and dtype, else `Recipe.fastest`.
+    """Where a machine has learnt nothing itself: what is shipped for such a device, geometry and dtype, else the guess.
 
     A shipped record is used whatever the versions, which its origin names: it was measured, and the guess was not. One whose recipe
     cannot run here is passed over.
@@ -186,4 +187,16 @@ def otherwise(checkpoint: Checkpoint, site: Site) -> Recipe:
             with suppress(RecipeError):
                 record.recipe.check(checkpoint.target)
                 return dataclasses.replace(record.recipe, origin=record.shipped)
-    return Recipe.fastest(checkpoint.device)
+    return _guess(checkpoint)
+
+
+def _guess(checkpoint: Checkpoint) -> Recipe:
+    """`Recipe.fastest`, with plain weights where a second copy of all would take more than half of what is free."""
+    guess = Recipe.fastest(checkpoint.target)
+    n_bytes = sum(weight.nbytes for weight in checkpoint.model.parameters())
+    free = available_bytes(checkpoint.device)
+    if guess.vit.weights == "plain" or free is None or 2 * n_bytes <= free:
+        return guess
+    plain = guess.replace({"vit.weights": "plain", "attention.weights": "plain"})
+    why = f"its weights stay plain: packed ones would take {gigabytes(n_bytes)} more, and {gigabytes(free)} are free"
+    return dataclasses.replace(plain, origin=f"{guess.origin}; {why}")
