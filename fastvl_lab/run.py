@@ -10,6 +10,7 @@ import torch
 from fastvl_lab import shown
 from fastvl_lab.account import OF_WAIT, WAIT, Account
 from fastvl_lab.capture.execute import Capture
+from fastvl_lab.lasting import About, Lasting, Traced
 from fastvl_lab.recipe import Recipe
 from fastvl_lab.request import UNNAMED, Chunk, Grid, ImageShape, Kind as Kind
 from fastvl_lab.trace import Span, Trace
@@ -27,7 +28,7 @@ _OWN = str.maketrans(dict.fromkeys("█▉▊▋▌", "▒") | dict.fromkeys("�
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
-class Run:
+class Run(Lasting):
     """What one engine did with one request.
 
     `kind` is "cold" for the first run of its engine, shape and thread, and for any run that compiled or captured something (they
@@ -154,6 +155,33 @@ class Run:
         data["captures"] = tuple(Capture(**capture) for capture in record.get("captures", ()))  # absent in older records
         data["remote"] = record.get("remote", record["device"] == ELSEWHERE)
         return cls(**data, logits=torch.empty(0))
+
+    def row(self) -> dict[str, Any]:
+        """What it took as one row of numbers: TTFT, TPOT, what is unaccounted, and each stage, in ms."""
+        return {
+            "kind": self.kind,
+            "visual_tokens": self.visual_tokens,
+            "prompt_tokens": self.n_prompt,
+            "new_tokens": len(self.tokens),
+            "ttft_ms": self.ttft * 1e3,
+            "tpot_ms": None if self.tpot is None else self.tpot * 1e3,
+            "unaccounted_ms": self.trace.unaccounted_ns / 1e6,
+            **{f"{stage}_ms": ns / 1e6 for stage, ns in self.trace.stages().items()},
+            **{f"device_{stage}_ms": ns / 1e6 for stage, ns in self.trace.stages("device").items()},
+        }
+
+    def traced(self, label: str, since_ns: int = 0) -> Traced:
+        """Its trace under a label. since_ns: when it began, among others."""
+        return Traced(label=label, trace=self.trace, ours=self.recipe is not None, since_ns=since_ns)
+
+    def about(self) -> About:
+        return About(
+            title=f"{self.title()}: {self.summary()}",
+            findings=[self.subtitle()],
+            environment={"device": self.device, "dtype": self.dtype},
+            samples=[{"checkpoint": self.checkpoint, "engine": self.engine, **self.row()}],
+            traces=[self.traced(self.title())],
+        )
 
     def _bar(self, intervals: list[tuple[int, int]]) -> str:
         """Intervals of TTFT in nanoseconds as a bar of block characters, at the place where they happened."""

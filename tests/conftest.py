@@ -10,7 +10,8 @@ import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
@@ -31,13 +32,14 @@ if not torch.cuda.is_available():
 
 from transformers import AutoConfig, AutoModelForImageTextToText
 
-from fastvl_lab import Lab, SweepSettings, photo
+from fastvl_lab import Comparison, Lab, SweepSettings, photo
 from fastvl_lab.catalogue import SLOTS, Option, toggles
 from fastvl_lab.checkpoint import Checkpoint, tiny
 from fastvl_lab.checkpoint.fused import fuse_projections
 from fastvl_lab.checkpoint.random_weights import randomise
 from fastvl_lab.families import FAMILIES, family_of
-from fastvl_lab.measure.samples import Interval
+from fastvl_lab.measure.parity import Parity
+from fastvl_lab.measure.samples import Interval, RunSample
 from fastvl_lab.preprocessor.decode_image import rgb_of
 from fastvl_lab.request import Chunk, ImageInput, ImageSource
 from fastvl_lab.run import Run
@@ -119,6 +121,28 @@ def run_of() -> Callable[..., Run]:
             ),
             logits=torch.empty(0),
         )
+
+    return made
+
+
+@pytest.fixture(scope="session")
+def comparison_of(run_of: Callable[..., Run]) -> Callable[..., Comparison]:
+    """Makes a comparison from the ms of each stage in each warm round: engine -> rounds -> stage -> ms; the first is the reference.
+
+    wrong: engines that fail parity. where: what its environment has otherwise than that of all such.
+    """
+
+    def made(times: Mapping[str, Sequence[Mapping[str, float]]], *, wrong: Sequence[str] = (), **where: str) -> Comparison:
+        samples = []
+        for engine, rounds in times.items():
+            for number, stages in enumerate(rounds):
+                ends = [*accumulate(stages.values())]
+                spans = [(name, end - ms, end) for (name, ms), end in zip(stages.items(), ends, strict=True)]
+                run = dataclasses.replace(run_of(*spans, chunks=(ends[-1] / 1e3,)), engine=engine, tokens=(0,))
+                samples.append(RunSample(engine=engine, round=number, run=run))
+        checks = {engine: Parity(oracle="x", holds=engine not in wrong, why="planted", expected=(0,)) for engine in times}
+        here = {"device": "CPU (2 threads)", "processor": "Z80", "dtype": "float32", "torch": "2.11", "date": "2026-01-02"} | where
+        return Comparison(samples=tuple(samples), reference=next(iter(times)), checks=checks, failures={}, environment=here)
 
     return made
 

@@ -8,7 +8,7 @@ import random
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from itertools import accumulate, cycle, islice, pairwise
 from math import comb, isfinite, nan
@@ -21,6 +21,8 @@ from fastvl_lab import shown
 from fastvl_lab.engine import EngineLike
 from fastvl_lab.errors import FastvlError, RequestError, check_whole_number, require, sentence
 from fastvl_lab.lab import Lab
+from fastvl_lab.lasting import About, Lasting
+from fastvl_lab.measure.environment import environment
 from fastvl_lab.measure.samples import Interval, as_row, json_value
 from fastvl_lab.preprocessor.decode_image import rgb_of
 from fastvl_lab.request import ImageInput, Request
@@ -49,12 +51,13 @@ _LOOK_UP = 0.1
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
-class Load:
+class Load(Lasting):
     """What `load` measured.
 
     concurrency: how many were at once; rate: how many came a second; neither, where arrivals were recorded. begun: of each request,
     when it arrived, in seconds from the first; runs: what became of it, None where it failed; failures: by its number, why. steps:
-    of the lab's own engines, with times from the first arrival (ns). seconds: from the first arrival to the last end.
+    of the lab's own engines, with times from the first arrival (ns). seconds: from the first arrival to the last end. environment:
+    as `measure.environment` tells it; empty where nobody asked.
     """
 
     engine: str
@@ -65,6 +68,7 @@ class Load:
     seconds: float
     concurrency: int | None = None
     rate: float | None = None
+    environment: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def how(self) -> str:
@@ -122,7 +126,17 @@ class Load:
         """The summary as a pandas DataFrame; needs the extra "notebooks"."""
         return require("pandas", "notebooks").DataFrame([self.summary()])
 
-    def record(self) -> dict[str, Any]:
+    def about(self) -> About:
+        runs = [(number, run) for number, run in enumerate(self.runs) if run is not None]
+        return About(
+            title=repr(self).splitlines()[0],
+            findings=repr(self).splitlines()[1:],
+            environment=self.environment,
+            samples=[{"engine": self.engine, "request": n, "begun_s": self.begun[n], **run.row()} for n, run in runs],
+            traces=[run.traced(f"request {n}", round(self.begun[n] * 1e9)) for n, run in runs],
+        )
+
+    def to_record(self) -> dict[str, Any]:
         """As JSON-ready data; `from_record` reads it back."""
         return {
             "engine": self.engine,
@@ -133,11 +147,12 @@ class Load:
             "seconds": self.seconds,
             "concurrency": self.concurrency,
             "rate": self.rate,
+            "environment": dict(self.environment),
         }
 
     @classmethod
     def from_record(cls, record: Mapping[str, Any]) -> Load:
-        """Read `record`'s form; logits are empty."""
+        """Read `to_record`'s form; logits are empty."""
         return cls(
             engine=record["engine"],
             begun=tuple(record["begun"]),
@@ -147,6 +162,7 @@ class Load:
             seconds=record["seconds"],
             concurrency=record["concurrency"],
             rate=record["rate"],
+            environment=record.get("environment", {}),  # absent in older records
         )
 
     def _repr_mimebundle_(self, include: Any = None, exclude: Any = None) -> dict[str, Any]:
@@ -396,6 +412,7 @@ class _Sent:
             seconds=(self._last_ns - first_ns) / 1e9,
             concurrency=concurrency,
             rate=rate,
+            environment=environment(self._lab),
         )
 
 

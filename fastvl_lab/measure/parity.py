@@ -14,7 +14,7 @@ import threading
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -75,6 +75,11 @@ class Parity:
     other_from: int | None = None
     moved: float | None = None
     in_bounds: bool = True
+
+    @classmethod
+    def from_record(cls, record: Mapping[str, Any]) -> Parity:
+        """Read the form of `dataclasses.asdict`."""
+        return cls(**{**record, "expected": tuple(record["expected"])})
 
     @property
     def _of_own(self) -> str:

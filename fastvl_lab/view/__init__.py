@@ -21,7 +21,9 @@ from fastvl_lab.view.figures import (
 from fastvl_lab.view.grid_report import grid_html as grid_html
 from fastvl_lab.view.loads import load_curves as load_curves, load_rates as load_rates, load_timeline as load_timeline
 from fastvl_lab.view.pictures import difference_maps as difference_maps, window_layout as window_layout
+from fastvl_lab.view.records import records_frame as records_frame, regressions_frame as regressions_frame
 from fastvl_lab.view.report import report_html as report_html
+from fastvl_lab.view.shares import interaction_frame as interaction_frame, share_bars as share_bars, shares_frame as shares_frame
 from fastvl_lab.view.tables import (
     attribution_frame as attribution_frame,
     break_even_frame as break_even_frame,

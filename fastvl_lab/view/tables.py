@@ -51,6 +51,11 @@ def times(ratio: Interval | None) -> str | None:
     return None if ratio is None else _interval(*ratio, ".2f", "×")
 
 
+def saves_ms(saved: Interval | None) -> str | None:
+    """Milliseconds with their interval where there is one, such as "1.62 [1.59, 1.66]"."""
+    return None if saved is None else _interval(*saved, ".2f")
+
+
 def _number(value: float | None, spec: str) -> str | None:
     return None if value is None or value != value else format(value, spec)
 
@@ -203,15 +208,10 @@ def layer_frame(run: Run) -> Any:
 def attribution_frame(found: Attribution) -> Any:
     """What each step saves, with intervals, and whether the tokens stayed what they must be."""
     comparison = found.comparison
-
-    def saves_ms(step: str) -> str | None:
-        saved = found.saved(step) if step in found.steps[1:] else None
-        return saved and _interval(*saved, ".2f")
-
     columns: dict[str, Callable[[str], object]] = {
         "step": str,
         "TTFT ms": lambda step: f"{comparison.representative(step).ttft * 1e3:.2f}",
-        "saves ms (95% CI)": saves_ms,
+        "saves ms (95% CI)": lambda step: saves_ms(found.saved(step) if step in found.steps[1:] else None),
         "times as fast as Transformers (95% CI)": lambda step: "reference" if step == STOCK else times(comparison.speedup(step)),
         "parity": lambda step: comparison.checks[step].says,
     }

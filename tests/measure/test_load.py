@@ -127,7 +127,7 @@ def test_an_interval_of_a_percentile_holds_it_as_often_as_it_says() -> None:
 
 def test_it_is_written_and_read_back(tiny: Lab) -> None:
     made = load(tiny, TEXT, TOGETHER, concurrency=2, n=3)
-    again = Load.from_record(json.loads(json.dumps(made.record())))
+    again = Load.from_record(json.loads(json.dumps(made.to_record())))
     assert again.summary() == made.summary()
     assert again.steps == made.steps
     assert [run.tokens for run in again.finished] == [run.tokens for run in made.finished]

@@ -22,9 +22,10 @@ from fastvl_lab.lab import Lab
 from fastvl_lab.learnt import versions
 from fastvl_lab.measure.audit import Audit, audit
 from fastvl_lab.measure.compare import Attribution, Comparison, attribute, compare
+from fastvl_lab.measure.environment import environment
 from fastvl_lab.measure.floors import Ceilings, floor
 from fastvl_lab.measure.parity import Parity
-from fastvl_lab.measure.publish import environment, photo
+from fastvl_lab.measure.publish import photo
 from fastvl_lab.measure.quiet import Quiet
 from fastvl_lab.measure.recipes import STOCK, stages_of
 from fastvl_lab.measure.samples import FOR_AN_INTERVAL, Interval, RunSample
