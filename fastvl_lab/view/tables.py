@@ -14,7 +14,7 @@ from fastvl_lab.engine import PeerInfo, Peers
 from fastvl_lab.errors import require
 from fastvl_lab.measure.audit import Audit
 from fastvl_lab.measure.compare import Attribution, Comparison, Conversation, break_even
-from fastvl_lab.measure.load import PERCENTILES, Load, Measure
+from fastvl_lab.measure.load import NAMES, PERCENTILES, Load, Measure
 from fastvl_lab.measure.profile import Profile
 from fastvl_lab.measure.recipes import STOCK
 from fastvl_lab.measure.samples import Interval, Samples, StageSample, gains
@@ -296,6 +296,24 @@ def load_frame(loads: Mapping[str, Load]) -> Any:
     }
     made = frame(loads.items(), columns)
     return made.loc[:, (made != "–").any()]
+
+
+def load_percentile_frame(loads: Mapping[str, Load]) -> Any:
+    """One line a measure and load: its percentiles in ms (95% CI); what no load has a time of is left out."""
+    measured = [(of, label) for of in NAMES for label in loads if any(load.values(of) for load in loads.values())]
+
+    def percentile(percent: int) -> Callable[[tuple[Measure, str]], object]:
+        def cell(line: tuple[Measure, str]) -> str | None:
+            found = loads[line[1]].percentile(line[0], percent)
+            return found and _interval(*found.ms, ".1f" if found.ms.median < 100 else ".0f")
+
+        return cell
+
+    columns: dict[str, Callable[[tuple[Measure, str]], object]] = {
+        "ms (95% CI)": lambda line: NAMES[line[0]],
+        "of": lambda line: line[1],
+    }
+    return frame(measured, columns | {f"p{percent}": percentile(percent) for percent in PERCENTILES})
 
 
 # One stage alone

@@ -7,7 +7,7 @@ const KEYS = [
   ["u", "undo: back to the recipe before"],
   ["b", "the preset baseline"],
   ["f", "the preset fastest"],
-  ["1 – 7", "the views"],
+  ["1 – 9", "the views"],
   ["← →", "another option of the toggle"],
   ["↑ ↓", "the toggle, or the stage, above or below"],
   ["?", "this help"],
@@ -21,6 +21,8 @@ const WORDS = [
   ["floor", "what a stage must cost at least here, by its operations and bytes and what this device was seen to do"],
   ["parity", "whether a recipe computes what Transformers computes on the same weights"],
   ["audit", "whether the numbers can be what they say"],
+  ["at once, a rate", "how a load's requests arrive: the next when one ends, or at random, so many a second on average"],
+  ["p50, p90, p99", "what half of the requests stayed below, nine of ten, 99 of 100"],
   ["≈", "an approximate option: other tokens than Transformers' are possible"],
   ["→", "an option that another choice has brought along"],
 ];
@@ -32,6 +34,8 @@ const HUES = {
 };
 const HUE_OF = { decode_image: "orange", preprocess: "orange", vit: "blue", wait: "blue", first_token: "blue", merge: "sky",
   prefill: "green", sample: "pink", emit: "pink", decode: "red" };
+// Light colours of waits, pale on dark paper: they must not be the brightest there.
+const PALE = { "#CFCFCF": "#4d545c", "#E8E2D0": "#3d3b32", "#F7E2B5": "#574a2c" };
 const OPENS = { vit: "ViT blocks", prefill: "decoder layers" };
 const FONT = "12px/1.4 'DejaVu Sans', Arial, sans-serif";
 const [LABEL, NUMBERS, ROW, AXIS] = [112, 130, 24, 22]; // pixels of the waterfall
@@ -114,7 +118,8 @@ function mount(model, el, libraries) {
     button("fastest", () => send("Use", { recipe: "fastest" }), "the preset fastest: the best exact recipe known here (f)"),
     dark, button("?", () => helped(), "keys and words", { "aria-label": "keys and words" }));
   const ask = asking();
-  const views = h("div", { class: "fl-seen", role: "tabpanel", "aria-label": "the view" }, crumbs, chart, plot);
+  const load = loading();
+  const views = h("div", { class: "fl-seen", role: "tabpanel", "aria-label": "the view" }, crumbs, load.box, chart, plot);
   const head = h("header", { class: "fl-head" }, h("div", { class: "fl-line" }, h("span", { class: "fl-ttft", "data-tip": WORDS[0][1] }, "TTFT"), big, spread, strip, actions));
   const shown = h("div", { class: "fl-shown" }, pills, learnt, advice, tabs, views, heading, answer, table);
   const note = h("div", { class: "fl-note" });
@@ -177,6 +182,53 @@ function mount(model, el, libraries) {
       note.textContent = choices.note;
     } };
   }
+
+  // The load view: its fields, and what was measured, above the figures.
+  function loading() {
+    const tell = () => send("Send", { at_once: how.value, rate: how.value ? "" : rate.value.trim(), n: n.value.trim(), against: against.value });
+    const pressed = (event) => { if (event.key === "Enter" && !go.disabled) tell(); };
+    const label = (name, about, ...inside) => h("label", { class: "fl-field", "data-tip": about }, h("span", {}, name), ...inside);
+    const how = h("select", { "aria-label": "how requests arrive", onchange: () => { rated(); if (!how.value) rate.focus(); } },
+      ...["1", "4", "8", "16", "32"].map((number) => h("option", { value: number }, `${number} at once`)), h("option", { value: "" }, "at a rate"));
+    const rate = h("input", { type: "text", inputmode: "decimal", "aria-label": "requests a second", placeholder: "2.5", onkeydown: pressed });
+    const n = h("input", { type: "text", inputmode: "numeric", "aria-label": "requests", onkeydown: pressed });
+    const against = h("select", { "aria-label": "held against" });
+    const [at, many] = [label("a second", "on average, at random (Poisson)", rate), label("requests", "how many; the interval of a median needs 6, that of a p90 about 40", n)];
+    const go = button("load", tell, "send them: each has a picture of its own, so that no cache flatters", { class: "fl-primary fl-send" });
+    const halt = button("stop the load", () => press("stop"), "what was measured of it is not kept");
+    const toggled = button("toggles of schedule", () => toSlot("schedule"), "which requests share a step: the toggles on the left");
+    const [reason, progress, said] = ["fl-bad fl-reason", "fl-progress", "fl-said"].map((name) => h("div", { class: name }));
+    const found = h("div", { class: "fl-scroll", role: "region", tabindex: "0", "aria-label": "percentiles" });
+    const box = h("div", { class: "fl-load", role: "group", "aria-label": "load", hidden: true }, h("div", { class: "fl-line" }, label("arrivals", "so many at once, the next when one ends; or so many a second", how), at, many,
+      label("against", "what gets the same requests afterwards", against), go, halt, toggled), reason, progress, said, found);
+    const rated = () => { at.hidden = Boolean(how.value); };
+    let fields = "";
+    return { box, show() {
+      const [told, live] = [model.get("loaded") ?? {}, model.get("live")];
+      box.hidden = model.get("shown").view !== "load" || told.others === undefined;
+      if (box.hidden) return;
+      const [loads, mine] = [live.state === "under load", JSON.stringify([told.at_once, told.rate, told.n, told.against, told.others])];
+      if (mine !== fields) { // what is being typed stays
+        fields = mine;
+        if (told.at_once && ![...how.options].some(({ value }) => value === told.at_once)) how.prepend(h("option", { value: told.at_once }, `${told.at_once} at once`));
+        [how.value, rate.value, n.value] = [told.at_once, told.rate, told.n];
+        const why = ({ about, unmet }) => unmet ? `cannot be: ${unmet}` : about;
+        against.replaceChildren(...told.others.map((one) => h("option", { value: one.text, title: why(one), "aria-description": why(one), disabled: Boolean(one.unmet) }, one.text)));
+        against.value = told.against;
+        against.closest("label").dataset.tip = ["what gets the same requests afterwards", ...told.others.map((one) => `${one.text}: ${why(one)}`)].join("\n");
+        rated();
+      }
+      go.disabled = Boolean(told.unmet) || loads;
+      reason.textContent = told.unmet ? `This cannot be put under load: ${told.unmet}` : "";
+      halt.hidden = !loads;
+      progress.textContent = loads ? live.progress : "";
+      said.replaceChildren(...told.said.map((text) => h("p", {}, text)));
+      found.hidden = told.rows.length === 0;
+      found.replaceChildren(tableFor(told.columns, told.rows));
+    } };
+  }
+  const tableFor = (columns, rows) => h("table", {}, h("thead", {}, h("tr", {}, columns.map((name) => h("th", { scope: "col" }, name)))),
+    h("tbody", {}, rows.map((row) => h("tr", {}, row.map((cell) => h("td", {}, cell))))));
   async function take(files, add) {
     if (files.length === 0) return;
     const buffers = await Promise.all(files.map((file) => file.arrayBuffer()));
@@ -209,13 +261,18 @@ function mount(model, el, libraries) {
       return h("details", { class: "fl-slot", open: !ui.narrow, "data-slot": slot }, h("summary", {}, slot, h("span", { class: "fl-changed" })), rows);
     });
     const jump = h("div", { class: "fl-jump" }, [...new Set(every.map((toggle) => toggle.slot))].map((slot) =>
-      button(slot, () => { const at = toggles.querySelector(`details[data-slot="${slot}"]`); at.open = true; toggles.scrollTop = at.offsetTop - toggles.firstChild.offsetHeight; }, `to the toggles of ${slot}`, { tabindex: "-1" })));
+      button(slot, () => toSlot(slot), `to the toggles of ${slot}`, { tabindex: "-1" })));
     toggles.replaceChildren(jump, ...slots);
     tabs.replaceChildren(...names.map(([name, about], number) => h("button", { type: "button", role: "tab", "data-view": name, "data-tip": `${about} (${number + 1})`, onclick: () => look(name) }, name)));
     ask.show();
     showChosen();
     showAdvised();
     showTabs();
+  }
+  function toSlot(slot) {
+    const at = toggles.querySelector(`details[data-slot="${slot}"]`);
+    at.open = true;
+    toggles.scrollTop = at.offsetTop - toggles.firstChild.offsetHeight;
   }
   function choose(option, path, value) {
     for (const other of option.parentElement.children) other.setAttribute("aria-checked", String(other === option));
@@ -274,6 +331,7 @@ function mount(model, el, libraries) {
     said(live.error);
     answer.textContent = live.busy && live.text ? live.text : (model.get("shown").answer ?? "");
     showStrip();
+    load.show();
     cancelAnimationFrame(ui.frame);
     if (watched()) grow();
     else if (ui.grew) { ui.grew = false; showResult(); }
@@ -351,11 +409,13 @@ function mount(model, el, libraries) {
     crumbs.replaceChildren(...(opened ? [h("button", { type: "button", class: "fl-link", onclick: () => look("waterfall") }, "waterfall"), " › ", opened[0], " › ", view] : []));
   }
   const look = (view) => {
+    if (view === "load") toSlot("schedule");
     for (const tab of tabs.children) tab.setAttribute("aria-selected", String(tab.dataset.view === view));
     send("Look", { view });
   };
   function drawView() {
     const result = model.get("shown");
+    load.show();
     const waterfall = result.view === "waterfall";
     chart.hidden = !waterfall;
     plot.hidden = waterfall;
@@ -366,8 +426,8 @@ function mount(model, el, libraries) {
         rowsOf(result).map((stage) => [stage, ...series(result).map((run) => stageText(run, stage)), ...others.map((run) => changeText(result.recipe, run, stage))]));
     }
     const figure = model.get("figure");
-    if (figure.view !== result.view || figure.about !== `${result.view} of ${result.number}`) {
-      if (libraries.plotly && plot.firstChild?.data) libraries.plotly.purge(plot.firstChild);
+    if (result.lacks || figure.view !== result.view || figure.about !== `${result.view} of ${result.number}`) {
+      purge(0);
       plot.replaceChildren(h("p", { class: "fl-grey" }, result.lacks || `${result.view}: being measured…`));
       return showTable([], []);
     }
@@ -378,12 +438,21 @@ function mount(model, el, libraries) {
     }
     const width = roomOf();
     if (width === 0) return undefined;
-    if (!plot.firstChild?.data) plot.replaceChildren(h("div"));
-    const { data, layout } = JSON.parse(figure.figure);
-    if (ui.dark) darken(data, layout);
-    for (const name of Object.keys(layout)) if (/^yaxis/.test(name)) layout[name].fixedrange = true;
-    return libraries.plotly.react(plot.firstChild, data, { ...layout, width, uirevision: figure.about },
-      { displaylogo: false, modeBarButtons: [["toImage", "resetScale2d"]] });
+    const drawn = [figure.figure, ...figure.more];
+    if (!plot.firstChild?.data) plot.replaceChildren();
+    purge(drawn.length);
+    drawn.forEach((text, number) => {
+      if (!plot.children[number]) plot.append(h("div"));
+      const { data, layout } = JSON.parse(text);
+      if (ui.dark) darken(data, layout);
+      for (const name of Object.keys(layout)) if (/^yaxis/.test(name)) layout[name].fixedrange = true;
+      libraries.plotly.react(plot.children[number], data, { ...layout, width, uirevision: figure.about }, { displaylogo: false, modeBarButtons: [["toImage", "resetScale2d"]] });
+    });
+    return undefined;
+  }
+  // Lets go of plotly's figures from that number on.
+  function purge(first) {
+    for (const one of [...plot.children].slice(first)) { if (one.data) libraries.plotly.purge(one); one.remove(); }
   }
   function darken(data, layout) {
     const { paper, ink, grid } = HUES.dark;
@@ -392,12 +461,15 @@ function mount(model, el, libraries) {
     for (const name of Object.keys(layout)) if (/^[xy]axis/.test(name)) Object.assign(layout[name], { showgrid: name[0] === "x", gridcolor: grid, linecolor: grid, zerolinecolor: grid });
     for (const note of layout.annotations ?? []) if (note.bgcolor) note.bgcolor = paper;
     for (const shape of layout.shapes ?? []) if (shape.line?.color === HUES.light.ink) shape.line.color = ink;
-    for (const trace of data) if (trace.marker?.color === "white") Object.assign(trace.marker, { color: paper, line: { color: ink } });
+    for (const { marker } of data) {
+      if (marker?.color === "white") Object.assign(marker, { color: paper, line: { color: ink } });
+      else if (marker?.color === HUES.light.ink) marker.color = ink;
+      else if (PALE[marker?.color]) marker.color = PALE[marker.color];
+    }
   }
   function showTable(columns, rows) {
     table.hidden = columns.length === 0;
-    table.lastChild.replaceChildren(h("table", {}, h("thead", {}, h("tr", {}, columns.map((name) => h("th", { scope: "col" }, name)))),
-      h("tbody", {}, rows.map((row) => h("tr", {}, row.map((cell) => h("td", {}, cell)))))));
+    table.lastChild.replaceChildren(tableFor(columns, rows));
   }
 
   // Pixels for the view; while a theme changes JupyterLab hides the page.
@@ -725,7 +797,7 @@ function mount(model, el, libraries) {
       const next = every[(every.indexOf(tab) + step + every.length) % every.length];
       next.focus();
       next.click();
-    } else if (/^[1-7]$/.test(event.key)) tabs.children[Number(event.key) - 1]?.click();
+    } else if (/^[1-9]$/.test(event.key)) tabs.children[Number(event.key) - 1]?.click();
     else if (event.key === "r") press("run");
     else if (event.key === "s") press("stop");
     else if (event.key === "u") press("undo");
@@ -768,7 +840,7 @@ function mount(model, el, libraries) {
   sized.observe(root);
 
   const listeners = { "change:choices": showChoices, "change:asked": ask.show, "change:chosen": showChosen, "change:advised": showAdvised,
-    "change:live": showLive, "change:shown": () => { ui.zoom = null; showResult(); showHistory(); showEarlier(); }, "change:figure": drawView, "change:history": showHistory, "change:earlier": showEarlier, "msg:custom": traced };
+    "change:live": showLive, "change:shown": () => { ui.zoom = null; showResult(); showHistory(); showEarlier(); }, "change:figure": drawView, "change:loaded": load.show, "change:history": showHistory, "change:earlier": showEarlier, "msg:custom": traced };
   for (const [name, listener] of Object.entries(listeners)) model.on(name, listener);
   themed();
   showChoices();
@@ -783,7 +855,7 @@ function mount(model, el, libraries) {
     cancelAnimationFrame(ui.frame);
     cancelAnimationFrame(ui.replay);
     for (const [name, listener] of Object.entries(listeners)) model.off(name, listener);
-    if (libraries.plotly && plot.firstChild?.data) libraries.plotly.purge(plot.firstChild);
+    purge(0);
   };
 }
 

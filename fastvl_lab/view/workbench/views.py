@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
 from fastvl_lab.errors import require
+from fastvl_lab.measure.load import Load, Measure
 from fastvl_lab.measure.recipes import STOCK
 from fastvl_lab.run import Run
 from fastvl_lab.view import figures, tables
+from fastvl_lab.view.loads import load_curves, load_timeline
 from fastvl_lab.view.tables import layer_frame, stage_frame
 from fastvl_lab.view.timelines import block_waterfall, chunk_timeline
 from fastvl_lab.view.waterfall import waterfall
@@ -19,19 +21,28 @@ from fastvl_lab.view.workbench.session import BEFORE, RECIPE, Result, Session
 if TYPE_CHECKING:
     import plotly.graph_objects as go
 
+LOAD = "load"
+_ROWS = 330  # pixels of a load's requests
+_CURVES: tuple[Measure, ...] = ("ttft", "tpot", "gap")
+
 # A result and the one to hold against it -> a figure, and the table that says the same.
 Draw = Callable[[Result, Result | None], tuple["go.Figure", Any]]
 
 
 @dataclass(frozen=True, kw_only=True)
 class View:
-    """One way to look at a result. lacks: whether it must be measured for it, by what `measure` wishes for with so many repeats."""
+    """One way to look at a result. lacks: whether it must be measured for it, by what `measure` wishes for with so many repeats.
+
+    by_hand: what measures it where looking does not. more: figures below the first, of a result and the one to hold against it.
+    """
 
     name: str
     about: str
     draw: Draw
     lacks: Callable[[Result], bool] = lambda _: False
     measure: Callable[[Session, Result, int], None] = lambda *_: None
+    by_hand: str = ""
+    more: Callable[[Result, Result | None], Sequence[go.Figure]] = lambda *_: ()
 
 
 def views() -> dict[str, View]:
@@ -56,6 +67,14 @@ def views() -> dict[str, View]:
         ),
         View(name="tokens over time", about="when each chunk of text arrived", draw=_tokens),
         View(name="memory", about="what holds how many bytes after the run", draw=_memory),
+        View(
+            name=LOAD,
+            about="many requests at once: whom each waited for, and what that costs",
+            draw=_load,
+            more=_more_of_load,
+            lacks=lambda result: result.loads is None,
+            by_hand="say how many requests arrive, and press load",
+        ),
     )
     return {view.name: view for view in every}
 
@@ -127,3 +146,21 @@ def _tokens(result: Result, other: Result | None) -> tuple[go.Figure, Any]:
 
 def _memory(result: Result, _: Result | None) -> tuple[go.Figure, Any]:
     return figures.memory_bars(result.held), tables.memory_frame(result.held)
+
+
+def _load(result: Result, _: Result | None) -> tuple[go.Figure, Any]:
+    assert result.loads is not None
+    return _timeline(result.loads, RECIPE), tables.load_frame(result.loads)
+
+
+def _more_of_load(result: Result, _: Result | None) -> Sequence[go.Figure]:
+    assert result.loads is not None
+    others = [_timeline(result.loads, label) for label in result.loads if label != RECIPE]
+    shown = [of for of in _CURVES if any(load.values(of) for load in result.loads.values())]
+    return *others, *(load_curves(result.loads, of) for of in shown)
+
+
+def _timeline(loads: Mapping[str, Load], label: str) -> go.Figure:
+    """One of them over time; all have the same scale."""
+    until = 1.01 * max(load.seconds for load in loads.values())
+    return load_timeline(loads[label], title=f"{label}, {loads[label].how}", until=until, pixels=_ROWS)
