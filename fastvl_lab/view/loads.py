@@ -60,8 +60,10 @@ def load_timeline(load: Load, *, title: str = "", until: float | None = None, pi
         traces.append(_marks("failed", failed, names, {"symbol": "x", "size": size + 2, "color": style.FAILED}, why))
     x = Axis(title="milliseconds since the first request arrived", until=(until or load.seconds * 1.01) * 1e3)
     parts = [Panel(traces=traces, x=x, rows=names), *_lanes(load.steps, x)]
-    figure = panels(parts, height=60, row=row, gap=34, down=True, barmode="overlay", above=24, title=title)
+    figure = panels(parts, height=60, row=row, gap=34, down=True, barmode="overlay", above=10, title=title)
     figure.update_annotations(x=0, xanchor="left", font_size=12)
+    body = figure.layout.height - figure.layout.margin.t - figure.layout.margin.b
+    figure.update_layout(legend={"font": {"size": 11}, "entrywidth": 70, "y": 1 + 8 / body})  # many stages in a few lines
     return figure.update_layout(bargap=0.1 if row > 6 else 0)
 
 

@@ -14,7 +14,7 @@ from fastvl_lab.engine import PeerInfo, Peers
 from fastvl_lab.errors import require
 from fastvl_lab.measure.audit import Audit
 from fastvl_lab.measure.compare import Attribution, Comparison, Conversation, break_even
-from fastvl_lab.measure.load import NAMES, PERCENTILES, Load, Measure
+from fastvl_lab.measure.load import MEASURES, NAMES, PERCENTILES, Load, Measure
 from fastvl_lab.measure.profile import Profile
 from fastvl_lab.measure.recipes import STOCK
 from fastvl_lab.measure.samples import Interval, Samples, StageSample, gains
@@ -299,8 +299,9 @@ def load_frame(loads: Mapping[str, Load]) -> Any:
 
 
 def load_percentile_frame(loads: Mapping[str, Load]) -> Any:
-    """One line a measure and load: its percentiles in ms (95% CI); what no load has a time of is left out."""
-    measured = [(of, label) for of in NAMES for label in loads if any(load.values(of) for load in loads.values())]
+    """One line a measure and load: percentiles in ms (95% CI), but of the whole answer; what no load has a time of is left out."""
+    known = [of for of in MEASURES if of != "end_to_end" and any(load.values(of) for load in loads.values())]
+    first = next(iter(loads))
 
     def percentile(percent: int) -> Callable[[tuple[Measure, str]], object]:
         def cell(line: tuple[Measure, str]) -> str | None:
@@ -310,10 +311,12 @@ def load_percentile_frame(loads: Mapping[str, Load]) -> Any:
         return cell
 
     columns: dict[str, Callable[[tuple[Measure, str]], object]] = {
-        "ms (95% CI)": lambda line: NAMES[line[0]],
+        "ms (95% CI)": lambda line: NAMES[line[0]] if line[1] == first else "",
         "of": lambda line: line[1],
     }
-    return frame(measured, columns | {f"p{percent}": percentile(percent) for percent in PERCENTILES})
+    return frame(
+        [(of, label) for of in known for label in loads], columns | {f"p{percent}": percentile(percent) for percent in PERCENTILES}
+    )
 
 
 # One stage alone

@@ -417,6 +417,7 @@ function mount(model, el, libraries) {
     const result = model.get("shown");
     load.show();
     const waterfall = result.view === "waterfall";
+    learnt.hidden = advice.hidden = result.view === "load"; // they are about one request alone
     chart.hidden = !waterfall;
     plot.hidden = waterfall;
     if (waterfall) {
@@ -446,6 +447,7 @@ function mount(model, el, libraries) {
       const { data, layout } = JSON.parse(text);
       if (ui.dark) darken(data, layout);
       for (const name of Object.keys(layout)) if (/^yaxis/.test(name)) layout[name].fixedrange = true;
+      plot.children[number].style.height = `${layout.height}px`; // plotly has each fill all of the room
       libraries.plotly.react(plot.children[number], data, { ...layout, width, uirevision: figure.about }, { displaylogo: false, modeBarButtons: [["toImage", "resetScale2d"]] });
     });
     return undefined;
@@ -465,6 +467,7 @@ function mount(model, el, libraries) {
       if (marker?.color === "white") Object.assign(marker, { color: paper, line: { color: ink } });
       else if (marker?.color === HUES.light.ink) marker.color = ink;
       else if (PALE[marker?.color]) marker.color = PALE[marker.color];
+      if (marker?.line?.color === HUES.light.paper.toUpperCase()) marker.line.color = paper;
     }
   }
   function showTable(columns, rows) {

@@ -527,6 +527,8 @@ class Workbench:
         found = self._besides(self.result(self._shown))
         if against not in found:
             raise RequestError(f"there is no {against!r} to hold the load against; the choices are {', '.join(found)}")
+        if found[against][1].unmet:
+            raise RequestError(f"the load cannot be held against {against!r}: {found[against][1].unmet}")
         self._against_load = against
         self.load(**vars(arrivals), against=found[against][0], number=self._shown)
 
