@@ -373,13 +373,33 @@ def operation_frame(ways: Mapping[str, Profile]) -> Any:
 # What captures cost
 
 
+# Inputs whose length says for what a program was made: the last part of their name in `Capture.shape` -> what is counted, and
+# along which axis.
+_COUNTED = {
+    "patches": ("patches", 0),
+    "input_ids": ("prompt tokens", 0),
+    "hidden": ("prompt tokens", 0),
+    "visual_index": ("visual tokens", 0),
+    "slot_of": ("keys", -1),
+}
+
+
+def _sizes(shape: str) -> str:
+    """What a program was made for, in words; its inputs as they are where none of them is known."""
+    counts = {}
+    for name, lengths in (one.rsplit(" ", 1) for one in shape.split(", ") if " " in one):
+        if (known := _COUNTED.get(name.rpartition(".")[2])) is not None:
+            counts[known[0]] = lengths.split("x")[known[1]]
+    return ", ".join(f"{int(n):,} {what}" for what, n in counts.items()) or shape
+
+
 def capture_frame(runs: Mapping[str, Run]) -> Any:
     """One line a program that a run compiled or captured: what for, seconds, MB, and the run's TTFT with it."""
     columns: dict[str, Callable[[tuple[str, Run, Capture]], object]] = {
         "executed": lambda row: row[0],
         "stage": lambda row: row[2].stage,
         "how": lambda row: row[2].how,
-        "made for": lambda row: row[2].shape,
+        "made for": lambda row: _sizes(row[2].shape),
         "seconds": lambda row: f"{row[2].seconds:.2f}",
         "MB held": lambda row: f"{row[2].n_bytes / 1e6:.1f}",
         "run": lambda row: f"{row[1].kind}, TTFT {row[1].ttft * 1e3:.0f} ms",

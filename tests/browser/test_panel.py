@@ -552,6 +552,8 @@ def test_the_panel_as_a_page_of_its_own(
     page_of_its_own: Callable[..., str], page: Any, errors: list[str], picture: bytes, tmp_path: Path
 ) -> None:
     (tmp_path / "photo.jpg").write_bytes(picture)  # a path is meant from where the command is given
+    asked: list[str] = []
+    page.on("request", lambda request: asked.append(request.url))
     url = page_of_its_own("--image=photo.jpg", "--max-new-tokens=12", "--repeats=2", "--device=cpu")
     page.goto(url, wait_until="commit", timeout=90_000)
     panel = Panel(page)
@@ -572,6 +574,7 @@ def test_the_panel_as_a_page_of_its_own(
     page.screenshot(path=tmp_path / "voila-dark.png")
     panel.box.get_by_role("button", name="export all").click()
     panel.says("fl-status", "written: ", 180)  # a picture of every result
+    assert [address for address in asked if not address.startswith((url, "data:", "blob:"))] == []  # nothing of a network
     assert list(tmp_path.glob("fastvl_lab-*/workbench.html"))
     assert errors == []
 

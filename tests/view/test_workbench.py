@@ -273,6 +273,30 @@ def test_the_run_before_is_outlined_where_it_was_asked_the_same(bench: Workbench
         bench.look(number=9)
 
 
+def test_fastest_is_the_labs_once_there_is_a_lab(monkeypatch: pytest.MonkeyPatch) -> None:
+    tuned = Recipe.baseline().choose("attention.prefill", "sdpa")
+    monkeypatch.setattr("fastvl_lab.lab.learnt.fastest", lambda _: tuned)
+    made = partial(workbench, "tiny-qwen3-vl", "coffee", image_size=(56, 56), max_new_tokens=2, repeats=0, device="cpu")
+    bench = made(recipe="fastest, vit.tower=lean")
+    assert bench.recipe.preprocessor.patchify == "torch"  # the hand-chosen guess, while nothing is loaded
+    assert bench.wait(60)
+    assert bench.recipe == bench.result().recipe == tuned.replace("vit.tower", "lean")
+    assert bench.widget.chosen["values"]["preprocessor.patchify"] == "numpy"
+    bench.close()
+    pressed = made()
+    pressed.use("fastest")
+    assert pressed.wait(60)
+    assert pressed.recipe == pressed.result().recipe == tuned
+    pressed.undo()
+    assert pressed.wait(60)
+    assert pressed.recipe == pressed.result().recipe == Recipe.baseline()
+    pressed.close()
+    linked = made(recipe="fastest", query="recipe=baseline")
+    assert linked.wait(60)
+    assert linked.result().recipe == Recipe.baseline()
+    linked.close()
+
+
 def test_a_cold_run_is_no_headline(bench: Workbench) -> None:
     result = bench.result()
     first = dataclasses.replace(result, comparison=None)

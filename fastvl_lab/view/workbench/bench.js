@@ -821,7 +821,7 @@ function mount(model, el, libraries) {
     const theirs = page === undefined ? matchMedia("(prefers-color-scheme: dark)").matches : page === "false";
     ui.dark = chosen === null ? theirs : chosen === "true";
     root.classList.toggle("fl-dark", ui.dark);
-    if (!document.querySelector(".jp-LabShell")) { // a page of its own
+    if (document.body.dataset.voila || !document.querySelector(".jp-LabShell")) { // a page of its own; Voila is built on the shell too
       const { paper } = HUES[ui.dark ? "dark" : "light"];
       document.documentElement.style.setProperty("--jp-layout-color0", paper);
       document.body.style.setProperty("--jp-layout-color0", paper);

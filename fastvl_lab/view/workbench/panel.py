@@ -10,7 +10,7 @@ import time
 from collections.abc import Mapping, Sequence
 from functools import lru_cache, partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
 
@@ -75,7 +75,8 @@ def workbench(
         **size,
     )
     target = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    chosen, error = find_recipe(recipe, target), ""
+    first = chosen = find_recipe(recipe, target)
+    error = ""
     try:
         if query:
             question, chosen, result = link.read(query, question, chosen, target)
@@ -86,6 +87,7 @@ def workbench(
         question,
         chosen,
         target,
+        meant=recipe if chosen is first and _means_the_labs(recipe) else "",
         repeats=repeats,
         dtype=dtype,
         folder=kept_in,
@@ -107,6 +109,7 @@ class Workbench:
         repeats: int,
         dtype: str | None,
         folder: Path,
+        meant: str = "",
         result: str = "",
         own_page: bool = False,
         error: str = "",
@@ -115,6 +118,7 @@ class Workbench:
         from fastvl_lab.view.workbench.page import Page
 
         self.recipe, self.device = recipe, device
+        self._meant = meant  # the recipe's text while there is no lab that says what "fastest" means
         known = torch.float32 if dtype is None and device.type == "cpu" else DTYPES.get(str(dtype))
         self._target = Target(device=device, dtype=known)  # until a checkpoint says more
         self._dtype = dtype
@@ -167,7 +171,7 @@ class Workbench:
         self._question, self._shown = opened.question, number
         try:
             opened.recipe.check(self._target)
-            self.recipe = opened.recipe
+            self.recipe, self._meant = opened.recipe, ""
         except RecipeError as error:
             self._say(error=f"the recipe of this result cannot run here: {sentence(error)}")
         self._tell_chosen()
@@ -226,7 +230,7 @@ class Workbench:
         """Take a whole recipe, such as a preset, and run."""
         changed = find_recipe(recipe, self.device, fastest=self._fastest)
         changed.check(self._target)
-        self._use(changed, None)
+        self._use(changed, None, meant=recipe if self._fastest is None and _means_the_labs(recipe) else "")
 
     @property
     def _fastest(self) -> Recipe | None:
@@ -236,7 +240,7 @@ class Workbench:
     def undo(self) -> None:
         """Back to the recipe before; nothing happens at the first."""
         if self._before:
-            self.recipe, self._moved = self._before.pop(), ()
+            self.recipe, self._moved, self._meant = self._before.pop(), (), ""
             self.run()
 
     def ask(self, **changes: Any) -> None:
@@ -262,7 +266,7 @@ class Workbench:
         last = self.history[-1] if self.history else None
         comparable = last is not None and last.question == self._question and last.recipe != self.recipe
         before = last.recipe if last is not None and comparable else None
-        self._session.ask(self._question, self.recipe, repeats=self._repeats, before=before, rival=self._rival)
+        self._session.ask(self._question, self._meant or self.recipe, repeats=self._repeats, before=before, rival=self._rival)
 
     def measure(self, number: int, against: int) -> None:
         """Run one recipe of the history side by side with another of it; a new result."""
@@ -420,8 +424,9 @@ class Workbench:
     def _drawn(self) -> list[tuple[Result, Result | None, dict[str, View]]]:
         return [(result, self._other(result), self._views) for result in self.history]
 
-    def _use(self, recipe: Recipe, chosen: str | None) -> None:
+    def _use(self, recipe: Recipe, chosen: str | None, *, meant: str = "") -> None:
         self._before.append(self.recipe)
+        self._meant = meant
         moved = [path for path in self.controls if recipe.value(path) != self.recipe.value(path) and path != chosen]
         self.recipe, self._moved = recipe, tuple(moved) if chosen else ()
         self.run()
@@ -603,6 +608,9 @@ class Workbench:
                 self._question = self.history[-1].question  # what has failed is not what is asked
                 self._tell_asked()
             if news.result is not None:
+                if self._meant and self._fastest is not None:
+                    self.recipe, self._meant = find_recipe(self._meant, self.device, fastest=self._fastest), ""
+                    self._tell_chosen()
                 self._aim()
                 self._tell_history()
                 if news.result.where != self._where:
@@ -789,6 +797,11 @@ def _lacking(view: View, result: Result) -> str:
     if not view.lacks(result):
         return ""
     return view.by_hand if result.number > 0 else f"{view.name} was not measured in that session"
+
+
+def _means_the_labs(recipe: Recipe | str) -> TypeGuard[str]:
+    """Whether it is the text of what a lab knows to be fastest."""
+    return isinstance(recipe, str) and recipe.partition(",")[0].strip() == "fastest"
 
 
 def _cannot_run(recipe: Recipe, target: Target) -> str:

@@ -276,9 +276,12 @@ class Session:
         self._thread.start()
 
     def ask(
-        self, question: Question, recipe: Recipe, *, repeats: int, before: Recipe | None = None, rival: EngineLike = STOCK
+        self, question: Question, recipe: Recipe | str, *, repeats: int, before: Recipe | None = None, rival: EngineLike = STOCK
     ) -> None:
-        """Wish for an answer, and for it to be measured beside the bar to beat and the recipe before; returns at once."""
+        """Wish for an answer, and for it to be measured beside the bar to beat and the recipe before; returns at once.
+
+        recipe: as text where it means the lab's fastest, which is known once there is a lab.
+        """
         self._wish_for(question, "running", partial(self._answer, question, recipe, repeats, before, rival), first=True)
         self._give_up_start(unless=rival)
 
@@ -410,7 +413,7 @@ class Session:
     def _answer(
         self,
         question: Question,
-        recipe: Recipe,
+        asked: Recipe | str,
         repeats: int,
         before: Recipe | None,
         rival: EngineLike,
@@ -418,7 +421,7 @@ class Session:
         request: Request,
         stop: threading.Event,
     ) -> Result:
-        text: list[str] = []
+        recipe, text = lab.recipe(asked), list[str]()
 
         def on_chunk(chunk: Chunk) -> None:
             text.append(chunk.text)
