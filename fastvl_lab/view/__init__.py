@@ -24,6 +24,7 @@ from fastvl_lab.view.report import report_html as report_html
 from fastvl_lab.view.tables import (
     attribution_frame as attribution_frame,
     break_even_frame as break_even_frame,
+    called_frame as called_frame,
     capture_frame as capture_frame,
     catalogue_frame as catalogue_frame,
     floor_frame as floor_frame,

@@ -370,6 +370,21 @@ def operation_frame(ways: Mapping[str, Profile]) -> Any:
     return frame(ways, columns)
 
 
+def called_frame(seen: Profile) -> Any:
+    """One line a stage, lane and operation, those that took longest first: how often, and the sum of ms."""
+    spent: dict[tuple[str, Lane, str], list[float]] = {}
+    for one in seen.operations:
+        spent.setdefault((one.stage, one.lane, one.name), []).append((one.end_us - one.start_us) / 1e3)
+    columns: dict[str, Callable[[tuple[tuple[str, Lane, str], list[float]]], object]] = {
+        "stage": lambda item: item[0][0] or None,
+        "lane": lambda item: item[0][1],
+        "operation": lambda item: item[0][2],
+        "times": lambda item: len(item[1]),
+        "ms": lambda item: f"{sum(item[1]):.3f}",
+    }
+    return frame(sorted(spent.items(), key=lambda item: -sum(item[1])), columns)
+
+
 # What captures cost
 
 

@@ -5,13 +5,15 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
 import pytest
 from plotly.offline import get_plotlyjs
 
 import fastvl_lab.view.workbench
 from fastvl_lab import Lab, Recipe, Request, photo
+from fastvl_lab.measure.profile import Operation, Profile
 from fastvl_lab.trace import Span
 from fastvl_lab.view.workbench import messages, showing
 from fastvl_lab.view.workbench.controls import controls
@@ -317,6 +319,41 @@ def test_a_start_shows_how_far_it_is_and_can_be_stopped(page: Any, show: Callabl
     page.evaluate("(live) => window.tell('live', live)", messages.to_json(failed))
     assert "no such model" in page.get_by_role("alert").inner_text()
     assert stop.is_disabled()
+
+
+def test_a_stage_opens_down_to_its_operations(page: Any, show: Callable[..., Any], records: dict[str, Any]) -> None:
+    def part(name: str, stage: str, start: float, end: float) -> Operation:
+        return Operation(name=name, lane="host", stage=stage, start_us=start, end_us=end)
+
+    seen = Profile(
+        stages=(part("vit", "", 0, 5000), part("prefill", "", 5000, 9000)),
+        layers=(part("vit.block.0", "vit", 1000, 2000), part("language.layer.0", "prefill", 6000, 7000)),
+        operations=(part("aten::linear", "vit", 1100, 1900), part("aten::roll", "prefill", 6100, 6200)),
+    )
+    drawn, frame = views()["operations"].draw(cast("Result", SimpleNamespace(profile=seen)), None)
+    assert list(frame["operation"]) == ["aten::linear", "aten::roll"]
+    shown = show()["shown"]
+    page.evaluate("(library) => window.hear({ kind: 'plotly' }, library)", get_plotlyjs())
+    for stage, view in (("vit", "ViT blocks"), ("preprocess", "operations")):
+        page.locator(f".fl-stage[data-stage='{stage}']").click()
+        assert page.evaluate("window.sent.at(-1)") == {"kind": "Look", "view": view}
+    tell = "([name, record]) => window.tell(name, record)"
+    page.evaluate(tell, ["shown", shown | {"view": "operations"}])
+    figure = records["figure"] | {"view": "operations", "about": f"operations of {shown['number']}", "figure": drawn.to_json()}
+    page.evaluate(tell, ["figure", figure | {"more": []}])
+    crumbs, parts = page.locator(".fl-crumbs"), page.get_by_label("operations of")
+    at = "() => document.querySelector('.fl-plot .js-plotly-plot')._fullLayout.xaxis.range"
+    for name, said, range_ in (
+        ("vit.block.0", "waterfall › vit › ViT blocks › vit.block.0 › operations", [1, 2]),
+        ("language.layer.0", "waterfall › prefill › decoder layers › language.layer.0 › operations", [6, 7]),
+        ("vit", "waterfall › vit › operations", [0, 5]),
+    ):
+        parts.select_option(name)
+        page.wait_for_function(f"(expected) => JSON.stringify(({at})()) === JSON.stringify(expected)", arg=range_)
+        assert crumbs.inner_text().startswith(said)
+        assert parts.input_value() == name
+    crumbs.get_by_role("button", name="waterfall").click()
+    assert page.evaluate("window.sent.at(-1)") == {"kind": "Look", "view": "waterfall"}
 
 
 def test_a_load_says_how_it_arrives_and_what_it_cannot_be_held_against(page: Any, show: Callable[..., Any]) -> None:

@@ -17,6 +17,7 @@ import torch
 from fastvl_lab import Recipe, RecipeError, RequestError, workbench
 from fastvl_lab.measure.compare import Attribution
 from fastvl_lab.measure.load import Load
+from fastvl_lab.measure.profile import Operation, Profile
 from fastvl_lab.view.workbench import Workbench, kept, link, showing
 from fastvl_lab.view.workbench.messages import to_json
 from fastvl_lab.view.workbench.session import Picture, Result
@@ -84,9 +85,15 @@ def test_blocks_floors_attribution_and_loads_are_kept_too(before: Workbench, tmp
     comparison = result.comparison
     assert comparison is not None
     attribution = Attribution(comparison=comparison, steps=comparison.engines)
+    stage = Operation(name="vit", lane="host", stage="", start_us=0.0, end_us=9.0)
     load = Load(engine="x", begun=(0.0,), runs=(result.run,), failures={}, steps=(), seconds=1.0, concurrency=1)
     more = dataclasses.replace(
-        result, floors={"vit": 1e-3}, layers={"transformers": result.run}, attribution=attribution, loads={"this recipe": load}
+        result,
+        floors={"vit": 1e-3},
+        layers={"transformers": result.run},
+        attribution=attribution,
+        profile=Profile(stages=(stage,), operations=()),
+        loads={"this recipe": load},
     )
     path = kept.path_of(tmp_path, "20261126-101500-ab12", 1)
     kept.write(path, more, pinned=False, note="")
@@ -97,6 +104,8 @@ def test_blocks_floors_attribution_and_loads_are_kept_too(before: Workbench, tmp
     assert again.attribution is not None
     assert again.attribution.steps == comparison.engines
     assert again.attribution.comparison.summary() == comparison.summary()
+    assert again.profile is not None
+    assert again.profile.stages == (stage,)
     assert again.loads is not None
     assert again.loads["this recipe"].summary() == load.summary()
 

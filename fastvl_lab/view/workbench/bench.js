@@ -405,9 +405,33 @@ function mount(model, el, libraries) {
       tab.setAttribute("aria-selected", String(tab.dataset.view === view));
       tab.tabIndex = tab.dataset.view === view ? 0 : -1;
     }
+    // Where the view is: the waterfall, a stage, its blocks or layers, one of these, and its operations.
+    const to = (name, go) => [h("button", { type: "button", class: "fl-link", onclick: go }, name), " › "];
+    const blocks = view === "operations" ? Object.entries(OPENS).find(([stage]) => ui.inside && ui.inside !== stage && partOf(stage, ui.inside)) : null;
     const opened = Object.entries(OPENS).find(([, name]) => name === view);
-    crumbs.replaceChildren(...(opened ? [h("button", { type: "button", class: "fl-link", onclick: () => look("waterfall") }, "waterfall"), " › ", opened[0], " › ", view] : []));
+    const chooses = crumbs.contains(document.activeElement);
+    const home = to("waterfall", () => look("waterfall"));
+    if (opened) crumbs.replaceChildren(...home, opened[0], " › ", view);
+    else if (view === "operations") crumbs.replaceChildren(...home, ...(blocks ? [blocks[0], " › ", ...to(blocks[1], () => look(blocks[1]))] : []), ui.inside ? `${ui.inside} › ` : "", "operations");
+    else crumbs.replaceChildren();
+    if (!opened && view !== "operations") return;
+    const parts = partsOf(opened?.[0]);
+    if (parts.length) crumbs.append(" ", h("select", { "aria-label": "operations of", onchange: (event) => open(event.target.value) },
+      h("option", { value: "" }, opened ? "operations of…" : "the whole request"), ...parts.map((name) => h("option", { value: name, selected: view === "operations" && name === ui.inside }, name))));
+    if (chooses) crumbs.querySelector("select")?.focus(); // who chooses by keyboard goes on doing so
   }
+  // Whether a block or layer is one of a stage's, by its name; and the parts that a drawn view can open, of a stage or all.
+  const partOf = (stage, name) => name.startsWith({ vit: "vit.", prefill: "language." }[stage]);
+  function partsOf(stage) {
+    const figure = model.get("figure");
+    if (figure.view !== model.get("shown").view) return [];
+    const { data, layout } = JSON.parse(figure.figure);
+    return stage ? [...new Set(data.flatMap(({ y }) => y))] : Object.keys(layout.meta?.ranges ?? {});
+  }
+  const open = (name) => {
+    ui.inside = name;
+    if (model.get("shown").view === "operations") { showTabs(); drawView(); } else look("operations");
+  };
   const look = (view) => {
     if (view === "load") toSlot("schedule");
     for (const tab of tabs.children) tab.setAttribute("aria-selected", String(tab.dataset.view === view));
@@ -448,8 +472,12 @@ function mount(model, el, libraries) {
       if (ui.dark) darken(data, layout);
       for (const name of Object.keys(layout)) if (/^yaxis/.test(name)) layout[name].fixedrange = true;
       plot.children[number].style.height = `${layout.height}px`; // plotly has each fill all of the room
-      libraries.plotly.react(plot.children[number], data, { ...layout, width, uirevision: figure.about }, { displaylogo: false, modeBarButtons: [["toImage", "resetScale2d"]] });
+      const range = result.view === "operations" ? layout.meta?.ranges?.[ui.inside] : null;
+      if (range) layout.xaxis.range = range;
+      libraries.plotly.react(plot.children[number], data, { ...layout, width, uirevision: `${figure.about} ${ui.inside ?? ""}` }, { displaylogo: false, modeBarButtons: [["toImage", "resetScale2d"]] });
     });
+    plot.firstChild.removeAllListeners("plotly_click");
+    if (Object.values(OPENS).includes(result.view)) plot.firstChild.on("plotly_click", ({ points }) => open(points[0].y));
     return undefined;
   }
   // Lets go of plotly's figures from that number on.
@@ -524,10 +552,11 @@ function mount(model, el, libraries) {
       const own = result.recipe.host[stage];
       const numbers = own === undefined ? "–" : `${ms(own)} · ${percent(own / result.recipe.ttft)}`;
       const floor = result.floors[stage];
-      const opens = OPENS[stage];
+      const opens = OPENS[stage] ?? (result.recipe.files[stage]?.startsWith("fastvl_lab/") && own !== undefined ? "operations" : undefined);
+      const enter = () => { if (OPENS[stage]) look(opens); else open(stage); };
       const line = s("g", { class: "fl-stage", role: "button", tabindex: number === Math.min(ui.stage ?? 0, rows.length - 1) ? 0 : -1, "data-stage": stage, "aria-label": about(result, stage).replaceAll("\n", ", ") },
         s("rect", { x: 0, y: top, width, height: ROW, fill: number % 2 ? "transparent" : ui.dark ? "#ffffff08" : "#00000006", class: "fl-target" }),
-        s("text", { x: LABEL - 8, y: top + 17, "text-anchor": "end", fill: colours.ink }, opens && !result.recipe.open ? `${stage} ›` : stage),
+        s("text", { x: LABEL - 8, y: top + 17, "text-anchor": "end", fill: colours.ink }, OPENS[stage] && !result.recipe.open ? `${stage} ›` : stage),
         ...parts, floor ? s("line", { x1: x(floorAt(result, stage, floor)), x2: x(floorAt(result, stage, floor)), y1: top + 5, y2: top + 24, stroke: colours.ink, "stroke-width": 2, class: "fl-floor" }) : null,
         s("text", { x: width - 4, y: top + 17, "text-anchor": "end", fill: colours.ink, class: "fl-number" }, numbers));
       line.addEventListener("mouseenter", (event) => point(event, about(result, stage)));
@@ -535,10 +564,10 @@ function mount(model, el, libraries) {
       line.addEventListener("mouseleave", unpoint);
       line.addEventListener("focus", () => { ui.stage = number; point({ target: line }, about(result, stage)); });
       line.addEventListener("blur", unpoint);
-      line.addEventListener("click", () => opens && !ui.dragged && look(opens));
+      line.addEventListener("click", () => opens && !ui.dragged && enter());
       line.addEventListener("keydown", (event) => {
         const step = { ArrowUp: -1, ArrowDown: 1 }[event.key];
-        if (event.key === "Enter" && opens) look(opens);
+        if (event.key === "Enter" && opens) enter();
         else if (step) { event.preventDefault(); event.stopPropagation(); chart.querySelectorAll(".fl-stage")[Math.max(0, Math.min(rows.length - 1, number + step))].focus(); }
       });
       return line;
@@ -597,7 +626,7 @@ function mount(model, el, libraries) {
     if (floors[stage]) lines.push(`floor: ${ms(floors[stage])}`);
     const told = recipe.files[stage] ?? rival?.files[stage];
     if (told) lines.push(told);
-    if (OPENS[stage] && !recipe.open) lines.push("click: what is inside it");
+    if ((OPENS[stage] || recipe.files[stage]?.startsWith("fastvl_lab/")) && recipe.host[stage] !== undefined && !recipe.open) lines.push(`click: ${OPENS[stage] ?? "its operations"}`);
     return lines.join("\n");
   }
   function ticksOf(from, to, most) {
@@ -843,7 +872,7 @@ function mount(model, el, libraries) {
   sized.observe(root);
 
   const listeners = { "change:choices": showChoices, "change:asked": ask.show, "change:chosen": showChosen, "change:advised": showAdvised,
-    "change:live": showLive, "change:shown": () => { ui.zoom = null; showResult(); showHistory(); showEarlier(); }, "change:figure": drawView, "change:loaded": load.show, "change:history": showHistory, "change:earlier": showEarlier, "msg:custom": traced };
+    "change:live": showLive, "change:shown": () => { ui.zoom = null; showResult(); showHistory(); showEarlier(); }, "change:figure": () => { showTabs(); drawView(); }, "change:loaded": load.show, "change:history": showHistory, "change:earlier": showEarlier, "msg:custom": traced };
   for (const [name, listener] of Object.entries(listeners)) model.on(name, listener);
   themed();
   showChoices();

@@ -25,6 +25,7 @@ from fastvl_lab.measure.compare import Attribution, Comparison, attribute, compa
 from fastvl_lab.measure.floors import Ceilings, floor
 from fastvl_lab.measure.load import Load, load
 from fastvl_lab.measure.parity import Parity
+from fastvl_lab.measure.profile import Profile, profile_request
 from fastvl_lab.measure.publish import environment, photo
 from fastvl_lab.measure.quiet import Quiet
 from fastvl_lab.measure.recipes import STOCK, stages_of
@@ -131,7 +132,8 @@ class Result:
     number: from 1 in a session, and below 0 of an earlier one. when: seconds since 1970. where: as `where` has it. run: the first.
     held: bytes by what held them after it. before: the recipe that it was measured beside, if any. comparison: of the bar to beat,
     that one, and its own. layers: a run of Transformers and one of its own with every block timed. floors: stage to seconds.
-    attribution: its way from the baseline. loads: many requests of its question, with its recipe and others by name.
+    attribution: its way from the baseline. profile: its operations, with blocks and layers. loads: many requests of its question,
+    with its recipe and others by name.
     """
 
     number: int
@@ -146,6 +148,7 @@ class Result:
     layers: Mapping[str, Run] | None = None
     floors: Mapping[str, float] | None = None
     attribution: Attribution | None = None
+    profile: Profile | None = None
     loads: Mapping[str, Load] | None = None
 
     @property
@@ -288,6 +291,10 @@ class Session:
     def open_up(self, result: Result) -> None:
         """Wish for every block and layer of a result's recipe and of Transformers."""
         self._wish_for(result.question, "timing blocks and layers", partial(self._open_up, result.number))
+
+    def see_operations(self, result: Result) -> None:
+        """Wish for every operation of a result's recipe, as torch's profiler sees it."""
+        self._wish_for(result.question, "watching operations", partial(self._see_operations, result.number))
 
     def find_floors(self, result: Result) -> None:
         """Wish for what the stages of a result must cost at least on this device."""
@@ -562,6 +569,9 @@ class Session:
                 run = lab.run(request, engine, trace="layers", stop=stop)
             layers[label] = replace(run, engine=label)
         return self._know(number, layers=layers)
+
+    def _see_operations(self, number: int, lab: Lab, request: Request, _: threading.Event) -> Result:
+        return self._know(number, profile=profile_request(lab, request, self._result(number).recipe, trace="layers"))
 
     def _find_floors(self, number: int, lab: Lab, request: Request, _: threading.Event) -> Result:
         return self._know(number, floors=self._floors(lab, request))

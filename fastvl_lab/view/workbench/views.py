@@ -14,7 +14,7 @@ from fastvl_lab.run import Run
 from fastvl_lab.view import figures, tables
 from fastvl_lab.view.loads import load_curves, load_timeline
 from fastvl_lab.view.tables import layer_frame, stage_frame
-from fastvl_lab.view.timelines import block_waterfall, chunk_timeline
+from fastvl_lab.view.timelines import block_waterfall, chunk_timeline, operation_timeline
 from fastvl_lab.view.waterfall import waterfall
 from fastvl_lab.view.workbench.session import BEFORE, RECIPE, Result, Session
 
@@ -68,6 +68,13 @@ def views() -> dict[str, View]:
         View(name="tokens over time", about="when each chunk of text arrived", draw=_tokens),
         View(name="memory", about="what holds how many bytes after the run", draw=_memory),
         View(
+            name="operations",
+            about="every operation that Python called and every kernel, as torch's profiler sees them; it slows what it watches",
+            draw=_operations,
+            lacks=lambda result: result.profile is None,
+            measure=lambda session, result, _: session.see_operations(result),
+        ),
+        View(
             name=LOAD,
             about="many requests at once: whom each waited for, and what that costs",
             draw=_load,
@@ -115,6 +122,23 @@ def _layers(result: Result, stage: str) -> tuple[go.Figure, Any]:
     pandas = require("pandas", "notebooks")
     frames = [layer_frame(run).assign(run=label) for label, run in result.layers.items()]
     return block_waterfall(list(result.layers.values()), stage), pandas.concat(frames)[["run", *frames[0].columns[:-1]]]
+
+
+def _operations(result: Result, _: Result | None) -> tuple[go.Figure, Any]:
+    """All of the request's; the page zooms to a stage, a block or a layer by the ranges (ms) in the layout's meta."""
+    assert result.profile is not None
+    ways = {RECIPE: result.profile}
+    began = min(stage.start_us for stage in result.profile.stages)
+    ranges: dict[str, list[float]] = {}
+    for part in (*result.profile.stages, *result.profile.layers):
+        start, end = (part.start_us - began) / 1e3, (part.end_us - began) / 1e3
+        ranges.setdefault(part.name, [start, end])  # the first of several
+    figure = operation_timeline(ways)
+    for lane in figure.data:  # a name stands in a bar that has room for it
+        names = [told[3].removeprefix("aten::") for told in lane.customdata]
+        lane.update(text=names, textposition="inside", insidetextanchor="middle")
+    figure.update_layout(meta={"ranges": ranges}, uniformtext={"minsize": 9, "mode": "hide"})
+    return figure, tables.called_frame(result.profile)
 
 
 def _attribution(result: Result, _: Result | None) -> tuple[go.Figure, Any]:
