@@ -123,6 +123,8 @@ def test_an_interval_of_a_percentile_holds_it_as_often_as_it_says() -> None:
         ]
         assert 0.93 <= np.mean(held) <= 0.995, (quantile, np.mean(held))
     assert all(math.isnan(end) for end in quantile_interval([1.0] * 20, 0.99)[1:])
+    median, low, high = quantile_interval(range(5_001), 0.5)  # as many as a load has gaps
+    assert (median, 2500 - low, high - 2500) == (2500, pytest.approx(70, abs=2), pytest.approx(70, abs=2))
 
 
 def test_it_is_written_and_read_back(tiny: Lab) -> None:
