@@ -100,7 +100,7 @@ def write(path: Path, result: Result, *, pinned: bool, note: str) -> None:
         "floors": None if result.floors is None else dict(result.floors),
         "attribution": None if result.attribution is None else result.attribution.to_record(),
         "profile": None if result.profile is None else result.profile.to_record(),
-        "loads": None if result.loads is None else {label: load.record() for label, load in result.loads.items()},
+        "loads": None if result.loads is None else {label: load.to_record() for label, load in result.loads.items()},
     }
     _replace(path, json.dumps(head).encode(), json.dumps(body).encode())
     _keep_within_bounds(path.parent)
