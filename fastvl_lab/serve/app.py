@@ -110,7 +110,7 @@ class _Front:
 
     def __init__(self, checkpoint: Checkpoint, queue: RequestQueue, metrics: Metrics, settings: Settings) -> None:
         self._checkpoint = checkpoint
-        self._served = Served(model=checkpoint.name, ends=tuple(checkpoint.eos_token_ids))
+        self._served = Served(model=checkpoint.name, ends=tuple(checkpoint.eos_token_ids), session_len=checkpoint.session_len)
         self._queue, self._metrics, self._settings = queue, metrics, settings
         self._readers = ThreadPoolExecutor(_READERS, thread_name_prefix="fastvl-reader")
         self._fetchers = ThreadPoolExecutor(_FETCHERS, thread_name_prefix="fastvl-fetcher")

@@ -83,10 +83,11 @@ class UnknownModelError(RequestError):
 
 @dataclass(frozen=True, kw_only=True)
 class Served:
-    """What a server serves: the model's name there, and the tokens that end its answers."""
+    """What a server serves: the model's name there, the tokens that end its answers, and how many a session has."""
 
     model: str
     ends: tuple[int, ...]
+    session_len: int
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -132,7 +133,7 @@ def read(body: bytes, served: Served, settings: Settings) -> Draft:
         check_whole_number(name, data[name])
     if len({data[name] for name in given}) > 1:
         raise RequestError(f"max_completion_tokens is {data[given[0]]} and max_tokens {data[given[1]]}; give one of them")
-    most = data[given[0]] if given else settings.max_tokens
+    most: int = data[given[0]] if given else settings.max_tokens or served.session_len
     ignore_eos = _flag(data, "ignore_eos")
     _check_fields(data, served, most, ignore_eos=ignore_eos)
     options = data.get("stream_options", {})

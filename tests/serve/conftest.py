@@ -14,6 +14,7 @@ import pytest
 
 from fastvl_lab import Lab
 from fastvl_lab.serve.app import create_app
+from fastvl_lab.serve.connections import uvicorn_options
 from fastvl_lab.serve.settings import Settings
 
 RECIPE = "fastest, cache.kv=paged, cache.prefix_reuse=on"
@@ -36,11 +37,12 @@ def serve(labs: dict[str, Lab]) -> Callable[..., Any]:
     @contextmanager
     def start(name: str = "tiny-qwen2.5-vl", recipe: str = RECIPE, lab: Lab | None = None, **settings: Any) -> Iterator[Server]:
         lab = (lab or labs[name]).apart()
-        app = create_app(lab, recipe, Settings(**settings))
+        limits = Settings(**settings)
+        app = create_app(lab, recipe, limits)
         with socket.socket() as listening:
             listening.bind(("127.0.0.1", 0))
             listening.listen(128)
-            server = uvicorn.Server(uvicorn.Config(app, log_level="warning"))
+            server = uvicorn.Server(uvicorn.Config(app, log_level="warning", **uvicorn_options(limits)))
             thread = threading.Thread(target=server.run, kwargs={"sockets": [listening]}, daemon=True)
             thread.start()
             deadline = time.monotonic() + 20

@@ -13,7 +13,7 @@ from fastvl_lab.serve import chat
 from fastvl_lab.serve.chat import Served
 from fastvl_lab.serve.settings import Settings
 
-SERVED = Served(model="m", ends=(7, 9))
+SERVED = Served(model="m", ends=(7, 9), session_len=4096)
 HI = [{"role": "user", "content": "hi"}]
 
 
@@ -119,7 +119,7 @@ ANSWERED = {"refusal": None, "annotations": [], "audio": None, "function_call": 
 )
 def test_a_field_that_changes_nothing_passes(change: dict[str, Any]) -> None:
     """Nulls of all fields, the neutral values that clients send unasked, and what has no meaning where decoding is greedy."""
-    assert _read(**change).max_new_tokens == (change.get("max_tokens", 2) or 512)
+    assert _read(**change).max_new_tokens == (change.get("max_tokens", 2) or SERVED.session_len)
 
 
 def test_a_length_is_the_clients_wish_or_what_fits() -> None:
@@ -128,7 +128,7 @@ def test_a_length_is_the_clients_wish_or_what_fits() -> None:
         (3, False),
     ]
     default = _read(max_tokens=None)
-    assert (default.max_new_tokens, default.fit) == (512, True)
+    assert (default.max_new_tokens, default.fit) == (SERVED.session_len, True)
 
 
 def test_a_timeout_is_the_clients_or_the_servers() -> None:
