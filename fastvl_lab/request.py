@@ -15,9 +15,10 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypeAlias
 import numpy as np
 from PIL import Image
 
-from fastvl_lab.errors import RequestError, check_whole_number as check_whole_number
+from fastvl_lab.errors import RequestError, check_whole_number as check_whole_number, quoted
 from fastvl_lab.image_input import MAX_IMAGE_BYTES as MAX_IMAGE_BYTES, ImageInput as ImageInput, ImageSource as ImageSource
 from fastvl_lab.messages import Message, check_limits, count_images, read_messages
+from fastvl_lab.sampling import Sampling
 
 if TYPE_CHECKING:
     import torch
@@ -43,8 +44,8 @@ class Request:
 
     Give `images` and `prompt` (images come first), or `messages` as OpenAI and Transformers write them. `min_pixels` and
     `max_pixels` override the checkpoint's own limits on the area of the resized image; those beside an image in its part go before
-    them. Decoding is greedy: no sampling and no repetition penalty. `ignore_eos` makes exactly `max_new_tokens` tokens; `fit` makes
-    fewer where a session has no room for so many. Raises `RequestError` and `ImageError`.
+    them. `sampling` says how tokens are chosen, by default greedily, and what ends the answer. `ignore_eos` lets no end token end it;
+    `fit` makes fewer tokens than `max_new_tokens` where a session has no room for so many. Raises `RequestError` and `ImageError`.
 
     Paths are read when the request is made, so that a run starts with the bytes at hand. What engines read is derived:
     `image_inputs`, the images in order, and `conversation`, the messages with an `{"type": "image"}` part where each belongs.
@@ -58,6 +59,7 @@ class Request:
     fit: bool = False
     min_pixels: int | None = None
     max_pixels: int | None = None
+    sampling: Sampling = Sampling()
     image_inputs: tuple[ImageInput, ...] = field(init=False, repr=False)
     conversation: tuple[Message, ...] = field(init=False, repr=False)
 
@@ -74,6 +76,10 @@ class Request:
                 check_whole_number(name, value)
                 object.__setattr__(self, name, operator.index(value))  # an int, whatever kind of integer it was
         check_limits(self.min_pixels, self.max_pixels)
+        if not isinstance(self.sampling, Sampling):
+            raise RequestError(f"sampling is {quoted(self.sampling)}; give a fastvl_lab.Sampling")
+        if self.sampling.min_tokens > self.max_new_tokens:
+            raise RequestError(f"min_tokens is {self.sampling.min_tokens}, over max_new_tokens, {self.max_new_tokens}")
         messages = self.messages
         if messages is not None and not isinstance(messages, list | tuple):
             raise RequestError(f"messages is a {type(messages).__name__}; give a list of messages")
