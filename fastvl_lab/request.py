@@ -44,8 +44,9 @@ class Request:
 
     Give `images` and `prompt` (images come first), or `messages` as OpenAI and Transformers write them. `min_pixels` and
     `max_pixels` override the checkpoint's own limits on the area of the resized image; those beside an image in its part go before
-    them. `sampling` says how tokens are chosen, by default greedily, and what ends the answer. `ignore_eos` lets no end token end it;
-    `fit` makes fewer tokens than `max_new_tokens` where a session has no room for so many. Raises `RequestError` and `ImageError`.
+    them. `sampling` says how tokens are chosen, by default greedily, and what ends the answer. `ignore_eos` lets no end token end
+    it; `fit` makes fewer tokens than `max_new_tokens` where a session has no room for so many. `raw` takes the prompt as it is,
+    without the chat template, and without images. Raises `RequestError` and `ImageError`.
 
     Paths are read when the request is made, so that a run starts with the bytes at hand. What engines read is derived:
     `image_inputs`, the images in order, and `conversation`, the messages with an `{"type": "image"}` part where each belongs.
@@ -60,6 +61,7 @@ class Request:
     min_pixels: int | None = None
     max_pixels: int | None = None
     sampling: Sampling = Sampling()
+    raw: bool = False
     image_inputs: tuple[ImageInput, ...] = field(init=False, repr=False)
     conversation: tuple[Message, ...] = field(init=False, repr=False)
 
@@ -70,6 +72,8 @@ class Request:
             raise RequestError("images is not a list; put a single image in one: images=[image]")
         if self.messages is not None and len(self.images) > 0:
             raise RequestError("images belong inside the messages when messages are given; leave images empty")
+        if self.raw and (not self.prompt or len(self.images) > 0):
+            raise RequestError("a raw request has a prompt that is not empty and no images, whose places the chat template writes")
         for name in ("max_new_tokens", "min_pixels", "max_pixels"):
             value = getattr(self, name)
             if value is not None or name == "max_new_tokens":

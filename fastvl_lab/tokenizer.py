@@ -27,16 +27,17 @@ _LINKS = ("tool_call_id", "name")
 
 
 def chat_text(request: Request, checkpoint: Checkpoint) -> str:
-    """The conversation as the checkpoint's template writes it, one placeholder an image.
+    """The conversation as the checkpoint's template writes it, one placeholder an image; a raw prompt as it is.
 
     It is what `apply_chat_template` makes of the same messages. Raises `RequestError` if the user's own words contain a
     placeholder, which would be taken for an image, if a message has a field that the template does not write, if the template
     cannot write the conversation, and if its bytes alone make more tokens than a session has: before anything is tokenized.
     """
-    messages = [_for_templates(message) for message in request.conversation]
+    messages = [] if request.raw else [_for_templates(message) for message in request.conversation]
     placeholders = [int(getattr(checkpoint.config, key)) for key in checkpoint.family.placeholders]
     image, *others = checkpoint.tokenizer.convert_ids_to_tokens(placeholders)
-    text, words = _written(messages, checkpoint), [word for message in messages for word in words_of(message)]
+    words = [word for message in request.conversation for word in words_of(message)]
+    text = (request.prompt or "") if request.raw else _written(messages, checkpoint)
     check_bytes(text, checkpoint)
     mistaken = text.count(image) != len(request.image_inputs) or any(other in text for other in others)
     for placeholder in (image, *others):

@@ -104,7 +104,8 @@ class HttpPeer:
                 with span("connect"):
                     connection.connect()
                 with span("upload"):
-                    connection.request("POST", f"{self._address.path}/chat/completions", body, self._headers)
+                    path = "completions" if request.raw else "chat/completions"
+                    connection.request("POST", f"{self._address.path}/{path}", body, self._headers)
                 tracer.begin(WAIT)
                 response = connection.getresponse()
                 if response.status != 200:
@@ -173,7 +174,8 @@ class HttpPeer:
     def _body(self, request: Request) -> dict[str, Any]:
         images = iter(request.image_inputs)
         messages = [self._message(message, images) for message in request.conversation]
-        body: dict[str, Any] = {"model": self._model, "messages": messages, "temperature": 0, "stream": True}
+        asked: dict[str, Any] = {"prompt": request.prompt} if request.raw else {"messages": messages}
+        body: dict[str, Any] = {"model": self._model, **asked, "temperature": 0, "stream": True}
         body |= {"max_tokens": request.max_new_tokens, "stream_options": {"include_usage": True}}
         limits = {name: getattr(request, name) for name in ("min_pixels", "max_pixels") if getattr(request, name) is not None}
         if request.ignore_eos:

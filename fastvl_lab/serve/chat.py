@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, TypeGuard
 
-from fastvl_lab.errors import FastvlError, RequestCancelledError, RequestError, sentence
+from fastvl_lab.errors import FastvlError, RequestCancelledError, RequestError, quoted, sentence, shortened
 from fastvl_lab.request import MAX_IMAGES, Chunk, Request, check_whole_number
 from fastvl_lab.run import Run
 from fastvl_lab.serve.settings import Settings
@@ -54,6 +54,8 @@ _NEUTRAL: dict[str, tuple[Any, ...]] = {
     "chat_template_kwargs": ({},),
     "media_io_kwargs": ({},),
     "priority": (0,),
+    "return_hidden_states": (False,),
+    "do_preprocess": (True,),
 }
 # What has no meaning where the likeliest token is taken.
 _OF_SAMPLING = ("temperature", "top_p", "top_k", "min_p", "typical_p")
@@ -61,17 +63,25 @@ _OF_SAMPLING = ("temperature", "top_p", "top_k", "min_p", "typical_p")
 _IGNORED = (
     *("user", "seed", "store", "metadata", "service_tier", "safety_identifier", "prompt_cache_key", "prompt_cache_retention"),
     *("parallel_tool_calls", "prediction", "request_id", "rid", "session_id", "include_reasoning", "separate_reasoning"),
-    *("stream_reasoning", "length_penalty", "spaces_between_special_tokens", "include_stop_str_in_output"),
+    *("stream_reasoning", "length_penalty", "spaces_between_special_tokens", "include_stop_str_in_output", "cache_salt"),
 )
-_READ = ("model", "messages", "max_tokens", "max_completion_tokens", "stream", "stream_options")
-_EXTENSIONS = ("ignore_eos", "min_pixels", "max_pixels", "mm_processor_kwargs", "return_token_ids", "return_trace", "timeout")
+# What every completion has: OpenAI's fields, then vLLM's and this server's own.
+READ = (
+    *("model", "max_tokens", "max_completion_tokens", "stream", "stream_options"),
+    *("ignore_eos", "return_token_ids", "return_trace", "timeout"),
+)
 _LIMITS = ("min_pixels", "max_pixels")
+OF_IMAGES = (*_LIMITS, "mm_processor_kwargs")
+OWN = ("messages", *OF_IMAGES)
 
 # vLLM takes a lower temperature for 0.
 _GREEDY_BELOW = 1e-5
 
 # Of a request, messages and their parts together; more would take longer to look at than to refuse.
 MAX_PARTS = 10_000
+
+# What OpenAI makes of an image with detail "low": one of 512x512 pixels (its guide to images and vision).
+LOW_DETAIL = 512 * 512
 
 # Under which names Transformers and others keep an image in a part; those of files must not be read from the server's disk.
 _SOURCES = ("type", "image", "image_url", "image_pil", "url", "path", "base64")
@@ -90,80 +100,116 @@ class Served:
     session_len: int
 
 
-@dataclass(frozen=True, kw_only=True, eq=False)
-class Chat:
-    """A chat completion that a client has asked for.
+@dataclass(frozen=True, kw_only=True)
+class Asked:
+    """What every completion may be asked besides its prompt.
 
-    token_ids: whether chunks carry them. trace: whether the end of the answer carries the request's own trace.
+    limits: how long it may be, and what ends it, as `Request` has them. timeout: seconds that it may take from its arrival.
+    include_usage, continuous_usage: whether a stream ends with the usage, and whether each of its chunks has it so far.
     """
 
-    request: Request
-    served: Served
+    limits: Mapping[str, Any]
+    timeout: float
     stream: bool
     include_usage: bool
+    continuous_usage: bool
     token_ids: bool
     trace: bool
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
-class Draft:
-    """A chat completion whose images may still be at their addresses.
+class Chat:
+    """A completion that a client has asked for: of a conversation, or, where the request is raw, of a text.
 
-    timeout: seconds that it may take from its arrival. chat: the whole, from the bytes at each address.
+    token_ids: whether chunks carry them. trace: whether the end of the answer carries the request's own trace. echo: whether a
+    raw prompt comes before its answer. n_prompt: its tokens, where every chunk is to carry the usage so far.
     """
 
+    request: Request
+    served: Served
+    asked: Asked
+    echo: bool = False
+    n_prompt: int | None = None
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Draft:
+    """A completion whose images may still be at their addresses; chat: the whole, from the bytes at each."""
+
+    asked: Asked
     addresses: tuple[str, ...]
-    timeout: float
     chat: Callable[[Mapping[str, bytes]], Chat]
 
 
-def read(body: bytes, served: Served, settings: Settings) -> Draft:
+def read(data: Mapping[str, Any], served: Served, settings: Settings) -> Draft:
     """A body as a chat completion of the model served; raises `RequestError`s, here or in `Draft.chat`."""
+    asked = read_asked(data, served, settings, own=OWN)
+    messages, limits = _list(data.get("messages"), "messages"), _limits(data)
+    _check_number(messages)
+
+    def chat(fetched: Mapping[str, bytes]) -> Chat:
+        read_messages = [_message(number, message, fetched) for number, message in enumerate(messages)]
+        return Chat(request=Request(messages=read_messages, **asked.limits, **limits), served=served, asked=asked)
+
+    urls = (_url(number, part) for number, message in enumerate(messages) for part in _parts(message) if _is_image(part))
+    return Draft(asked=asked, addresses=tuple(dict.fromkeys(url for url in urls if not _is_data(url))), chat=chat)
+
+
+def json_object(body: bytes) -> dict[str, Any]:
+    """The object that a body is, without its nulls, which say nothing; raises `RequestError`."""
     try:
         data = json.loads(body)
     except (ValueError, RecursionError) as error:
-        raise RequestError(f"the body is no JSON: {error}") from None
+        raise RequestError(f"the body is no JSON: {shortened(str(error))}") from None
     if not isinstance(data, dict):
         raise RequestError(f"the body is a JSON {type(data).__name__}; it must be an object")
-    data = {name: value for name, value in data.items() if value is not None}  # which says nothing
+    return {name: value for name, value in data.items() if value is not None}
+
+
+def check_model(data: Mapping[str, Any], served: Served) -> None:
+    """Raise `UnknownModelError` for another model than the one that is served."""
     if data.get("model", served.model) != served.model:
-        raise UnknownModelError(f"model {str(data['model'])[:80]!r} is not served here; the choice is {served.model!r}")
+        raise UnknownModelError(f"model {quoted(data['model'])} is not served here; the choice is {served.model!r}")
+
+
+def read_asked(data: Mapping[str, Any], served: Served, settings: Settings, *, own: tuple[str, ...]) -> Asked:
+    """What a body asks of any completion; own: the fields that only its kind has. Raises `RequestError`."""
+    check_model(data, served)
     given = [name for name in ("max_completion_tokens", "max_tokens") if name in data]
     for name in given:
         check_whole_number(name, data[name])
     if len({data[name] for name in given}) > 1:
         raise RequestError(f"max_completion_tokens is {data[given[0]]} and max_tokens {data[given[1]]}; give one of them")
     most: int = data[given[0]] if given else settings.max_tokens or served.session_len
-    ignore_eos = _flag(data, "ignore_eos")
-    _check_fields(data, served, most, ignore_eos=ignore_eos)
+    ignore_eos = flag(data, "ignore_eos")
+    _check_fields(data, served, most, own, ignore_eos=ignore_eos)
     options = data.get("stream_options", {})
     if not isinstance(options, Mapping):
         raise RequestError("stream_options must be an object")
-    messages, limits = _list(data.get("messages"), "messages"), _limits(data)
-    _check_number(messages)
-    stream, token_ids, trace = (_flag(data, name) for name in ("stream", "return_token_ids", "return_trace"))
-
-    def chat(fetched: Mapping[str, bytes]) -> Chat:
-        read_messages = [_message(number, message, fetched) for number, message in enumerate(messages)]
-        request = Request(messages=read_messages, max_new_tokens=most, fit=not given, ignore_eos=ignore_eos, **limits)
-        usage = bool(options.get("include_usage"))
-        return Chat(request=request, served=served, stream=stream, include_usage=usage, token_ids=token_ids, trace=trace)
-
-    urls = (_url(number, part) for number, message in enumerate(messages) for part in _parts(message) if _is_image(part))
-    addresses = tuple(dict.fromkeys(url for url in urls if not _is_data(url)))
-    return Draft(addresses=addresses, timeout=_timeout(data, settings), chat=chat)
+    include = flag(options, "include_usage")
+    return Asked(
+        limits={"max_new_tokens": most, "fit": not given, "ignore_eos": ignore_eos},
+        timeout=_timeout(data, settings),
+        stream=flag(data, "stream"),
+        include_usage=include,
+        continuous_usage=include and flag(options, "continuous_usage_stats"),
+        token_ids=flag(data, "return_token_ids"),
+        trace=flag(data, "return_trace"),
+    )
 
 
-def _check_fields(data: Mapping[str, Any], served: Served, most: int, *, ignore_eos: bool) -> None:
+def _check_fields(data: Mapping[str, Any], served: Served, most: int, own: tuple[str, ...], *, ignore_eos: bool) -> None:
     """Raise `RequestError` for a field that is unknown, or under whose value the answer would be another."""
     for name, value in data.items():
+        if name in own:
+            continue
         if name in _NEUTRAL:
             if value not in _NEUTRAL[name] and not _changes_nothing(name, data, served, most, ignore_eos=ignore_eos):
                 allowed = " or ".join(json.dumps(v) for v in _NEUTRAL[name])
                 why = "the answer is one text, made greedily and to its end"
                 raise RequestError(f"{name} is {json.dumps(value)[:80]}; {why}, so it must be {allowed} or left out")
-        elif name not in (*_READ, *_IGNORED, *_EXTENSIONS):
-            known = ", ".join((*_READ, *_EXTENSIONS))
+        elif name not in (*READ, *_IGNORED):
+            known = ", ".join((*own, *READ))
             raise RequestError(f"the field {name[:80]!r} is unknown; the choices are {known}")
 
 
@@ -214,7 +260,8 @@ def _limits(data: Mapping[str, Any]) -> dict[str, Any]:
     return {name: options.get(name, data.get(name)) for name in _LIMITS}
 
 
-def _flag(data: Mapping[str, Any], name: str) -> bool:
+def flag(data: Mapping[str, Any], name: str) -> bool:
+    """A field that is true or false, and false where it is not there; raises `RequestError`."""
     value = data.get(name) or False
     if not isinstance(value, bool):
         raise RequestError(f"{name} is {json.dumps(value)[:80]}; it must be true or false")
@@ -250,6 +297,8 @@ def _message(number: int, message: Any, fetched: Mapping[str, bytes]) -> Any:
     if not isinstance(message, dict):
         return message  # which `Request` refuses
     said = {name: value for name, value in message.items() if name in ("role", "content") or value not in (None, [])}
+    if said.get("role") == "developer":
+        said["role"] = "system"  # OpenAI's later name for it, which no template of these families knows
     if said.get("content") is None and said.get("role") == "assistant" and "tool_calls" not in said:
         said["content"] = ""  # as clients send back an answer of which nothing was text
     if isinstance(said.get("content"), list):
@@ -267,7 +316,12 @@ def _part(number: int, part: Any, fetched: Mapping[str, bytes]) -> Any:
     if kind != "image_url":
         raise RequestError(f"message {number} has a part of type {str(kind)[:80]!r}; the choices are 'text' and 'image_url'")
     url, beside = _url(number, part), {name: value for name, value in part.items() if name not in _SOURCES and value is not None}
-    said = part["image_url"] if isinstance(part["image_url"], dict) else {}
+    said = dict(part["image_url"]) if isinstance(part["image_url"], dict) else {}
+    for where in (said, beside):
+        if where.get("detail") == "low":
+            where["detail"] = "auto"
+            if said.get("max_pixels") is None and beside.get("max_pixels") is None:
+                said["max_pixels"] = LOW_DETAIL
     return {"type": "image", "image": {**said, "url": url if _is_data(url) else fetched[url]}, **beside}
 
 
@@ -284,39 +338,61 @@ def _is_data(url: str) -> bool:
 
 
 class Reply:
-    """What is sent back for one chat: the same id and time in all of it."""
+    """What is sent back for one completion: the same id and time in all of it.
+
+    A choice has a text where the request was raw (/v1/completions), else a message, or a delta of one.
+    """
 
     def __init__(self, chat: Chat) -> None:
-        self._chat = chat
-        self._head = {"id": f"chatcmpl-{uuid.uuid4().hex}", "created": int(time.time()), "model": chat.served.model}
-        self._begun = False
+        self._chat, self._raw = chat, chat.request.raw
+        self._head = {
+            "id": f"{'cmpl' if self._raw else 'chatcmpl'}-{uuid.uuid4().hex}",
+            "created": int(time.time()),
+            "model": chat.served.model,
+        }
+        self._begun, self._n_made = False, 0
 
     def piece(self, chunk: Chunk) -> dict[str, Any]:
         """A piece of the answer."""
-        delta: dict[str, Any] = {"content": chunk.text} if self._begun else {"role": "assistant", "content": chunk.text}
-        self._begun = True
-        return self._choice(delta, None, chunk.tokens)
+        first, self._begun = not self._begun, True
+        self._n_made += len(chunk.tokens)
+        if self._raw:
+            return self._choice({"text": (self._echoed() if first else "") + chunk.text}, None, chunk.tokens)
+        return self._choice(
+            {"delta": {"role": "assistant", "content": chunk.text} if first else {"content": chunk.text}}, None, chunk.tokens
+        )
 
     def end(self, run: Run) -> list[dict[str, Any]]:
         """Why the answer ended; then, if asked for, usage and trace."""
-        last = [self._choice({}, self._reason(run), ())]
-        if self._chat.include_usage or self._chat.trace:
-            last.append({**self._head, "object": "chat.completion.chunk", "choices": [], **self._measured(run)})
+        last = [self._choice({"text": ""} if self._raw else {"delta": {}}, self._reason(run), ())]
+        if self._chat.asked.include_usage or self._chat.asked.trace:
+            last.append({**self._head, "object": self._kind(streamed=True), "choices": [], **self._measured(run)})
         return last
 
     def whole(self, run: Run) -> dict[str, Any]:
         """The answer of a client that does not stream."""
         message = {"role": "assistant", "content": run.text}
-        choice: dict[str, Any] = {"index": 0, "message": message, "finish_reason": self._reason(run)}
-        if self._chat.token_ids:
+        said = {"text": self._echoed() + run.text, "logprobs": None} if self._raw else {"message": message}
+        choice: dict[str, Any] = {"index": 0, **said, "finish_reason": self._reason(run)}
+        if self._chat.asked.token_ids:
             choice["token_ids"] = list(run.tokens)
-        return {**self._head, "object": "chat.completion", "choices": [choice], **self._measured(run)}
+        return {**self._head, "object": self._kind(streamed=False), "choices": [choice], **self._measured(run)}
 
-    def _choice(self, delta: dict[str, Any], reason: str | None, tokens: tuple[int, ...]) -> dict[str, Any]:
-        choice: dict[str, Any] = {"index": 0, "delta": delta, "finish_reason": reason}
-        if self._chat.token_ids and tokens:
+    def _kind(self, *, streamed: bool) -> str:
+        """OpenAI's name for what is sent."""
+        if self._raw:
+            return "text_completion"
+        return "chat.completion.chunk" if streamed else "chat.completion"
+
+    def _echoed(self) -> str:
+        return self._chat.request.prompt or "" if self._chat.echo else ""
+
+    def _choice(self, said: dict[str, Any], reason: str | None, tokens: tuple[int, ...]) -> dict[str, Any]:
+        choice: dict[str, Any] = {"index": 0, **said, "logprobs": None, "finish_reason": reason}
+        if self._chat.asked.token_ids and tokens:
             choice["token_ids"] = list(tokens)
-        return {**self._head, "object": "chat.completion.chunk", "choices": [choice]}
+        usage = {} if self._chat.n_prompt is None else {"usage": _usage(self._chat.n_prompt, self._n_made)}
+        return {**self._head, "object": self._kind(streamed=True), "choices": [choice], **usage}
 
     def _reason(self, run: Run) -> str:
         ended = not self._chat.request.ignore_eos and run.tokens[-1] in self._chat.served.ends
@@ -324,13 +400,16 @@ class Reply:
 
     def _measured(self, run: Run) -> dict[str, Any]:
         """Usage, what kind of run it was, and on demand its own record, from when it was queued."""
-        n, made, reused = run.n_prompt, len(run.tokens), run.trace.counts.get("cache: prefix tokens found", 0)
-        usage: dict[str, Any] = {"prompt_tokens": n, "completion_tokens": made, "total_tokens": n + made}
-        usage["prompt_tokens_details"] = {"cached_tokens": reused}
+        usage: dict[str, Any] = _usage(run.n_prompt, len(run.tokens))
+        usage["prompt_tokens_details"] = {"cached_tokens": run.trace.counts.get("cache: prefix tokens found", 0)}
         ours: dict[str, Any] = {"kind": run.kind}
-        if self._chat.trace:
+        if self._chat.asked.trace:
             ours["run"] = run.to_record()
         return {"usage": usage, "fastvl_lab": ours}
+
+
+def _usage(n_prompt: int, n_made: int) -> dict[str, int]:
+    return {"prompt_tokens": n_prompt, "completion_tokens": n_made, "total_tokens": n_prompt + n_made}
 
 
 def error_body(error: BaseException | str, kind: str, code: str | None = None) -> dict[str, Any]:

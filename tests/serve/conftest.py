@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import socket
 import threading
 import time
@@ -63,3 +64,9 @@ def serve(labs: dict[str, Lab]) -> Callable[..., Any]:
 def server(serve: Callable[..., Any]) -> Iterator[Server]:
     with serve(max_body=2_000_000, max_queue=8) as running:
         yield running
+
+
+@pytest.fixture(scope="session")
+def data_uri() -> Callable[[bytes], str]:
+    """A picture as clients send it."""
+    return lambda picture: f"data:image/jpeg;base64,{base64.b64encode(picture).decode()}"

@@ -10,7 +10,7 @@ import pytest
 from fastvl_lab import RequestError
 from fastvl_lab.request import Request
 from fastvl_lab.serve import chat
-from fastvl_lab.serve.chat import Served
+from fastvl_lab.serve.chat import Draft, Served
 from fastvl_lab.serve.settings import Settings
 
 SERVED = Served(model="m", ends=(7, 9), session_len=4096)
@@ -20,7 +20,11 @@ HI = [{"role": "user", "content": "hi"}]
 def _read(**change: Any) -> Request:
     """The request of a body, whose addresses are not fetched."""
     body = {"model": "m", "messages": HI, "max_tokens": 2} | change
-    return chat.read(json.dumps(body).encode(), SERVED, Settings()).chat({}).request
+    return _draft(body).chat({}).request
+
+
+def _draft(body: dict[str, Any], **settings: Any) -> Draft:
+    return chat.read(chat.json_object(json.dumps(body).encode()), SERVED, Settings(**settings))
 
 
 @pytest.mark.parametrize(
@@ -133,8 +137,8 @@ def test_a_length_is_the_clients_wish_or_what_fits() -> None:
 
 def test_a_timeout_is_the_clients_or_the_servers() -> None:
     body = {"messages": HI, "timeout": 2.5}
-    assert chat.read(json.dumps(body).encode(), SERVED, Settings()).timeout == 2.5
-    assert chat.read(json.dumps({"messages": HI}).encode(), SERVED, Settings(timeout=7)).timeout == 7
+    assert _draft(body).asked.timeout == 2.5
+    assert _draft({"messages": HI}, timeout=7).asked.timeout == 7
 
 
 def test_what_parts_and_messages_carry_reaches_the_request() -> None:
@@ -145,8 +149,27 @@ def test_what_parts_and_messages_carry_reaches_the_request() -> None:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(chat, "Request", lambda **given: seen.update(given) or Request(prompt="?"))
         _read(messages=[{"role": "user", "content": [image], "name": "me"}, call])
-    part = {"type": "image", "image": {"url": "data:,x", "detail": "low"}, "max_pixels": 3136}
+    part = {"type": "image", "image": {"url": "data:,x", "detail": "auto"}, "max_pixels": 3136}
     assert seen["messages"] == [
         {"role": "user", "content": [part], "name": "me"},
         {"role": "assistant", "content": None, "tool_calls": [{"id": "1"}], "reasoning_content": "why"},
     ]
+
+
+def test_low_detail_is_the_size_that_openai_gives_it() -> None:
+    """Unless the part itself says how large; both places where clients write it are read."""
+    pixel = "data:image/gif;base64,R0lGODlhAQABAIAAAP///wAAACH5BAAAAAAALAAAAAABAAEAAAICRAEAOw=="
+    for part, most in (
+        ({"image_url": {"url": pixel, "detail": "low"}}, 512 * 512),
+        ({"image_url": pixel, "detail": "low"}, 512 * 512),
+        ({"image_url": {"url": pixel, "detail": "low", "max_pixels": 3136}}, 3136),
+        ({"image_url": {"url": pixel, "detail": "low"}, "max_pixels": 3136, "uuid": "a"}, 3136),
+        ({"image_url": {"url": pixel, "detail": "high"}}, None),
+    ):
+        (image,) = _read(messages=[_said("user", [{"type": "image_url", **part}])]).image_inputs
+        assert image.max_pixels == most, part
+
+
+def test_a_developer_is_who_was_the_system_before() -> None:
+    (first, _) = _read(messages=[_said("developer", "Be brief."), *HI]).conversation
+    assert first == {"role": "system", "content": "Be brief."}

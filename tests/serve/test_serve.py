@@ -314,7 +314,7 @@ def _metrics(server: Any) -> dict[str, float]:
 
 def test_what_is_not_served_is_said_as_openai_says_errors(server: Any) -> None:
     for method, path, status in (
-        ("POST", "/v1/completions", 404),
+        ("POST", "/v1/embeddings", 404),
         ("GET", "/", 404),
         ("GET", "/v1/chat/completions", 405),
         ("DELETE", f"/v1/models/{MODEL}", 405),
