@@ -30,7 +30,7 @@ from fastvl_lab.families import FAMILIES, Family
 from fastvl_lab.pipeline import Outcome, Pipeline
 from fastvl_lab.processes.server import Servers
 from fastvl_lab.recipe import Recipe
-from fastvl_lab.request import Chunk, Request, check_whole_number
+from fastvl_lab.request import Chunk, Request, TokenLogprob, check_whole_number
 from fastvl_lab.run import ELSEWHERE, Kind, Run
 from fastvl_lab.schedule.inbox import Inbox, Job
 from fastvl_lab.schedule.loop import OnStep, one_at_a_time, side_by_side
@@ -166,8 +166,8 @@ class Lab:
         tell_chunk, tell_begin, tell_stage = (self._told(key, tell) for tell in (on_chunk, on_begin, on_stage))
         tracer, chunks = Tracer(self.device, trace, stop=stop, on_begin=tell_begin, on_stage=tell_stage), []
 
-        def deliver(text: str, tokens: tuple[int, ...]) -> None:
-            chunks.append(Chunk(text=text, tokens=tokens, time=tracer.delivered()))
+        def deliver(text: str, tokens: tuple[int, ...], logprobs: tuple[TokenLogprob, ...] = ()) -> None:
+            chunks.append(Chunk(text=text, tokens=tokens, time=tracer.delivered(), logprobs=logprobs))
             if tell_chunk is not None:
                 tell_chunk(chunks[-1])
 
@@ -211,6 +211,7 @@ class Lab:
             captures=outcome.captures,
             finite=bool(logits.isfinite().all()),
             account=None if own is None else own.held_against(finished),
+            finish_reason=outcome.finish_reason,
         )
 
     def stream(self, request: Request, engine: EngineLike | None = None) -> Iterator[Chunk]:
@@ -218,13 +219,16 @@ class Lab:
         key, gone = self._admitted(request, engine), threading.Event()
         tracer = Tracer(self.device, "off", stop=gone)
         # Unbounded: an engine that waited for its consumer would keep the lab from everybody else; the answer's length bounds it.
-        ready: queue.SimpleQueue[tuple[str, tuple[int, ...]] | BaseException | None] = queue.SimpleQueue()
+        ready: queue.SimpleQueue[tuple[str, tuple[int, ...], tuple[TokenLogprob, ...]] | BaseException | None] = queue.SimpleQueue()
+
+        def deliver(text: str, tokens: tuple[int, ...], logprobs: tuple[TokenLogprob, ...] = ()) -> None:
+            ready.put((text, tokens, logprobs))
 
         def produce() -> None:
             try:
                 bound = self._bind(key, gone)
                 tracer.start()
-                self._kind(key, self._serve(bound, request, tracer, lambda text, tokens: ready.put((text, tokens))))
+                self._kind(key, self._serve(bound, request, tracer, deliver))
                 ready.put(None)
             except BaseException as error:  # handed to the consumer, whose call it is
                 ready.put(error)
@@ -236,7 +240,7 @@ class Lab:
             while (item := ready.get()) is not None:
                 if isinstance(item, BaseException):
                     raise item
-                yield Chunk(text=item[0], tokens=item[1], time=tracer.delivered())
+                yield Chunk(text=item[0], tokens=item[1], time=tracer.delivered(), logprobs=item[2])
         finally:
             gone.set()
             if not job.cancel():
@@ -260,8 +264,8 @@ class Lab:
         """
         key, tracer, chunks = self._admitted(request, engine), Tracer(self.device, trace, stop=stop), list[Chunk]()
 
-        def deliver(text: str, tokens: tuple[int, ...]) -> None:
-            chunks.append(Chunk(text=text, tokens=tokens, time=tracer.delivered()))
+        def deliver(text: str, tokens: tuple[int, ...], logprobs: tuple[TokenLogprob, ...] = ()) -> None:
+            chunks.append(Chunk(text=text, tokens=tokens, time=tracer.delivered(), logprobs=logprobs))
             if on_chunk is not None:
                 on_chunk(chunks[-1])
 

@@ -34,6 +34,9 @@ Picture: TypeAlias = "Image.Image | torch.Tensor"
 # Whether a run was the first of its kind, reused something of an earlier request, or neither; or nobody says. See `Run`.
 Kind = Literal["cold", "warm", "cache_hit", "unknown"]
 
+# Why an answer ended: an end token or a stop, or as many tokens as it may have. In OpenAI's words.
+FinishReason = Literal["stop", "length"]
+
 # In the place of a token that an endpoint counts and does not name.
 UNNAMED = -1
 
@@ -44,9 +47,9 @@ class Request:
 
     Give `images` and `prompt` (images come first), or `messages` as OpenAI and Transformers write them. `min_pixels` and
     `max_pixels` override the checkpoint's own limits on the area of the resized image; those beside an image in its part go before
-    them. `sampling` says how tokens are chosen, by default greedily, and what ends the answer. `ignore_eos` lets no end token end
-    it; `fit` makes fewer tokens than `max_new_tokens` where a session has no room for so many. `raw` takes the prompt as it is,
-    without the chat template, and without images. Raises `RequestError` and `ImageError`.
+    them. `sampling` says how tokens are chosen, by default greedily, and which texts end the answer. `ignore_eos` lets no end token
+    end it; `fit` makes fewer than `max_new_tokens` where a session has no room for so many. `raw` takes the prompt as it is, without
+    the chat template, and without images. Raises `RequestError` and `ImageError`.
 
     Paths are read when the request is made, so that a run starts with the bytes at hand. What engines read is derived:
     `image_inputs`, the images in order, and `conversation`, the messages with an `{"type": "image"}` part where each belongs.
@@ -201,16 +204,31 @@ class VisionTokens:
 
 
 @dataclass(frozen=True, kw_only=True)
+class TokenLogprob:
+    """A token, its bytes (`spelt`; a special one's are its name's), and the natural logarithm of its probability.
+
+    top: the likeliest tokens in its place, the likeliest first, where they were asked for.
+    """
+
+    token: int
+    spelt: bytes
+    logprob: float
+    top: tuple[TokenLogprob, ...] = ()
+
+
+@dataclass(frozen=True, kw_only=True)
 class Chunk:
     """What the consumer receives at once: new text, the token ids behind it, and when it was in the consumer's hands.
 
     `time` is in seconds from the moment the engine was given the request. `tokens` has `UNNAMED` for each that an endpoint counts
-    and does not name. `str(chunk)` is its text.
+    and does not name. `logprobs`, where the request asked for them, are of each token but those of a stop, which has no text here.
+    `str(chunk)` is its text.
     """
 
     text: str
     tokens: tuple[int, ...]
     time: float
+    logprobs: tuple[TokenLogprob, ...] = ()
 
     def __str__(self) -> str:
         return self.text

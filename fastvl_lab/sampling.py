@@ -91,7 +91,8 @@ class Sampling:
 
 
 def _number(name: str, value: Any, least: float, most: float) -> float:
-    if isinstance(value, bool) or not isinstance(value, Real) or not least <= value <= most:
+    good = isinstance(value, Real) and not isinstance(value, bool) and least <= value <= most  # type: ignore[operator]
+    if not good:
         raise RequestError(f"{name} is {quoted(value)}; it must be a number from {least:g} to {most:g}")
     return float(value)
 

@@ -129,6 +129,7 @@ def tokenize(request: Request, grids: Sequence[Grid], checkpoint: Checkpoint) ->
     """
     ids = np.asarray(checkpoint.tokenizer(chat_text(request, checkpoint), add_special_tokens=False).input_ids, dtype=np.int64)
     check_tokens(int(ids.max()), checkpoint)
+    check_bias(request, checkpoint)
     is_image = ids == checkpoint.image_token_id
     assert is_image.sum() == len(grids), "one placeholder an image"
 
@@ -166,6 +167,13 @@ def check_tokens(highest: int, checkpoint: Checkpoint) -> None:
     if highest >= (known := checkpoint.config.get_text_config().vocab_size):
         token = checkpoint.tokenizer.convert_ids_to_tokens(highest)
         raise RequestError(f"the prompt has the token {quoted(token)}, number {highest}, and the model has {known}; leave it out")
+
+
+def check_bias(request: Request, checkpoint: Checkpoint) -> None:
+    """Raise `RequestError` for a token of `logit_bias` that the model has not."""
+    known = checkpoint.config.get_text_config().vocab_size
+    if (highest := max(request.sampling.logit_bias, default=0)) >= known:
+        raise RequestError(f"logit_bias has token {highest}, and the model has {known}, from 0 on; leave it out")
 
 
 def check_text(request: Request, checkpoint: Checkpoint) -> None:

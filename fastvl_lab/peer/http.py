@@ -18,6 +18,7 @@ import re
 import ssl
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import closing, contextmanager, suppress
+from dataclasses import fields
 from functools import partial
 from itertools import chain
 from typing import Any
@@ -27,13 +28,14 @@ import torch
 
 from fastvl_lab.account import WAIT, Account
 from fastvl_lab.engine import Engine, engine
-from fastvl_lab.errors import EndpointError, RecipeError
+from fastvl_lab.errors import EndpointError, RecipeError, RequestError
 from fastvl_lab.peer.accounts import Counted
 from fastvl_lab.peer.answers import MAX_EVENT, Event, Model, Usage, read_events, read_models, said
 from fastvl_lab.peer.counts import Piece, tokens_of
 from fastvl_lab.pipeline import Outcome
 from fastvl_lab.preprocessor.decode_image import rgb_of
 from fastvl_lab.request import ImageInput, Kind, Request
+from fastvl_lab.sampling import Sampling
 from fastvl_lab.streaming.text import Deliver
 from fastvl_lab.trace import Tracer
 
@@ -95,6 +97,8 @@ class HttpPeer:
 
     def run(self, request: Request, tracer: Tracer, deliver: Deliver) -> Outcome:
         """Have one request served; raises `EndpointError` if the endpoint refuses it, fails, or falls silent."""
+        if request.sampling.logprobs:
+            raise RequestError("logprobs is true, and those of an endpoint name no token's id; ask a recipe for them")
         span, connection = tracer.span, self._connection()
         answer = _Answer(self._address.netloc, tracer, deliver, self._tokenizer)
         with self._counted.request(), closing(connection):
@@ -175,7 +179,7 @@ class HttpPeer:
         images = iter(request.image_inputs)
         messages = [self._message(message, images) for message in request.conversation]
         asked: dict[str, Any] = {"prompt": request.prompt} if request.raw else {"messages": messages}
-        body: dict[str, Any] = {"model": self._model, **asked, "temperature": 0, "stream": True}
+        body: dict[str, Any] = {"model": self._model, **asked, "stream": True, **_choosing(request.sampling)}
         body |= {"max_tokens": request.max_new_tokens, "stream_options": {"include_usage": True}}
         limits = {name: getattr(request, name) for name in ("min_pixels", "max_pixels") if getattr(request, name) is not None}
         if request.ignore_eos:
@@ -265,6 +269,17 @@ class _Answer:
 
     def _ids(self, text: str) -> tuple[int, ...]:
         return tuple(self._tokenizer(text, add_special_tokens=False).input_ids)
+
+
+def _choosing(sampling: Sampling) -> dict[str, Any]:
+    """The same in OpenAI's words, and vLLM's where it has none; of what is as everywhere by default, the temperature alone."""
+    body: dict[str, Any] = {"temperature": sampling.temperature}
+    for named in fields(sampling):
+        if named.name != "logit_bias" and (value := getattr(sampling, named.name)) != named.default:
+            body[named.name] = value
+    if sampling.logit_bias:
+        body["logit_bias"] = {str(token): by for token, by in sampling.logit_bias.items()}
+    return body
 
 
 def _joined(tokens: Iterable[tuple[int, ...]]) -> tuple[int, ...]:

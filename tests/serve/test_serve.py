@@ -187,7 +187,7 @@ def test_a_port_that_cannot_be_is_refused_before_anything_is_loaded(capsys: pyte
         ),
         ({"n": 2}, 400, "n is 2"),
         ({"tools": [{"type": "function"}]}, 400, "tools is"),
-        ({"max_tokns": 5}, 400, "the field 'max_tokns' is unknown; the choices are model, messages"),
+        ({"max_tokns": 5}, 400, "the field 'max_tokns' is unknown; the choices are messages, min_pixels"),
         ({"max_tokens": 0}, 400, "max_tokens is 0"),
         ({"max_completion_tokens": 3}, 400, "max_completion_tokens is 3 and max_tokens"),
         ({"stream": "yes"}, 400, 'stream is "yes"; it must be true or false'),
