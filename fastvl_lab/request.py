@@ -48,8 +48,8 @@ class Request:
     Give `images` and `prompt` (images come first), or `messages` as OpenAI and Transformers write them. `min_pixels` and
     `max_pixels` override the checkpoint's own limits on the area of the resized image; those beside an image in its part go before
     them. `sampling` says how tokens are chosen, by default greedily, and which texts end the answer. `ignore_eos` lets no end token
-    end it; `fit` makes fewer than `max_new_tokens` where a session has no room for so many. `raw` takes the prompt as it is, without
-    the chat template, and without images. Raises `RequestError` and `ImageError`.
+    end it; `fit` makes fewer than `max_new_tokens` where a session has no room for so many. `raw` takes the prompt as it is, and
+    neither chat template nor images. Raises `RequestError` and `ImageError`.
 
     Paths are read when the request is made, so that a run starts with the bytes at hand. What engines read is derived:
     `image_inputs`, the images in order, and `conversation`, the messages with an `{"type": "image"}` part where each belongs.
