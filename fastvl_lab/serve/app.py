@@ -7,7 +7,7 @@ import copy
 import dataclasses
 import hmac
 import json
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, asynccontextmanager
 from dataclasses import dataclass
@@ -22,13 +22,14 @@ from fastvl_lab.errors import DeviceError, FastvlError, RequestCancelledError, r
 from fastvl_lab.lab import Lab
 from fastvl_lab.recipe import Recipe
 from fastvl_lab.request import Chunk, Request
+from fastvl_lab.run import Run
 from fastvl_lab.serve import chat as chats, completions, openapi
 from fastvl_lab.serve.chat import Chat, Draft, Reply, Served, UnknownModelError, error_body, json_object
 from fastvl_lab.serve.completions import prompt_of
 from fastvl_lab.serve.fetch import fetch_all
 from fastvl_lab.serve.metrics import Metrics
 from fastvl_lab.serve.openapi import of_body, of_look
-from fastvl_lab.serve.request_queue import Finished, HeldBytes, QueuedRequest, QueueFullError, RequestQueue, Share
+from fastvl_lab.serve.request_queue import Events, Finished, HeldBytes, QueuedRequest, QueueFullError, RequestQueue, Share
 from fastvl_lab.serve.settings import Settings
 from fastvl_lab.tokenizer import check_text
 
@@ -252,8 +253,12 @@ class _Front:
         deadline = body.arrived + draft.asked.timeout
         body.until.reschedule(deadline)
         chat = await self._chat(draft, deadline, body.share)
-        queued = QueuedRequest(chat.request)
-        body.put(queued)
+        with ExitStack() as places:  # one for each answer, or none for any
+            put = [body.put, *(places.enter_context(self._queue.place()) for _ in chat.others)]
+            events: Events = asyncio.Queue()
+            queued = [QueuedRequest(request, n, events) for n, request in enumerate((chat.request, *chat.others))]
+            for place, one in zip(put, queued, strict=True):
+                place(one)
         return self._answer(chat, queued, self._queue, self._metrics, deadline, body.leaving.pop_all())
 
     async def _tokens(self, body: _Body) -> Any:
@@ -280,7 +285,7 @@ class _Front:
             share.take(sum(map(len, fetched.values())))
 
         def whole() -> Chat:
-            chat = draft.chat(fetched)
+            chat = draft.chat(fetched).with_others()
             check_text(chat.request, self._checkpoint)
             if not draft.asked.continuous_usage:
                 return chat
@@ -328,10 +333,19 @@ class _Front:
 
 
 class _Answer:
-    """An ASGI response that waits for its request's turn, sends what is made, and gives the request up when its client leaves."""
+    """An ASGI response that waits for its requests' turns, sends what is made, and gives them up when its client leaves.
+
+    queued: a request for each answer that the client wants. leaving: what is given back when they have ended.
+    """
 
     def __init__(
-        self, chat: Chat, queued: QueuedRequest, queue: RequestQueue, metrics: Metrics, deadline: float, leaving: ExitStack
+        self,
+        chat: Chat,
+        queued: Sequence[QueuedRequest],
+        queue: RequestQueue,
+        metrics: Metrics,
+        deadline: float,
+        leaving: ExitStack,
     ) -> None:
         self._chat, self._queued, self._queue, self._metrics, self._deadline = chat, queued, queue, metrics, deadline
         self._leaving = leaving
@@ -351,7 +365,8 @@ class _Answer:
         except OSError:  # the connection broke while something was sent
             status = CLIENT_LEFT
         finally:
-            self._queue.give_up(self._queued)
+            for queued in self._queued:
+                self._queue.give_up(queued)
             for task in (leaving, answering):
                 task.cancel()
             await asyncio.gather(leaving, answering, return_exceptions=True)
@@ -361,21 +376,28 @@ class _Answer:
         """Send the answer or the error; the status that the request had in the end."""
         try:
             async with asyncio.timeout_at(self._deadline):
-                while isinstance(event := await self._queued.events.get(), Chunk):
-                    if self._chat.asked.stream:
-                        await self._send_event(send, self._reply.piece(event))
-                if isinstance(event, Finished):
-                    await self._finish(send, event)
-                    return 200
-                return await self._fail(send, event)
+                runs: dict[int, Run] = {}
+                while len(runs) < len(self._queued):
+                    number, event = await self._queued[0].events.get()
+                    if isinstance(event, Chunk):
+                        if self._chat.asked.stream:
+                            await self._send_event(send, self._reply.piece(event, number))
+                    elif isinstance(event, Finished):
+                        runs[number] = event.run
+                        if self._chat.asked.stream:
+                            await self._send_event(send, self._reply.end(event.run, number))
+                    else:
+                        return await self._fail(send, event)
+                await self._finish(send, [runs[number] for number in sorted(runs)])
+                return 200
         except TimeoutError:
             return await self._fail(send, TimeoutError())
 
-    async def _finish(self, send: Any, finished: Finished) -> None:
+    async def _finish(self, send: Any, runs: Sequence[Run]) -> None:
         if not self._chat.asked.stream:
-            await self._send_json(send, 200, self._reply.whole(finished.run))
+            await self._send_json(send, 200, self._reply.whole(runs))
             return
-        for last in self._reply.end(finished.run):
+        for last in self._reply.measured(runs):
             await self._send_event(send, last)
         await send({"type": "http.response.body", "body": b"data: [DONE]\n\n"})
 

@@ -23,10 +23,14 @@ OWN = ("prompt", "echo", "suffix")
 
 def read(data: Mapping[str, Any], served: Served, settings: Settings) -> Draft:
     """A body as the completion of a text; raises `RequestError`s, here or in `Draft.chat`."""
-    asked = read_asked(data, served, settings, own=OWN)
+    asked = read_asked(data, served, settings, own=OWN, raw=True)
     if data.get("suffix"):
         raise RequestError(f"suffix is {quoted(data['suffix'])}; an answer is made of what comes before it, so leave it out")
     prompt, echo = data.get("prompt"), flag(data, "echo")
+    if echo and asked.limits["sampling"].logprobs:
+        raise RequestError(
+            "echo is true, and logprobs are asked for; of a prompt's tokens there are none, so leave one of them out"
+        )
     if isinstance(prompt, list) and len(prompt) == 1:
         prompt = prompt[0]
     if not isinstance(prompt, str) or not prompt:

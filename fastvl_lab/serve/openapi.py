@@ -8,6 +8,9 @@ from __future__ import annotations
 
 from typing import Any
 
+from fastvl_lab.sampling import MAX_STOP_LENGTH, MAX_STOPS, MAX_TOP_LOGPROBS
+from fastvl_lab.serve.choosing import MAX_ANSWERS
+
 Schema = dict[str, Any]
 
 
@@ -61,8 +64,32 @@ _ANY: Schema = {
     "timeout": _maybe("number", exclusiveMinimum=0, description="seconds from arrival to the last chunk"),
     "return_token_ids": _maybe("boolean"),
     "return_trace": _maybe("boolean", description="the last chunk carries the request's own run"),
+    "temperature": _maybe("number", minimum=0, maximum=2, description="0 unless something else is asked of a draw, and then 1"),
+    "top_p": _maybe("number", minimum=0, maximum=1),
+    "top_k": _maybe("integer", minimum=-1, description="0 or -1: all"),
+    "min_p": _maybe("number", minimum=0, maximum=1),
+    "repetition_penalty": _maybe("number", minimum=0.01, maximum=100),
+    "frequency_penalty": _maybe("number", minimum=-2, maximum=2),
+    "presence_penalty": _maybe("number", minimum=-2, maximum=2),
+    "logit_bias": _maybe("object", additionalProperties={"type": "number", "minimum": -100, "maximum": 100}),
+    "seed": _maybe("integer", minimum=-(2**63), maximum=2**63 - 1),
+    "stop": {
+        "anyOf": [
+            {"type": ["string", "null"], "maxLength": MAX_STOP_LENGTH},
+            {"type": "array", "maxItems": MAX_STOPS, "items": {"type": "string", "maxLength": MAX_STOP_LENGTH}},
+        ]
+    },
+    "min_tokens": _maybe("integer", minimum=0),
+    "min_new_tokens": _maybe("integer", minimum=0, description="the same"),
+    "do_sample": _maybe("boolean", description="false: greedy, whatever the temperature"),
+    "n": _maybe("integer", minimum=1, maximum=MAX_ANSWERS, description="answers, each with its own draws"),
 }
-CHAT = _object(["messages"], messages=_MESSAGES, **_PIXELS, **_ANY)
+_LOGPROBS: Schema = {
+    "logprobs": _maybe("boolean"),
+    "top_logprobs": _maybe("integer", minimum=0, maximum=MAX_TOP_LOGPROBS, description="beside logprobs"),
+}
+_LOGPROBS_OF_TEXT: Schema = {"logprobs": _maybe("integer", minimum=0, maximum=MAX_TOP_LOGPROBS)}
+CHAT = _object(["messages"], messages=_MESSAGES, **_PIXELS, **_ANY, **_LOGPROBS)
 COMPLETION = _object(
     ["prompt"],
     prompt={
@@ -71,6 +98,7 @@ COMPLETION = _object(
     echo=_maybe("boolean", description="the prompt comes before the answer"),
     suffix={"type": ["string", "null"], "maxLength": 0},
     **_ANY,
+    **_LOGPROBS_OF_TEXT,
 )
 _STRINGS = {"return_token_strs": _maybe("boolean")}
 TOKENIZE: Schema = {

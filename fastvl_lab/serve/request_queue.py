@@ -62,18 +62,25 @@ class Finished:
 Event = Chunk | Finished | BaseException
 
 
-class QueuedRequest:
-    """One request that waits or is being served. `events` is filled as the engine makes them, and never holds it up."""
+# What becomes of requests, each with the number of its own; bounded by the lengths of their answers.
+Events = asyncio.Queue[tuple[int, Event]]
 
-    def __init__(self, request: Request) -> None:
-        self.request = request
+
+class QueuedRequest:
+    """One request that waits or is being served. `events` is filled as the engine makes them, and never holds it up.
+
+    number, events: where several requests are a client's one, the how manieth it is, and what they share.
+    """
+
+    def __init__(self, request: Request, number: int = 0, events: Events | None = None) -> None:
+        self.request, self.number = request, number
         self.stop = threading.Event()
-        self.events: asyncio.Queue[Event] = asyncio.Queue()  # bounded by the answer's length
+        self.events: Events = asyncio.Queue() if events is None else events
         self._loop = asyncio.get_running_loop()
 
     def send(self, event: Event) -> None:
         """From the thread that computes."""
-        self._loop.call_soon_threadsafe(self.events.put_nowait, event)
+        self._loop.call_soon_threadsafe(self.events.put_nowait, (self.number, event))
 
 
 class RequestQueue:

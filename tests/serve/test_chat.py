@@ -30,14 +30,8 @@ def _draft(body: dict[str, Any], **settings: Any) -> Draft:
 @pytest.mark.parametrize(
     ("change", "says"),
     [
-        ({"top_p": 0.9}, "top_p is 0.9"),
-        ({"temperature": 0.7, "top_k": 20}, "temperature is 0.7"),
-        ({"stop": ["\n"]}, "stop is"),
         ({"stop_token_ids": [7, 8]}, "stop_token_ids is [7, 8]"),
-        ({"min_tokens": 1}, "min_tokens is 1"),
-        ({"min_tokens": 3, "ignore_eos": True}, "min_tokens is 3"),
-        ({"repetition_penalty": 1.05}, "repetition_penalty is 1.05"),
-        ({"logit_bias": {"5": 1}}, "logit_bias is"),
+        ({"min_tokens": 3, "ignore_eos": True}, "min_tokens is 3, over max_new_tokens, 2"),
         ({"response_format": {"type": "json_object"}}, "response_format is"),
         ({"skip_special_tokens": False}, "skip_special_tokens is false"),
         ({"add_generation_prompt": False}, "add_generation_prompt is false"),
@@ -48,7 +42,9 @@ def _draft(body: dict[str, Any], **settings: Any) -> Draft:
         ({"tool_choice": "required"}, "tool_choice is"),
         ({"messages": [{"role": "user", "content": None}]}, "content"),
         ({"messages": [{"role": "user", "content": ""}] * 10_001}, "over 10000 messages and parts of messages"),
-        ({"temperature": float("nan")}, "temperature is NaN"),
+        ({"temperature": float("nan")}, "temperature is nan"),
+        ({"temperature": 0.7, "typical_p": 0.9}, "typical_p is 0.9"),
+        ({"n": 1, "best_of": 2}, "best_of is 2"),
         ({"temperature": -1}, "temperature is -1"),
         ({"stop_token_ids": [7], "ignore_eos": True}, "stop_token_ids is [7]"),  # which would end it all the same
         ({"mm_processor_kwargs": [1]}, "mm_processor_kwargs must be an object"),

@@ -3,17 +3,11 @@
 from __future__ import annotations
 
 import json
-import os
-import re
-import subprocess
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
-
-from fastvl_lab import Run
-from fastvl_lab.serve import serving
 
 httpx = pytest.importorskip("httpx", reason="tests of the server need httpx (extra dev)")
 pytest.importorskip("fastapi", reason="tests of the server need fastapi (extra serve)")

@@ -84,7 +84,7 @@ def test_the_lab_asks_an_endpoint_to_complete_a_text(server: Any, labs: dict[str
         ({"prompt": ["a", "b"]}, r"prompt is \['a', 'b'\]"),
         ({"prompt": [1, 2]}, r"prompt is \[1, 2\]"),
         ({"suffix": "end"}, "suffix is 'end'"),
-        ({"logprobs": 3}, "logprobs is 3"),
+        ({"logprobs": 21}, "top_logprobs is 21; the limit is 20"),
         ({"best_of": 2}, "best_of is 2"),
         ({"messages": []}, "the field 'messages' is unknown; the choices are prompt, echo, suffix, model"),
         ({"max_pixels": 3136}, "the field 'max_pixels' is unknown"),
