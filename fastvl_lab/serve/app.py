@@ -29,7 +29,7 @@ from fastvl_lab.serve.completions import prompt_of
 from fastvl_lab.serve.fetch import fetch_all
 from fastvl_lab.serve.metrics import Metrics
 from fastvl_lab.serve.openapi import of_body, of_look
-from fastvl_lab.serve.request_queue import Events, Finished, QueuedRequest, QueueFullError, RequestQueue
+from fastvl_lab.serve.request_queue import Events, Finished, HeldBytes, QueuedRequest, QueueFullError, RequestQueue, Share
 from fastvl_lab.serve.settings import Settings
 from fastvl_lab.tokenizer import check_text
 
@@ -126,12 +126,15 @@ class _Body:
     """A body that was read.
 
     arrived: when its request did, in seconds of the event loop. until: the end of its time. put: gives its request a place.
+    share: of the bytes that the server holds; leaving: gives it back, unless an answer takes that over.
     """
 
     data: dict[str, Any]
     arrived: float
     until: asyncio.Timeout
     put: Callable[[QueuedRequest], None]
+    share: Share
+    leaving: ExitStack
 
 
 class _Front:
@@ -141,6 +144,7 @@ class _Front:
         self._checkpoint = checkpoint
         self._served = Served(model=checkpoint.name, ends=tuple(checkpoint.eos_token_ids), session_len=checkpoint.session_len)
         self._queue, self._metrics, self._settings = queue, metrics, settings
+        self._held = HeldBytes(settings.max_held)
         self._readers = ThreadPoolExecutor(_READERS, thread_name_prefix="fastvl-reader")
         self._fetchers = ThreadPoolExecutor(_FETCHERS, thread_name_prefix="fastvl-fetcher")
         self._responses = require("starlette.responses", "serve")
@@ -226,13 +230,14 @@ class _Front:
         if int(request.headers.get("content-length", "0")) > 2 * self._settings.max_body:
             return self._too_large()
         try:
-            with self._queue.place() as put:
+            with self._queue.place() as put, ExitStack() as leaving:
+                leaving.callback((share := self._held.share()).give_back)
                 async with asyncio.timeout_at(arrived + self._settings.timeout) as until:
-                    body = await self._body(request)
+                    body = await self._body(request, share)
                     if body is None:
                         return self._too_large()
                     data = await self._on_reader(json_object, body)
-                    return await answer(_Body(data=data, arrived=arrived, until=until, put=put))
+                    return await answer(_Body(data=data, arrived=arrived, until=until, put=put, share=share, leaving=leaving))
         except self._gone:
             return self._refused(CLIENT_LEFT, "the client left", "invalid_request_error")
         except UnknownModelError as error:
@@ -247,18 +252,18 @@ class _Front:
         draft = await self._on_reader(read, body.data, self._served, self._settings)
         deadline = body.arrived + draft.asked.timeout
         body.until.reschedule(deadline)
-        chat = await self._chat(draft, deadline)
+        chat = await self._chat(draft, deadline, body.share)
         with ExitStack() as places:  # one for each answer, or none for any
             put = [body.put, *(places.enter_context(self._queue.place()) for _ in chat.others)]
             events: Events = asyncio.Queue()
             queued = [QueuedRequest(request, n, events) for n, request in enumerate((chat.request, *chat.others))]
             for place, one in zip(put, queued, strict=True):
                 place(one)
-        return self._answer(chat, queued, self._queue, self._metrics, deadline)
+        return self._answer(chat, queued, self._queue, self._metrics, deadline, body.leaving.pop_all())
 
     async def _tokens(self, body: _Body) -> Any:
         draft = await self._on_reader(completions.read_prompt, body.data, self._served, self._settings)
-        chat = await self._chat(draft, body.arrived + draft.asked.timeout)
+        chat = await self._chat(draft, body.arrived + draft.asked.timeout, body.share)
         with_texts = bool(body.data.get("return_token_strs"))
         tokens = await self._on_reader(partial(completions.tokens_of, chat, self._checkpoint, with_texts=with_texts))
         return self._responses.JSONResponse(tokens)
@@ -270,13 +275,14 @@ class _Front:
         """Done on other threads than the engine's, and than the one that hears all clients."""
         return await asyncio.get_running_loop().run_in_executor(self._readers, partial(work, *given))
 
-    async def _chat(self, draft: Draft, deadline: float) -> Chat:
+    async def _chat(self, draft: Draft, deadline: float, share: Share) -> Chat:
         """The same with the images at its addresses."""
         loop = asyncio.get_running_loop()
         fetched: dict[str, bytes] = {}
         if draft.addresses:
             left = deadline - loop.time()
             fetched = await loop.run_in_executor(self._fetchers, fetch_all, draft.addresses, self._settings, left)
+            share.take(sum(map(len, fetched.values())))
 
         def whole() -> Chat:
             chat = draft.chat(fetched).with_others()
@@ -295,8 +301,8 @@ class _Front:
             return None
         return self._refused(401, "the API key is missing or wrong", "authentication_error")
 
-    async def _body(self, request: Any) -> bytes | None:
-        """The whole body, or None if it is too large.
+    async def _body(self, request: Any, share: Share) -> bytes | None:
+        """The whole body, or None if it is too large; raises `QueueFullError` where it finds no room beside others.
 
         What is too large is read on for as much again, and thrown away: a client that is still sending hears no answer.
         """
@@ -306,6 +312,7 @@ class _Front:
             if n_read > 2 * limit:
                 return None
             if n_read <= limit:
+                share.take(len(piece))
                 body += piece
         return bytes(body) if n_read <= limit else None
 
@@ -328,15 +335,28 @@ class _Front:
 class _Answer:
     """An ASGI response that waits for its requests' turns, sends what is made, and gives them up when its client leaves.
 
-    queued: a request for each answer that the client wants.
+    queued: a request for each answer that the client wants. leaving: what is given back when they have ended.
     """
 
-    def __init__(self, chat: Chat, queued: Sequence[QueuedRequest], queue: RequestQueue, metrics: Metrics, deadline: float) -> None:
+    def __init__(
+        self,
+        chat: Chat,
+        queued: Sequence[QueuedRequest],
+        queue: RequestQueue,
+        metrics: Metrics,
+        deadline: float,
+        leaving: ExitStack,
+    ) -> None:
         self._chat, self._queued, self._queue, self._metrics, self._deadline = chat, queued, queue, metrics, deadline
+        self._leaving = leaving
         self._reply = Reply(chat)
         self._begun = False
 
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+        with self._leaving:
+            await self._until_it_ends(receive, send)
+
+    async def _until_it_ends(self, receive: Any, send: Any) -> None:
         leaving = asyncio.create_task(_until_gone(receive))
         answering = asyncio.create_task(self._answer(send))
         try:

@@ -21,7 +21,35 @@ from fastvl_lab.serve.metrics import Metrics
 
 
 class QueueFullError(FastvlError):
-    """As many requests wait as may."""
+    """As many requests wait, or as many of their bytes are held, as may."""
+
+
+class HeldBytes:
+    """The bytes of the requests that a server holds, of which there are so many at most; of one thread."""
+
+    def __init__(self, most: int) -> None:
+        self.most, self.n = most, 0
+
+    def share(self) -> Share:
+        """One request's, of none yet."""
+        return Share(self)
+
+
+class Share:
+    """The bytes of one request among those that are held."""
+
+    def __init__(self, held: HeldBytes) -> None:
+        self._held, self._n = held, 0
+
+    def take(self, n: int) -> None:
+        """Hold so many more; raises `QueueFullError` where there is no room for them."""
+        held = self._held
+        if held.n + n > held.most:
+            raise QueueFullError(f"the requests under way have {held.n} bytes, and {held.most} are the limit; try again later")
+        held.n, self._n = held.n + n, self._n + n
+
+    def give_back(self) -> None:
+        self._held.n, self._n = self._held.n - self._n, 0
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)

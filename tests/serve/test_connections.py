@@ -135,6 +135,26 @@ def test_a_client_that_is_gone_while_its_body_was_awaited_leaves_nothing(server:
     assert _healthy(server)
 
 
+def test_bodies_are_held_up_to_a_bound_and_give_their_bytes_back(serve: Callable[..., Any]) -> None:
+    """Those that are being read and those whose answers are made; who comes over the bound hears so, and others go on."""
+    body = {"messages": [{"role": "user", "content": "a" * 3000}], "max_tokens": 2}
+    with serve(max_held=8000) as running, contextlib.ExitStack() as sending:
+        url, whole = f"{running.url}/v1/chat/completions", _post(body)
+        for _ in range(2):
+            sending.enter_context(_connected(running)).sendall(whole[:-10])
+        until = time.monotonic() + 10
+        while (answer := httpx.post(url, json=body, timeout=30)).status_code == 200:  # theirs may not have come yet
+            assert time.monotonic() < until
+        assert answer.status_code == 429
+        assert "bytes, and 8000 are the limit" in answer.json()["error"]["message"]
+        assert httpx.post(f"{running.url}/tokenize", json={"prompt": "a" * 200}, timeout=30).status_code == 200
+        sending.close()
+        for _ in range(8):  # each gives its bytes back
+            while (answer := httpx.post(url, json=body | {"stream": True}, timeout=30)).status_code == 429:
+                assert time.monotonic() < until
+            assert answer.status_code == 200
+
+
 @pytest.mark.alone
 @pytest.mark.parametrize("n", [200, pytest.param(10_000, marks=pytest.mark.nightly)])
 def test_a_crowd_that_only_connects_does_not_keep_honest_clients_out(serve: Callable[..., Any], n: int) -> None:
