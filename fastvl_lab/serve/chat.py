@@ -59,7 +59,7 @@ READ = (
 )
 _LIMITS = ("min_pixels", "max_pixels")
 OF_IMAGES = (*_LIMITS, "mm_processor_kwargs")
-OWN = ("messages", "top_logprobs", *OF_IMAGES)
+OWN = ("messages", *OF_IMAGES, "top_logprobs")
 
 # Of a request, messages and their parts together; more would take longer to look at than to refuse.
 MAX_PARTS = 10_000
