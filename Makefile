@@ -6,6 +6,7 @@
 #   make test-native  (every launch setting of every kernel, compiled for GPUs from Ampere to Blackwell)
 #   make test-nightly (those, and cases that take minutes beside one that `make test` runs)
 #   make test-oldest  (what rests on torch, triton and Transformers, on the oldest versions allowed; Python 3.11 or 3.12, 6 GB)
+#   make test-clients (the openai client, LiteLLM and LangChain ask the server and measure it, from an environment of their own)
 #   make benchmark    (the bars that speed-ups are held to; on an idle machine)
 #   make workbench [WORKBENCH='--checkpoint tiny-qwen3-vl --image photo.jpg']  (the panel as a page of its own)
 #   make lab          (JupyterLab on the workbench)
@@ -25,7 +26,7 @@ given  = $(if $(findstring command,$(origin $1)),$($1))
 quote  = '$(subst ','\'',$1)'
 FOLDER := $(or $(call given,RUN),runs/$(shell date +%Y%m%d-%H%M%S))
 
-.PHONY: sweep workbench test test-native test-nightly test-oldest benchmark lab lint figures toggles
+.PHONY: sweep workbench test test-native test-nightly test-oldest clients test-clients benchmark lab lint figures toggles
 .DELETE_ON_ERROR:
 
 $(STAMP): pyproject.toml $(LIMITS)
@@ -64,6 +65,16 @@ test-nightly: $(STAMP)
 OLDEST := kernels capture decoder vit cache test_parity.py
 test-oldest:
 	$(MAKE) test VENV=.venv-oldest LIMITS=constraints-oldest.txt TESTS='$(addprefix tests/,$(OLDEST))'
+
+CLIENTS := .venv-clients
+clients: $(CLIENTS)/.installed
+$(CLIENTS)/.installed: Makefile
+	$(PYTHON) -m venv $(CLIENTS)
+	$(CLIENTS)/bin/python -m pip install --quiet --disable-pip-version-check openai litellm langchain-openai
+	@touch $@
+
+test-clients: $(STAMP) $(CLIENTS)/.installed
+	FASTVL_LAB_CLIENTS=$(CLIENTS)/bin/python $(BIN)/python -m pytest tests/serve -m client
 
 benchmark: $(STAMP)
 	$(BIN)/python -m pytest $(TESTS) -m benchmark -rP
