@@ -212,6 +212,20 @@ def test_a_token_that_the_model_has_not_cannot_be_biased(lab: Lab) -> None:
             lab.run(request, engine)
 
 
+def test_what_is_greedy_has_no_sampler(labs: dict[str, Lab], monkeypatch: pytest.MonkeyPatch) -> None:
+    """So it launches what it launched before there was one; also where a stop ends it."""
+
+    def refused(*_: object, **__: object) -> None:
+        raise AssertionError("a sampler was made")
+
+    monkeypatch.setattr("fastvl_lab.schedule.in_flight.Sampler", refused)
+    for engine in ENGINES:
+        for sampling in (Sampling(), Sampling(stop="no such text", seed=1, top_p=0.5)):
+            labs["tiny-qwen3-vl"].run(Request(prompt="Hi", max_new_tokens=3, sampling=sampling), engine)
+        with pytest.raises(AssertionError, match="a sampler was made"):
+            labs["tiny-qwen3-vl"].run(Request(prompt="Hi", sampling=Sampling(temperature=1)), engine)
+
+
 def test_logits_that_are_no_numbers_make_a_token_and_no_fault() -> None:
     """As where the likeliest is taken; on CUDA an assertion would end the process's device."""
     sampler = Sampler(Sampling(temperature=1, top_p=0.5, seed=0), torch.zeros(2, dtype=torch.int64), most=1, ends=())
