@@ -175,7 +175,7 @@ class Lab:
             bound = self._bind(key, stop)
             tracer.start()
             outcome = self._serve(bound, request, tracer, deliver)
-            return outcome, tracer.finish(), outcome.logits.cpu(), self._kind(key, outcome)
+            return outcome, tracer.finish(), outcome.logits.cpu(), self._kind(key, request, outcome)
 
         outcome, finished, logits, kind = self._in_turn(key, served)
         return self._made(key, engine, outcome, finished, logits, kind, chunks)
@@ -228,7 +228,7 @@ class Lab:
             try:
                 bound = self._bind(key, gone)
                 tracer.start()
-                self._kind(key, self._serve(bound, request, tracer, deliver))
+                self._kind(key, request, self._serve(bound, request, tracer, deliver))
                 ready.put(None)
             except BaseException as error:  # handed to the consumer, whose call it is
                 ready.put(error)
@@ -274,7 +274,7 @@ class Lab:
                 on_end(self._in_words(outcome))
                 return
             finished, logits = tracer.finish(), outcome.logits.cpu()
-            on_end(self._made(key, engine, outcome, finished, logits, self._kind(key, outcome), chunks))
+            on_end(self._made(key, engine, outcome, finished, logits, self._kind(key, request, outcome), chunks))
 
         return Job(number=number, request=request, tracer=tracer, deliver=deliver, begin=on_begin, end=end)
 
@@ -478,18 +478,21 @@ class Lab:
             f"set a smaller max_pixels or max_new_tokens, or load a smaller checkpoint or dtype"
         )
 
-    def _kind(self, key: Engine, outcome: Outcome) -> Kind:
+    def _kind(self, key: Engine, request: Request, outcome: Outcome) -> Kind:
         """Whether anything was reused, else whether its engine has run this shape before, to as many tokens or more.
 
-        A step reads more keys than the one before it, for which a library may build a plan. A run that compiled or captured
-        something on its way is cold in any case. What an endpoint reused only the endpoint knows: where it does not say, every run
-        of it is of unknown kind.
+        A step reads more keys than the one before it, for which a library may build a plan; a sampled token has kernels of its own.
+        A run that compiled or captured something on its way is cold in any case. What an endpoint reused only the endpoint knows:
+        where it does not say, every run of it is of unknown kind.
         """
         if outcome.kind is not None:
             return outcome.kind
         if outcome.reused and not outcome.captures:
             return "cache_hit"
-        seen, shape = self._seen.setdefault(key, {}), (outcome.n_prompt, *(s.grid for s in outcome.shapes))
+        seen, shape = (
+            self._seen.setdefault(key, {}),
+            (request.sampling.is_greedy, outcome.n_prompt, *(s.grid for s in outcome.shapes)),
+        )
         known, made = seen.pop(shape, 0), len(outcome.tokens)
         seen[shape] = max(known, made)  # the last of them
         if len(seen) > MAX_SHAPES:

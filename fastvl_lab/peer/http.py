@@ -179,7 +179,8 @@ class HttpPeer:
         images = iter(request.image_inputs)
         messages = [self._message(message, images) for message in request.conversation]
         asked: dict[str, Any] = {"prompt": request.prompt} if request.raw else {"messages": messages}
-        body: dict[str, Any] = {"model": self._model, **asked, "stream": True, **_choosing(request.sampling)}
+        body: dict[str, Any] = {"model": self._model, **asked, "stream": True}
+        body |= _choosing(request.sampling, whole=self._owner in ("fastvl_lab", "vllm", "sglang"))
         body |= {"max_tokens": request.max_new_tokens, "stream_options": {"include_usage": True}}
         limits = {name: getattr(request, name) for name in ("min_pixels", "max_pixels") if getattr(request, name) is not None}
         if request.ignore_eos:
@@ -271,9 +272,14 @@ class _Answer:
         return tuple(self._tokenizer(text, add_special_tokens=False).input_ids)
 
 
-def _choosing(sampling: Sampling) -> dict[str, Any]:
-    """The same in OpenAI's words, and vLLM's where it has none; of what is as everywhere by default, the temperature alone."""
+def _choosing(sampling: Sampling, *, whole: bool) -> dict[str, Any]:
+    """The same in OpenAI's words, and vLLM's where it has none; of what is as by default, the temperature alone.
+
+    whole: whether the endpoint knows all words of a draw, and would take those that are not said from a generation_config.json.
+    """
     body: dict[str, Any] = {"temperature": sampling.temperature}
+    if whole and sampling.draws:
+        body |= {"top_p": 1.0, "top_k": -1, "min_p": 0.0, "repetition_penalty": 1.0}
     for named in fields(sampling):
         if named.name != "logit_bias" and (value := getattr(sampling, named.name)) != named.default:
             body[named.name] = value

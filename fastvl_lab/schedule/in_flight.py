@@ -130,9 +130,10 @@ class InFlight:
         self._visual_rows = (rest := self._admitted.after(self.place.reused)).visual_index  # on the host
         with self.tracer.span("upload"):
             self._rest = upload_prompt(rest, self._bound.images.copy)
-            if self.needs_sampler and self._sampler is None:  # one that gave way goes on with its own
+            sampling = self.job.request.sampling
+            if self._sampler is None and (sampling.logprobs or not sampling.is_greedy):  # one that gave way goes on with its own
                 prompt = self._bound.images.copy(self._prompt.input_ids)
-                self._sampler = Sampler(self.job.request.sampling, prompt, most=self._n_new, ends=self._ends)
+                self._sampler = Sampler(sampling, prompt, most=self._n_new, ends=self._ends)
 
     def patches_of_each(self) -> Iterator[torch.Tensor]:
         """The images that its admission found to make, unpacked one at a time, for any thread to ask for; on the host mostly."""
@@ -251,10 +252,9 @@ class InFlight:
         )
 
     @property
-    def needs_sampler(self) -> bool:
-        """Whether the likeliest tokens are not what it asks for, or not all."""
-        sampling = self.job.request.sampling
-        return not sampling.is_greedy or sampling.logprobs
+    def has_sampler(self) -> bool:
+        """Whether its tokens are chosen by its own logits, or their logprobs told; the likeliest are found for all at once."""
+        return self._sampler is not None
 
     def choose(self, step: Step) -> torch.Tensor:
         """The next token of its answer, int64 [1] on the device, from what its own step gave."""

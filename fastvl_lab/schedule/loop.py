@@ -307,7 +307,7 @@ class Loop:
 
     def _chosen(self, flights: Sequence[InFlight], made: Made) -> torch.Tensor:
         """The next token of each, int64 [B] on the device: the likeliest all at once, or each row by its own request."""
-        if not any(flight.needs_sampler for flight in flights):
+        if not any(flight.has_sampler for flight in flights):
             return likeliest(made, self._bound.decoder)
         rows = [slice(row, row + 1) for row in range(len(flights))]
         steps = [Made(made.logits[row], None if made.token is None else made.token[row]) for row in rows]

@@ -81,6 +81,8 @@ class AnswerText:
     def push(self, token: int) -> str:
         """What can be sent now that the token is known."""
         piece = self._detokenizer.push(token)
+        if not self.stops:
+            return piece
         self._left -= 1
         self.n_made += len(piece)
         if self.found:
