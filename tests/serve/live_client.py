@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import base64
 import json
+import os
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -45,6 +46,7 @@ def with_langchain(url: str, model: str, messages: list[dict[str, Any]]) -> Call
 
 
 def with_litellm(url: str, model: str, messages: list[dict[str, Any]]) -> Callable[[], Iterator[Piece]]:
+    os.environ.setdefault("LITELLM_LOCAL_MODEL_COST_MAP", "True")  # else it asks the network for prices when it is imported
     import litellm
 
     def ask() -> Iterator[Piece]:
