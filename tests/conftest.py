@@ -54,6 +54,13 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         for item in items:
             if item.get_closest_marker("engine"):
                 item.add_marker(skip)
+    if not os.environ.get("FASTVL_LAB_CLIENTS"):
+        skip = pytest.mark.skip(
+            reason="needs clients' own environment (make clients), and FASTVL_LAB_CLIENTS names no Python of it"
+        )
+        for item in items:
+            if item.get_closest_marker("client"):
+                item.add_marker(skip)
     if not torch.cuda.is_available():
         skip = pytest.mark.skip(reason="needs a CUDA device, and torch sees none")
         for item in items:

@@ -335,8 +335,8 @@ def varied(request: Request, number: int) -> Request:
         else dict(message)
         for message in request.conversation
     ]
-    limits = {name: getattr(request, name) for name in ("max_new_tokens", "ignore_eos", "fit", "min_pixels", "max_pixels")}
-    return Request(messages=messages, **limits)
+    kept = ("max_new_tokens", "ignore_eos", "fit", "min_pixels", "max_pixels", "sampling")
+    return Request(messages=messages, **{name: getattr(request, name) for name in kept})
 
 
 def _rolled(image: ImageInput, number: int) -> ImageInput:

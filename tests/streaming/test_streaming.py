@@ -12,7 +12,7 @@ from itertools import product
 import pytest
 import torch
 
-from fastvl_lab import Chunk, Lab, Recipe, Request, RequestCancelledError, Run
+from fastvl_lab import Chunk, Lab, Recipe, Request, RequestCancelledError, Run, Sampling
 from fastvl_lab.catalogue import toggles
 from fastvl_lab.streaming.answer import Positions, Steps, host_sync, on_device
 from fastvl_lab.streaming.rounds import CountingGate, _Sent
@@ -58,6 +58,20 @@ def test_tokens_are_the_same_in_every_setting(lab: Lab, answer_of: Callable[...,
         assert [chunk.time for chunk in run.chunks] == sorted(chunk.time for chunk in run.chunks)
         if settings["gate"] == "open":
             assert [chunk.tokens for chunk in run.chunks] == [chunk.tokens for chunk in plain.chunks]
+
+
+def test_a_sampled_answer_and_its_stop_are_the_same_in_every_setting(
+    labs: dict[str, Lab], answer_of: Callable[..., Request]
+) -> None:
+    """Steps that are launched ahead draw ahead, each from what the step before it drew."""
+    lab, asked = labs["tiny-qwen3-vl"], {"temperature": 0.9, "seed": 5, "presence_penalty": 0.5}
+    plain = lab.run(answer_of(20, sampling=Sampling(**asked)), "fastest")
+    assert plain.tokens != lab.run(answer_of(20), "fastest").tokens
+    stop = plain.text[9:12]
+    for settings in SETTINGS:
+        run = lab.run(answer_of(20, sampling=Sampling(**asked, stop=stop)), _recipe(settings))
+        assert (run.text, run.finish_reason) == (plain.text[: plain.text.index(stop)], "stop"), settings
+        assert run.tokens == plain.tokens[: len(run.tokens)]
 
 
 @pytest.mark.parametrize("settings", SETTINGS, ids=_label)
