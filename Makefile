@@ -48,7 +48,7 @@ sweep: $(STAMP)
 # Tests start the package some thirty times: what Python has compiled of it and of the tests is kept, whatever is said outside.
 test test-native test-nightly: export PYTHONDONTWRITEBYTECODE =
 
-# First what can share the machine, a test a core; then what waits on clocks and browsers. pytest's exit 5 is "none of these here".
+# First what can share the machine, a test a core; then what reads clocks. pytest's exit 5 is "none of these here".
 test: $(STAMP)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(TESTS) -n auto --dist worksteal -m "not alone and not native and not nightly and not benchmark" || [ $$? -eq 5 ]
 	$(BIN)/python -m pytest $(TESTS) -m "alone and not nightly and not benchmark" || [ $$? -eq 5 ]
