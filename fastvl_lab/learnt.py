@@ -21,6 +21,7 @@ from typing import Any
 import torch
 
 from fastvl_lab.checkpoint import Checkpoint
+from fastvl_lab.checkpoint.memory import available_bytes, gigabytes
 from fastvl_lab.checkpoint.user_cache import cache_root, write_whole
 from fastvl_lab.errors import RecipeError, sentence
 from fastvl_lab.machine import processor_name
@@ -129,10 +130,10 @@ def versions() -> dict[str, str]:
 def fastest(checkpoint: Checkpoint) -> Recipe:
     """What was tuned for just this machine, geometry, dtype and these versions, else `Recipe.fastest`; its `origin` says which.
 
-    A record of other versions is named there and not used. One that is damaged, that is of another machine under this one's name,
-    or whose recipe cannot run here, is ignored with a warning.
+    Without a record, weights are packed where memory has room for them twice. A record of other versions is named there and not
+    used. One that is damaged, of another machine under this one's name, or whose recipe cannot run here, is ignored with a warning.
     """
-    guess, site = Recipe.fastest(checkpoint.device), Site.of(checkpoint)
+    guess, site = _guess(checkpoint), Site.of(checkpoint)
     if not (path := site.path).is_file():
         return guess
     try:
@@ -150,3 +151,15 @@ def fastest(checkpoint: Checkpoint) -> Recipe:
         warnings.warn(f"{path} is ignored: {sentence(error)}", stacklevel=2)
         return guess
     return dataclasses.replace(record.recipe, origin=record.origin)
+
+
+def _guess(checkpoint: Checkpoint) -> Recipe:
+    """`Recipe.fastest`, with plain weights where a second copy of all would take more than half of what is free."""
+    guess = Recipe.fastest(checkpoint.target)
+    n_bytes = sum(weight.nbytes for weight in checkpoint.model.parameters())
+    free = available_bytes(checkpoint.device)
+    if guess.vit.weights == "plain" or free is None or 2 * n_bytes <= free:
+        return guess
+    plain = guess.replace({"vit.weights": "plain", "attention.weights": "plain"})
+    why = f"its weights stay plain: packed ones would take {gigabytes(n_bytes)} more, and {gigabytes(free)} are free"
+    return dataclasses.replace(plain, origin=f"{guess.origin}; {why}")

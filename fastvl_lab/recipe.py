@@ -75,16 +75,20 @@ class Recipe:
         return cls()
 
     @classmethod
-    def fastest(cls, device: torch.device | str = "cpu") -> Recipe:
+    def fastest(cls, device: Target | torch.device | str = "cpu") -> Recipe:
         """The best exact recipe known for the device type, from side-by-side measurements, that this installation can run.
 
-        What depends on the installation is `preprocessor.decode`: turbojpeg where simplejpeg is installed. On CPU: `make sweep`,
-        both built-in checkpoints. On CUDA it is a guess: torch's own kernels in any dtype, copies that the host does not wait for,
-        and decode steps as graphs, since their launches take longer than their work. An H200 has faster ones (docs/gpu.md).
+        device: with a dtype, as a `Target`, where that is not float32.
+
+        What depends on the installation: turbojpeg where simplejpeg is installed, and packed weights on a CPU whose torch has
+        oneDNN. On CPU: `make sweep`, and the built-in small checkpoints. On CUDA it is a guess: torch's own kernels in any dtype,
+        copies that the host does not wait for, and decode steps as graphs, since their launches take longer than their work. An
+        H200 has faster ones (docs/gpu.md).
         """
-        device = _known(device)
-        turbojpeg = toggle_at("preprocessor.decode").option("turbojpeg").needs.unmet(Target(device=device)) is None
-        cuda = device.type == "cuda"
+        target = _target(device)
+        cuda = target.device.type == "cuda"
+        turbojpeg = toggle_at("preprocessor.decode").option("turbojpeg").needs.unmet(target) is None
+        weights = "packed" if toggle_at("vit.weights").option("packed").needs.unmet(target) is None else "plain"
         attention = "sdpa_efficient" if cuda else "sdpa"
         return cls(
             preprocessor=Preprocessor(
@@ -95,12 +99,21 @@ class Recipe:
                 temporal="folded",
                 upload="pinned" if cuda else "pageable",
             ),
-            vit=Vit(tower="lean", patch_embed="linear", attention="grouped", positions="cached", norms="native", rope="halves"),
+            vit=Vit(
+                tower="lean",
+                patch_embed="linear",
+                weights=weights,
+                attention="grouped",
+                positions="cached",
+                norms="native",
+                rope="halves",
+            ),
             attention=Attention(
                 prefill=attention,
                 decode=attention,
                 last_layer="last_token",
                 projections="fused",
+                weights=weights,
                 norms="native" if cuda else "by_length",
                 rope="rolled",
             ),
@@ -113,6 +126,7 @@ class Recipe:
     def parse(cls, text: str, device: Target | torch.device | str | None = None, *, fastest: Recipe | None = None) -> Recipe:
         """Read "baseline" or "fastest", then changes: "fastest, vit.patch_embed=conv3d". Raises `RecipeError`.
 
+        What the preset has and a change does not go with is at its first option: "fastest, capture.vit=compile" has plain weights.
         device: what the recipe is for; an option that cannot run on it is refused with the reason. It need not be there, and then
         this machine's packages and compilers do not count. By default "fastest" is that of a CPU, and options of any are read.
         fastest: what "fastest" means, by default `Recipe.fastest` of the device; a lab has its own (`Lab.recipe`).
@@ -135,9 +149,9 @@ class Recipe:
             if toggle.path in changed:
                 raise RecipeError(f"recipe {text!r} sets {toggle.path} twice")
             changed[toggle.path] = next((v for v in toggle.values if str(v) == value), value)
-        target = device if isinstance(device, Target) else Target(device=_known("cpu" if device is None else device))
-        recipe = (fastest or cls.fastest(target.device)) if name == "fastest" else cls.baseline()
-        recipe = recipe.replace(changed) if changed else recipe
+        target = _target("cpu" if device is None else device)
+        recipe = (fastest or cls.fastest(target)) if name == "fastest" else cls.baseline()
+        recipe = recipe.replace(recipe._with_room(changed)) if changed else recipe
         if device is not None:
             here = target.here and (target.device.type == "cpu" or torch.cuda.is_available())
             recipe.check(dataclasses.replace(target, here=here))
@@ -184,11 +198,16 @@ class Recipe:
                     pending.append((other_toggle.path, room.value))
             for name in option.decides:
                 changes.setdefault(f"{toggle.slot}.{name}", toggle_at(f"{toggle.slot}.{name}").values[0])
+        return self.replace(self._with_room(changes))
+
+    def _with_room(self, changes: Mapping[str, OptionValue]) -> dict[str, OptionValue]:
+        """The changes, and the first option of each toggle whose choice here could not stay with them."""
+        changes = dict(changes)
         for toggle in toggles():
             for other, allowed in self.option(toggle).required():
                 if toggle.path not in changes and str(changes.get(other, self.value(other))) not in allowed:
                     changes[toggle.path] = toggle.values[0]
-        return self.replace(changes)
+        return changes
 
     def to_dict(self) -> dict[str, dict[str, OptionValue]]:
         """Plain nested data, ready for JSON and YAML."""
@@ -259,10 +278,12 @@ class Recipe:
         return ", ".join(["baseline", *(f"{path}={value}" for path, value in self.changes().items())])
 
 
-def _known(device: torch.device | str) -> torch.device:
-    """The device; raises `RecipeError` for one that no recipe is for."""
+def _target(device: Target | torch.device | str) -> Target:
+    """What a recipe is for; raises `RecipeError` for a device that none is for."""
+    if isinstance(device, Target):
+        return device
     with suppress(RuntimeError):  # of what torch has no device
         device = torch.device(device)
     if not isinstance(device, torch.device) or device.type not in ("cpu", "cuda"):
         raise RecipeError(f"no fastest recipe is known for device {str(device)!r}; the choices are 'cpu' and 'cuda'")
-    return device
+    return Target(device=device)

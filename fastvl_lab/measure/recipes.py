@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Container, Mapping
 
-import torch
-
 from fastvl_lab.catalogue import OptionValue, Target, toggles
 from fastvl_lab.engine import EngineLike, find
 from fastvl_lab.errors import RecipeError, sentence
@@ -134,25 +132,23 @@ def _paths(slot: str) -> list[str]:
     return [toggle.path for toggle in toggles() if toggle.slot == slot]
 
 
-def of_the_tower(device: torch.device, dtype: torch.dtype, family: Family) -> dict[str, EngineLike]:
+def of_the_tower(target: Target, family: Family) -> dict[str, EngineLike]:
     """The stock tower, the lean one, each of its options that can run here alone with what it requires, and all the last ones."""
     stock = Recipe.parse("baseline, preprocessor.resize=pillow")
     lean = stock.replace("vit.tower", "lean")
-    target = Target(device=device, dtype=dtype)
     alone, last = _each_option(lean, [path for path in _paths("vit") if path != "vit.tower"], target)
     found: dict[str, EngineLike] = {"stock": stock, "lean": lean}
     found |= {label: recipe for label, recipe in alone.items() if label not in family.idle} | {"last of each": last}
     varlen = last.replace("vit.attention", "varlen")
     if last.vit.attention == "triton" and cannot_run(varlen, target) is None:
         found["last of each, varlen"] = varlen
-    return found | {"fastest": Recipe.fastest(device)}
+    return found | {"fastest": Recipe.fastest(target)}
 
 
-def of_the_decoder(device: torch.device, dtype: torch.dtype) -> dict[str, EngineLike]:
+def of_the_decoder(target: Target) -> dict[str, EngineLike]:
     """Transformers, the baseline, and the lean decoder with SDPA: plain, with each option of its slot and each KV cache that can
     run here alone, and what that requires, and with all the last ones. Then the fastest known."""
-    sdpa = "sdpa_efficient" if device.type == "cuda" else "sdpa"
-    target = Target(device=device, dtype=dtype)
+    sdpa = "sdpa_efficient" if target.device.type == "cuda" else "sdpa"
     lean = Recipe.parse(f"baseline, attention.prefill={sdpa}, attention.decode={sdpa}")
     alone, last = _each_option(lean, _paths("attention"), target)
     found: dict[str, EngineLike] = {STOCK: STOCK, "baseline": Recipe.baseline(), "lean": lean, **alone}
@@ -162,7 +158,7 @@ def of_the_decoder(device: torch.device, dtype: torch.dtype) -> dict[str, Engine
         varlen = last.replace("attention.prefill", "varlen")
         if cannot_run(varlen, target) is None:
             found["last of each, varlen"] = varlen
-    return found | {"fastest": Recipe.fastest(device)}
+    return found | {"fastest": Recipe.fastest(target)}
 
 
 # What the report compares of whole requests.
@@ -207,13 +203,13 @@ _OF_A_SLOT: dict[str, dict[str, Changes]] = {
 }
 
 
-def of_a_request(device: torch.device) -> dict[str, EngineLike]:
+def of_a_request(target: Target) -> dict[str, EngineLike]:
     """What is compared, by label; no two are the same engine, and some may be unable to run here (`cannot_run`).
 
-    Transformers, the baseline and the fastest recipe known for the device. Then the baseline with one slot of the fastest recipe,
+    Transformers, the baseline and the fastest recipe known for the target. Then the baseline with one slot of the fastest recipe,
     as it is and with that slot's candidates for CUDA. Then the fastest recipe with candidates of all slots together.
     """
-    baseline, fastest = Recipe.baseline(), Recipe.fastest(device)
+    baseline, fastest = Recipe.baseline(), Recipe.fastest(target)
     found: dict[str, EngineLike] = {STOCK: STOCK, "baseline": baseline, "fastest": fastest}
 
     def add(label: str, recipe: Recipe) -> None:
@@ -242,7 +238,12 @@ def fused(recipe: Recipe, attention: str = "varlen") -> Recipe:
 
 
 def modes(recipe: Recipe) -> dict[str, Recipe]:
-    """One recipe with its stages up to the first token executed in every way of `MODES`, on shapes as they are."""
+    """One recipe with its stages up to the first token executed in every way of `MODES`, on shapes as they are.
+
+    They differ in nothing else: what does not go with one of them is at its first option in all.
+    """
+    for changes in MODES.values():
+        recipe = changed(recipe, changes)
     eager = recipe.replace({path: Recipe.baseline().value(path) for path in _paths("capture")})
     return {name: changed(eager, changes) for name, changes in MODES.items()}
 

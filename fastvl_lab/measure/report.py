@@ -27,6 +27,7 @@ from typing import Any
 import torch
 
 from fastvl_lab.capture.execute import Capture
+from fastvl_lab.catalogue import Target
 from fastvl_lab.engine import EngineLike
 from fastvl_lab.errors import DeviceError, FastvlError, sentence
 from fastvl_lab.lab import Lab
@@ -192,7 +193,7 @@ def _free() -> None:
 def _tower_rows(bench: Bench, sizes: Sequence[tuple[int, int]]) -> Iterator[list[Row]]:
     """A row a size and recipe."""
     lab = bench.lab
-    engines = bench.kept(recipes.of_the_tower(lab.device, lab.dtype, lab.checkpoint.family), always="stock")
+    engines = bench.kept(recipes.of_the_tower(Target(device=lab.device, dtype=lab.dtype), lab.checkpoint.family), always="stock")
     for width, height in sizes:
         task = Tower(Request(images=[picture(width, height)], prompt="?"))
         grids = grids_of(lab, task.request)
@@ -208,7 +209,7 @@ def _tower_rows(bench: Bench, sizes: Sequence[tuple[int, int]]) -> Iterator[list
 def _decoder_rows(bench: Bench, lengths: Sequence[int], steps: int) -> Iterator[list[Row]]:
     """A row a length and engine."""
     lab = bench.lab
-    engines = bench.kept(recipes.of_the_decoder(lab.device, lab.dtype), always=STOCK)
+    engines = bench.kept(recipes.of_the_decoder(Target(device=lab.device, dtype=lab.dtype)), always=STOCK)
     for length in lengths:
         task = Decoding(length, steps)
 
@@ -289,10 +290,10 @@ def _request_rows(
     checkpoint, and of "launches" come last, on CUDA. TTFT at every size comes before TPOT at any.
     """
     lab, on_cuda = bench.lab, bench.lab.device.type == "cuda"
-    compared = bench.kept(recipes.of_a_request(lab.device))
+    compared = bench.kept(recipes.of_a_request(lab.checkpoint.target))
     cases = [] if part == "sizes" else [Case.of("main", width, height, compared) for width, height in sizes]
     if part != "main":
-        fastest = Recipe.fastest(lab.device)
+        fastest = Recipe.fastest(lab.checkpoint.target)
         default = recipes.fused(fastest) if on_cuda else fastest
         executed = recipes.modes(default if recipe is None else Recipe.parse(recipe, lab.device))
         compared = bench.kept({STOCK: STOCK} | {way: executed[way] for way in ways})

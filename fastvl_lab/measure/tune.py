@@ -215,9 +215,9 @@ def tune(
                 raise RequestError(f"max_new_tokens is {request.max_new_tokens}; a goal with tpot takes at least 2")
     bench = _Bench(lab, requests, weights, seconds=seconds, limit=limit, quiet=quiet, stop=stop)
     space, fallen = _space(lab, requests, weights, _named(only))
-    starts = {"fastest": lab.fastest, "the hand-chosen fastest": Recipe.fastest(lab.device), START: Recipe.baseline()}
+    starts = {"fastest": lab.fastest, "the hand-chosen fastest": Recipe.fastest(lab.checkpoint.target), START: Recipe.baseline()}
     starts = {label: recipe for label, recipe in starts.items() if space.allowed(recipe) is None}
-    seeds = {label: engine for label, engine in of_a_request(lab.device).items() if label.startswith("all: ")}
+    seeds = {label: engine for label, engine in of_a_request(lab.checkpoint.target).items() if label.startswith("all: ")}
     seeds = {} if only else {**seeds, **starts}
     bar = tqdm(total=round(seconds), unit="s", disable=not progress or on_progress is not None)
 

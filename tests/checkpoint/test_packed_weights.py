@@ -8,7 +8,8 @@ from collections.abc import Sequence
 import pytest
 import torch
 
-from fastvl_lab import Lab, Recipe, Request, photo
+from fastvl_lab import Lab, Recipe, Request, catalogue, learnt, photo
+from fastvl_lab.catalogue import Target
 from fastvl_lab.checkpoint import packed as module
 from fastvl_lab.checkpoint.packed import PackedWeights
 from fastvl_lab.errors import DeviceError, RecipeError
@@ -16,6 +17,7 @@ from fastvl_lab.view.workbench.session import _held
 
 TOWER, DECODER = {"vit.weights": "packed"}, {"attention.weights": "packed"}
 FASTEST = Recipe.fastest()
+PLAIN = FASTEST.replace({"vit.weights": "plain", "attention.weights": "plain"})
 
 
 def _request() -> Request:
@@ -41,7 +43,7 @@ def test_each_weight_is_held_once_for_all_recipes(lab: Lab) -> None:
     lab, kept = lab.apart(), lab.checkpoint.packed
     gc.collect()
     assert kept.n_bytes == 0
-    tower, decoder, both = (FASTEST.replace(changes) for changes in (TOWER, DECODER, TOWER | DECODER))
+    tower, decoder, both = (PLAIN.replace(changes) for changes in (TOWER, DECODER, TOWER | DECODER))
     lab.run(_request(), tower)
     of_tower = kept.n_bytes
     assert _bytes(_tower(lab)) <= of_tower <= 1.25 * _bytes(_tower(lab))
@@ -68,7 +70,7 @@ def test_an_answer_is_the_same_over_packed_weights(lab: Lab) -> None:
     request = Request(
         images=[photo("coffee", (112, 84)), photo("astronaut", (56, 140))], prompt="?", max_new_tokens=16, ignore_eos=True
     )
-    for start in (FASTEST, Recipe.baseline().choose("vit.tower", "lean"), FASTEST.choose("schedule.batching", "continuous")):
+    for start in (PLAIN, Recipe.baseline().choose("vit.tower", "lean"), PLAIN.choose("schedule.batching", "continuous")):
         ours, plain = (lab.run(request, recipe) for recipe in (start.replace(TOWER | DECODER), start))
         assert ours.tokens == plain.tokens
         assert 0 < (ours.logits - plain.logits).abs().max() <= 1e-4  # by another kernel, then
@@ -90,7 +92,7 @@ def test_copies_that_do_not_fit_into_memory_are_refused_in_words(lab: Lab, monke
     lab = lab.apart()
     monkeypatch.setattr(module, "available_bytes", lambda device: 100)
     with pytest.raises(DeviceError, match=r"packed weights take memory a second time: .* and 0.0 MB are free; choose 'plain'"):
-        lab.run(_request(), FASTEST.replace(TOWER))
+        lab.run(_request(), PLAIN.replace(TOWER))
 
 
 def test_what_packed_weights_do_not_go_with_is_said() -> None:
@@ -107,3 +109,32 @@ def test_what_packed_weights_do_not_go_with_is_said() -> None:
     chosen = Recipe.parse("fastest, capture.vit=compile, vit.padding=aligned").choose("vit.weights", "packed")
     assert (chosen.vit.weights, chosen.vit.padding, chosen.capture.vit) == ("packed", "exact", "eager")
     assert chosen.choose("capture.vit", "compile").vit.weights == "plain"
+
+
+def test_the_fastest_recipe_has_them_where_they_can_be_had(lab: Lab, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where torch has oneDNN for the dtype, and where the weights have room in memory twice."""
+    assert lab.fastest == FASTEST != PLAIN
+    n_bytes = sum(weight.nbytes for weight in lab.checkpoint.model.parameters())
+    for free, expected in ((2 * n_bytes, FASTEST), (2 * n_bytes - 1, PLAIN), (None, FASTEST)):
+        monkeypatch.setattr(learnt, "available_bytes", lambda device, free=free: free)
+        short = lab.apart()
+        short.relearn()
+        assert short.fastest == expected
+        assert ("its weights stay plain: packed ones would take" in short.fastest.origin) == (expected == PLAIN)
+    monkeypatch.setattr(catalogue, "takes", lambda dtype: dtype == torch.float32)
+    half = Target(device=torch.device("cpu"), dtype=torch.bfloat16)
+    assert Recipe.fastest(half) == Recipe.parse("fastest", half) == PLAIN
+    monkeypatch.setattr(catalogue, "takes", lambda dtype: False)
+    assert Recipe.fastest() == PLAIN
+
+
+def test_packed_weights_of_a_preset_give_way_to_what_is_written() -> None:
+    for changes, left in (
+        ({"capture.vit": "compile"}, "attention.weights"),
+        ({"vit.padding": "aligned"}, "attention.weights"),
+        ({"capture.decode": "compile"}, "vit.weights"),
+    ):
+        written = ", ".join(f"{path}={value}" for path, value in changes.items())
+        recipe = Recipe.parse(f"fastest, {written}")
+        assert recipe == PLAIN.replace({**changes, left: "packed"})
+        assert Recipe.parse(recipe.text()) == recipe

@@ -10,6 +10,7 @@ import torch
 
 from fastvl_lab import Lab, Recipe, Request, RequestCancelledError, photo, preprocessor, toggles, vit
 from fastvl_lab.capture.cuda_graphs import CudaRecorder
+from fastvl_lab.catalogue import Target
 from fastvl_lab.checkpoint import tiny
 from fastvl_lab.kernels import tuned as tuned_module
 from fastvl_lab.kernels.argmax import argmax, argmax_reference
@@ -113,7 +114,7 @@ def test_every_way_through_the_lean_tower_equals_the_stock_one_and_waits_for_not
 
 def _decoders(lab: Lab) -> dict[str, Recipe]:
     """Every option of the attention slot and every KV cache that can run here, all of the last ones together, and the presets."""
-    engines = of_the_decoder(lab.device, lab.dtype)
+    engines = of_the_decoder(Target(device=lab.device, dtype=lab.dtype))
     assert {"prefill=triton", "decode=triton", "rope=fused", "kv=static", "kv=paged"} <= set(engines)
     return {label: engine for label, engine in engines.items() if isinstance(engine, Recipe)}
 
@@ -139,7 +140,7 @@ def test_every_way_through_the_decoder_gives_transformers_tokens(name: str) -> N
 def test_every_way_through_the_decoder_stays_within_the_error_budget(name: str, dtype: str, length: int) -> None:
     """The same tokens forced on all: logits of the prompt's last token, and of 64 steps."""
     lab = Lab(name, device="cuda", dtype=dtype)
-    engines = of_the_decoder(lab.device, lab.dtype)
+    engines = of_the_decoder(Target(device=lab.device, dtype=lab.dtype))
     found = {label: check.error for label, check in check_decoder(lab, Decoding(length, 64), engines).items()}
     assert within_budget(found, STOCK, lab.dtype) == set(engines), found
 

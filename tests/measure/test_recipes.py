@@ -112,7 +112,7 @@ def test_a_report_of_held_tokens_is_undone_a_toggle_at_a_time() -> None:
 @pytest.mark.parametrize("device", [CPU, CUDA])
 def test_every_engine_is_another_and_is_what_its_label_says(device: torch.device) -> None:
     """What a GPU would be given is known without one."""
-    compared, fastest = of_a_request(device), Recipe.fastest(device)
+    compared, fastest = of_a_request(Target(device=device)), Recipe.fastest(device)
     assert len(set(compared.values())) == len(compared)
     assert [compared[label] for label in ("transformers", "baseline", "fastest")] == ["transformers", Recipe.baseline(), fastest]
     for slot in ("preprocessor", "vit", "attention", "cache"):
@@ -132,7 +132,7 @@ def test_every_engine_is_another_and_is_what_its_label_says(device: torch.device
 
 
 def test_every_exact_choice_that_only_cuda_has_is_met_there() -> None:
-    compared = [engine for engine in of_a_request(CUDA).values() if isinstance(engine, Recipe)]
+    compared = [engine for engine in of_a_request(Target(device=CUDA)).values() if isinstance(engine, Recipe)]
     for toggle in toggles():
         for option in toggle.options:
             if option.exact and option.needs.device == "cuda":
@@ -140,7 +140,8 @@ def test_every_exact_choice_that_only_cuda_has_is_met_there() -> None:
 
 
 def test_an_engine_that_cannot_run_here_says_what_it_lacks() -> None:
-    reasons = {label: cannot_run(engine, Target(device=CPU, dtype=torch.bfloat16)) for label, engine in of_a_request(CPU).items()}
+    target = Target(device=CPU, dtype=torch.bfloat16)
+    reasons = {label: cannot_run(engine, target) for label, engine in of_a_request(target).items()}
     assert str(reasons["capture: graphs"]).startswith(
         "capture.vit=graph cannot run here: it needs a CUDA device, and the lab runs on cpu; the choices here are 'eager'"
     )
@@ -178,21 +179,21 @@ def test_steps_are_the_same_where_only_what_comes_before_them_differs() -> None:
 def test_every_option_of_the_slot_has_a_row_with_what_it_requires(device: torch.device) -> None:
     """What a GPU would be given is known without one."""
     target = Target(device=device, dtype=torch.bfloat16)
-    engines = of_the_decoder(target.device, torch.bfloat16)
+    engines = of_the_decoder(target)
     for toggle in toggles():
         if toggle.slot == "attention" or toggle.path == "cache.kv":
             for option in toggle.options:
                 met = {e.value(toggle.path) for e in engines.values() if isinstance(e, Recipe)}
                 assert (option.value in met) == (option.needs.unmet(target) is None), (toggle.path, option.value)
     assert {"transformers", "baseline", "lean", "kv=static", "kv=paged", "last of each", "fastest"} <= set(engines)
-    assert engines["fastest"] == Recipe.fastest(device)
+    assert engines["fastest"] == Recipe.fastest(target)
     alone = {label: e.changes().keys() - engines["lean"].changes().keys() for label, e in engines.items() if "=" in label}
     assert all(changed <= {f"attention.{label.split('=')[0]}", "cache.kv"} for label, changed in alone.items())
     if device == CUDA:
         assert engines["prefill=triton"].cache.kv == engines["rope=fused"].cache.kv == "static"
         assert engines["norms=fused"].cache.kv == "concat"
         assert engines["last of each"].attention.prefill == engines["last of each"].attention.decode == "triton"
-        assert "prefill=varlen" not in of_the_decoder(device, torch.float32)
+        assert "prefill=varlen" not in of_the_decoder(Target(device=device, dtype=torch.float32))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -202,7 +203,7 @@ def test_every_option_of_the_tower_has_a_row_unless_its_family_has_no_use_for_it
 ) -> None:
     for lab in labs.values():
         family = lab.checkpoint.family
-        engines = of_the_tower(device, dtype, family)
+        engines = of_the_tower(Target(device=device, dtype=dtype), family)
         recipes = [engine for engine in engines.values() if isinstance(engine, Recipe)]
         for toggle in toggles():
             for option in toggle.options if toggle.slot == "vit" else ():

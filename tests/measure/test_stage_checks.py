@@ -10,6 +10,7 @@ import torch
 
 from fastvl_lab import Lab, Request, photo
 from fastvl_lab.cache.slotted import KvShape
+from fastvl_lab.catalogue import Target
 from fastvl_lab.decoder import eager, sdpa
 from fastvl_lab.decoder.layers import KvCache
 from fastvl_lab.decoder.rope import MRope
@@ -21,7 +22,7 @@ from fastvl_lab.vit import attention
 
 
 def _check(lab: Lab, *labels: str, length: int = 40, steps: int = 3) -> dict[str, StageCheck]:
-    engines = of_the_decoder(lab.device, lab.dtype)
+    engines = of_the_decoder(Target(device=lab.device, dtype=lab.dtype))
     return check_decoder(lab, Decoding(length, steps), {label: engines[label] for label in ("transformers", *labels)})
 
 
@@ -116,7 +117,7 @@ def test_one_option_that_fails_or_loses_one_window_is_red_and_the_rest_are_timed
 ) -> None:
     lab = labs["tiny-qwen2.5-vl"]
     request = Request(images=[photo("coffee", (336, 280))], prompt="?")
-    recipes = of_the_tower(lab.device, lab.dtype, lab.checkpoint.family)
+    recipes = of_the_tower(Target(device=lab.device, dtype=lab.dtype), lab.checkpoint.family)
     attend = attention.grouped(torch.float32).attend
 
     def without_the_last_window(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, prepared: Any) -> torch.Tensor:

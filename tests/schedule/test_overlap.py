@@ -319,4 +319,4 @@ def test_a_pipeline_that_is_dropped_leaves_no_thread(labs: dict[str, Lab]) -> No
 )
 def test_what_it_does_not_go_with_is_refused_in_words(changes: dict[str, Any], reason: str) -> None:
     with pytest.raises(RecipeError, match=f"schedule.overlap=on {reason}"):
-        Recipe.fastest().replace({"capture.decode": "eager", **changes, "schedule.overlap": "on"})
+        Recipe.parse("fastest, attention.weights=plain").replace({"capture.decode": "eager", **changes, "schedule.overlap": "on"})
