@@ -100,6 +100,7 @@ def run_cells(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, quick_lab: Callab
     shell = InteractiveShell.instance(config=Config({"HistoryManager": {"enabled": False}}))
 
     def run(path: Path, parameters: dict[str, Any]) -> list[dict[str, Any]]:
+        assert set(parameters) <= set(papermill.inspect_notebook(str(path)))
         with capture_output() as captured:
             for cell in (cell for cell in nbformat.read(path, 4).cells if cell.cell_type == "code"):
                 shell.run_cell(cell.source, store_history=False).raise_error()
@@ -123,11 +124,6 @@ IN_BOTH_FAMILIES = [path for path in NOTEBOOKS if path.stem not in BY_THEMSELVES
 @pytest.mark.parametrize("path", IN_BOTH_FAMILIES, ids=lambda path: path.stem)
 def test_a_notebook_runs_headless_and_its_result_is_consistent(path: Path, checkpoint: str, run_cells: RunCells) -> None:
     _check(_published(run_cells(path, SMALL[path.stem] | {"checkpoint": checkpoint})))
-
-
-@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
-def test_small_parameters_are_the_notebooks_own(path: Path) -> None:
-    assert set(SMALL.get(path.stem, {})) <= set(papermill.inspect_notebook(str(path)))
 
 
 @pytest.mark.parametrize("inductor", [False, pytest.param(True, marks=pytest.mark.nightly)], ids=["as read", "inductor"])
