@@ -51,7 +51,7 @@ sweep: $(STAMP)
 # Tests start the package some thirty times: what Python has compiled of it and of the tests is kept, whatever is said outside.
 test test-native test-nightly: export PYTHONDONTWRITEBYTECODE =
 
-# First what can share the machine, a test a core; then what waits on clocks and browsers. pytest's exit 5 is "none of these here".
+# First what can share the machine, a test a core; then what reads clocks. pytest's exit 5 is "none of these here".
 test: $(STAMP)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(TESTS) -n auto --dist worksteal -m "not alone and not native and not nightly and not benchmark" || [ $$? -eq 5 ]
 	$(BIN)/python -m pytest $(TESTS) -m "alone and not nightly and not benchmark" || [ $$? -eq 5 ]
@@ -77,7 +77,7 @@ CLIENTS := .venv-clients
 clients: $(CLIENTS)/.installed
 $(CLIENTS)/.installed: Makefile
 	$(PYTHON) -m venv $(CLIENTS)
-	$(CLIENTS)/bin/python -m pip install --quiet --disable-pip-version-check openai litellm langchain-openai
+	$(CLIENTS)/bin/python -m pip install --quiet --disable-pip-version-check 'openai>=3.57,<4' 'litellm>=1.110,<2' 'langchain-openai>=1.7,<2'
 	@touch $@
 
 test-clients: $(STAMP) $(CLIENTS)/.installed

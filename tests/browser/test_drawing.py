@@ -20,8 +20,6 @@ from fastvl_lab.view.workbench.controls import controls
 from fastvl_lab.view.workbench.session import Picture, Question, Result
 from fastvl_lab.view.workbench.views import views
 
-pytestmark = pytest.mark.alone
-
 FILES = Path(fastvl_lab.view.workbench.__file__).parent
 # A model as anywidget has it, with the records as they are.
 SHOW = """async ([code, records]) => {

@@ -28,7 +28,7 @@ from fastvl_lab.schedule.policy import Policy
 from fastvl_lab.tokenizer import tokenize
 from fastvl_lab.trace import Tracer
 
-SEEDS = [pytest.param(range(4), id="few"), pytest.param(range(4, 25), id="many", marks=pytest.mark.nightly)]
+SEEDS = [pytest.param(range(2), id="few"), pytest.param(range(2, 25), id="many", marks=pytest.mark.nightly)]
 CONTINUOUS = {"schedule.batching": "continuous"}
 RECIPES = {
     "baseline, paged": Recipe.baseline().choose("cache.kv", "paged").replace(CONTINUOUS),

@@ -7,7 +7,9 @@ import signal
 import threading
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from itertools import product
+from typing import Any
 
 import pytest
 import torch
@@ -42,16 +44,31 @@ def _label(settings: dict[str, int | str]) -> str:
     return "-".join(map(str, settings.values()))
 
 
+def _answer(picture: bytes, n: int = 40, **more: Any) -> Request:
+    return Request(images=[picture], prompt="What is this?", max_new_tokens=n, ignore_eos=True, **more)
+
+
 @pytest.fixture
 def answer_of(picture: bytes) -> Callable[..., Request]:
-    return lambda n=40, **more: Request(images=[picture], prompt="What is this?", max_new_tokens=n, ignore_eos=True, **more)
+    return partial(_answer, picture)
+
+
+LENGTHS = (1, 2, 17, 40)
+
+
+@pytest.fixture(scope="module")
+def plain_runs(labs: dict[str, Lab], picture: bytes) -> dict[tuple[str, int], Run]:
+    """By checkpoint and length, the answers that every setting is held to."""
+    return {(name, n): lab.run(_answer(picture, n), "fastest") for name, lab in labs.items() for n in LENGTHS}
 
 
 @pytest.mark.parametrize("settings", SETTINGS, ids=_label)
-def test_tokens_are_the_same_in_every_setting(lab: Lab, answer_of: Callable[..., Request], settings: dict) -> None:
+def test_tokens_are_the_same_in_every_setting(
+    lab: Lab, answer_of: Callable[..., Request], settings: dict, plain_runs: dict[tuple[str, int], Run]
+) -> None:
     """Of answers that end within a round, at its end, at once, and with no decode step at all."""
-    for n in (1, 2, 17, 40):
-        run, plain = lab.run(answer_of(n), _recipe(settings)), lab.run(answer_of(n), "fastest")
+    for n in LENGTHS:
+        run, plain = lab.run(answer_of(n), _recipe(settings)), plain_runs[lab.checkpoint.name, n]
         assert run.tokens == plain.tokens
         assert run.text == plain.text
         assert tuple(token for chunk in run.chunks for token in chunk.tokens) == plain.tokens

@@ -23,12 +23,13 @@ from fastvl_lab.view.workbench.messages import to_json
 from fastvl_lab.view.workbench.session import Picture, Result
 
 pytest.importorskip("anywidget")
+pytestmark = pytest.mark.usefixtures("quick_panels")
 
 opened = partial(workbench, "tiny-qwen3-vl", "coffee", image_size=(112, 84), max_new_tokens=4, repeats=1, device="cpu")
 
 
 @pytest.fixture(scope="module")
-def before(tmp_path_factory: pytest.TempPathFactory) -> Workbench:
+def before(tmp_path_factory: pytest.TempPathFactory, quick_panels: None) -> Workbench:
     """A panel that has measured two recipes, marked the first, and was closed."""
     bench = opened(folder=tmp_path_factory.mktemp("kept"))
     bench.choose("vit.attention", "grouped")  # the first waits for nobody

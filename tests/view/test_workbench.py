@@ -28,6 +28,7 @@ from fastvl_lab.vit import attention
 from fastvl_lab.vit.attention import Prepared, SegmentAttention
 
 pytest.importorskip("anywidget")
+pytestmark = pytest.mark.usefixtures("quick_panels")
 
 
 def opened() -> Workbench:
@@ -44,7 +45,7 @@ def bench() -> Iterator[Workbench]:
 
 
 @pytest.fixture(scope="module")
-def looked_at() -> Iterator[Workbench]:
+def looked_at(quick_panels: None) -> Iterator[Workbench]:
     """One panel for the tests that choose nothing in it."""
     made = opened()
     yield made
