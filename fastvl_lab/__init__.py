@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     )
     from fastvl_lab.grid.run import sweep as sweep
     from fastvl_lab.lab import Lab as Lab
+    from fastvl_lab.lasting import Records as Records, open as open, records as records
     from fastvl_lab.measure.audit import Audit as Audit, audit as audit
     from fastvl_lab.measure.compare import (
         Attribution as Attribution,
@@ -39,11 +40,14 @@ if TYPE_CHECKING:
     from fastvl_lab.measure.load import Load as Load, load as load
     from fastvl_lab.measure.publish import photo as photo
     from fastvl_lab.measure.quiet import Quiet as Quiet
+    from fastvl_lab.measure.regressions import Regressions as Regressions, regressions as regressions
+    from fastvl_lab.measure.shares import Shares as Shares, shares as shares
     from fastvl_lab.measure.sweep import SweepSettings as SweepSettings
     from fastvl_lab.measure.tune import Tuned as Tuned, tune as tune
     from fastvl_lab.recipe import Recipe as Recipe
     from fastvl_lab.request import Chunk as Chunk, Request as Request
     from fastvl_lab.run import Run as Run
+    from fastvl_lab.sampling import Sampling as Sampling
     from fastvl_lab.trace import Trace as Trace
     from fastvl_lab.view.workbench import workbench as workbench
 
@@ -51,6 +55,7 @@ if TYPE_CHECKING:
 _PUBLIC = {
     "Lab": "lab",
     "Request": "request",
+    "Sampling": "sampling",
     "Chunk": "request",
     "Recipe": "recipe",
     "toggles": "catalogue",
@@ -75,6 +80,13 @@ _PUBLIC = {
     "Load": "measure.load",
     "tune": "measure.tune",
     "Tuned": "measure.tune",
+    "shares": "measure.shares",
+    "Shares": "measure.shares",
+    "regressions": "measure.regressions",
+    "Regressions": "measure.regressions",
+    "open": "lasting",
+    "records": "lasting",
+    "Records": "lasting",
     "photo": "measure.publish",
     "Quiet": "measure.quiet",
     "workbench": "view.workbench",

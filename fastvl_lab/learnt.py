@@ -1,7 +1,8 @@
 """What a machine has learnt of itself: the best recipe that `fl.tune` found here, in a file that "fastest" is read from.
 
 A record is one JSON file in `tuned/` of the cache folder, for one device with its processor and threads, one geometry and one
-dtype. It is a plain file: it may be copied to another machine of the same kind.
+dtype. It is a plain file: it may be copied to another machine of the same kind. The package ships records too, in its own `tuned/`:
+each is what a tune wrote on a machine with that device, and counts on others with it, where they have learnt nothing themselves.
 """
 
 from __future__ import annotations
@@ -28,6 +29,7 @@ from fastvl_lab.machine import processor_name
 from fastvl_lab.recipe import Recipe
 
 SCHEMA = 1
+SHIPPED = Path(__file__).parent / "tuned"
 
 # What a recipe's times depend on beside the machine.
 _PACKAGES = ("fastvl-lab", "torch", "transformers", "triton")
@@ -63,7 +65,15 @@ class Site:
         """The file of its record."""
         digest = hashlib.sha256(repr(self).encode()).hexdigest()[:12]
         words = re.sub(r"\W+", "-", f"{self.device} {self.geometry.partition(' ')[0]} {self.dtype}".lower())
-        return cache_root() / "tuned" / f"{words}-{digest}.json"
+        return folder() / f"{words}-{digest}.json"
+
+    def alike(self, other: Site) -> bool:
+        """Whether a recipe that was the best there is a good one here: the same GPU, geometry and dtype.
+
+        Of CPUs, processor and threads must be the same as well.
+        """
+        names = ("device", "geometry", "dtype", *(("processor", "threads") if self.device == "CPU" else ()))
+        return all(getattr(self, name) == getattr(other, name) for name in names)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -117,6 +127,17 @@ class Record:
         )
         return f"tuned here on {self.date} for {goal}: {self.ratio[0]:.2f}× what fastest was before"
 
+    @property
+    def shipped(self) -> str:
+        """The same of a record that came with the package."""
+        of = ", ".join(f"{package} {version}" for package, version in self.versions.items() if package != "fastvl-lab")
+        return f"shipped: {self.origin.replace('tuned here', f'tuned on another {self.site.device}')} ({of})"
+
+
+def folder() -> Path:
+    """Where records of this machine are."""
+    return cache_root() / "tuned"
+
 
 def versions() -> dict[str, str]:
     """Of the packages that a recipe's times depend on; one that is not installed is absent."""
@@ -128,12 +149,13 @@ def versions() -> dict[str, str]:
 
 
 def fastest(checkpoint: Checkpoint) -> Recipe:
-    """What was tuned for just this machine, geometry, dtype and these versions, else `Recipe.fastest`; its `origin` says which.
+    """What was tuned for just this machine, geometry, dtype and these versions, else `otherwise`; its `origin` says which.
 
     Without a record, weights are packed where memory has room for them twice. A record of other versions is named there and not
     used. One that is damaged, of another machine under this one's name, or whose recipe cannot run here, is ignored with a warning.
     """
-    guess, site = _guess(checkpoint), Site.of(checkpoint)
+    site = Site.of(checkpoint)
+    guess = otherwise(checkpoint, site)
     if not (path := site.path).is_file():
         return guess
     try:
@@ -151,6 +173,21 @@ def fastest(checkpoint: Checkpoint) -> Recipe:
         warnings.warn(f"{path} is ignored: {sentence(error)}", stacklevel=2)
         return guess
     return dataclasses.replace(record.recipe, origin=record.origin)
+
+
+def otherwise(checkpoint: Checkpoint, site: Site) -> Recipe:
+    """Where a machine has learnt nothing itself: what is shipped for such a device, geometry and dtype, else the guess.
+
+    A shipped record is used whatever the versions, which its origin names: it was measured, and the guess was not. One whose recipe
+    cannot run here is passed over.
+    """
+    for path in sorted(SHIPPED.glob("*.json")):
+        record = Record.read(path)
+        if site.alike(record.site):
+            with suppress(RecipeError):
+                record.recipe.check(checkpoint.target)
+                return dataclasses.replace(record.recipe, origin=record.shipped)
+    return _guess(checkpoint)
 
 
 def _guess(checkpoint: Checkpoint) -> Recipe:

@@ -10,8 +10,9 @@ import torch
 from fastvl_lab import shown
 from fastvl_lab.account import OF_WAIT, WAIT, Account
 from fastvl_lab.capture.execute import Capture
+from fastvl_lab.lasting import About, Lasting, Traced
 from fastvl_lab.recipe import Recipe
-from fastvl_lab.request import UNNAMED, Chunk, Grid, ImageShape, Kind as Kind
+from fastvl_lab.request import UNNAMED, Chunk, FinishReason, Grid, ImageShape, Kind as Kind
 from fastvl_lab.trace import Span, Trace
 
 if TYPE_CHECKING:
@@ -27,7 +28,7 @@ _OWN = str.maketrans(dict.fromkeys("█▉▊▋▌", "▒") | dict.fromkeys("�
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
-class Run:
+class Run(Lasting):
     """What one engine did with one request.
 
     `kind` is "cold" for the first run of its engine, shape and thread, and for any run that compiled or captured something (they
@@ -35,7 +36,8 @@ class Run:
     the endpoint says of it, and "unknown" where it does not say whether it reused anything. `logits` are those of the last prompt
     token, float32 [vocab] on the host; finite: whether all of them were finite numbers, without which tokens mean nothing.
     `n_prompt` is 0 where an endpoint does not count. remote: the engine is behind an address, here or elsewhere, and shows neither
-    its pixels nor its logits. `account` is what the endpoint's engine tells of the request by its own clock.
+    its pixels nor its logits. `account` is what the endpoint's engine tells of the request by its own clock. finish_reason: why the
+    answer ended, None where that is not known.
     """
 
     engine: str
@@ -54,6 +56,7 @@ class Run:
     finite: bool = True
     remote: bool = False
     account: Account | None = None
+    finish_reason: FinishReason | None = None
 
     @property
     def ttft(self) -> float:
@@ -121,7 +124,7 @@ class Run:
         return shown.figure(self)
 
     def to_record(self) -> dict[str, Any]:
-        """Everything but the logits as JSON-ready data; `from_record` reads it back."""
+        """Everything but logits and logprobs as JSON-ready data; `from_record` reads it back."""
         return {
             "engine": self.engine,
             "recipe": None if self.recipe is None else self.recipe.to_dict(),
@@ -138,6 +141,7 @@ class Run:
             "finite": self.finite,
             "remote": self.remote,
             "account": None if self.account is None else self.account.to_record(),
+            "finish_reason": self.finish_reason,
         }
 
     @classmethod
@@ -154,6 +158,33 @@ class Run:
         data["captures"] = tuple(Capture(**capture) for capture in record.get("captures", ()))  # absent in older records
         data["remote"] = record.get("remote", record["device"] == ELSEWHERE)
         return cls(**data, logits=torch.empty(0))
+
+    def row(self) -> dict[str, Any]:
+        """What it took as one row of numbers: TTFT, TPOT, what is unaccounted, and each stage, in ms."""
+        return {
+            "kind": self.kind,
+            "visual_tokens": self.visual_tokens,
+            "prompt_tokens": self.n_prompt,
+            "new_tokens": len(self.tokens),
+            "ttft_ms": self.ttft * 1e3,
+            "tpot_ms": None if self.tpot is None else self.tpot * 1e3,
+            "unaccounted_ms": self.trace.unaccounted_ns / 1e6,
+            **{f"{stage}_ms": ns / 1e6 for stage, ns in self.trace.stages().items()},
+            **{f"device_{stage}_ms": ns / 1e6 for stage, ns in self.trace.stages("device").items()},
+        }
+
+    def traced(self, label: str, since_ns: int = 0) -> Traced:
+        """Its trace under a label. since_ns: when it began, among others."""
+        return Traced(label=label, trace=self.trace, ours=self.recipe is not None, since_ns=since_ns)
+
+    def about(self) -> About:
+        return About(
+            title=f"{self.title()}: {self.summary()}",
+            findings=[self.subtitle()],
+            environment={"device": self.device, "dtype": self.dtype},
+            samples=[{"checkpoint": self.checkpoint, "engine": self.engine, **self.row()}],
+            traces=[self.traced(self.title())],
+        )
 
     def _bar(self, intervals: list[tuple[int, int]]) -> str:
         """Intervals of TTFT in nanoseconds as a bar of block characters, at the place where they happened."""

@@ -30,6 +30,7 @@ LAYERS = (
         "inputs",
         "messages",
         "request",
+        "sampling",
         "shown",
         "trace",
         "kernels",
@@ -43,7 +44,7 @@ LAYERS = (
     ("checkpoint",),
     ("decoder",),
     ("tokenizer", "processes", *SLOTS),
-    ("outcome", "schedule", "learnt"),
+    ("outcome", "schedule", "learnt", "lasting"),
     ("pipeline",),
     ("engine", "peer", "run"),  # a peer registers with the engine, which knows of `peer` its folder alone
     ("lab",),

@@ -19,28 +19,38 @@ def cache_root() -> Path:
 
 
 def whole_folder(name: str, write: Callable[[Path], None]) -> Path:
-    """The folder `name` in the cache, made by `write` on first use.
-
-    It is written aside and renamed when complete, so that a folder under its name is never half-written, also when the process
-    dies or two processes start at once.
-    """
+    """The folder `name` in the cache, made by `write` on first use, whole or not at all; raises `CheckpointError`."""
     target = cache_root() / name
     if target.is_dir():
         return target
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
-        aside = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
+        write_folder(target, write)
     except OSError as error:
-        raise CheckpointError(
-            f"the cache folder {target.parent} cannot be written ({error.strerror}); set XDG_CACHE_HOME to a folder that can"
-        ) from None
+        if not target.is_dir():  # a rename onto a folder that another process has just completed is no failure
+            raise CheckpointError(
+                f"the cache folder {target.parent} cannot be written ({error.strerror or error}); "
+                f"set XDG_CACHE_HOME to a folder that can"
+            ) from error
+    return target
+
+
+def write_folder(target: Path, write: Callable[[Path], None], *, replace: bool = False) -> None:
+    """Have a folder filled aside and rename it when complete; raises `OSError`, also where there is one that is not empty.
+
+    So a folder under its name is never half-written, also when the process dies or two processes start at once. replace: the one
+    that is there makes room; for a moment, in which a process may die, there is none, and it lies aside.
+    """
+    aside = Path(tempfile.mkdtemp(prefix=f".{target.name}-", suffix=ASIDE, dir=target.parent))
     try:
         write(aside)
         aside.chmod(0o755)
-        aside.rename(target)
-    except OSError as error:
-        if not target.is_dir():  # a rename onto a folder that another process has just completed is no failure
-            raise CheckpointError(f"the cache folder {target} cannot be written: {error.strerror or error}") from error
+        if replace and target.is_dir():
+            before = Path(tempfile.mkdtemp(prefix=f".{target.name}-before-", suffix=ASIDE, dir=target.parent))
+            target.rename(before)
+            aside.rename(target)
+            shutil.rmtree(before, ignore_errors=True)
+        else:
+            aside.rename(target)
     finally:
         shutil.rmtree(aside, ignore_errors=True)
-    return target

@@ -6,7 +6,7 @@ import dataclasses
 import math
 import threading
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, Literal
 
@@ -17,10 +17,22 @@ from fastvl_lab.capture.execute import Capture
 from fastvl_lab.engine import Engine, EngineLike
 from fastvl_lab.errors import RecipeError, RequestCancelledError, RequestError, require, sentence
 from fastvl_lab.lab import Lab
-from fastvl_lab.measure.parity import Oracles, Parity, check
+from fastvl_lab.lasting import About, Lasting
+from fastvl_lab.measure.environment import environment
+from fastvl_lab.measure.parity import Oracles, Parity, check, check_greedy
 from fastvl_lab.measure.quiet import QUIET, Quiet, Watch
 from fastvl_lab.measure.recipes import START, STOCK, steps_between
-from fastvl_lab.measure.samples import Interval, RunSample, Samples, as_row, check_rounds, interleaved, json_value, median_interval
+from fastvl_lab.measure.samples import (
+    Interval,
+    RunSample,
+    Samples,
+    StageSample,
+    as_row,
+    check_rounds,
+    interleaved,
+    json_value,
+    median_interval,
+)
 from fastvl_lab.recipe import Recipe
 from fastvl_lab.request import ImageInput, ImageSource, Request, check_whole_number
 from fastvl_lab.run import Kind, Run
@@ -28,11 +40,12 @@ from fastvl_lab.trace import Lane
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
-class Comparison:
+class Comparison(Lasting):
     """What `compare` measured.
 
     reference: the label that speed-ups refer to, a peer's where one ran, else the first engine's. checks: by label; failures: by
-    label, the error that took the engine out. notes: what came of waiting for quiet, in sentences.
+    label, the error that took the engine out. notes: what came of waiting for quiet, in sentences. environment: as
+    `measure.environment` tells it at the end.
     """
 
     samples: tuple[RunSample, ...]
@@ -40,6 +53,7 @@ class Comparison:
     checks: Mapping[str, Parity]
     failures: Mapping[str, str]
     notes: tuple[str, ...] = ()
+    environment: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def engines(self) -> tuple[str, ...]:
@@ -93,6 +107,28 @@ class Comparison:
         saved = self._timed(engine, over).saving(engine, over, "ttft") if self.parity(engine, over) else None
         return None if saved is None else Interval(*(x * 1e3 for x in saved))
 
+    def by_round(self, engine: str) -> dict[int, float]:
+        """Round -> seconds of TTFT, of the engine's runs that are `compared` and were not disturbed."""
+        return self._timed(engine).by_round(engine, "ttft")
+
+    def stages_saved(self, engine: str, over: str) -> dict[str, Interval]:
+        """Milliseconds of each stage, and of what is in none, that the engine takes less than `over`, paired by round.
+
+        Those that are shown to differ come first, the largest of them at the head. Empty where there is no speed-up.
+        """
+        timed = self._timed(engine, over).samples if self.parity(engine, over) else ()
+        lane = telling_lane([sample.run for sample in timed])
+        steps = [stage_seconds(sample.run, lane) for sample in timed]
+        names = dict.fromkeys(name for of_one in steps for name in of_one)
+        stages = tuple(
+            StageSample(
+                engine=s.engine, round=s.round, use=s.use, kind=s.kind, steps={name: of_one.get(name, 0.0) for name in names}
+            )
+            for s, of_one in zip(timed, steps, strict=True)
+        )
+        found = {name: Samples(samples=stages).saving(engine, over, name) for name in names}
+        return by_size({name: saved.ms for name, saved in found.items() if saved is not None})
+
     def _timed(self, *engines: str) -> Samples[RunSample]:
         kinds = {engine: self.compared(engine) for engine in engines}
         return Samples(samples=self.samples).only(lambda sample: kinds.get(sample.engine) == sample.kind)
@@ -140,9 +176,7 @@ class Comparison:
         lines = []
         for engine in self.engines:
             run = self.representative(engine)
-            # On CUDA the host only waits, in `sample`, for what the device does in its stages.
-            # A device that a thread plays on a CPU has only steps after the first token to do, which is rarely most of it.
-            lane: Lane = "device" if 2 * sum(run.trace.stages("device").values()) > run.trace.first_chunk_ns else "host"
+            lane = telling_lane([run])
             stages = run.trace.stages(lane)
             largest = max(stages, key=lambda stage: stages[stage])
             line = f"{engine} spends {stages[largest] / 1e9 / run.ttft:.0%} of its TTFT in {largest} ({lane})"
@@ -152,13 +186,13 @@ class Comparison:
             if self.compared(engine) == "unknown":
                 line += "; the endpoint does not say whether it reused anything of earlier requests, so its runs may be cache hits"
             lines.append(line if engine == self.reference else f"{line}; {self._against(engine)}")
-        return [*lines, *self._quietness()]
+        return [*lines, *self.quietness()]
 
     def busy(self, *engines: str) -> str | None:
         """What others did to the runs of these engines, in words; None where none was disturbed."""
         return Samples(samples=self.samples).only(lambda sample: sample.engine in engines).busy
 
-    def _quietness(self) -> list[str]:
+    def quietness(self) -> list[str]:
         """Whether others disturbed it, and of which engines that is not known."""
         watched = [s for s in self.samples if s.round >= 0 and s.use is not None and s.kind != "cold"]
         unknown = dict.fromkeys(s.engine for s in watched if s.disturbed is None)
@@ -196,18 +230,46 @@ class Comparison:
             "checks": {label: dataclasses.asdict(checked) for label, checked in self.checks.items()},
             "failures": dict(self.failures),
             "notes": list(self.notes),
+            "environment": dict(self.environment),
         }
 
     @classmethod
     def from_record(cls, record: Mapping[str, Any]) -> Comparison:
         """Read `to_record`'s form."""
-        checks = {name: Parity(**{**checked, "expected": tuple(checked["expected"])}) for name, checked in record["checks"].items()}
         return cls(
             samples=tuple(map(RunSample.from_record, record["samples"])),
             reference=record["reference"],
-            checks=checks,
+            checks={name: Parity.from_record(checked) for name, checked in record["checks"].items()},
             failures=record["failures"],
             notes=tuple(record["notes"]),
+            environment=record.get("environment", {}),  # absent in older records
+        )
+
+    def sample_rows(self) -> list[dict[str, Any]]:
+        """One row a run, raw: percentiles are derived from these, never stored instead of them.
+
+        disturbed: None where it is not known; others: the cores that others used.
+        """
+        return [
+            {
+                "engine": sample.engine,
+                "round": sample.round,
+                "disturbed": sample.disturbed,
+                "others": sample.others,
+                **sample.run.row(),
+                "tokens_equal": self.as_expected(sample),
+            }
+            for sample in self.samples
+        ]
+
+    def about(self) -> About:
+        checkpoints = ", ".join(dict.fromkeys(sample.run.checkpoint for sample in self.samples)) or "nothing"
+        return About(
+            title=f"{checkpoints}: {' against '.join(self.engines) or ', '.join(self.failures)}",
+            findings=[*self.findings(), *(f"{label} failed: {error}" for label, error in self.failures.items())],
+            environment=self.environment,
+            samples=[{"checkpoint": s.run.checkpoint} | row for s, row in zip(self.samples, self.sample_rows(), strict=True)],
+            traces=[self.representative(engine).traced(engine) for engine in self.engines],
         )
 
     def frame(self) -> Any:
@@ -219,6 +281,27 @@ class Comparison:
         if not self.engines:
             raise RequestError(f"no engine has run, so there is no waterfall; what failed: {dict(self.failures)}")
         return shown.figure(self)
+
+
+def telling_lane(runs: Sequence[Run]) -> Lane:
+    """The lane whose stages say where the time of these runs goes.
+
+    On CUDA the host only waits, in `sample`, for what the device does in its stages. A device that a thread plays on a CPU has only
+    steps after the first token to do, which is rarely most of it.
+    """
+    told = [2 * sum(run.trace.stages("device").values()) > run.trace.first_chunk_ns for run in runs]
+    return "device" if 2 * sum(told) > len(told) else "host"
+
+
+def stage_seconds(run: Run, lane: Lane) -> dict[str, float]:
+    """Seconds of TTFT in each stage of a lane, and in none, as "unaccounted"."""
+    stages = {name: ns / 1e9 for name, ns in run.trace.stages(lane).items()}
+    return stages | {"unaccounted": sum(end - start for start, end in run.trace.gaps(lane)) / 1e9}
+
+
+def by_size(found: Mapping[str, Interval]) -> dict[str, Interval]:
+    """In order of size, those whose interval does not hold zero before all others."""
+    return dict(sorted(found.items(), key=lambda item: (not (item[1].low > 0 or item[1].high < 0), -abs(item[1].median))))
 
 
 def compare(
@@ -241,10 +324,11 @@ def compare(
     engines: label -> recipe, recipe text, or peer. on_run is called after each run with its label, on_sample with what it gave.
     keep_going: record an engine's error in `failures` and go on without it; otherwise errors are raised. checks: by label, those
     that were made before. quiet: what is waited for before each run, and held against each (`measure.quiet`); None watches nothing.
-    stop: as `Lab.run` has it.
+    stop: as `Lab.run` has it. Raises `RequestError` for a request that samples (`parity.check_greedy`).
     """
     if not isinstance(engines, Mapping) or not engines:
         raise RequestError(f"engines is {engines!r}; give at least one recipe or peer, as label -> engine")
+    check_greedy(request)
     for name, value in (("repeats", repeats), ("warm_up", warm_up)):
         check_whole_number(name, value, least=0)
     if repeats + warm_up < 1:
@@ -297,7 +381,14 @@ def compare(
                 found[label] = Parity(oracle=oracles.of(keys[label]), holds=False, why=why)
     checked = {label: found[label] for label in runs}
     samples = _by_label(made, engines)
-    return Comparison(samples=samples, reference=reference, checks=checked, failures=failures, notes=watch.notes())
+    return Comparison(
+        samples=samples,
+        reference=reference,
+        checks=checked,
+        failures=failures,
+        notes=watch.notes(),
+        environment=environment(lab),
+    )
 
 
 def _computing(lab: Lab, engine: Engine) -> tuple[int, ...] | None:
@@ -315,7 +406,7 @@ def _without_logits(run: Run, label: str) -> Run:
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
-class Attribution:
+class Attribution(Lasting):
     """What `attribute` measured. steps: labels of the recipes on the way, first that of the recipe it starts from."""
 
     comparison: Comparison
@@ -330,6 +421,20 @@ class Attribution:
             raise RecipeError(f"step {step!r} is unknown; the steps are {', '.join(map(repr, self.steps))}")
         number = self.steps.index(step)
         return self.comparison.saving(step, self.steps[number - 1]) if number else None
+
+    @property
+    def rest(self) -> float | None:
+        """Milliseconds by which the steps' medians, which need not add up, miss what the last recipe takes off the first.
+
+        None where some step is not compared.
+        """
+        whole = self.comparison.saving(self.steps[-1], self.steps[0])
+        each = [self.saved(step) for step in self.steps[1:]]
+        return None if whole is None or None in each else whole.median - sum(saved.median for saved in each if saved)
+
+    def about(self) -> About:
+        about = self.comparison.about()
+        return dataclasses.replace(about, title=f"{about.title.partition(':')[0]}: {len(self.steps) - 1} steps to {self.steps[-1]}")
 
     def to_record(self) -> dict[str, Any]:
         """As `Comparison.to_record`."""

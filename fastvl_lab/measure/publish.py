@@ -6,20 +6,14 @@ import ast
 import difflib
 import importlib.util
 import io
-import platform
 from collections.abc import Mapping, Sequence
-from datetime import date
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
-import transformers
 from PIL import Image
 
 from fastvl_lab.errors import ImageError, MissingExtraError, RequestError, require
-from fastvl_lab.lab import Lab, device_name, dtype_name
-from fastvl_lab.machine import processor_name
 from fastvl_lab.measure.compare import Comparison
 from fastvl_lab.measure.samples import json_value
 from fastvl_lab.preprocessor.decode_image import rgb_of
@@ -89,19 +83,6 @@ def _photograph(name: object) -> bytes:
             f"or give the path of an image"
         )
     return (Path(package.origin).parent / "data" / PHOTOGRAPHS[str(name)]).read_bytes()
-
-
-def environment(lab: Lab) -> dict[str, str]:
-    """Where and when something was measured: device, dtype, the host's processor, the day, and the versions that matter."""
-    return {
-        "device": device_name(lab.device),
-        "processor": processor_name(),
-        "date": date.today().isoformat(),
-        "dtype": dtype_name(lab.dtype),
-        "python": platform.python_version(),
-        "torch": str(torch.__version__),
-        "transformers": transformers.__version__,
-    }
 
 
 def published_point(

@@ -33,10 +33,11 @@ from fastvl_lab.errors import DeviceError, FastvlError, sentence
 from fastvl_lab.lab import Lab
 from fastvl_lab.measure import recipes
 from fastvl_lab.measure.compare import Comparison, compare
+from fastvl_lab.measure.environment import environment
 from fastvl_lab.measure.floors import Ceilings, decode_bytes, floor, prefill_flops, vit_flops
 from fastvl_lab.measure.parity import Oracles, Parity, StageCheck, check, check_decoder, check_tower, within_budget
 from fastvl_lab.measure.profile import device_idle, kernels_of_request, memory_of_request, tuned_launches
-from fastvl_lab.measure.publish import environment, picture
+from fastvl_lab.measure.publish import picture
 from fastvl_lab.measure.quiet import Quiet
 from fastvl_lab.measure.recipes import STOCK, cannot_run
 from fastvl_lab.measure.samples import as_row, json_value, median_interval, since_upload

@@ -59,7 +59,11 @@ class CastOutError(FastvlError):
 
 
 class EndOfSearchError(Exception):
-    """Nothing more can be measured, or somebody wants no more; the sentence says why."""
+    """Nothing more can be measured, or somebody wants no more; the sentence says why. again: another process could go on."""
+
+    def __init__(self, why: str, *, again: bool = False) -> None:
+        super().__init__(why)
+        self.again = again
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -132,7 +136,7 @@ class Found:
     """What a search came to. ratio: of `recipe` over `start`, by samples taken for that alone; None where there are none.
 
     gained: the product of the medians by which the search came to the recipe, confirmed or not. untried: labels for which time was
-    too short.
+    too short. cut_off: it was stopped, or could time nothing more in this process, so another may go on with it.
     """
 
     recipe: Recipe
@@ -144,6 +148,7 @@ class Found:
     cast_out: tuple[CastOut, ...]
     untried: tuple[str, ...]
     ended: str
+    cut_off: bool = False
 
 
 def search(
@@ -226,19 +231,19 @@ class _Search:
             if self._untried:
                 ended = f"the time was over before {len(self._untried)} were tried"
         except EndOfSearchError as error:
-            return self._found(start, None, False, str(error))
+            return self._found(start, None, False, str(error), cut_off=error.again)
         if self._best != start:
             self._phase = "against the start"
             try:
                 ratio = self._confirm(start)
                 confirmed = True
             except EndOfSearchError as error:
-                return self._found(start, None, False, str(error))
+                return self._found(start, None, False, str(error), cut_off=error.again)
             if ratio is None or not gains(ratio):
                 self._bests = self._bests[:1]
         return self._found(start, ratio, confirmed, ended)
 
-    def _found(self, start: Recipe, ratio: Interval | None, confirmed: bool, ended: str) -> Found:
+    def _found(self, start: Recipe, ratio: Interval | None, confirmed: bool, ended: str, *, cut_off: bool = False) -> Found:
         return Found(
             recipe=self._best,
             start=start,
@@ -249,6 +254,7 @@ class _Search:
             cast_out=tuple(self._cast_out),
             untried=tuple(self._untried),
             ended=ended,
+            cut_off=cut_off,
         )
 
     # What is tried; each gives label -> recipe against the best as it is then.
@@ -393,7 +399,7 @@ class _Search:
         failed, _ = self._bests.pop()  # which of its choices is to blame nobody knows: it alone is not tried again
         self._cast_out.append(CastOut(label=told(failed, self._best), recipe=failed, why=str(error)))
         if error.ends:
-            raise EndOfSearchError(f"{error}; nothing more can be timed in this process")
+            raise EndOfSearchError(f"{error}; nothing more can be timed in this process", again=True)
 
     def _blame(self, label: str, recipe: Recipe, over: Recipe, error: CastOutError) -> None:
         """Take a recipe out, and with it all that has the same choices."""
@@ -402,7 +408,7 @@ class _Search:
         changed = {**over.changes(), **recipe.changes()}
         self._blamed.append({path: recipe.value(path) for path in changed if recipe.value(path) != over.value(path)})
         if error.ends:
-            raise EndOfSearchError(f"{label}: {error}; nothing more can be timed in this process")
+            raise EndOfSearchError(f"{label}: {error}; nothing more can be timed in this process", again=True)
 
     def _settled(self, samples: Samples[StageSample], label: str) -> bool:
         """Whether more rounds would say no more of it: it is shown to be faster, or can no longer be."""

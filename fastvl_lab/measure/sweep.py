@@ -20,8 +20,9 @@ from fastvl_lab.checkpoint.loading import resolve_device, resolve_dtype
 from fastvl_lab.engine import find
 from fastvl_lab.errors import CheckpointError, FastvlError, RecipeError, RequestError, check_whole_number, require, sentence
 from fastvl_lab.lab import Lab
-from fastvl_lab.measure import publish
+from fastvl_lab.lasting import About, Lasting
 from fastvl_lab.measure.compare import Comparison, compare
+from fastvl_lab.measure.environment import environment
 from fastvl_lab.measure.publish import document, notebook_parameters, photo, published_point
 from fastvl_lab.measure.quiet import QUIET
 from fastvl_lab.request import Request
@@ -105,6 +106,14 @@ class SweepSettings:
         """Read a notebook's variables; an unknown parameter or recipe is an error before any work."""
         return cls(**notebook_parameters(namespace, [field.name for field in dataclasses.fields(cls)]))
 
+    @classmethod
+    def kept(cls, record: Mapping[str, Any]) -> SweepSettings:
+        """Those of a sweep that was made elsewhere, perhaps: what they name need not be here, and no folder is made."""
+        made = object.__new__(cls)
+        for own in dataclasses.fields(cls):
+            object.__setattr__(made, own.name, record[own.name])
+        return made
+
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class SweptPoint:
@@ -124,7 +133,7 @@ class SweptPoint:
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
-class SweepResult:
+class SweepResult(Lasting):
     """Every point of a sweep; `errors` has a row {checkpoint, image, engine, error} for each point or engine that failed."""
 
     settings: SweepSettings
@@ -141,33 +150,11 @@ class SweepResult:
         ]
 
     def samples(self) -> list[dict[str, Any]]:
-        """One row a run, raw: percentiles are derived from these, never stored instead of them.
-
-        disturbed: None where it is not known; others: the cores that others used.
-        """
+        """One row a run, as `Comparison.sample_rows` has it, with its point and where it was measured."""
         return [
-            {
-                "checkpoint": point.checkpoint,
-                "image": size_label(point.size),
-                "engine": sample.engine,
-                "round": sample.round,
-                "kind": sample.run.kind,
-                "disturbed": sample.disturbed,
-                "others": sample.others,
-                "visual_tokens": sample.run.visual_tokens,
-                "prompt_tokens": sample.run.n_prompt,
-                "new_tokens": len(sample.run.tokens),
-                "ttft_ms": sample.run.ttft * 1e3,
-                "tpot_ms": None if sample.run.tpot is None else sample.run.tpot * 1e3,
-                "unaccounted_ms": sample.run.trace.unaccounted_ns / 1e6,
-                **{f"{stage}_ms": ns / 1e6 for stage, ns in sample.run.trace.stages().items()},
-                **{f"device_{stage}_ms": ns / 1e6 for stage, ns in sample.run.trace.stages("device").items()},
-                "tokens_equal": point.comparison.as_expected(sample),
-                **self.environment,
-                **point.environment,
-            }
+            {"checkpoint": point.checkpoint, "image": size_label(point.size), **row, **self.environment, **point.environment}
             for point in self.points
-            for sample in point.comparison.samples
+            for row in point.comparison.sample_rows()
         ]
 
     def published(self) -> dict[str, Any]:
@@ -181,6 +168,44 @@ class SweepResult:
         """What was learnt on this machine, one sentence a point and engine."""
         return [f"{point.label}: {line}" for point in self.points for line in point.comparison.findings()]
 
+    def to_record(self) -> dict[str, Any]:
+        """As JSON-ready data; `from_record` reads it back."""
+        points = [
+            {"checkpoint": p.checkpoint, "size": p.size, "environment": dict(p.environment), "comparison": p.comparison.to_record()}
+            for p in self.points
+        ]
+        settings = dataclasses.asdict(self.settings)
+        return {"settings": settings, "environment": self.environment, "points": points, "errors": list(self.errors)}
+
+    @classmethod
+    def from_record(cls, record: Mapping[str, Any]) -> SweepResult:
+        """Read `to_record`'s form."""
+        points = [
+            SweptPoint(
+                checkpoint=point["checkpoint"],
+                size=None if point["size"] is None else tuple(point["size"]),
+                comparison=Comparison.from_record(point["comparison"]),
+                environment=point["environment"],
+            )
+            for point in record["points"]
+        ]
+        settings = SweepSettings.kept(record["settings"])
+        return cls(settings=settings, environment=record["environment"], points=tuple(points), errors=tuple(record["errors"]))
+
+    def about(self) -> About:
+        engines = dict.fromkeys(engine for point in self.points for engine in point.comparison.engines)
+        return About(
+            title=f"{', '.join(point.label for point in self.points) or 'no point'}: {' against '.join(engines) or 'no engine'}",
+            findings=[*self.findings(), *(f"{' · '.join(part for part in error.values() if part)}" for error in self.errors)],
+            environment=self.environment,
+            samples=self.samples(),
+            traces=[
+                point.comparison.representative(engine).traced(f"{point.label} · {engine}")
+                for point in self.points
+                for engine in point.comparison.engines
+            ],
+        )
+
     def write_samples(self) -> Path:
         """Write results.parquet, the raw samples, into the settings' `output_dir`; needs the extra "notebooks"."""
         path = Path(self.settings.output_dir) / "results.parquet"
@@ -190,7 +215,8 @@ class SweepResult:
     def write(self) -> list[Path]:
         """Write results.parquet, result.json, report.html and a Perfetto trace a run into the settings' `output_dir`.
 
-        results.parquet has the raw samples, result.json what is published. Needs the extra "notebooks".
+        results.parquet has the raw samples, result.json what is published; `record/` is what `fl.open` reads. Needs the extra
+        "notebooks".
         """
         if not self.settings.output_dir:
             raise RequestError("output_dir is empty; name the folder to write into")
@@ -199,7 +225,7 @@ class SweepResult:
         result, report = folder / "result.json", folder / "report.html"
         result.write_text(json.dumps(self.published(), indent=1), encoding="utf-8")
         report.write_text(shown.page(self), encoding="utf-8")
-        written = [self.write_samples(), result, report]
+        written = [self.write_samples(), result, report, *self.save(folder / "record", replace=True).iterdir()]
         runs = [(point, sample) for point in self.points for sample in point.comparison.samples]
         for number, (point, sample) in enumerate(runs):
             title = f"{point.label} · {sample.engine} · round {sample.round} · {sample.run.kind}"
@@ -220,7 +246,7 @@ def sweep(settings: SweepSettings, *, progress: bool = True, on_run: Callable[[]
     per_point = len(settings.recipes) * (settings.warm_up + settings.repeats)
     points: list[SweptPoint] = []
     errors: list[dict[str, str]] = []
-    environment: dict[str, str] = {}
+    where: dict[str, str] = {}
 
     def ran(_: str) -> None:
         bar.update(1)
@@ -240,7 +266,7 @@ def sweep(settings: SweepSettings, *, progress: bool = True, on_run: Callable[[]
                 failed(error, name)
                 bar.update(per_point * len(sizes))
                 continue
-            environment = publish.environment(lab)
+            where = environment(lab)
             for size in sizes:
                 image, done_before = size_label(size), bar.n
                 bar.set_description(f"{name} {image}")
@@ -255,13 +281,13 @@ def sweep(settings: SweepSettings, *, progress: bool = True, on_run: Callable[[]
                         points.append(SweptPoint(checkpoint=name, size=size, comparison=comparison))
                 bar.update(done_before + per_point - bar.n)
                 if settings.output_dir and points:  # so that a sweep that dies keeps what it measured
-                    so_far = SweepResult(settings=settings, environment=environment, points=tuple(points), errors=())
+                    so_far = SweepResult(settings=settings, environment=where, points=tuple(points), errors=())
                     try:
                         so_far.write_samples()
                     except OSError as error:  # a full disk now may have room at the end
                         failed(error, name, image)
             del lab
-    return SweepResult(settings=settings, environment=environment, points=tuple(points), errors=tuple(errors))
+    return SweepResult(settings=settings, environment=where, points=tuple(points), errors=tuple(errors))
 
 
 def _compare_at(lab: Lab, settings: SweepSettings, size: tuple[int, int] | None, on_run: Callable[[str], object]) -> Comparison:

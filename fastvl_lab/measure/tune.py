@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import dataclasses
+import hashlib
 import json
 import math
 import sys
@@ -18,6 +19,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from tqdm.auto import tqdm
 
 from fastvl_lab import shown
@@ -33,9 +35,12 @@ from fastvl_lab.errors import (
     shortened,
 )
 from fastvl_lab.lab import Lab
-from fastvl_lab.learnt import Record, Site, versions
+from fastvl_lab.lasting import About, Lasting
+from fastvl_lab.learnt import Record, Site, folder, versions
+from fastvl_lab.measure.environment import environment
+from fastvl_lab.measure.journal import Journalled
 from fastvl_lab.measure.parity import Oracles, Parity, check
-from fastvl_lab.measure.publish import environment, photo, picture
+from fastvl_lab.measure.publish import photo, picture
 from fastvl_lab.measure.quiet import QUIET, Quiet, Watch
 from fastvl_lab.measure.recipes import START, of_a_request, stages_of
 from fastvl_lab.measure.samples import Interval, StageSample, as_row, json_value
@@ -51,11 +56,13 @@ from fastvl_lab.measure.search import (
     search,
     told,
 )
+from fastvl_lab.preprocessor.decode_image import rgb_of
 from fastvl_lab.recipe import Recipe
 from fastvl_lab.request import Request
 from fastvl_lab.run import Run
 
 GOALS = ("ttft", "tpot")
+_OF_A_REQUEST = ("max_new_tokens", "ignore_eos", "fit", "min_pixels", "max_pixels")
 
 # One request, or several with what each weighs.
 Workload = Request | Sequence[tuple[Request, float]]
@@ -68,7 +75,7 @@ _SHARE_OF_QUIET = 0.2  # and what waiting for quiet may
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
-class Tuned:
+class Tuned(Lasting):
     """What `tune` found.
 
     recipe: the best, or `start` where nothing is shown to be faster. ratio: how many times as fast as `start` it is by the goal, on
@@ -127,25 +134,68 @@ class Tuned:
         empty = {"phase": None, **as_row("ratio", None), "rounds": None}
         return made + [{**empty, "tried": one.label, "verdict": "cast out", "why": one.why} for one in self.cast_out]
 
+    def about(self) -> About:
+        return About(
+            title=f"{told(self.recipe, self.start)}: {self.ratio.times()} as fast as {self.over}",
+            findings=self.findings(),
+            environment=self.environment,
+            samples=self.rows(),
+        )
+
     def to_record(self) -> dict[str, Any]:
-        """Everything as JSON-ready data."""
+        """Everything as JSON-ready data; `from_record` reads it back. rows, findings and texts are for those who do not."""
         return {
             "recipe": self.recipe.to_dict(),
             "recipe_text": str(self.recipe),
-            "start": str(self.start),
+            "origin": self.recipe.origin,
+            "start": self.start.to_dict(),
+            "start_text": str(self.start),
             "over": self.over,
             **{name: json_value(value) for name, value in as_row("ratio", self.ratio).items()},
             "confirmed": self.confirmed,
             "goal": dict(self.goal),
             "workload": [dict(one) for one in self.workload],
             "parity": [checked.says for checked in self.checks],
+            "checks": [dataclasses.asdict(checked) for checked in self.checks],
+            "tried": [_tried_record(tried) for tried in self.tried],
+            "cast_out": [{**vars(one), "recipe": one.recipe and one.recipe.to_dict()} for one in self.cast_out],
             "rows": self.rows(),
             "untried": list(self.untried),
             "ended": self.ended,
             "seconds": self.seconds,
             "environment": dict(self.environment),
+            "notes": list(self.notes),
+            "kept": self.kept and str(self.kept),
             "findings": self.findings(),
         }
+
+    @classmethod
+    def from_record(cls, record: Mapping[str, Any]) -> Tuned:
+        """Read `to_record`'s form."""
+        tried = [
+            Tried(**{**one, "recipe": Recipe.from_dict(one["recipe"]), "over": Recipe.from_dict(one["over"]), "ratio": ratio})
+            for one in record["tried"]
+            for ratio in [one["ratio"] and _interval(one["ratio"])]
+        ]
+        cast_out = [CastOut(**{**one, "recipe": one["recipe"] and Recipe.from_dict(one["recipe"])}) for one in record["cast_out"]]
+        return cls(
+            recipe=dataclasses.replace(Recipe.from_dict(record["recipe"]), origin=record["origin"]),
+            start=Recipe.from_dict(record["start"]),
+            over=record["over"],
+            ratio=_interval([record[name] for name in ("ratio", "ratio_low", "ratio_high")]),
+            confirmed=record["confirmed"],
+            goal=record["goal"],
+            workload=tuple(record["workload"]),
+            tried=tuple(tried),
+            cast_out=tuple(cast_out),
+            untried=tuple(record["untried"]),
+            checks=tuple(map(Parity.from_record, record["checks"])),
+            ended=record["ended"],
+            seconds=record["seconds"],
+            environment=record["environment"],
+            notes=tuple(record["notes"]),
+            kept=record["kept"] and Path(record["kept"]),
+        )
 
     def __repr__(self) -> str:
         return "\n".join([f"Tuned: {self.recipe}", *self.findings(), *self.lines()])
@@ -168,6 +218,16 @@ class Tuned:
     def _repr_mimebundle_(self, include: Any = None, exclude: Any = None) -> dict[str, Any]:
         """What was found and tried as a table, where pandas can be had, else text."""
         return shown.bundle(self)
+
+
+def _tried_record(tried: Tried) -> dict[str, Any]:
+    ratio = None if tried.ratio is None else [json_value(end) for end in tried.ratio]
+    return {**vars(tried), "recipe": tried.recipe.to_dict(), "over": tried.over.to_dict(), "ratio": ratio}
+
+
+def _interval(ends: Sequence[float | None]) -> Interval:
+    """What JSON has null for is NaN."""
+    return Interval(*(math.nan if end is None else end for end in ends))
 
 
 def tune(
@@ -195,6 +255,9 @@ def tune(
     `seconds`, ten times what Transformers takes, or 30, whichever is most. quiet: as `compare` has it, within a fifth of `seconds`.
     on_progress: called before each recipe; progress: without it, whether to show a bar. stop: once it is set, the best so far is
     returned, unconfirmed where it was not yet held against the start.
+
+    Unless `keep` is off, samples are written down as they come (`measure.journal`): where a tune was killed or stopped, the same
+    call goes on with it, and `seconds` count what that one took.
 
     Not searched: approximate options; what is kept between requests, since every request here comes again; and the schedule, which
     counts among many requests alone. These stay as the start has them. A recipe that fails, whose tokens or logits are not its
@@ -226,12 +289,53 @@ def tune(
         bar.set_description(f"{now.ratio:.2f}× {now.phase}: {now.trying}"[:80])
 
     recipes = {label: recipe for label, recipe in seeds.items() if isinstance(recipe, Recipe)}
+    key = _key(lab, requests, weights, seconds=seconds, only=only, seed=seed, starts=starts)
+    journal = Journalled(bench, _unfinished(key), key) if keep else None
+    order = bench.order if journal is None else journal.ordered(bench.order)
     with bar:
         try:
-            found = search(starts, space, bench, seeds=recipes, order=bench.order, seed=seed, on_progress=on_progress or show)
+            found = search(starts, space, journal or bench, seeds=recipes, order=order, seed=seed, on_progress=on_progress or show)
+            bench.know(found.start, found.recipe)
         except EndOfSearchError as error:
             raise RequestCancelledError(f"{error} before any recipe had passed") from None
-    return _result(lab, bench, found, fallen, weights, starts, keep=keep)
+    made = _result(lab, bench, found, fallen, weights, starts, journal=journal)
+    if journal is not None and not found.cut_off:
+        journal.finish()
+    return made
+
+
+def _key(
+    lab: Lab,
+    requests: Sequence[tuple[Request, float]],
+    weights: Mapping[str, float],
+    *,
+    starts: Mapping[str, Recipe],
+    **asked: Any,
+) -> dict[str, Any]:
+    """What tells one tune from another, ready for JSON."""
+    return {
+        "site": dataclasses.asdict(Site.of(lab.checkpoint)),
+        "versions": versions(),
+        "checkpoint": lab.checkpoint.name,
+        "workload": [[_digest(request), weight] for request, weight in requests],
+        "goal": dict(weights),
+        "starts": {label: recipe.to_dict() for label, recipe in starts.items()},
+        **{name: list(value) if name == "only" else value for name, value in asked.items()},
+    }
+
+
+def _digest(request: Request) -> str:
+    """SHA-256 of all that a request is."""
+    digest = hashlib.sha256(repr([request.conversation, *(getattr(request, name) for name in _OF_A_REQUEST)]).encode())
+    for image in request.image_inputs:
+        digest.update(repr((image.min_pixels, image.max_pixels, image.asked)).encode())
+        digest.update(image.data if isinstance(image.data, bytes) else np.asarray(rgb_of(image)).tobytes())
+    return digest.hexdigest()
+
+
+def _unfinished(key: Mapping[str, Any]) -> Path:
+    """Where the samples of a tune are while it is under way."""
+    return folder() / "unfinished" / f"{hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:16]}.jsonl"
 
 
 def _result(
@@ -242,7 +346,7 @@ def _result(
     weights: Mapping[str, float],
     starts: Mapping[str, Recipe],
     *,
-    keep: bool,
+    journal: Journalled | None,
 ) -> Tuned:
     called = next(label for label, recipe in starts.items() if recipe == found.start)
     stays = found.recipe == found.start
@@ -260,9 +364,9 @@ def _result(
         untried=found.untried,
         checks=bench.checks[found.recipe],
         ended=found.ended,
-        seconds=bench.spent,
+        seconds=bench.spent if journal is None else bench.allowed - journal.left(),
         environment=environment(lab),
-        notes=bench.notes(),
+        notes=(*bench.notes(), *(journal.notes() if journal else ())),
     )
     if not made.confirmed:
         return made
@@ -279,7 +383,7 @@ def _result(
         date=date.today().isoformat(),
     )
     made = dataclasses.replace(made, recipe=dataclasses.replace(made.recipe, origin=record.origin))
-    if not keep:
+    if journal is None:
         return made
     try:
         kept = record.write()
@@ -418,7 +522,7 @@ class _Bench:
         stop: threading.Event | None,
     ) -> None:
         self._lab, self._requests, self._weights, self._stop = lab, requests, weights, stop
-        self._began, self._seconds = time.perf_counter(), seconds
+        self._began, self.allowed = time.perf_counter(), seconds
         if quiet is not None:
             most = _SHARE_OF_QUIET * seconds
             quiet = dataclasses.replace(quiet, total=min(quiet.total, most), wait=min(quiet.wait, most / 4))
@@ -438,7 +542,7 @@ class _Bench:
         return time.perf_counter() - self._began
 
     def left(self) -> float:
-        return self._seconds - self.spent
+        return self.allowed - self.spent
 
     def hold(self, recipes: Iterable[Recipe]) -> AbstractContextManager[None]:
         return self._lab.hold(recipes)
@@ -450,6 +554,12 @@ class _Bench:
         """Two runs of each request, which must be alike, then the parity check."""
         with self._in_words():
             self._lab.compute(partial(self._look_at, recipe), limit=self._limit)
+
+    def know(self, *recipes: Recipe) -> None:
+        """Look at those that were looked at in another process alone."""
+        for recipe in recipes:
+            if recipe not in self._runs:
+                self.admit(recipe)
 
     def _look_at(self, recipe: Recipe) -> None:
         found, last = [], []
@@ -467,6 +577,7 @@ class _Bench:
         self._runs[recipe], self.checks[recipe] = last, tuple(found)
 
     def measure(self, recipe: Recipe, label: str, number: int) -> Iterator[StageSample]:
+        self.know(recipe)
         with self._in_words():
             once = partial(self._lab.compute, partial(self._costs, recipe), limit=self._limit)
             for steps, use in self._watch.measured(once, stop=self._stop):
@@ -488,7 +599,7 @@ class _Bench:
         """Whatever a recipe raises takes it out; what is asked of outside ends the search."""
         try:
             if self._stop is not None and self._stop.is_set():
-                raise EndOfSearchError("it was stopped")
+                raise EndOfSearchError("it was stopped", again=True)
             yield
         except (CastOutError, EndOfSearchError, GeneratorExit):
             raise
@@ -496,7 +607,7 @@ class _Bench:
             raise CastOutError(sentence(error), ends=error.stuck) from None
         except Exception as error:
             if isinstance(error, RequestCancelledError) and self._stop is not None and self._stop.is_set():
-                raise EndOfSearchError("it was stopped") from None
+                raise EndOfSearchError("it was stopped", again=True) from None
             raise CastOutError(f"it failed: {sentence(error)}") from error
 
     def order(self, recipe: Recipe) -> Sequence[str]:

@@ -21,16 +21,20 @@ from fastvl_lab.view.figures import (
 from fastvl_lab.view.grid_report import grid_html as grid_html
 from fastvl_lab.view.loads import load_curves as load_curves, load_rates as load_rates, load_timeline as load_timeline
 from fastvl_lab.view.pictures import difference_maps as difference_maps, window_layout as window_layout
+from fastvl_lab.view.records import records_frame as records_frame, regressions_frame as regressions_frame
 from fastvl_lab.view.report import report_html as report_html
+from fastvl_lab.view.shares import interaction_frame as interaction_frame, share_bars as share_bars, shares_frame as shares_frame
 from fastvl_lab.view.tables import (
     attribution_frame as attribution_frame,
     break_even_frame as break_even_frame,
+    called_frame as called_frame,
     capture_frame as capture_frame,
     catalogue_frame as catalogue_frame,
     floor_frame as floor_frame,
     frame as frame,
     layer_frame as layer_frame,
     load_frame as load_frame,
+    load_percentile_frame as load_percentile_frame,
     made_of_frame as made_of_frame,
     memory_frame as memory_frame,
     operation_frame as operation_frame,

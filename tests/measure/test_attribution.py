@@ -46,6 +46,11 @@ def test_savings_are_paired_by_round_and_drawn_as_steps(found: Attribution) -> N
     frame = view.attribution_frame(found)
     assert list(frame["step"]) == ["transformers", *found.steps]
     assert set(frame["parity"]) == {"yes"}
+    whole = comparison.saving(found.steps[-1], "baseline")
+    assert whole is not None
+    assert found.rest is not None
+    steps = [saved.median for step in found.steps[1:] if (saved := found.saved(step)) is not None]
+    assert sum(steps) + found.rest == pytest.approx(whole.median)
     assert found.saved("baseline") is None  # there is no step before it
     with pytest.raises(RecipeError, match=r"step 'vit' is unknown; the steps are 'baseline', 'vit.tower=lean'"):
         found.saved("vit")

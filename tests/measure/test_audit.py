@@ -412,7 +412,7 @@ def test_a_load_of_our_own_is_clear(labs: dict[str, Lab]) -> None:
     audited = audit(made)
     assert audited.ok, audited
     assert "ttft_shorter_than_queue" in [one.verdict for one in audited.cleared]
-    assert audit(Load.from_record(json.loads(json.dumps(made.record())))).text == audited.text
+    assert audit(Load.from_record(json.loads(json.dumps(made.to_record())))).text == audited.text
 
 
 def test_an_audit_shows_itself(drawn: Callable[..., Run]) -> None:

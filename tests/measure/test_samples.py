@@ -7,7 +7,19 @@ import math
 import numpy as np
 import pytest
 
-from fastvl_lab.measure.samples import Interval, Samples, StageSample, as_row, gains, median_interval, saves, time_rounds
+from fastvl_lab.measure.samples import (
+    Interval,
+    Samples,
+    StageSample,
+    _rank_of_pairs,
+    as_row,
+    gains,
+    median_interval,
+    saves,
+    time_rounds,
+    unpaired_difference,
+    unpaired_ratio,
+)
 
 
 def test_rounds_are_interleaved_and_warm_up_is_not_kept() -> None:
@@ -45,6 +57,22 @@ def test_intervals_hold_the_median_as_often_as_they_say() -> None:
     for n in (6, 7, 10, 20):
         held = [interval.low <= 1 <= interval.high for interval in map(median_interval, draws[:, :n])]
         assert sum(held) / len(held) > 0.94
+
+
+def test_unpaired_intervals_have_the_ranks_of_mann_and_whitney_and_hold_what_they_say() -> None:
+    # Of n and m: one more than the critical U at 5%, two-sided, as tables have it.
+    for n, m, critical in ((4, 4, 0), (5, 5, 2), (6, 6, 5), (8, 8, 13), (10, 8, 17), (20, 20, 127), (3, 3, -1)):
+        assert _rank_of_pairs(n, m) == _rank_of_pairs(m, n) == critical + 1
+    assert _rank_of_pairs(101, 100) == pytest.approx(_rank_of_pairs(100, 100) * 1.01, rel=0.01), "exact meets its limit"
+    assert unpaired_ratio([2.0, 4.0], [1.0])[:1] == (3.0,)
+    assert math.isnan(unpaired_ratio([2.0] * 3, [1.0] * 3).low)
+    assert unpaired_difference([5.0] * 4, [3.0] * 4) == (2, 2, 2)
+    draws = np.exp(0.2 * np.random.default_rng(1).standard_normal((1000, 24)))
+    held = [
+        found.low <= 1.1 <= found.high
+        for found in (unpaired_ratio([1.1 * x for x in row[:12]], row[12:]) for row in draws.tolist())
+    ]
+    assert 0.94 < sum(held) / len(held) < 0.98
 
 
 def test_ratios_in_words() -> None:

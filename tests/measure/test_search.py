@@ -6,12 +6,14 @@ import math
 import random
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
 from statistics import median
 
 import pytest
 
 from fastvl_lab.catalogue import OptionValue
 from fastvl_lab.errors import RecipeError
+from fastvl_lab.measure.journal import Journalled
 from fastvl_lab.measure.samples import StageSample, gains, median_interval
 from fastvl_lab.measure.search import (
     CONFIRMING,
@@ -273,3 +275,113 @@ def test_the_last_meeting_has_rounds_of_its_own() -> None:
     last = bench.measured[-2 * CONFIRMING :]
     assert last.count(found.recipe) == last.count(LEAN) == CONFIRMING
     assert median([bench.cost(LEAN)]) / bench.cost(found.recipe) == pytest.approx(found.ratio.median, rel=0.03)
+
+
+# A search that is killed.
+
+
+class Steady(Bench):
+    """Its noise is one of the recipe and the round, so that two processes measure the same; it is killed at some call."""
+
+    def __init__(self, *, killed_at: int = -1, seconds: float = math.inf) -> None:
+        super().__init__(_saves(COSTS), seconds=seconds)
+        self.calls, self.killed_at = 0, killed_at
+
+    def _called(self) -> None:
+        self.calls += 1
+        if self.calls == self.killed_at:
+            raise KeyboardInterrupt
+
+    def admit(self, recipe: Recipe) -> None:
+        super().admit(recipe)
+        self._called()
+        if recipe.value("cache.kv") == "paged":
+            raise CastOutError("planted")
+
+    def measure(self, recipe: Recipe, label: str, number: int) -> Iterator[StageSample]:
+        self.random = random.Random(f"{recipe} {label} {number}")
+        yield from super().measure(recipe, label, number)
+        self._called()
+
+    def order(self, recipe: Recipe) -> Sequence[str]:
+        self._called()
+        return list(reversed(VALUES))
+
+
+def _told(found: Found) -> tuple[object, ...]:
+    tried = [(one.label, one.verdict, one.rounds, one.ratio) for one in found.tried]
+    return found.recipe, found.ratio, found.ended, found.untried, tried, [(one.label, one.why) for one in found.cast_out]
+
+
+def _journalled(bench: Steady, path: Path, key: Mapping[str, object] | None = None) -> tuple[Found, Journalled]:
+    journal = Journalled(bench, path, key or {"seed": 0})
+    return search({"start": LEAN}, SPACE, journal, order=journal.ordered(bench.order)), journal
+
+
+@pytest.mark.parametrize("seconds", [40.0, pytest.param(math.inf, marks=pytest.mark.nightly)])
+def test_killed_at_any_moment_it_loses_what_was_in_flight_and_finds_the_same(tmp_path: Path, seconds: float) -> None:
+    bench = Steady(seconds=seconds)
+    whole, journal = _journalled(bench, tmp_path / "whole")
+    assert journal.found == 0
+    journal.finish()
+    assert list(tmp_path.iterdir()) == []
+    moments = random.Random(0).sample(range(1, bench.calls), 20)
+    for moment in moments:
+        path = tmp_path / f"{moment}"
+        with pytest.raises(KeyboardInterrupt):
+            _journalled(Steady(killed_at=moment, seconds=seconds), path)
+        second = Steady(seconds=seconds)
+        found, journal = _journalled(second, path)
+        assert journal.found == moment - 1, "but for the call in flight, all is there"
+        assert second.calls == bench.calls - moment + 1
+        assert _told(found) == _told(whole)
+        assert journal.notes()[0].startswith("it went on with an earlier search that was cut off, and its ")
+
+
+def test_a_line_that_is_half_written_and_one_of_another_search_are_left_out(tmp_path: Path) -> None:
+    with pytest.raises(KeyboardInterrupt):
+        _journalled(Steady(killed_at=30), tmp_path / "killed")
+    text = (tmp_path / "killed").read_bytes()
+    whole, _ = _journalled(Steady(), tmp_path / "whole")
+    for damage, left in (
+        (text[:-10], 28),  # half of the last line
+        (text.replace(b'"asked": "measure"', b'"asked"', 1), 3),
+        (b"", 0),
+        (b"[]\n", 0),
+        (b"\xff\n", 0),
+        (text.replace(b'"seed": 0', b'"seed": 1'), 0),  # another search
+    ):
+        (tmp_path / "again").write_bytes(damage)
+        found, journal = _journalled(Steady(), tmp_path / "again")
+        assert (journal.found, _told(found)) == (left, _told(whole))
+        _, journal = _journalled(Steady(), tmp_path / "again")
+        assert journal.found > 30, "what came after is written behind what was whole"
+
+
+def test_a_search_that_asks_otherwise_than_the_file_goes_on_from_there(tmp_path: Path) -> None:
+    with pytest.raises(KeyboardInterrupt):
+        _journalled(Steady(killed_at=40), tmp_path / "killed")
+    bench = Steady()
+    journal = Journalled(bench, tmp_path / "killed", {"seed": 0})
+    assert journal.found == 39
+    found = search({"start": LEAN}, SPACE, journal, order=journal.ordered(bench.order), seed=7)
+    assert found.recipe == BEST
+    assert journal.found < 39
+
+
+def test_what_ended_one_process_ends_no_other_and_no_disk_ends_none(tmp_path: Path) -> None:
+    class Stuck(Steady):
+        def admit(self, recipe: Recipe) -> None:
+            if recipe.value("vit.rope") == "halves":
+                raise CastOutError("it hangs", ends=True)
+            super().admit(recipe)
+
+    first, _ = _journalled(Stuck(), tmp_path / "stuck")
+    assert first.cut_off
+    second, journal = _journalled(Steady(), tmp_path / "stuck")
+    assert not second.cut_off
+    assert ("vit.rope=halves", "it hangs") in [(one.label, one.why) for one in second.cast_out]
+    (tmp_path / "file").write_text("")
+    found, journal = _journalled(Steady(), tmp_path / "file" / "journal")
+    assert found.recipe == BEST
+    assert journal.notes()[0].startswith("samples were not kept as they came: ")

@@ -3,22 +3,29 @@
 from __future__ import annotations
 
 import dataclasses
+import io
 import json
+import os
+import random
+import subprocess
+import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 import fastvl_lab as fl
 from fastvl_lab import Lab, Recipe, RecipeError, Request, RequestCancelledError, RequestError, Tuned, learnt, tune, view
 from fastvl_lab.measure.parity import Parity
 from fastvl_lab.measure.samples import gains
 from fastvl_lab.measure.search import COST, CastOutError, Progress
-from fastvl_lab.measure.tune import costs, main
+from fastvl_lab.measure.tune import _key, costs, main
 from fastvl_lab.vit import operations
 
 ROPE = {"only": ["vit.rope"], "quiet": None, "progress": False}
@@ -143,18 +150,7 @@ learnt_versions = learnt.versions()
 def test_a_damaged_a_foreign_and_an_approximate_record_are_ignored_with_a_word(lab: Lab) -> None:
     site = learnt.Site.of(lab.checkpoint)
     recipe = Recipe.baseline().replace("vit.tower", "lean")
-    record = learnt.Record(
-        site=site,
-        versions=learnt.versions(),
-        checkpoint="x",
-        recipe=recipe,
-        over=Recipe.baseline(),
-        ratio=(1.5, 1.4, 1.6),
-        goal={"ttft": 1.0},
-        workload=({"images": [[1, 2]]},),
-        parity=("yes",),
-        date="2026-01-02",
-    )
+    record = dataclasses.replace(_record(site, recipe), versions=learnt.versions())
     path = record.write()
     assert learnt.Record.read(path) == dataclasses.replace(record, workload=[{"images": [[1, 2]]}], parity=["yes"])
     assert learnt.fastest(lab.checkpoint) == recipe
@@ -283,6 +279,140 @@ def test_stopping_gives_the_best_so_far(lab: Lab, request_: Request) -> None:
     assert (found.ended, found.confirmed, found.kept) == ("it was stopped", False, None)
     with pytest.raises(RequestCancelledError):
         tune(lab, request_, 60, quiet=None, stop=stop, progress=False)
+
+
+def test_a_tune_that_was_stopped_goes_on_and_one_that_is_over_leaves_nothing(lab: Lab, request_: Request) -> None:
+    stop, seen = threading.Event(), list[Progress]()
+    unfinished = learnt.folder() / "unfinished"
+
+    def on_progress(now: Progress) -> None:
+        seen.append(now)
+        if len(seen) == 3:
+            stop.set()
+
+    only: dict[str, Any] = {"only": ["vit.rope", "vit.norms"], "quiet": None}
+    first = tune(lab, request_, 30, stop=stop, on_progress=on_progress, **only)
+    assert first.ended == "it was stopped"
+    (journal,) = unfinished.iterdir()
+    kept = [line for line in journal.read_text().splitlines() if '"asked": "measure"' in line]
+    assert kept
+    second = tune(lab.apart(), request_, 30, progress=False, **only)
+    assert second.notes[0] == f"it went on with an earlier search that was cut off, and its {len(kept)} samples"
+    assert len(second.tried) >= len(first.tried)
+    assert second.tried[0].ratio == first.tried[0].ratio, "its first race was run in the first"
+    assert all(checked.holds for checked in second.checks)
+    assert list(unfinished.iterdir()) == []
+
+
+def test_another_workload_is_another_tune(lab: Lab, request_: Request, picture: bytes) -> None:
+    starts = {"fastest": lab.fastest}
+
+    def key(request: Request, seed: int = 0, only: Sequence[str] = ()) -> str:
+        return json.dumps(_key(lab, [(request, 1.0)], {"ttft": 1.0}, starts=starts, seconds=30, seed=seed, only=only))
+
+    asked: dict[str, Any] = {"prompt": "What is this?", "max_new_tokens": 3, "ignore_eos": True}
+    others = [dataclasses.replace(request_, prompt="And this?"), dataclasses.replace(request_, max_new_tokens=4)]
+    others += [Request(images=[image], **asked) for image in _two_pictures(picture)]
+    found = [key(request) for request in (request_, *others)] + [key(request_, seed=1), key(request_, only=["vit"])]
+    assert len(set(found)) == len(found)
+    assert key(dataclasses.replace(request_)) == found[0]
+
+
+def _two_pictures(picture: bytes) -> list[Any]:
+    pixels = np.asarray(Image.open(io.BytesIO(picture)))
+    return [pixels, Image.fromarray(255 - pixels)]
+
+
+KILLED = """
+import sys, fastvl_lab as fl
+lab = fl.Lab("tiny-qwen2.5-vl", device="cpu")
+request = fl.Request(images=[fl.photo("astronaut", (168, 140))], prompt="What?", max_new_tokens=1, ignore_eos=True)
+print(fl.tune(lab, request, 25, only=["vit.rope", "vit.norms", "cache.kv"], quiet=None, progress=False).notes, flush=True)
+"""
+
+
+@pytest.mark.nightly
+def test_a_process_that_is_killed_at_any_moment_is_gone_on_with(tmp_path: Path) -> None:
+    """Killed up to 20 times, each a moment after it has gone on; then it ends, and leaves nothing unfinished."""
+    environment = {**os.environ, "XDG_CACHE_HOME": str(tmp_path)}
+    chance, answers, began_by = random.Random(0), 0, 0
+    unfinished = tmp_path / "fastvl_lab" / "tuned" / "unfinished"
+
+    def files() -> list[Path]:
+        return list(unfinished.glob("*.jsonl"))
+
+    for _ in range(20):
+        with subprocess.Popen([sys.executable, "-c", KILLED], env=environment, stdout=subprocess.DEVNULL) as process:
+            while process.poll() is None and not any(file.stat().st_ino != began_by for file in files()):
+                time.sleep(0.02)  # until it has begun the file anew
+            time.sleep(chance.uniform(0, 0.5))
+            process.kill()
+        if not files():  # it had ended
+            break
+        (file,) = files()
+        began_by = file.stat().st_ino
+        assert file.read_bytes().count(b"\n") >= answers, "what was written stays"
+        answers = file.read_bytes().count(b"\n")
+    assert answers > 3
+    done = subprocess.run([sys.executable, "-c", KILLED], env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "it went on with an earlier search" in done.stdout
+    assert files() == []
+
+
+def test_a_shipped_record_comes_after_the_machines_own_and_before_the_guess(
+    lab: Lab, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    site = learnt.Site.of(lab.checkpoint)
+    monkeypatch.setattr(learnt, "SHIPPED", tmp_path / "shipped")
+    assert learnt.fastest(lab.checkpoint).origin == "measured on another machine"
+
+    def ship(name: str, recipe: Recipe, **elsewhere: Any) -> None:
+        record = _record(dataclasses.replace(site, **elsewhere), recipe)
+        (tmp_path / "shipped").mkdir(exist_ok=True)
+        record.write().replace(tmp_path / "shipped" / f"{name}.json")
+
+    lean = Recipe.baseline().replace("vit.tower", "lean")
+    ship("a", Recipe.baseline(), geometry="other")
+    ship("b", Recipe.baseline(), processor="Z80")
+    ship("c", Recipe.baseline(), dtype="bfloat16")
+    assert learnt.fastest(lab.checkpoint).origin == "measured on another machine", "of another geometry, processor, dtype"
+    ship("d", lean.replace("preprocessor.upload", "pinned"))
+    assert learnt.fastest(lab.checkpoint) == Recipe.fastest("cpu"), "it cannot run here"
+    ship("e", lean)
+    found = learnt.fastest(lab.checkpoint)
+    assert found == lean
+    assert found.origin.startswith("shipped: tuned on another CPU on 2026-01-02 for ttft: 1.50×")
+    assert "torch 99" in found.origin
+    own = Recipe.baseline().replace("cache.kv", "static")
+    dataclasses.replace(_record(site, own), versions=learnt.versions()).write()
+    assert learnt.fastest(lab.checkpoint) == own
+
+
+def test_a_card_of_the_same_name_is_alike_whatever_the_host() -> None:
+    here = learnt.Site(device="NVIDIA H200", processor="x", threads=8, geometry="g", dtype="bfloat16")
+    assert here.alike(dataclasses.replace(here, processor="y", threads=2))
+    assert not here.alike(dataclasses.replace(here, device="NVIDIA H100"))
+
+
+def test_what_is_shipped_can_be_read_and_is_packaged() -> None:
+    for path in learnt.SHIPPED.glob("*.json"):
+        assert learnt.Record.read(path).ratio[1] > 1, path
+
+
+def _record(site: learnt.Site, recipe: Recipe) -> learnt.Record:
+    return learnt.Record(
+        site=site,
+        versions={"torch": "99"},
+        checkpoint="x",
+        recipe=recipe,
+        over=Recipe.baseline(),
+        ratio=(1.5, 1.4, 1.6),
+        goal={"ttft": 1.0},
+        workload=({"images": [[1, 2]]},),
+        parity=("yes",),
+        date="2026-01-02",
+    )
 
 
 @pytest.mark.parametrize(
