@@ -1,7 +1,7 @@
 # Every target sets up what it needs: .venv with the package, at the versions of constraints.txt. A second call installs nothing.
 #
 #   make sweep [CHECKPOINT=folder-or-id] [IMAGE=photo.jpg] [SIZES='[[448, 448]]'] [RUN=folder] [PARAMETERS='-p repeats 20']
-#              [RECIPES='["transformers", "fastest, vit.tower=transformers"]']
+#              [RECIPES='["transformers", "fastest, vit.tower=transformers"]'] [WORKERS=2]
 #   make test  [TESTS=tests/test_recipe.py]
 #   make test-native  (every launch setting of every kernel, compiled for GPUs from Ampere to Blackwell)
 #   make test-nightly (those, and cases that take minutes beside one that `make test` runs)
@@ -43,7 +43,8 @@ sweep: $(STAMP)
 		$(if $(call given,CHECKPOINT),-y $(call quote,checkpoints: ["$(CHECKPOINT)"])) \
 		$(if $(call given,IMAGE),-r image $(call quote,$(IMAGE))) \
 		$(if $(call given,SIZES),-y $(call quote,image_sizes: $(SIZES))) \
-		$(if $(call given,RECIPES),-y $(call quote,recipes: $(RECIPES))) $(call given,PARAMETERS)
+		$(if $(call given,RECIPES),-y $(call quote,recipes: $(RECIPES))) \
+		$(if $(call given,WORKERS),-r launcher local -y $(call quote,workers: $(WORKERS))) $(call given,PARAMETERS)
 	@$(BIN)/python -m fastvl_lab.view $(call quote,$(FOLDER))
 
 # Tests start the package some thirty times: what Python has compiled of it and of the tests is kept, whatever is said outside.

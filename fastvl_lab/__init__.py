@@ -26,6 +26,7 @@ if TYPE_CHECKING:
         RequestError as RequestError,
         TimeLimitError as TimeLimitError,
     )
+    from fastvl_lab.grid.run import sweep as sweep
     from fastvl_lab.lab import Lab as Lab
     from fastvl_lab.lasting import Records as Records, open as open, records as records
     from fastvl_lab.measure.audit import Audit as Audit, audit as audit
@@ -41,7 +42,7 @@ if TYPE_CHECKING:
     from fastvl_lab.measure.quiet import Quiet as Quiet
     from fastvl_lab.measure.regressions import Regressions as Regressions, regressions as regressions
     from fastvl_lab.measure.shares import Shares as Shares, shares as shares
-    from fastvl_lab.measure.sweep import SweepSettings as SweepSettings, sweep as sweep
+    from fastvl_lab.measure.sweep import SweepSettings as SweepSettings
     from fastvl_lab.measure.tune import Tuned as Tuned, tune as tune
     from fastvl_lab.recipe import Recipe as Recipe
     from fastvl_lab.request import Chunk as Chunk, Request as Request
@@ -65,7 +66,7 @@ _PUBLIC = {
     "Trace": "trace",
     "compare": "measure.compare",
     "Comparison": "measure.compare",
-    "sweep": "measure.sweep",
+    "sweep": "grid.run",
     "SweepSettings": "measure.sweep",
     "attribute": "measure.compare",
     "Attribution": "measure.compare",

@@ -37,6 +37,7 @@ LAYERS = (
         "elsewhere",
         "machine",
         "engine_thread",
+        "whole",
     ),
     ("recipe", "equivalents", "families"),
     ("checkpoint",),
@@ -47,6 +48,7 @@ LAYERS = (
     ("engine", "peer", "run"),  # a peer registers with the engine, which knows of `peer` its folder alone
     ("lab",),
     ("measure",),
+    ("grid",),
     ("view", "serve"),
 )
 LAYER_OF = {part: number for number, layer in enumerate(LAYERS) for part in layer}
@@ -65,6 +67,8 @@ OPTIONAL = (
     "skimage",
     "kaleido",
     "simplejpeg",
+    "ray",
+    "submitit",
 )
 
 

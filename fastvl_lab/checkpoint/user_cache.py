@@ -1,4 +1,4 @@
-"""The user's cache folder, and folders and files that are either whole or absent."""
+"""The user's cache folder, and folders in it that are either whole or absent."""
 
 from __future__ import annotations
 
@@ -6,13 +6,10 @@ import os
 import shutil
 import tempfile
 from collections.abc import Callable
-from contextlib import suppress
 from pathlib import Path
 
 from fastvl_lab.errors import CheckpointError
-
-# How the names of files end that are not whole yet; they begin with a dot.
-ASIDE = ".aside"
+from fastvl_lab.whole import ASIDE as ASIDE, write_whole as write_whole
 
 
 def cache_root() -> Path:
@@ -57,17 +54,3 @@ def write_folder(target: Path, write: Callable[[Path], None], *, replace: bool =
             aside.rename(target)
     finally:
         shutil.rmtree(aside, ignore_errors=True)
-
-
-def write_whole(path: Path, data: bytes) -> None:
-    """Write a file aside and rename it, so that it is never half there, whatever becomes of the process; raises `OSError`."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    descriptor, aside = tempfile.mkstemp(prefix=f".{path.name}-", suffix=ASIDE, dir=path.parent)
-    try:
-        with os.fdopen(descriptor, "wb") as file:
-            file.write(data)
-        os.replace(aside, path)
-    except BaseException:
-        with suppress(OSError):
-            os.unlink(aside)
-        raise

@@ -139,7 +139,7 @@ class Journalled:
         if not self._why:
             self._trying(append)
 
-    def _trying(self, write: Callable[[], None]) -> None:
+    def _trying(self, write: Callable[[], object]) -> None:
         try:
             write()
         except OSError as error:

@@ -85,8 +85,13 @@ def _photograph(name: object) -> bytes:
     return (Path(package.origin).parent / "data" / PHOTOGRAPHS[str(name)]).read_bytes()
 
 
-def published_point(checkpoint: str, image: str, comparison: Comparison) -> dict[str, Any]:
-    """One checkpoint and image: per engine the summary, the tokens, and the stages of its representative run (ms)."""
+def published_point(
+    checkpoint: str, image: str, comparison: Comparison, environment: Mapping[str, Any] | None = None
+) -> dict[str, Any]:
+    """One checkpoint and image: per engine the summary, the tokens, and the stages of its representative run (ms).
+
+    environment: where it was measured, if that is the point's own.
+    """
     engines = {}
     for row in comparison.summary():
         run = comparison.representative(row["engine"])
@@ -97,7 +102,8 @@ def published_point(checkpoint: str, image: str, comparison: Comparison) -> dict
             "text": run.text,
             "stages": [{key: r[key] for key in ("stage", "host_ms", "device_ms")} for r in run.stage_table()],
         }
-    return {"checkpoint": checkpoint, "image": image, "reference": comparison.reference, "engines": engines}
+    point = {"checkpoint": checkpoint, "image": image, "reference": comparison.reference, "engines": engines}
+    return point | ({"environment": dict(environment)} if environment else {})
 
 
 def document(points: Sequence[dict[str, Any]], *, errors: Sequence[dict[str, str]] = (), **context: Any) -> dict[str, Any]:

@@ -6,8 +6,9 @@ import dataclasses
 import json
 import os
 import re
+import runpy
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +30,9 @@ from fastvl_lab.request import Request
 # JPEG has no larger.
 _LARGEST_SIDE = 65500
 
+# Who may start a sweep's workers, beside this process itself (""); `grid.launchers` does.
+LAUNCHERS = ("local", "ray", "submitit")
+
 
 @dataclass(frozen=True, kw_only=True)
 class SweepSettings:
@@ -36,23 +40,27 @@ class SweepSettings:
 
     recipes: recipe texts and peers, such as "transformers", "baseline", "fastest, vit.tower=lean". image: a path or a built-in
     photograph. image_sizes: [width, height] pairs the image is resized to; empty leaves it as it is. quiet: seconds that a point
-    may wait for a quiet machine. device, dtype: "" is the default. output_dir: "" keeps nothing on disk. Raises `FastvlError`s for
-    what can be known before any work, one of a list twice included: its samples could not be told apart.
+    may wait for a quiet machine. device, dtype: "" is the default. output_dir: "" keeps nothing on disk. launcher: "" measures in
+    this process, another has workers measure cells in processes of their own (docs/grids.md); workers: how many, 0 as many as
+    there are devices. Raises `FastvlError`s for what can be known before any work, one of a list twice included: its samples could
+    not be told apart.
     """
 
     checkpoints: Sequence[str]
     recipes: Sequence[str]
-    image: str
-    image_sizes: Sequence[Sequence[int]]
-    prompt: str
-    max_new_tokens: int
-    repeats: int
-    warm_up: int
-    device: str
-    dtype: str
-    seed: int
-    output_dir: str
+    image: str = "coffee"
+    image_sizes: Sequence[Sequence[int]] = ()
+    prompt: str = "What is in this picture?"
+    max_new_tokens: int = 16
+    repeats: int = 6
+    warm_up: int = 1
+    device: str = ""
+    dtype: str = ""
+    seed: int = 0
+    output_dir: str = ""
     quiet: float = QUIET.total
+    launcher: str = ""
+    workers: int = 0
 
     def __post_init__(self) -> None:
         for name in ("checkpoints", "recipes", "image_sizes"):
@@ -71,16 +79,21 @@ class SweepSettings:
             if not whole or len(size) != 2:
                 raise RequestError(f"image_sizes has {size!r}; each is [width, height] in whole pixels from 1 to {_LARGEST_SIDE}")
         _refuse_twice("recipes", self.recipes, lambda recipe: "".join(recipe.split()), RecipeError)
-        _refuse_twice("checkpoints", self.checkpoints, _place, CheckpointError)
+        _refuse_twice("checkpoints", self.checkpoints, place, CheckpointError)
         _refuse_twice("image_sizes", self.image_sizes, tuple, RequestError)
-        for name, least in (("repeats", 1), ("warm_up", 0), ("max_new_tokens", 1), ("seed", 0)):
+        for name, least in (("repeats", 1), ("warm_up", 0), ("max_new_tokens", 1), ("seed", 0), ("workers", 0)):
             check_whole_number(name, getattr(self, name), least=least)
         if isinstance(self.quiet, bool) or not isinstance(self.quiet, int | float) or not 0 <= self.quiet < float("inf"):
             raise RequestError(f"quiet is {self.quiet!r}; it must be a number of seconds from 0 up")
-        for name in ("image", "prompt", "device", "dtype", "output_dir"):
+        for name in ("image", "prompt", "device", "dtype", "output_dir", "launcher"):
             if not isinstance(getattr(self, name), str):
                 raise RequestError(f"{name} is {getattr(self, name)!r}; it must be a text (papermill: -r {name} …)")
-        resolve_device(self.device or None)
+        if self.launcher and self.launcher not in LAUNCHERS:
+            raise RequestError(f"launcher is {self.launcher!r}; the choices are {', '.join(LAUNCHERS)}, or empty for this process")
+        if self.workers and not self.launcher:
+            raise RequestError(f"workers is {self.workers}, and launcher is empty; the launchers are {', '.join(LAUNCHERS)}")
+        if self.launcher in ("", "local"):  # another's hosts may have other devices
+            resolve_device(self.device or None)
         resolve_dtype(self.dtype or None)
         if self.output_dir:
             try:
@@ -97,18 +110,22 @@ class SweepSettings:
     def kept(cls, record: Mapping[str, Any]) -> SweepSettings:
         """Those of a sweep that was made elsewhere, perhaps: what they name need not be here, and no folder is made."""
         made = object.__new__(cls)
-        for field in dataclasses.fields(cls):
-            object.__setattr__(made, field.name, record[field.name])
+        for own in dataclasses.fields(cls):
+            object.__setattr__(made, own.name, record.get(own.name, own.default))  # an older record lacks what is newer
         return made
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class SweptPoint:
-    """One checkpoint with one image size, and what was measured there; `size` is None for the image as it is."""
+    """One checkpoint with one image size, and what was measured there; `size` is None for the image as it is.
+
+    environment: where it was measured, if that is its own: points of a grid come from many hosts.
+    """
 
     checkpoint: str
     size: tuple[int, int] | None
     comparison: Comparison
+    environment: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def label(self) -> str:
@@ -127,7 +144,7 @@ class SweepResult(Lasting):
     def summary(self) -> list[dict[str, Any]]:
         """One row a point and engine."""
         return [
-            {"checkpoint": point.checkpoint, "image": size_label(point.size), **row}
+            {"checkpoint": point.checkpoint, "image": size_label(point.size), **row, **point.environment}
             for point in self.points
             for row in point.comparison.summary()
         ]
@@ -135,14 +152,16 @@ class SweepResult(Lasting):
     def samples(self) -> list[dict[str, Any]]:
         """One row a run, as `Comparison.sample_rows` has it, with its point and where it was measured."""
         return [
-            {"checkpoint": point.checkpoint, "image": size_label(point.size), **row, **self.environment}
+            {"checkpoint": point.checkpoint, "image": size_label(point.size), **row, **self.environment, **point.environment}
             for point in self.points
             for row in point.comparison.sample_rows()
         ]
 
     def published(self) -> dict[str, Any]:
         """The result as one JSON document, for programs that read an executed notebook."""
-        points = [published_point(point.checkpoint, size_label(point.size), point.comparison) for point in self.points]
+        points = [
+            published_point(point.checkpoint, size_label(point.size), point.comparison, point.environment) for point in self.points
+        ]
         return document(points, settings=dataclasses.asdict(self.settings), environment=self.environment, errors=self.errors)
 
     def findings(self) -> list[str]:
@@ -151,7 +170,10 @@ class SweepResult(Lasting):
 
     def to_record(self) -> dict[str, Any]:
         """As JSON-ready data; `from_record` reads it back."""
-        points = [{"checkpoint": p.checkpoint, "size": p.size, "comparison": p.comparison.to_record()} for p in self.points]
+        points = [
+            {**vars(point), "environment": dict(point.environment), "comparison": point.comparison.to_record()}
+            for point in self.points
+        ]
         settings = dataclasses.asdict(self.settings)
         return {"settings": settings, "environment": self.environment, "points": points, "errors": list(self.errors)}
 
@@ -163,6 +185,7 @@ class SweepResult(Lasting):
                 checkpoint=point["checkpoint"],
                 size=None if point["size"] is None else tuple(point["size"]),
                 comparison=Comparison.from_record(point["comparison"]),
+                environment=point["environment"],
             )
             for point in record["points"]
         ]
@@ -214,13 +237,21 @@ class SweepResult(Lasting):
         return written
 
 
-def sweep(settings: SweepSettings, *, progress: bool = True) -> SweepResult:
-    """Run the grid. A checkpoint, image or engine that fails is recorded in `errors`, and the sweep goes on with the next."""
+def sweep(settings: SweepSettings, *, progress: bool = True, on_run: Callable[[], object] | None = None) -> SweepResult:
+    """Run the grid in this process. A checkpoint, image or engine that fails is recorded in `errors`, and the sweep goes on.
+
+    on_run: called after each run.
+    """
     sizes: list[tuple[int, int] | None] = [(size[0], size[1]) for size in settings.image_sizes] or [None]
     per_point = len(settings.recipes) * (settings.warm_up + settings.repeats)
     points: list[SweptPoint] = []
     errors: list[dict[str, str]] = []
     where: dict[str, str] = {}
+
+    def ran(_: str) -> None:
+        bar.update(1)
+        if on_run is not None:
+            on_run()
 
     def failed(error: Exception | str, checkpoint: str, image: str = "", engine: str = "") -> None:
         said = error if isinstance(error, str) else sentence(error)
@@ -240,7 +271,7 @@ def sweep(settings: SweepSettings, *, progress: bool = True) -> SweepResult:
                 image, done_before = size_label(size), bar.n
                 bar.set_description(f"{name} {image}")
                 try:
-                    comparison = _compare_at(lab, settings, size, lambda _: bar.update(1))
+                    comparison = _compare_at(lab, settings, size, ran)
                 except Exception as error:  # as above
                     failed(error, name, image)
                 else:
@@ -277,7 +308,7 @@ def _refuse_twice(name: str, given: Sequence[Any], identity: Callable[[Any], Any
         met[key] = value
 
 
-def _place(checkpoint: str) -> str:
+def place(checkpoint: str) -> str:
     """A folder's one path; any other name as it is."""
     folder = os.path.expanduser(checkpoint)
     return os.path.realpath(folder) if checkpoint not in tiny.NAMES and os.path.isdir(folder) else checkpoint
@@ -290,3 +321,7 @@ def size_label(size: tuple[int, int] | None) -> str:
 def _file_name(label: str) -> str:
     """Readable, and short enough for any file system; the number before it makes it unique."""
     return re.sub(r"[^\w.=-]+", "-", label).strip("-")[:120]
+
+
+if __name__ == "__main__":  # the command is that of grids, of which this module knows nothing
+    runpy.run_module("fastvl_lab.grid", run_name="__main__")

@@ -7,8 +7,6 @@ import http.client
 import os
 import re
 import shlex
-import subprocess
-import sys
 import tempfile
 import threading
 import time
@@ -21,6 +19,7 @@ from fastvl_lab.checkpoint.saved import write_folder
 from fastvl_lab.checkpoint.user_cache import cache_root
 from fastvl_lab.errors import EndpointError, RequestCancelledError, shortened
 from fastvl_lab.processes import keeper
+from fastvl_lab.processes.kept import Kept
 
 START_SECONDS = "FASTVL_LAB_START_SECONDS"
 _DEFAULT_START_SECONDS = 600.0
@@ -35,56 +34,6 @@ _ENDING = 2 * keeper.GRACE
 _MOST_ENDING = 60.0
 
 Tell = Callable[[str], object]
-
-
-class Kept:
-    """A program under a keeper, or a folder that a keeper removes: both end with `let_go`, and with this process."""
-
-    def __init__(
-        self,
-        command: Sequence[str] = (),
-        *,
-        folder: str = "",
-        env: Mapping[str, str] | None = None,
-        log: Path | None = None,
-    ) -> None:
-        if not sys.platform.startswith("linux"):
-            raise EndpointError(
-                f"engines are started on Linux alone, whose prctl lets one process answer for all that it starts, and this is "
-                f"{sys.platform}; start the engine by hand and give its address"
-            )
-        with open(log or os.devnull, "ab") as output:
-            # A session of its own: Ctrl-C in a terminal, or an interrupted cell, is meant for this process alone.
-            self._process = subprocess.Popen(
-                [sys.executable, "-I", "-S", keeper.__file__, str(os.getpid()), folder, *command],
-                stdin=subprocess.PIPE,
-                stdout=output,
-                stderr=output,
-                env=env,
-                cwd=log.parent if log else None,
-                start_new_session=True,
-            )
-
-    @property
-    def exit_code(self) -> int | None:
-        """The program's, once it and all its descendants have ended."""
-        return self._process.poll()
-
-    def let_go(self) -> None:
-        """Have it end, without waiting."""
-        assert self._process.stdin is not None
-        with contextlib.suppress(OSError):
-            self._process.stdin.close()
-
-    def wait(self, seconds: float | None = None) -> int | None:
-        """Until it has ended, or so long: its exit code."""
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            self._process.wait(seconds)
-        return self.exit_code
-
-    def processes(self) -> tuple[int, ...]:
-        """Ids of the keeper and of all that it answers for; none once it has ended."""
-        return () if self.exit_code is not None else (self._process.pid, *keeper.descendants(self._process.pid))
 
 
 class Server:

@@ -18,6 +18,7 @@ from fastvl_lab.view.figures import (
     ttft_against_visual_tokens as ttft_against_visual_tokens,
     turn_bars as turn_bars,
 )
+from fastvl_lab.view.grid_report import grid_html as grid_html
 from fastvl_lab.view.loads import load_curves as load_curves, load_rates as load_rates, load_timeline as load_timeline
 from fastvl_lab.view.pictures import difference_maps as difference_maps, window_layout as window_layout
 from fastvl_lab.view.records import records_frame as records_frame, regressions_frame as regressions_frame

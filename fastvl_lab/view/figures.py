@@ -26,24 +26,26 @@ _BUSY = "the machine was busy"
 
 
 def ttft_against_visual_tokens(rows: Sequence[Mapping[str, Any]]) -> go.Figure:
-    """Median warm TTFT (ms, with its 95% interval) against visual tokens, one panel a checkpoint, one line an engine.
+    """Median warm TTFT (ms, with its 95% interval) against visual tokens, one panel a checkpoint and card, one line an engine.
 
     rows: as `SweepResult.summary` gives them; engines without a run that is compared are left out. Those of an endpoint that does
     not say whether it reused anything are marked.
     """
     x, y = Axis(title="visual tokens", zero=True), Axis(title="warm TTFT, ms (median, 95% CI)", zero=True)
     parts = []
-    for checkpoint in dict.fromkeys(row["checkpoint"] for row in rows):
+    cards = {row.get("card", "") for row in rows}
+    for checkpoint, card in dict.fromkeys((row["checkpoint"], row.get("card", "")) for row in rows):
+        here = [row for row in rows if (row["checkpoint"], row.get("card", "")) == (checkpoint, card)]
         lines = []
         for number, engine in enumerate(dict.fromkeys(row["engine"] for row in rows)):
-            mine = [row for row in rows if (row["checkpoint"], row["engine"]) == (checkpoint, engine) and row["ttft_ms"]]
+            mine = [row for row in here if row["engine"] == engine and row["ttft_ms"]]
             mine.sort(key=lambda row: row["visual_tokens"])
             medians = [row["ttft_ms"] for row in mine]
             name = engine + (" (reuse unknown)" if any(row["unknown_runs"] for row in mine) else "")
             told, tokens = "%{x} visual tokens: %{y:.1f} ms", [row["visual_tokens"] for row in mine]
             reach = arms((row["ttft_ms"], row["ttft_low_ms"], row["ttft_high_ms"]) for row in mine)
             lines.append(line(name, tokens, medians, style.series(number), told=told, error_y=reach))
-        parts.append(Panel(title=checkpoint, traces=lines, x=x, y=y))
+        parts.append(Panel(title=f"{checkpoint} · {card}" if len(cards) > 1 else checkpoint, traces=lines, x=x, y=y))
     return panels(parts)
 
 

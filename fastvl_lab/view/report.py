@@ -33,7 +33,7 @@ def report_html(result: SweepResult) -> str:
     with their tables, and the settings.
     """
     environment = " · ".join(f"{key} {value}" for key, value in result.environment.items())
-    body = [f"<h1>TTFT sweep</h1><p>{html.escape(environment)}</p>", _errors(result)]
+    body = [f"<h1>TTFT sweep</h1><p>{html.escape(environment)}</p>", errors_html(result)]
     if result.points:
         rows = result.summary()
         comparisons = [point.comparison for point in result.points]
@@ -70,7 +70,8 @@ def page(title: str, body: Sequence[str]) -> str:
     )
 
 
-def _errors(result: SweepResult) -> str:
+def errors_html(result: SweepResult) -> str:
+    """What failed, as a piece of a `page`; empty where nothing did."""
     if not result.errors:
         return ""
     rows = "".join(

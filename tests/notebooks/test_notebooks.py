@@ -10,6 +10,7 @@ import ast
 import dataclasses
 import html
 import json
+import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -139,6 +140,22 @@ def test_papermill_runs_the_sweep_in_a_kernel_of_its_own(tmp_path: Path) -> None
     _check(_published(_shown(_execute(path, tmp_path / path.name, SMALL[path.stem]))))
 
 
+@pytest.mark.nightly
+def test_papermill_has_workers_measure_the_cells_of_a_sweep(tmp_path: Path) -> None:
+    """Each in a process of its own, which loads torch; the summary grows while cells come in."""
+    path = REPOSITORY / "notebooks" / "ttft_sweep.ipynb"
+    parameters = SMALL[path.stem] | {
+        "image_sizes": [[168, 140]],
+        "launcher": "local",
+        "workers": min(2, len(os.sched_getaffinity(0))),
+    }
+    shown = _shown(_execute(path, tmp_path / path.name, parameters))
+    result = _published(shown)
+    _check(result)
+    assert [row["state"] for row in result["cells"]] == ["done", "done"]
+    assert len({point["environment"]["cell"] for point in result["points"]}) == 2
+
+
 def test_the_panel_is_used_from_cells(run_cells: RunCells) -> None:
     path = REPOSITORY / "notebooks" / "workbench_from_cells.ipynb"
     _check(_published(run_cells(path, SMALL[path.stem])))
@@ -225,7 +242,10 @@ def test_parameters_are_literals_with_a_type_and_an_explanation(path: Path) -> N
 
 def test_the_sweeps_parameters_are_the_settings_fields() -> None:
     inspected = papermill.inspect_notebook(str(REPOSITORY / "notebooks" / "ttft_sweep.ipynb"))
-    assert list(inspected) == [field.name for field in dataclasses.fields(SweepSettings)]
+    fields = dataclasses.fields(SweepSettings)
+    assert list(inspected) == [field.name for field in fields]
+    defaults = {field.name: field.default for field in fields if isinstance(field.default, str | int | float)}
+    assert defaults == {name: ast.literal_eval(inspected[name]["default"]) for name in defaults}  # a plan leaves them out
 
 
 def test_an_unknown_parameter_is_an_error_before_any_work(tmp_path: Path) -> None:

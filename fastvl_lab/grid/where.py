@@ -1,0 +1,77 @@
+"""Where a cell was measured: host, card, driver, clocks, threads, versions, the state of the code, and who else was on the card."""
+
+from __future__ import annotations
+
+import os
+import platform
+import subprocess
+from contextlib import suppress
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import fastvl_lab
+from fastvl_lab.machine import processor_name
+
+
+def where(device: torch.device) -> dict[str, Any]:
+    """Of this process and the device it computes on; what a system does not tell is None, and stands in every row all the same.
+
+    card: the GPU's name, of a CPU the processor's. card_id: its UUID, "" of a CPU. Clocks in MHz, from nvidia-smi. others_on_card:
+    processes beside this one that compute on it, as nvidia-smi names them; None where it names none, not even this one.
+    """
+    found: dict[str, Any] = {
+        "host": platform.node(),
+        "card": processor_name(),
+        "card_id": "",
+        "driver": None,
+        "cuda": None,
+        "sm_clock_mhz": None,
+        "memory_clock_mhz": None,
+        "most_sm_clock_mhz": None,
+        "others_on_card": None,
+        "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "triton": _version("triton"),
+        "code": code_state(),
+    }
+    return found | _of_gpu(device) if device.type == "cuda" else found
+
+
+def _of_gpu(device: torch.device) -> dict[str, Any]:
+    properties = torch.cuda.get_device_properties(device)
+    card = f"GPU-{properties.uuid}"
+    found: dict[str, Any] = {"card": properties.name, "card_id": card, "cuda": torch.version.cuda}
+    asked = ("driver_version", "clocks.sm", "clocks.mem", "clocks.max.sm")
+    if told := _lines("nvidia-smi", f"--id={card}", f"--query-gpu={','.join(asked)}", "--format=csv,noheader,nounits"):
+        driver, *clocks = (part.strip() for part in told[0].split(","))
+        names = ("sm_clock_mhz", "memory_clock_mhz", "most_sm_clock_mhz")
+        found |= {"driver": driver, **{name: int(clock) for name, clock in zip(names, clocks, strict=False) if clock.isdigit()}}
+    running = _lines("nvidia-smi", f"--id={card}", "--query-compute-apps=pid,process_name", "--format=csv,noheader")
+    if running:  # in a container it may name nobody, not even this process
+        mine = str(os.getpid())
+        found["others_on_card"] = "; ".join(line for line in running if line.split(",")[0].strip() != mine)
+    return found
+
+
+def code_state() -> str:
+    """The commit of the package's working tree, "-dirty" after it where files differ; its version where there is no tree."""
+    folder = Path(fastvl_lab.__file__).parent
+    told = _lines("git", "-C", str(folder), "describe", "--always", "--dirty", "--abbrev=12", "--exclude=*")
+    return told[0] if told else _version("fastvl-lab") or "unknown"
+
+
+def _version(package: str) -> str | None:
+    with suppress(PackageNotFoundError):
+        return version(package)
+    return None
+
+
+def _lines(*command: str) -> list[str]:
+    """What a program says, by lines; nothing where it is not there, fails or hangs."""
+    with suppress(OSError, subprocess.SubprocessError):
+        told = subprocess.run(command, capture_output=True, text=True, check=True, timeout=20).stdout
+        return [line.strip() for line in told.splitlines() if line.strip()]
+    return []

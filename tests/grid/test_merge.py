@@ -1,0 +1,156 @@
+"""Merging pools nothing across hosts or cards, and names what makes cells unlike."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pandas
+import pytest
+
+from fastvl_lab import Lab, Request, compare
+from fastvl_lab.grid.__main__ import described, main
+from fastvl_lab.grid.merge import GridResult, Merger
+from fastvl_lab.grid.plan import Plan, of_mapping
+from fastvl_lab.grid.rendezvous import Rendezvous, prepare
+from fastvl_lab.view.figures import ttft_against_visual_tokens
+
+SLOW, FAST = [0.0200 + 0.0001 * number for number in range(9)], [0.0100 + 0.0001 * number for number in range(9)]
+
+
+@pytest.fixture(scope="session")
+def record(labs: dict[str, Lab], picture: bytes) -> dict[str, Any]:
+    """A comparison of two engines, as a cell gives it."""
+    request = Request(images=[picture], prompt="What?", max_new_tokens=2, ignore_eos=True)
+    found = compare(labs["tiny-qwen3-vl"], request, {"transformers": "transformers", "baseline": "baseline"}, repeats=1)
+    return found.to_record()
+
+
+@pytest.fixture
+def grid(tmp_path: Path) -> Plan:
+    """A plan of four cells, whose folder is made."""
+    sizes = [[56, 56], [84, 56], [56, 84], [84, 84]]
+    base = {"checkpoints": ["tiny-qwen3-vl"], "recipes": ["transformers", "baseline"], "image_sizes": sizes}
+    plan = of_mapping({**base, "device": "cpu", "output_dir": str(tmp_path / "run")})
+    prepare(tmp_path / "run", plan.to_dict())
+    return plan
+
+
+@pytest.fixture
+def merged(grid: Plan, record: dict[str, Any]) -> Callable[..., GridResult]:
+    """Merges what hosts gave: for each cell in turn what is its own of where it was measured, and the reference's seconds."""
+    rendezvous = Rendezvous(folder=Path(grid.settings.output_dir), stale=60.0)
+
+    def made(*hosts: tuple[dict[str, Any], list[float]]) -> GridResult:
+        for cell, (own, seconds) in zip(grid.cells, hosts, strict=False):
+            where = {
+                "host": "one",
+                "card": "H",
+                "card_id": "GPU-1",
+                "device": "H",
+                "torch": "2",
+                "code": "abc",
+                "driver": "580",
+            } | own
+            about = {"worker": "w", "host": where["host"], "claims": 1, "seconds": 10.0}
+            result = {"comparisons": [record], "errors": [], "environment": where, "reference": {"seconds": seconds}}
+            assert rendezvous.publish(cell.id, result | about)
+        return Merger(grid, rendezvous).merge()
+
+    return made
+
+
+def test_every_row_says_where_it_was_measured_and_what_all_share_is_said_once(
+    merged: Callable[..., GridResult], grid: Plan
+) -> None:
+    result = merged(({}, FAST), ({"host": "two", "card_id": "GPU-2"}, FAST))
+    rows, samples = result.summary(), result.samples()
+    assert [(row["host"], row["card_id"], row["cell"]) for row in rows] == [
+        (host, card, cell.id)
+        for host, card, cell in zip(("one", "two"), ("GPU-1", "GPU-2"), grid.cells, strict=False)
+        for _ in range(2)
+    ]
+    assert {(sample["host"], sample["driver"], sample["code"]) for sample in samples} == {
+        ("one", "580", "abc"),
+        ("two", "580", "abc"),
+    }
+    assert result.environment["card"] == "H"
+    assert "host" not in result.environment
+    assert [row["state"] for row in result.cells] == ["done", "done", "not measured", "not measured"]
+    assert result.notes == ()
+    assert [host.label for host in result.hosts] == ["one (H, GPU-1)", "two (H, GPU-2)"]
+
+
+def test_a_host_that_is_slower_in_the_reference_by_more_than_its_interval_is_named(merged: Callable[..., GridResult]) -> None:
+    other = {"host": "two", "card_id": "GPU-2"}
+    result = merged(({}, FAST), (other, SLOW), ({}, FAST), ({"host": "three", "card": "A"}, SLOW))
+    assert (
+        result.notes
+        == (
+            "two (H, GPU-2) is slow: the reference takes 20.40 ms there (95% CI 20.10 to 20.70), and 10.40 ms on one (H, GPU-1) "
+            "(95% CI 10.20 to 10.60)",
+        )
+        or len(result.notes) == 1
+    )
+    assert result.notes[0].startswith("two (H, GPU-2) is slow: the reference takes 20.40 ms there (95% CI ")
+    assert "10.40 ms on one (H, GPU-1)" in result.notes[0]  # and "three", which has another card, is compared with nobody
+    assert result.findings()[0] == result.notes[0]
+
+
+def test_a_host_within_the_interval_is_not_named_and_too_few_runs_name_nobody(merged: Callable[..., GridResult]) -> None:
+    near = [second + 0.0003 for second in FAST]
+    assert merged(({}, FAST), ({"host": "two"}, near), ({"host": "three"}, [0.5] * 3)).notes == ()
+
+
+def test_what_should_be_the_same_everywhere_and_who_else_was_on_a_card_is_named(merged: Callable[..., GridResult]) -> None:
+    others = {"others_on_card": "4711, python"}
+    notes = merged(({}, FAST), ({"code": "def-dirty", "torch": "3"}, FAST), (others, FAST)).notes
+    assert notes == (
+        "one: other processes were on the card GPU-1: 4711, python",
+        "the cells were measured with 2 values of code: abc, def-dirty",
+        "the cells were measured with 2 values of torch: 2, 3",
+    )
+
+
+def test_what_is_written_can_be_read_and_names_every_cell(merged: Callable[..., GridResult], grid: Plan) -> None:
+    result = merged(({}, FAST), ({"host": "two"}, FAST))
+    folder = Path(grid.settings.output_dir)
+    assert {path.name for path in result.write()} == {"results.parquet", "result.json", "report.html"}
+    frame = pandas.read_parquet(folder / "results.parquet")
+    assert set(frame.host) == {"one", "two"}
+    document = json.loads((folder / "result.json").read_text())
+    assert [point["environment"]["host"] for point in document["points"]] == ["one", "two"]
+    assert len(document["cells"]) == 4
+
+
+def test_kinds_of_card_have_panels_of_their_own(merged: Callable[..., GridResult]) -> None:
+    figure = ttft_against_visual_tokens(merged(({}, FAST), ({"card": "A"}, FAST)).summary())
+    titles = [annotation.text for annotation in figure.layout.annotations]
+    assert titles == ["tiny-qwen3-vl · H", "tiny-qwen3-vl · A"]
+
+
+def test_the_command_merges_what_is_done_and_estimates_the_rest_by_it(
+    merged: Callable[..., GridResult], grid: Plan, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    merged(({}, FAST))
+    assert "1 done" in described(grid)
+    assert "(from 1 cells that are done)" in described(grid)
+    text = (
+        "checkpoints: [tiny-qwen3-vl]\nrecipes: [transformers, baseline]\nimage_sizes: [[56, 56], [84, 56], [56, 84], [84, 84]]\n"
+    )
+    (tmp_path / "plan.yaml").write_text(f"{text}device: cpu\noutput_dir: {tmp_path / 'run'}\n")
+    with pytest.raises(SystemExit) as ended:
+        main([str(tmp_path / "plan.yaml"), "--merge"])
+    assert ended.value.code == 0
+    printed = capsys.readouterr().out
+    assert "1 of 4 cells are done" in printed
+    assert f"report: {tmp_path / 'run' / 'report.html'}" in printed
+
+
+def test_a_point_without_an_environment_of_its_own_is_a_sweeps(merged: Callable[..., GridResult]) -> None:
+    result = merged(({}, FAST))
+    alone = dataclasses.replace(result.points[0], environment={})
+    assert "host" not in dataclasses.replace(result, points=(alone,)).summary()[0]

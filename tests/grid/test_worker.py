@@ -1,0 +1,161 @@
+"""Workers meet in a folder: each cell is measured by one of them, whatever becomes of the others."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from fastvl_lab.errors import RequestError
+from fastvl_lab.grid.rendezvous import MOST_CLAIMS, Beat, Rendezvous, gone, prepare, read_plan, this_process
+from fastvl_lab.grid.worker import Worker
+
+HERE = Path(__file__).parent
+
+
+def _program(**ways: Any) -> list[str]:
+    return [sys.executable, "-I", "-S", str(HERE / "stub_cell.py"), json.dumps(ways)]
+
+
+@pytest.fixture
+def folder_of(tmp_path: Path) -> Callable[..., Path]:
+    """Makes the folder of a grid with cells of these labels, which are their ids too."""
+
+    def made(*labels: str, **times: float) -> Path:
+        cells = {label: {"label": label} for label in labels}
+        prepare(tmp_path, {"cells": cells, "cell_seconds": 60.0, "beat": 0.05, "stale": 60.0, **times})
+        return tmp_path
+
+    return made
+
+
+def _ran(folder: Path) -> list[str]:
+    return [line.split()[0] for line in (folder / "ran").read_text().splitlines()]
+
+
+def test_a_cell_is_claimed_once_and_has_one_result(folder_of: Callable[..., Path]) -> None:
+    rendezvous = Rendezvous(folder=folder_of("a"), stale=60.0)
+    assert rendezvous.claim("a", "one", 0) == 1
+    assert rendezvous.claim("a", "two", 0) is None
+    assert rendezvous.claims() == {"a": 1}
+    assert rendezvous.holds("a", 1)
+    assert rendezvous.claim("a", "two", 1) == 2
+    assert not rendezvous.holds("a", 1)
+    assert rendezvous.publish("a", {"by": "two"})
+    assert not rendezvous.publish("a", {"by": "one"})
+    assert rendezvous.result("a") == {"by": "two"}
+    assert rendezvous.results() == {"a"}
+    assert not list(rendezvous.folder.glob("*/.*"))  # nothing that was written aside is left
+
+
+def test_a_claim_is_stale_once_its_worker_stands_still_has_ended_or_is_gone(folder_of: Callable[..., Path]) -> None:
+    rendezvous = Rendezvous(folder=folder_of("a"), stale=0.1)
+    rendezvous.claim("a", "far", 0)
+    elsewhere = Beat(worker="far", count=1, process="another-host boot 4026531836 17 99", doing="a")
+    rendezvous.tell(elsewhere)
+    assert not rendezvous.is_stale("a", 1)
+    time.sleep(0.15)
+    rendezvous.tell(replace(elsewhere, count=2))
+    assert not rendezvous.is_stale("a", 1)  # it beats
+    time.sleep(0.15)
+    assert rendezvous.is_stale("a", 1)
+    rendezvous.tell(replace(elsewhere, count=3, ended=True))
+    assert rendezvous.is_stale("a", 1)
+
+    with subprocess.Popen([sys.executable, "-I", "-S", "-c", "input()"], stdin=subprocess.PIPE) as process:
+        machine = this_process().rsplit(" ", 2)[0]
+        began = Path(f"/proc/{process.pid}/stat").read_text().rpartition(")")[2].split()[19]
+        alive = f"{machine} {process.pid} {began}"
+        assert not gone(alive)
+        assert gone(f"{machine} {process.pid} 1")  # its id was another's before
+        process.kill()
+        process.wait()
+        assert gone(alive)
+    assert not gone(this_process())
+
+
+def test_a_worker_measures_what_is_left_and_a_failed_cell_is_a_result_with_its_sentence(folder_of: Callable[..., Path]) -> None:
+    folder = folder_of("a", "b", "c")
+    Worker(folder, "first", _program(b="raises")).work()
+    rendezvous = Rendezvous(folder=folder, stale=60.0)
+    assert rendezvous.results() == {"a", "b", "c"}
+    failed = rendezvous.result("b")
+    assert failed is not None
+    assert failed["error"].startswith("its process ended with exit code 1: ZeroDivisionError: surprise; its log is ")
+    assert "Traceback" in Path(failed["error"].partition("its log is ")[2]).read_text()
+    (beat,) = rendezvous.beats()
+    assert beat.ended
+    rendezvous.forget("b")
+    Worker(folder, "second", _program()).work()
+    again = rendezvous.result("b")
+    assert again is not None
+    assert (again["worker"], again["reference"]) == ("second", {"seconds": [0.01] * 9})
+    assert sorted(_ran(folder)) == ["a", "b", "b", "c"]
+
+
+def test_a_stuck_cell_is_ended_after_its_time_and_tried_once_more(folder_of: Callable[..., Path]) -> None:
+    folder = folder_of("a", cell_seconds=0.3)
+    Worker(folder, "only", _program(a="hangs")).work()
+    found = Rendezvous(folder=folder, stale=60.0).result("a")
+    assert found is not None
+    assert found["error"].startswith("it took longer than its 0.3 seconds (cell_seconds), 2 times")
+    log = Path(found["error"].partition("its log is ")[2]).read_text()
+    assert [line[0] for line in log.splitlines() if "stub_cell" in line] == ["$", "$"]  # as it was started
+    assert not list(folder.glob("*/.*"))
+
+
+def test_a_worker_whose_cell_was_taken_lets_go_of_it(folder_of: Callable[..., Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    """One that was paused for longer than `stale`, and goes on."""
+    folder = folder_of("a")
+    other, told = Rendezvous(folder=folder, stale=60.0), Rendezvous.tell
+
+    def taken_at_its_second_beat(self: Rendezvous, beat: Beat) -> None:
+        told(self, beat)
+        if beat.doing and other.claims() == {"a": 1}:
+            other.claim("a", "other", 1)
+            other.publish("a", {"by": "other"})
+
+    monkeypatch.setattr(Rendezvous, "tell", taken_at_its_second_beat)
+    Worker(folder, "paused", _program(a="hangs")).work()
+    assert other.result("a") == {"by": "other"}
+
+
+def test_a_cell_that_takes_every_worker_down_is_given_up(folder_of: Callable[..., Path]) -> None:
+    folder = folder_of("a")
+    rendezvous = Rendezvous(folder=folder, stale=60.0)
+    for number in range(MOST_CLAIMS):
+        assert rendezvous.claim("a", f"lost-{number}", number)
+        rendezvous.tell(Beat(worker=f"lost-{number}", count=1, process="far", ended=True))
+    Worker(folder, "last", _program(a="hangs")).work()
+    found = rendezvous.result("a")
+    assert found is not None
+    assert found["error"] == f"each of {MOST_CLAIMS} workers that measured it vanished"
+
+
+def test_a_folder_that_cannot_be_written_or_is_no_grid_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(RequestError, match="output_dir '/dev/null/x' cannot be written: Not a directory"):
+        prepare(Path("/dev/null/x"), {})
+    with pytest.raises(RequestError, match=r"is no folder of a grid: it has no plan\.json"):
+        read_plan(tmp_path)
+
+
+@pytest.mark.parametrize("seeds", [(0, 1), pytest.param(range(10), marks=pytest.mark.nightly)], ids=["two seeds", "ten seeds"])
+def test_of_workers_killed_at_random_moments_no_cell_is_lost_and_none_counts_twice(tmp_path: Path, seeds: Sequence[int]) -> None:
+    """By SIGKILL."""
+    command = [sys.executable, str(HERE / "killed_workers.py"), str(tmp_path), *map(str, seeds)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    found = [json.loads(line) for line in done.stdout.splitlines()]
+    assert [seed["seed"] for seed in found] == list(seeds)
+    for seed in found:
+        assert sorted(seed["claims"]) == seed["cells"]  # each has a result, and a file is one
+        assert all(1 <= claims <= 4 for claims in seed["claims"].values())
+        assert sum(seed["ran"].values()) <= len(seed["cells"]) + 3  # at most what was in flight ran again
+    assert any(max(seed["claims"].values()) > 1 for seed in found)  # somebody was killed at work
