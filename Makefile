@@ -7,6 +7,7 @@
 #   make test-nightly (those, and cases that take minutes beside one that `make test` runs)
 #   make test-oldest  (what rests on torch, triton and Transformers, on the oldest versions allowed; Python 3.11 or 3.12, 6 GB)
 #   make check-regression BASE=runs/before [HEAD=runs/after] [BOUND=1.05]  (fails on what became slower; without HEAD it is measured)
+#   make test-clients (the openai client, LiteLLM and LangChain ask the server and measure it, from an environment of their own)
 #   make benchmark    (the bars that speed-ups are held to; on an idle machine)
 #   make workbench [WORKBENCH='--checkpoint tiny-qwen3-vl --image photo.jpg']  (the panel as a page of its own)
 #   make lab          (JupyterLab on the workbench)
@@ -26,7 +27,7 @@ given  = $(if $(findstring command,$(origin $1)),$($1))
 quote  = '$(subst ','\'',$1)'
 FOLDER := $(or $(call given,RUN),runs/$(shell date +%Y%m%d-%H%M%S))
 
-.PHONY: sweep workbench test test-native test-nightly test-oldest check-regression benchmark lab lint figures toggles
+.PHONY: sweep workbench test test-native test-nightly test-oldest clients test-clients check-regression benchmark lab lint figures toggles
 .DELETE_ON_ERROR:
 
 $(STAMP): pyproject.toml $(LIMITS)
@@ -50,7 +51,7 @@ sweep: $(STAMP)
 # Tests start the package some thirty times: what Python has compiled of it and of the tests is kept, whatever is said outside.
 test test-native test-nightly: export PYTHONDONTWRITEBYTECODE =
 
-# First what can share the machine, a test a core; then what waits on clocks and browsers. pytest's exit 5 is "none of these here".
+# First what can share the machine, a test a core; then what reads clocks. pytest's exit 5 is "none of these here".
 test: $(STAMP)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(TESTS) -n auto --dist worksteal -m "not alone and not native and not nightly and not benchmark" || [ $$? -eq 5 ]
 	$(BIN)/python -m pytest $(TESTS) -m "alone and not nightly and not benchmark" || [ $$? -eq 5 ]
@@ -71,6 +72,16 @@ test-oldest:
 check-regression: $(STAMP)
 	@$(BIN)/python -m fastvl_lab.measure.regressions $(call quote,$(call given,BASE)) \
 		$(if $(call given,HEAD),$(call quote,$(call given,HEAD))) $(if $(call given,BOUND),--bound $(call quote,$(call given,BOUND)))
+
+CLIENTS := .venv-clients
+clients: $(CLIENTS)/.installed
+$(CLIENTS)/.installed: Makefile
+	$(PYTHON) -m venv $(CLIENTS)
+	$(CLIENTS)/bin/python -m pip install --quiet --disable-pip-version-check 'openai>=3.57,<4' 'litellm>=1.110,<2' 'langchain-openai>=1.7,<2'
+	@touch $@
+
+test-clients: $(STAMP) $(CLIENTS)/.installed
+	FASTVL_LAB_CLIENTS=$(CLIENTS)/bin/python $(BIN)/python -m pytest tests/serve -m client
 
 benchmark: $(STAMP)
 	$(BIN)/python -m pytest $(TESTS) -m benchmark -rP

@@ -47,6 +47,7 @@ if TYPE_CHECKING:
     from fastvl_lab.recipe import Recipe as Recipe
     from fastvl_lab.request import Chunk as Chunk, Request as Request
     from fastvl_lab.run import Run as Run
+    from fastvl_lab.sampling import Sampling as Sampling
     from fastvl_lab.trace import Trace as Trace
     from fastvl_lab.view.workbench import workbench as workbench
 
@@ -54,6 +55,7 @@ if TYPE_CHECKING:
 _PUBLIC = {
     "Lab": "lab",
     "Request": "request",
+    "Sampling": "sampling",
     "Chunk": "request",
     "Recipe": "recipe",
     "toggles": "catalogue",

@@ -30,7 +30,7 @@ from fastvl_lab.families import FAMILIES, Family
 from fastvl_lab.pipeline import Outcome, Pipeline
 from fastvl_lab.processes.server import Servers
 from fastvl_lab.recipe import Recipe
-from fastvl_lab.request import Chunk, Request, check_whole_number
+from fastvl_lab.request import Chunk, Request, TokenLogprob, check_whole_number
 from fastvl_lab.run import ELSEWHERE, Kind, Run
 from fastvl_lab.schedule.inbox import Inbox, Job
 from fastvl_lab.schedule.loop import OnStep, one_at_a_time, side_by_side
@@ -166,8 +166,8 @@ class Lab:
         tell_chunk, tell_begin, tell_stage = (self._told(key, tell) for tell in (on_chunk, on_begin, on_stage))
         tracer, chunks = Tracer(self.device, trace, stop=stop, on_begin=tell_begin, on_stage=tell_stage), []
 
-        def deliver(text: str, tokens: tuple[int, ...]) -> None:
-            chunks.append(Chunk(text=text, tokens=tokens, time=tracer.delivered()))
+        def deliver(text: str, tokens: tuple[int, ...], logprobs: tuple[TokenLogprob, ...] = ()) -> None:
+            chunks.append(Chunk(text=text, tokens=tokens, time=tracer.delivered(), logprobs=logprobs))
             if tell_chunk is not None:
                 tell_chunk(chunks[-1])
 
@@ -175,7 +175,7 @@ class Lab:
             bound = self._bind(key, stop)
             tracer.start()
             outcome = self._serve(bound, request, tracer, deliver)
-            return outcome, tracer.finish(), outcome.logits.cpu(), self._kind(key, outcome)
+            return outcome, tracer.finish(), outcome.logits.cpu(), self._kind(key, request, outcome)
 
         outcome, finished, logits, kind = self._in_turn(key, served)
         return self._made(key, engine, outcome, finished, logits, kind, chunks)
@@ -211,6 +211,7 @@ class Lab:
             captures=outcome.captures,
             finite=bool(logits.isfinite().all()),
             account=None if own is None else own.held_against(finished),
+            finish_reason=outcome.finish_reason,
         )
 
     def stream(self, request: Request, engine: EngineLike | None = None) -> Iterator[Chunk]:
@@ -218,13 +219,16 @@ class Lab:
         key, gone = self._admitted(request, engine), threading.Event()
         tracer = Tracer(self.device, "off", stop=gone)
         # Unbounded: an engine that waited for its consumer would keep the lab from everybody else; the answer's length bounds it.
-        ready: queue.SimpleQueue[tuple[str, tuple[int, ...]] | BaseException | None] = queue.SimpleQueue()
+        ready: queue.SimpleQueue[tuple[str, tuple[int, ...], tuple[TokenLogprob, ...]] | BaseException | None] = queue.SimpleQueue()
+
+        def deliver(text: str, tokens: tuple[int, ...], logprobs: tuple[TokenLogprob, ...] = ()) -> None:
+            ready.put((text, tokens, logprobs))
 
         def produce() -> None:
             try:
                 bound = self._bind(key, gone)
                 tracer.start()
-                self._kind(key, self._serve(bound, request, tracer, lambda text, tokens: ready.put((text, tokens))))
+                self._kind(key, request, self._serve(bound, request, tracer, deliver))
                 ready.put(None)
             except BaseException as error:  # handed to the consumer, whose call it is
                 ready.put(error)
@@ -236,7 +240,7 @@ class Lab:
             while (item := ready.get()) is not None:
                 if isinstance(item, BaseException):
                     raise item
-                yield Chunk(text=item[0], tokens=item[1], time=tracer.delivered())
+                yield Chunk(text=item[0], tokens=item[1], time=tracer.delivered(), logprobs=item[2])
         finally:
             gone.set()
             if not job.cancel():
@@ -260,8 +264,8 @@ class Lab:
         """
         key, tracer, chunks = self._admitted(request, engine), Tracer(self.device, trace, stop=stop), list[Chunk]()
 
-        def deliver(text: str, tokens: tuple[int, ...]) -> None:
-            chunks.append(Chunk(text=text, tokens=tokens, time=tracer.delivered()))
+        def deliver(text: str, tokens: tuple[int, ...], logprobs: tuple[TokenLogprob, ...] = ()) -> None:
+            chunks.append(Chunk(text=text, tokens=tokens, time=tracer.delivered(), logprobs=logprobs))
             if on_chunk is not None:
                 on_chunk(chunks[-1])
 
@@ -270,7 +274,7 @@ class Lab:
                 on_end(self._in_words(outcome))
                 return
             finished, logits = tracer.finish(), outcome.logits.cpu()
-            on_end(self._made(key, engine, outcome, finished, logits, self._kind(key, outcome), chunks))
+            on_end(self._made(key, engine, outcome, finished, logits, self._kind(key, request, outcome), chunks))
 
         return Job(number=number, request=request, tracer=tracer, deliver=deliver, begin=on_begin, end=end)
 
@@ -474,18 +478,21 @@ class Lab:
             f"set a smaller max_pixels or max_new_tokens, or load a smaller checkpoint or dtype"
         )
 
-    def _kind(self, key: Engine, outcome: Outcome) -> Kind:
+    def _kind(self, key: Engine, request: Request, outcome: Outcome) -> Kind:
         """Whether anything was reused, else whether its engine has run this shape before, to as many tokens or more.
 
-        A step reads more keys than the one before it, for which a library may build a plan. A run that compiled or captured
-        something on its way is cold in any case. What an endpoint reused only the endpoint knows: where it does not say, every run
-        of it is of unknown kind.
+        A step reads more keys than the one before it, for which a library may build a plan; a sampled token has kernels of its own.
+        A run that compiled or captured something on its way is cold in any case. What an endpoint reused only the endpoint knows:
+        where it does not say, every run of it is of unknown kind.
         """
         if outcome.kind is not None:
             return outcome.kind
         if outcome.reused and not outcome.captures:
             return "cache_hit"
-        seen, shape = self._seen.setdefault(key, {}), (outcome.n_prompt, *(s.grid for s in outcome.shapes))
+        seen, shape = (
+            self._seen.setdefault(key, {}),
+            (request.sampling.is_greedy, outcome.n_prompt, *(s.grid for s in outcome.shapes)),
+        )
         known, made = seen.pop(shape, 0), len(outcome.tokens)
         seen[shape] = max(known, made)  # the last of them
         if len(seen) > MAX_SHAPES:

@@ -34,6 +34,7 @@ _CLASSES = {
     "Shares": "fastvl_lab.measure.shares",
     "Load": "fastvl_lab.measure.load",
     "SweepResult": "fastvl_lab.measure.sweep",
+    "GridResult": "fastvl_lab.grid.merge",
     "Tuned": "fastvl_lab.measure.tune",
 }
 

@@ -23,7 +23,7 @@ _SOURCES = ("image", "image_url", "url", "path", "base64")
 _LIMITS = ("min_pixels", "max_pixels")
 _SIDES = ("resized_width", "resized_height")
 # Keys of a part that mean something to services, and nothing to a prompt.
-_NEUTRAL = ("cache_control", "annotations")
+_NEUTRAL = ("cache_control", "annotations", "uuid")
 # OpenAI's wishes for an image that leave its size alone.
 _NEUTRAL_DETAIL = (None, "auto", "high")
 

@@ -18,6 +18,7 @@ from fastvl_lab.decoder.weights import decoder_weights
 from fastvl_lab.outcome import Outcome as Outcome
 from fastvl_lab.recipe import Recipe
 from fastvl_lab.request import Request
+from fastvl_lab.sampling import Sampling
 from fastvl_lab.schedule import overlap
 from fastvl_lab.schedule.in_flight import InFlight
 from fastvl_lab.schedule.inbox import Inbox, Job
@@ -78,8 +79,8 @@ class Pipeline:
     def logits_along(self, request: Request, tokens: torch.Tensor) -> torch.Tensor:
         """Logits of the prompt's last token, and after each of `tokens` (int64 [n]); float32 [1 + n, vocab], on the host."""
         forced = Forced(tokens=tokens.to(self.checkpoint.device))
-        longer = dataclasses.replace(request, max_new_tokens=1 + len(tokens), ignore_eos=True)
-        outcome = self._run(longer, Tracer(self.checkpoint.device, "off"), lambda text, tokens: None, forced)
+        longer = dataclasses.replace(request, max_new_tokens=1 + len(tokens), ignore_eos=True, sampling=Sampling())
+        outcome = self._run(longer, Tracer(self.checkpoint.device, "off"), lambda *_: None, forced)
         return torch.stack([outcome.logits.cpu(), *forced.logits[: len(tokens)]])
 
     def _run(self, request: Request, tracer: Tracer, deliver: Deliver, forced: Forced | None) -> Outcome:

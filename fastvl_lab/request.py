@@ -15,9 +15,10 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypeAlias
 import numpy as np
 from PIL import Image
 
-from fastvl_lab.errors import RequestError, check_whole_number as check_whole_number
+from fastvl_lab.errors import RequestError, check_whole_number as check_whole_number, quoted
 from fastvl_lab.image_input import MAX_IMAGE_BYTES as MAX_IMAGE_BYTES, ImageInput as ImageInput, ImageSource as ImageSource
 from fastvl_lab.messages import Message, check_limits, count_images, read_messages
+from fastvl_lab.sampling import Sampling
 
 if TYPE_CHECKING:
     import torch
@@ -33,6 +34,9 @@ Picture: TypeAlias = "Image.Image | torch.Tensor"
 # Whether a run was the first of its kind, reused something of an earlier request, or neither; or nobody says. See `Run`.
 Kind = Literal["cold", "warm", "cache_hit", "unknown"]
 
+# Why an answer ended: an end token or a stop, or as many tokens as it may have. In OpenAI's words.
+FinishReason = Literal["stop", "length"]
+
 # In the place of a token that an endpoint counts and does not name.
 UNNAMED = -1
 
@@ -43,8 +47,9 @@ class Request:
 
     Give `images` and `prompt` (images come first), or `messages` as OpenAI and Transformers write them. `min_pixels` and
     `max_pixels` override the checkpoint's own limits on the area of the resized image; those beside an image in its part go before
-    them. Decoding is greedy: no sampling and no repetition penalty. `ignore_eos` makes exactly `max_new_tokens` tokens; `fit` makes
-    fewer where a session has no room for so many. Raises `RequestError` and `ImageError`.
+    them. `sampling` says how tokens are chosen, by default greedily, and which texts end the answer. `ignore_eos` lets no end token
+    end it; `fit` makes fewer than `max_new_tokens` where a session has no room for so many. `raw` takes the prompt as it is, and
+    neither chat template nor images. Raises `RequestError` and `ImageError`.
 
     Paths are read when the request is made, so that a run starts with the bytes at hand. What engines read is derived:
     `image_inputs`, the images in order, and `conversation`, the messages with an `{"type": "image"}` part where each belongs.
@@ -58,6 +63,8 @@ class Request:
     fit: bool = False
     min_pixels: int | None = None
     max_pixels: int | None = None
+    sampling: Sampling = Sampling()
+    raw: bool = False
     image_inputs: tuple[ImageInput, ...] = field(init=False, repr=False)
     conversation: tuple[Message, ...] = field(init=False, repr=False)
 
@@ -68,12 +75,18 @@ class Request:
             raise RequestError("images is not a list; put a single image in one: images=[image]")
         if self.messages is not None and len(self.images) > 0:
             raise RequestError("images belong inside the messages when messages are given; leave images empty")
+        if self.raw and (not self.prompt or len(self.images) > 0):
+            raise RequestError("a raw request has a prompt that is not empty and no images, whose places the chat template writes")
         for name in ("max_new_tokens", "min_pixels", "max_pixels"):
             value = getattr(self, name)
             if value is not None or name == "max_new_tokens":
                 check_whole_number(name, value)
                 object.__setattr__(self, name, operator.index(value))  # an int, whatever kind of integer it was
         check_limits(self.min_pixels, self.max_pixels)
+        if not isinstance(self.sampling, Sampling):
+            raise RequestError(f"sampling is {quoted(self.sampling)}; give a fastvl_lab.Sampling")
+        if self.sampling.min_tokens > self.max_new_tokens:
+            raise RequestError(f"min_tokens is {self.sampling.min_tokens}, over max_new_tokens, {self.max_new_tokens}")
         messages = self.messages
         if messages is not None and not isinstance(messages, list | tuple):
             raise RequestError(f"messages is a {type(messages).__name__}; give a list of messages")
@@ -191,16 +204,31 @@ class VisionTokens:
 
 
 @dataclass(frozen=True, kw_only=True)
+class TokenLogprob:
+    """A token, its bytes (`spelt`; a special one's are its name's), and the natural logarithm of its probability.
+
+    top: the likeliest tokens in its place, the likeliest first, where they were asked for.
+    """
+
+    token: int
+    spelt: bytes
+    logprob: float
+    top: tuple[TokenLogprob, ...] = ()
+
+
+@dataclass(frozen=True, kw_only=True)
 class Chunk:
     """What the consumer receives at once: new text, the token ids behind it, and when it was in the consumer's hands.
 
     `time` is in seconds from the moment the engine was given the request. `tokens` has `UNNAMED` for each that an endpoint counts
-    and does not name. `str(chunk)` is its text.
+    and does not name. `logprobs`, where the request asked for them, are of each token but those of a stop, which has no text here.
+    `str(chunk)` is its text.
     """
 
     text: str
     tokens: tuple[int, ...]
     time: float
+    logprobs: tuple[TokenLogprob, ...] = ()
 
     def __str__(self) -> str:
         return self.text

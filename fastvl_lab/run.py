@@ -12,7 +12,7 @@ from fastvl_lab.account import OF_WAIT, WAIT, Account
 from fastvl_lab.capture.execute import Capture
 from fastvl_lab.lasting import About, Lasting, Traced
 from fastvl_lab.recipe import Recipe
-from fastvl_lab.request import UNNAMED, Chunk, Grid, ImageShape, Kind as Kind
+from fastvl_lab.request import UNNAMED, Chunk, FinishReason, Grid, ImageShape, Kind as Kind
 from fastvl_lab.trace import Span, Trace
 
 if TYPE_CHECKING:
@@ -36,7 +36,8 @@ class Run(Lasting):
     the endpoint says of it, and "unknown" where it does not say whether it reused anything. `logits` are those of the last prompt
     token, float32 [vocab] on the host; finite: whether all of them were finite numbers, without which tokens mean nothing.
     `n_prompt` is 0 where an endpoint does not count. remote: the engine is behind an address, here or elsewhere, and shows neither
-    its pixels nor its logits. `account` is what the endpoint's engine tells of the request by its own clock.
+    its pixels nor its logits. `account` is what the endpoint's engine tells of the request by its own clock. finish_reason: why the
+    answer ended, None where that is not known.
     """
 
     engine: str
@@ -55,6 +56,7 @@ class Run(Lasting):
     finite: bool = True
     remote: bool = False
     account: Account | None = None
+    finish_reason: FinishReason | None = None
 
     @property
     def ttft(self) -> float:
@@ -122,7 +124,7 @@ class Run(Lasting):
         return shown.figure(self)
 
     def to_record(self) -> dict[str, Any]:
-        """Everything but the logits as JSON-ready data; `from_record` reads it back."""
+        """Everything but logits and logprobs as JSON-ready data; `from_record` reads it back."""
         return {
             "engine": self.engine,
             "recipe": None if self.recipe is None else self.recipe.to_dict(),
@@ -139,6 +141,7 @@ class Run(Lasting):
             "finite": self.finite,
             "remote": self.remote,
             "account": None if self.account is None else self.account.to_record(),
+            "finish_reason": self.finish_reason,
         }
 
     @classmethod

@@ -27,16 +27,17 @@ _LINKS = ("tool_call_id", "name")
 
 
 def chat_text(request: Request, checkpoint: Checkpoint) -> str:
-    """The conversation as the checkpoint's template writes it, one placeholder an image.
+    """The conversation as the checkpoint's template writes it, one placeholder an image; a raw prompt as it is.
 
     It is what `apply_chat_template` makes of the same messages. Raises `RequestError` if the user's own words contain a
     placeholder, which would be taken for an image, if a message has a field that the template does not write, if the template
     cannot write the conversation, and if its bytes alone make more tokens than a session has: before anything is tokenized.
     """
-    messages = [_for_templates(message) for message in request.conversation]
+    messages = [] if request.raw else [_for_templates(message) for message in request.conversation]
     placeholders = [int(getattr(checkpoint.config, key)) for key in checkpoint.family.placeholders]
     image, *others = checkpoint.tokenizer.convert_ids_to_tokens(placeholders)
-    text, words = _written(messages, checkpoint), [word for message in messages for word in words_of(message)]
+    words = [word for message in request.conversation for word in words_of(message)]
+    text = (request.prompt or "") if request.raw else _written(messages, checkpoint)
     check_bytes(text, checkpoint)
     mistaken = text.count(image) != len(request.image_inputs) or any(other in text for other in others)
     for placeholder in (image, *others):
@@ -128,6 +129,7 @@ def tokenize(request: Request, grids: Sequence[Grid], checkpoint: Checkpoint) ->
     """
     ids = np.asarray(checkpoint.tokenizer(chat_text(request, checkpoint), add_special_tokens=False).input_ids, dtype=np.int64)
     check_tokens(int(ids.max()), checkpoint)
+    check_bias(request, checkpoint)
     is_image = ids == checkpoint.image_token_id
     assert is_image.sum() == len(grids), "one placeholder an image"
 
@@ -165,6 +167,13 @@ def check_tokens(highest: int, checkpoint: Checkpoint) -> None:
     if highest >= (known := checkpoint.config.get_text_config().vocab_size):
         token = checkpoint.tokenizer.convert_ids_to_tokens(highest)
         raise RequestError(f"the prompt has the token {quoted(token)}, number {highest}, and the model has {known}; leave it out")
+
+
+def check_bias(request: Request, checkpoint: Checkpoint) -> None:
+    """Raise `RequestError` for a token of `logit_bias` that the model has not."""
+    known = checkpoint.config.get_text_config().vocab_size
+    if (highest := max(request.sampling.logit_bias, default=0)) >= known:
+        raise RequestError(f"logit_bias has token {highest}, and the model has {known}, from 0 on; leave it out")
 
 
 def check_text(request: Request, checkpoint: Checkpoint) -> None:

@@ -11,6 +11,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import cache
 from itertools import accumulate
 from pathlib import Path
 from typing import Any
@@ -25,11 +26,13 @@ if "PYTEST_XDIST_WORKER" not in os.environ:
     os.environ["XDG_CACHE_HOME"] = tempfile.mkdtemp(prefix="fastvl-lab-tests-")
     atexit.register(shutil.rmtree, os.environ["XDG_CACHE_HOME"], ignore_errors=True)
 os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["TORCHINDUCTOR_COMPILE_THREADS"] = "1"  # else whoever compiles starts a process that imports torch again
 sys.modules["rfc3987_syntax"] = None  # type: ignore[assignment]  # seconds to import; jsonschema goes without, and no test has an IRI
 os.environ["FASTVL_LAB_QUIET"] = "off"  # tests share the cores on purpose; those of quiet itself switch it on
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # kernels run in Triton's interpreter, on tensors of the host
 
+from shallow import shallow_lab as load_shallow
 from transformers import AutoConfig, AutoModelForImageTextToText
 
 from fastvl_lab import Comparison, Lab, SweepSettings, photo
@@ -37,7 +40,7 @@ from fastvl_lab.catalogue import SLOTS, Option, toggles
 from fastvl_lab.checkpoint import Checkpoint, tiny
 from fastvl_lab.checkpoint.fused import fuse_projections
 from fastvl_lab.checkpoint.random_weights import randomise
-from fastvl_lab.families import FAMILIES, family_of
+from fastvl_lab.families import family_of
 from fastvl_lab.measure.parity import Parity
 from fastvl_lab.measure.samples import Interval, RunSample
 from fastvl_lab.preprocessor.decode_image import rgb_of
@@ -53,6 +56,13 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         skip = pytest.mark.skip(reason="needs vLLM, and FASTVL_LAB_VLLM names no program")
         for item in items:
             if item.get_closest_marker("engine"):
+                item.add_marker(skip)
+    if not os.environ.get("FASTVL_LAB_CLIENTS"):
+        skip = pytest.mark.skip(
+            reason="needs clients' own environment (make clients), and FASTVL_LAB_CLIENTS names no Python of it"
+        )
+        for item in items:
+            if item.get_closest_marker("client"):
                 item.add_marker(skip)
     if not torch.cuda.is_available():
         skip = pytest.mark.skip(reason="needs a CUDA device, and torch sees none")
@@ -148,19 +158,32 @@ def comparison_of(run_of: Callable[..., Run]) -> Callable[..., Comparison]:
 
 
 @pytest.fixture(scope="session")
-def shallow_labs() -> dict[str, Lab]:
-    """The built-in checkpoints with two blocks and two layers: compilers and interpreters take as long as a model is deep."""
-    cut: dict[str, dict[str, Any]] = {
-        "qwen2_5_vl": {"depth": 2, "fullatt_block_indexes": [1]},
-        "qwen3_vl": {"depth": 2, "deepstack_visual_indexes": [0]},
-    }
-    labs = {}
-    for family in FAMILIES:
-        for name, tall in family.tiny.items():
-            vision, text = {**tall.vision, **cut[family.model_type]}, {**tall.text, "num_hidden_layers": 2}
-            mine = dataclasses.replace(family, tiny={f"shallow-{name}": dataclasses.replace(tall, vision=vision, text=text)})
-            labs[name] = Lab(f"shallow-{name}", device="cpu", dtype="float32", families=[mine])
-    return labs
+def shallow_lab() -> Callable[..., Lab]:
+    """A built-in checkpoint with two blocks and two layers, loaded once for each name and settings."""
+    return cache(load_shallow)
+
+
+@pytest.fixture(scope="session")
+def shallow_labs(shallow_lab: Callable[..., Lab]) -> dict[str, Lab]:
+    """Both of them on the CPU in float32."""
+    return {name: shallow_lab(name, device="cpu", dtype="float32") for name in TINY}
+
+
+@pytest.fixture(scope="session")
+def quick_lab(shallow_lab: Callable[..., Lab]) -> Callable[..., Lab]:
+    """In the place of `Lab` where any model will do: a built-in checkpoint is shallow and loaded once, whatever its name says.
+
+    Its caches and engines are its own.
+    """
+
+    def made(name: str, **settings: Any) -> Lab:
+        if name not in TINY:
+            return Lab(name, **settings)
+        lab = shallow_lab(name, **settings).apart()
+        lab.checkpoint = dataclasses.replace(lab.checkpoint, name=name)
+        return lab
+
+    return made
 
 
 @pytest.fixture(params=TINY)

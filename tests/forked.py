@@ -28,7 +28,7 @@ def run(path: str, arguments: list[str], environment: dict[str, str | None], out
     for name in [name for name, value in environment.items() if value is None]:
         os.environ.pop(name, None)
     sys.argv = [path, *arguments]
-    sys.path[0] = str(Path(path).parent)
+    sys.path.insert(0, str(Path(path).parent))
     try:
         runpy.run_path(path, run_name="__main__")
     except BaseException:

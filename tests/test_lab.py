@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 
-from fastvl_lab import DeviceError, ImageError, Lab, Recipe, RecipeError, Request, RequestError
+from fastvl_lab import DeviceError, ImageError, Lab, Recipe, RecipeError, Request, RequestError, Sampling
 from fastvl_lab.lab import MAX_ENGINES
 
 
@@ -45,6 +45,8 @@ def test_shapes_unseen_for_longest_are_forgotten(monkeypatch: pytest.MonkeyPatch
     lab = Lab("tiny-qwen2.5-vl", device="cpu", dtype="float32")
     kinds = [lab.run(Request(prompt="x" * n, max_new_tokens=1)).kind for n in (1, 2, 1, 3, 1, 2)]
     assert kinds == ["cold", "cold", "warm", "cold", "warm", "cold"]
+    sampled = Request(prompt="x" * 2, max_new_tokens=1, sampling=Sampling(temperature=1))
+    assert [lab.run(sampled).kind for _ in range(2)] == ["cold", "warm"], "which launches what greedy ones do not"
 
 
 def test_engines_unused_for_longest_are_let_go_and_cold_when_they_come_back(picture: bytes) -> None:

@@ -30,6 +30,7 @@ LAYERS = (
         "inputs",
         "messages",
         "request",
+        "sampling",
         "shown",
         "trace",
         "kernels",

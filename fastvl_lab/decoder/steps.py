@@ -87,3 +87,8 @@ def sample(logits: torch.Tensor, decoder: Decoder) -> torch.Tensor:
     """The likeliest tokens of float32 [B, vocab]: int64 [B] on the device, where they stay until somebody reads them."""
     argmax = decoder.operations.argmax
     return argmax(logits[0]) if len(logits) == 1 else torch.cat([argmax(row) for row in logits])
+
+
+def likeliest(step: Step, decoder: Decoder) -> torch.Tensor:
+    """The likeliest tokens of a step, int64 [B] on the device, whether it has chosen them or not."""
+    return sample(step.logits, decoder) if step.token is None else step.token

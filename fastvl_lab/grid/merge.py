@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -54,16 +55,33 @@ class GridResult(SweepResult):
         """As a sweep's, with a row a cell, and the notes."""
         return super().published() | {"cells": list(self.cells), "notes": list(self.notes)}
 
-    def write(self) -> list[Path]:
-        """Write results.parquet, result.json and report.html into the settings' `output_dir`; needs the extra "notebooks".
+    def to_record(self) -> dict[str, Any]:
+        """As a sweep's, with cells, hosts and notes."""
+        hosts = [dataclasses.asdict(host) for host in self.hosts]
+        return super().to_record() | {"cells": list(self.cells), "hosts": hosts, "notes": list(self.notes)}
 
-        Traces are in the cells' results (results/ID.json there).
+    @classmethod
+    def from_record(cls, record: Mapping[str, Any]) -> GridResult:
+        """Read `to_record`'s form."""
+        swept = SweepResult.from_record(record)
+        return cls(
+            **{own.name: getattr(swept, own.name) for own in dataclasses.fields(SweepResult)},
+            cells=tuple(record["cells"]),
+            hosts=tuple(Host(**host | {"reference": Interval(*host["reference"])}) for host in record["hosts"]),
+            notes=tuple(record["notes"]),
+        )
+
+    def write(self) -> list[Path]:
+        """Write results.parquet, result.json, report.html and record/ into the settings' `output_dir`; needs the extra "notebooks".
+
+        Traces are in record/ and in the cells' results (results/ID.json there).
         """
         folder = Path(self.settings.output_dir)
         result, report = folder / "result.json", folder / "report.html"
         result.write_text(json.dumps(self.published(), indent=1), encoding="utf-8")
         report.write_text(shown.page(self), encoding="utf-8")
-        return [*([self.write_samples()] if self.points else []), result, report]
+        record = self.save(folder / "record", replace=True)
+        return [*([self.write_samples()] if self.points else []), *record.iterdir(), result, report]
 
 
 @dataclass(eq=False)

@@ -19,7 +19,7 @@ from fastvl_lab.errors import RecipeError, RequestCancelledError, RequestError, 
 from fastvl_lab.lab import Lab
 from fastvl_lab.lasting import About, Lasting
 from fastvl_lab.measure.environment import environment
-from fastvl_lab.measure.parity import Oracles, Parity, check
+from fastvl_lab.measure.parity import Oracles, Parity, check, check_greedy
 from fastvl_lab.measure.quiet import QUIET, Quiet, Watch
 from fastvl_lab.measure.recipes import START, STOCK, steps_between
 from fastvl_lab.measure.samples import (
@@ -324,10 +324,11 @@ def compare(
     engines: label -> recipe, recipe text, or peer. on_run is called after each run with its label, on_sample with what it gave.
     keep_going: record an engine's error in `failures` and go on without it; otherwise errors are raised. checks: by label, those
     that were made before. quiet: what is waited for before each run, and held against each (`measure.quiet`); None watches nothing.
-    stop: as `Lab.run` has it.
+    stop: as `Lab.run` has it. Raises `RequestError` for a request that samples (`parity.check_greedy`).
     """
     if not isinstance(engines, Mapping) or not engines:
         raise RequestError(f"engines is {engines!r}; give at least one recipe or peer, as label -> engine")
+    check_greedy(request)
     for name, value in (("repeats", repeats), ("warm_up", warm_up)):
         check_whole_number(name, value, least=0)
     if repeats + warm_up < 1:

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import accumulate, cycle, islice, pairwise
-from math import comb, isfinite, nan
+from math import isfinite, log, log1p, nan
 from typing import Any, Literal, get_args
 
 import numpy as np
@@ -205,7 +205,12 @@ def quantile_interval(samples: Sequence[float], quantile: float) -> Interval:
     How many samples are under the true quantile is binomial, whatever the distribution; NaN where no two samples hold it.
     """
     values, n = np.sort(np.asarray(samples, dtype=np.float64)), len(samples)
-    under = list(accumulate(comb(n, k) * quantile**k * (1 - quantile) ** (n - k) for k in range(n + 1)))
+    factorials = np.concatenate(
+        [[0.0], np.cumsum(np.log(np.arange(1, n + 1)))]
+    )  # their logarithms: of thousands they are no floats
+    k = np.arange(n + 1)
+    ways = factorials[n] - factorials - factorials[::-1]
+    under = np.cumsum(np.exp(ways + k * log(quantile) + (n - k) * log1p(-quantile)))
     low = max((rank for rank in range(1, n + 1) if under[rank - 1] <= 0.025), default=0)
     high = min((rank for rank in range(1, n + 1) if under[rank - 1] >= 0.975), default=0)
     ends = (float(values[low - 1]), float(values[high - 1])) if low and high else (nan, nan)
@@ -260,24 +265,13 @@ def load(
     request 4 times `concurrency`, or 32. warm_up: how many are served before, one at a time. on_run: given each request's number
     and its run or error as it ends. stop: once set, what has not ended fails. Raises `FastvlError`s.
     """
-    given = {
-        name: value for name, value in (("concurrency", concurrency), ("rate", rate), ("arrivals", arrivals)) if value is not None
-    }
-    if len(given) != 1:
-        raise RequestError(f"{' and '.join(given) or 'nothing'} says when requests arrive; give one of concurrency, rate, arrivals")
-    for name, value in (("concurrency", concurrency), ("n", n)):
-        if value is not None:
-            check_whole_number(name, value)
+    check_arrivals(concurrency=concurrency, rate=rate, arrivals=arrivals, n=n)
     check_whole_number("warm_up", warm_up, least=0)
-    if rate is not None and not (isfinite(rate) and rate > 0):
-        raise RequestError(f"rate is {rate!r}; it must be a finite number of requests a second above 0")
-    if arrivals is not None and (not arrivals or list(arrivals) != sorted(arrivals) or arrivals[0] < 0):
-        raise RequestError("arrivals must be seconds from 0 on, in order, at least one")
     single = isinstance(requests, Request)
     several = () if isinstance(requests, Request) else tuple(requests)
     if not single and not several:
         raise RequestError("requests is empty; give at least one")
-    count = n or (len(arrivals) if arrivals is not None else len(several) or (32 if concurrency is None else 4 * concurrency))
+    count = n or (len(arrivals) if arrivals is not None else len(several) or usual_number(concurrency))
     if arrivals is not None and count > len(arrivals):
         raise RequestError(f"n is {count}, and arrivals has {len(arrivals)}; give one for each request")
     source = (
@@ -286,7 +280,7 @@ def load(
     sent = _Sent(lab, list(source), engine, stop or threading.Event(), on_run)
     with lab.hold([engine]):
         for request in sent.requests[:warm_up]:
-            lab.run(request, engine)
+            lab.run(request, engine, stop=sent.stop)
         if concurrency is not None:
             return sent.closed_loop(concurrency)
         if arrivals is not None:
@@ -294,6 +288,33 @@ def load(
         assert rate is not None
         drawn = random.Random(seed)
         return sent.at(list(accumulate((drawn.expovariate(rate) for _ in range(count - 1)), initial=0.0)), rate)
+
+
+def check_arrivals(
+    *,
+    concurrency: int | None = None,
+    rate: float | None = None,
+    arrivals: Sequence[float] | None = None,
+    n: int | None = None,
+) -> None:
+    """Raise `RequestError` unless one of these says when requests arrive, and each is what it can be."""
+    given = {
+        name: value for name, value in (("concurrency", concurrency), ("rate", rate), ("arrivals", arrivals)) if value is not None
+    }
+    if len(given) != 1:
+        raise RequestError(f"{' and '.join(given) or 'nothing'} says when requests arrive; give one of concurrency, rate, arrivals")
+    for name, value in (("concurrency", concurrency), ("n", n)):
+        if value is not None:
+            check_whole_number(name, value)
+    if rate is not None and not (isfinite(rate) and rate > 0):
+        raise RequestError(f"rate is {rate!r}; it must be a finite number of requests a second above 0")
+    if arrivals is not None and (not arrivals or list(arrivals) != sorted(arrivals) or arrivals[0] < 0):
+        raise RequestError("arrivals must be seconds from 0 on, in order, at least one")
+
+
+def usual_number(concurrency: int | None) -> int:
+    """How many are sent of one request, where nobody says so: 4 times as many as are at once, or 32."""
+    return 32 if concurrency is None else 4 * concurrency
 
 
 def varied(request: Request, number: int) -> Request:
@@ -314,8 +335,8 @@ def varied(request: Request, number: int) -> Request:
         else dict(message)
         for message in request.conversation
     ]
-    limits = {name: getattr(request, name) for name in ("max_new_tokens", "ignore_eos", "fit", "min_pixels", "max_pixels")}
-    return Request(messages=messages, **limits)
+    kept = ("max_new_tokens", "ignore_eos", "fit", "min_pixels", "max_pixels", "sampling")
+    return Request(messages=messages, **{name: getattr(request, name) for name in kept})
 
 
 def _rolled(image: ImageInput, number: int) -> ImageInput:
@@ -336,7 +357,7 @@ class _Sent:
         stop: threading.Event,
         on_run: Callable[[int, Run | Exception], object] | None,
     ) -> None:
-        self._lab, self.requests, self._engine, self._stop, self._on_run = lab, requests, engine, stop, on_run
+        self._lab, self.requests, self._engine, self.stop, self._on_run = lab, requests, engine, stop, on_run
         self._engine_name = engine if isinstance(engine, str) else lab.engine(engine).text(lab.device, fastest=lab.fastest)
         self._inbox = Inbox()
         self._next: Callable[[], None] = _nothing  # what is done when one has ended
@@ -366,9 +387,9 @@ class _Sent:
         def send() -> None:
             began = time.perf_counter()
             for number, when in enumerate(seconds):
-                while (left := began + when - time.perf_counter()) > 0 and not over.is_set() and not self._stop.is_set():
+                while (left := began + when - time.perf_counter()) > 0 and not over.is_set() and not self.stop.is_set():
                     over.wait(min(left, _LOOK_UP))
-                if over.is_set() or self._stop.is_set():
+                if over.is_set() or self.stop.is_set():
                     break
                 self._send(number)
             self._inbox.close()
@@ -382,7 +403,7 @@ class _Sent:
             sender.join()
 
     def _send(self, number: int) -> None:
-        job = self._lab.job(self.requests[number], self._engine, number=number, on_end=partial(self._end, number), stop=self._stop)
+        job = self._lab.job(self.requests[number], self._engine, number=number, on_end=partial(self._end, number), stop=self.stop)
         self._began_ns[number] = job.since_ns
         self._inbox.put(job)
 

@@ -22,7 +22,7 @@ import torch
 from fastvl_lab import preprocessor, vit
 from fastvl_lab.checkpoint.wider import in_wider_dtype, wider
 from fastvl_lab.engine import Engine, EngineLike, Place, find
-from fastvl_lab.errors import sentence
+from fastvl_lab.errors import RequestError, sentence
 from fastvl_lab.lab import Lab, dtype_name
 from fastvl_lab.measure.tasks import (
     Decoding,
@@ -160,12 +160,26 @@ def truth_along(lab: Lab, request: Request, oracle: str, tokens: Sequence[int]) 
     )
 
 
+def check_greedy(request: Request) -> None:
+    """Raise `RequestError` for one whose tokens are not its logits' likeliest: they prove nothing of an engine.
+
+    One that draws makes others by right; penalties and biases choose by logits that no engine tells.
+    """
+    if not request.sampling.is_greedy:
+        what = "draws its tokens" if request.sampling.draws else "chooses by changed logits"
+        raise RequestError(
+            f"the request's sampling {what}, and engines are held to Transformers by the likeliest ones; leave its sampling out, "
+            f"or measure it by Lab.run and fl.load"
+        )
+
+
 class Oracles:
     """Who answers for engines on one request; each is asked once, when it is first needed. known: oracles' runs that are there."""
 
     def __init__(
         self, lab: Lab, request: Request, *, known: Mapping[str, Run] | None = None, stop: threading.Event | None = None
     ) -> None:
+        check_greedy(request)
         self.lab, self.request, self._stop = lab, request, stop
         self._runs: dict[str, Run] = dict(known or {})
         self._truths: dict[tuple[str, tuple[int, ...]], Truth] = {}

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, fields
 from typing import Any
 
 import torch
@@ -13,7 +13,7 @@ from fastvl_lab.engine import EngineLike
 from fastvl_lab.errors import RequestError
 from fastvl_lab.lab import Lab
 from fastvl_lab.request import Request
-from fastvl_lab.trace import ON_DEVICE, Lane, Trace
+from fastvl_lab.trace import ON_DEVICE, Lane, Level, Trace
 
 _WHOLE = "fastvl_lab.request"
 _LONGEST = 12  # kernels that are named
@@ -35,10 +35,14 @@ class Operation:
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Profile:
-    """All of one warm request's. stages: its stages as operations, in order of start; of a stage's time some may be in none."""
+    """All of one warm request's. stages: its stages as operations, in order of start; of a stage's time some may be in none.
+
+    layers: the blocks and layers inside them, where these were watched too.
+    """
 
     stages: tuple[Operation, ...]
     operations: tuple[Operation, ...]
+    layers: tuple[Operation, ...] = ()
 
     def of(self, *stages: str) -> Profile:
         """What was called or ran between the start of the last of the first stage and the end of the last of the last one."""
@@ -53,6 +57,21 @@ class Profile:
 
         return Profile(stages=within(self.stages), operations=within(self.operations))
 
+    def to_record(self) -> dict[str, Any]:
+        """As JSON-ready data; `from_record` reads it back."""
+        return {name: [list(vars(one).values()) for one in some] for name, some in vars(self).items()}
+
+    @classmethod
+    def from_record(cls, record: Mapping[str, Any]) -> Profile:
+        """Read `to_record`'s form."""
+        names = [field.name for field in fields(Operation)]
+        return cls(
+            **{
+                name: tuple(Operation(**dict(zip(names, one, strict=True))) for one in record[name])
+                for name in (f.name for f in fields(cls))
+            }
+        )
+
     @property
     def seconds(self) -> float:
         """From the start of the first stage to the end of the last."""
@@ -66,17 +85,18 @@ class Profile:
         return covered((o.start_us, o.end_us) for o in self.operations if o.lane == lane) / 1e6
 
 
-def profile_request(lab: Lab, request: Request, engine: EngineLike) -> Profile:
+def profile_request(lab: Lab, request: Request, engine: EngineLike, *, trace: Level = "stages") -> Profile:
     """Serve a request twice, and the second time under torch's profiler, which takes its share of the time between operations.
 
-    Operations that others call are not counted again; those of threads that the engine makes are left out.
+    trace: "layers" to watch ViT blocks and decoder layers too. Operations that others call are not counted again; those of threads
+    that the engine makes are left out.
     """
     lab.run(request, engine, trace="off")
     activities = [ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * (lab.device.type == "cuda")
 
     def watched() -> Any:
         with profile(activities=activities) as seen, record_function(_WHOLE):
-            lab.run(request, engine)
+            lab.run(request, engine, trace=trace)
         return seen.events()
 
     return _profile_of(lab.compute(watched))  # the profiler sees the thread that starts it
@@ -85,7 +105,7 @@ def profile_request(lab: Lab, request: Request, engine: EngineLike) -> Profile:
 def _profile_of(events: Sequence[Any]) -> Profile:
     """The profiler's events as operations: ranges on the host are stages, what they call are operations."""
     whole = next(event for event in events if event.name == _WHOLE and event.device_type.name == "CPU")
-    stages, operations = [], []
+    stages, layers, operations = [], [], []
     for event in events:
 
         def made(lane: Lane, stage: str, event: Any = event) -> Operation:
@@ -98,9 +118,11 @@ def _profile_of(events: Sequence[Any]) -> Profile:
         elif event.is_user_annotation:
             if event.cpu_parent is whole:
                 stages.append(made("host", event.name))
+            elif (stage := _called_in(event, whole)) is not None:
+                layers.append(made("host", stage))
         elif (stage := _called_in(event, whole)) is not None:
             operations.append(made("host", stage))
-    return Profile(stages=tuple(stages), operations=tuple(operations))
+    return Profile(stages=tuple(stages), operations=tuple(operations), layers=tuple(layers))
 
 
 def _called_in(event: Any, whole: Any) -> str | None:

@@ -132,7 +132,7 @@ def _event(data: Any, is_error: bool) -> Event:
     for choice in choices:
         if choice.get("finish_reason") in _GIVEN_UP:
             raise EndpointError(f"the endpoint gave up: finish_reason is {choice['finish_reason']!r}")
-        text += _all_channels(_object(choice.get("delta")))
+        text += _all_channels(_object(choice.get("delta"))) + _text(choice.get("text"))  # of /chat/completions, of /completions
         ids = _list(choice.get("token_ids"))
         tokens += ids if all(isinstance(token, int) and not isinstance(token, bool) and token >= 0 for token in ids) else []
     ours = _object(event.get("fastvl_lab"))

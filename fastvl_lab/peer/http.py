@@ -18,6 +18,7 @@ import re
 import ssl
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import closing, contextmanager, suppress
+from dataclasses import fields
 from functools import partial
 from itertools import chain
 from typing import Any
@@ -27,13 +28,14 @@ import torch
 
 from fastvl_lab.account import WAIT, Account
 from fastvl_lab.engine import Engine, engine
-from fastvl_lab.errors import EndpointError, RecipeError
+from fastvl_lab.errors import EndpointError, RecipeError, RequestError
 from fastvl_lab.peer.accounts import Counted
 from fastvl_lab.peer.answers import MAX_EVENT, Event, Model, Usage, read_events, read_models, said
 from fastvl_lab.peer.counts import Piece, tokens_of
 from fastvl_lab.pipeline import Outcome
 from fastvl_lab.preprocessor.decode_image import rgb_of
 from fastvl_lab.request import ImageInput, Kind, Request
+from fastvl_lab.sampling import Sampling
 from fastvl_lab.streaming.text import Deliver
 from fastvl_lab.trace import Tracer
 
@@ -95,6 +97,8 @@ class HttpPeer:
 
     def run(self, request: Request, tracer: Tracer, deliver: Deliver) -> Outcome:
         """Have one request served; raises `EndpointError` if the endpoint refuses it, fails, or falls silent."""
+        if request.sampling.logprobs:
+            raise RequestError("logprobs is true, and those of an endpoint name no token's id; ask a recipe for them")
         span, connection = tracer.span, self._connection()
         answer = _Answer(self._address.netloc, tracer, deliver, self._tokenizer)
         with self._counted.request(), closing(connection):
@@ -104,7 +108,8 @@ class HttpPeer:
                 with span("connect"):
                     connection.connect()
                 with span("upload"):
-                    connection.request("POST", f"{self._address.path}/chat/completions", body, self._headers)
+                    path = "completions" if request.raw else "chat/completions"
+                    connection.request("POST", f"{self._address.path}/{path}", body, self._headers)
                 tracer.begin(WAIT)
                 response = connection.getresponse()
                 if response.status != 200:
@@ -173,7 +178,9 @@ class HttpPeer:
     def _body(self, request: Request) -> dict[str, Any]:
         images = iter(request.image_inputs)
         messages = [self._message(message, images) for message in request.conversation]
-        body: dict[str, Any] = {"model": self._model, "messages": messages, "temperature": 0, "stream": True}
+        asked: dict[str, Any] = {"prompt": request.prompt} if request.raw else {"messages": messages}
+        body: dict[str, Any] = {"model": self._model, **asked, "stream": True}
+        body |= _choosing(request.sampling, whole=self._owner in ("fastvl_lab", "vllm", "sglang"))
         body |= {"max_tokens": request.max_new_tokens, "stream_options": {"include_usage": True}}
         limits = {name: getattr(request, name) for name in ("min_pixels", "max_pixels") if getattr(request, name) is not None}
         if request.ignore_eos:
@@ -263,6 +270,22 @@ class _Answer:
 
     def _ids(self, text: str) -> tuple[int, ...]:
         return tuple(self._tokenizer(text, add_special_tokens=False).input_ids)
+
+
+def _choosing(sampling: Sampling, *, whole: bool) -> dict[str, Any]:
+    """The same in OpenAI's words, and vLLM's where it has none; of what is as by default, the temperature alone.
+
+    whole: whether the endpoint knows all words of a draw, and would take those that are not said from a generation_config.json.
+    """
+    body: dict[str, Any] = {"temperature": sampling.temperature}
+    if whole and sampling.draws:
+        body |= {"top_p": 1.0, "top_k": -1, "min_p": 0.0, "repetition_penalty": 1.0}
+    for named in fields(sampling):
+        if named.name != "logit_bias" and (value := getattr(sampling, named.name)) != named.default:
+            body[named.name] = value
+    if sampling.logit_bias:
+        body["logit_bias"] = {str(token): by for token, by in sampling.logit_bias.items()}
+    return body
 
 
 def _joined(tokens: Iterable[tuple[int, ...]]) -> tuple[int, ...]:

@@ -8,25 +8,29 @@ holds each word back until the next begins. Stages are timed through hooks on it
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from transformers import GenerationConfig, __version__ as VERSION
+from transformers import GenerationConfig, LogitsProcessorList, StoppingCriteriaList, __version__ as VERSION
 from transformers.generation.streamers import BaseStreamer
 
 from fastvl_lab.catalogue import Preprocessor
 from fastvl_lab.checkpoint import Checkpoint
+from fastvl_lab.decoder.sampler import count_penalties
 from fastvl_lab.engine import Engine, PeerInfo, Place, engine
-from fastvl_lab.errors import RecipeError
+from fastvl_lab.errors import RecipeError, RequestError
 from fastvl_lab.pipeline import Outcome
 from fastvl_lab.preprocessor import bind
 from fastvl_lab.recipe import Recipe
 from fastvl_lab.request import Grid, Pixels, Request
-from fastvl_lab.streaming.text import Deliver, Emitter, TokenBytes
-from fastvl_lab.tokenizer import chat_text, check_length, check_tokens, tokens_to_make
+from fastvl_lab.sampling import Sampling
+from fastvl_lab.streaming.answer import Answer
+from fastvl_lab.streaming.text import AnswerText, Deliver, Emitter, TokenBytes
+from fastvl_lab.tokenizer import chat_text, check_bias, check_length, check_tokens, tokens_to_make
 from fastvl_lab.trace import Tracer
 
 # What its pixels depend on, and what those cannot do without.
@@ -65,22 +69,40 @@ class TransformersPeer:
     def run(self, request: Request, tracer: Tracer, deliver: Deliver) -> Outcome:
         """Serve one request with `generate`; raises `RequestError` for one that cannot be served."""
         checkpoint = self.checkpoint
+        sampling = request.sampling
+        if sampling.logprobs:
+            raise RequestError("logprobs is true, and the peer 'transformers' tells none as it streams; ask a recipe for them")
         inputs, pixels = self._inputs(request, tracer)
         n_prompt = inputs["input_ids"].shape[1]
+        most = tokens_to_make(n_prompt, request, checkpoint)
         settings = GenerationConfig(
-            max_new_tokens=tokens_to_make(n_prompt, request, checkpoint),
-            do_sample=False,
+            max_new_tokens=most,
             eos_token_id=None if request.ignore_eos else list(checkpoint.eos_token_ids) or None,
             pad_token_id=checkpoint.tokenizer.pad_token_id,
+            **_choosing(sampling),
         )
-        streamer = _Streamer(Emitter(self.token_bytes, deliver), tracer, settings)
-        with _stage_spans(checkpoint, tracer, has_images=pixels is not None) as seen:
-            output = checkpoint.model.generate(**inputs, generation_config=settings, streamer=streamer)
+        text = partial(AnswerText, self.token_bytes, sampling.stop, sampling.min_tokens)
+        answer = Answer(
+            most=most,
+            ends=settings.eos_token_id or (),
+            emitter=Emitter(text(), deliver),
+            tracer=tracer,
+            text=text() if sampling.stop else None,
+        )
+        with _stage_spans(checkpoint, tracer, has_images=pixels is not None) as seen, _seeded(sampling, checkpoint.device):
+            output = checkpoint.model.generate(
+                **inputs,
+                generation_config=settings,
+                logits_processor=LogitsProcessorList(count_penalties(sampling, n_prompt)),
+                stopping_criteria=StoppingCriteriaList([_stopped_by(text())] if sampling.stop else []),
+                streamer=_Streamer(answer),
+            )
         return Outcome(
             tokens=tuple(output[0, n_prompt:].tolist()),
             n_prompt=n_prompt,
             shapes=pixels.shapes if pixels else (),
             logits=seen["logits"][0, -1].float(),
+            finish_reason=answer.finish_reason,
         )
 
     @torch.inference_mode()
@@ -126,6 +148,7 @@ class TransformersPeer:
         text = pieces[0] + "".join(placeholder * n + piece for n, piece in zip(visual_tokens, pieces[1:], strict=True))
         ids: torch.Tensor = checkpoint.tokenizer(text, add_special_tokens=False, return_tensors="pt").input_ids
         check_tokens(int(ids.max()), checkpoint)
+        check_bias(request, checkpoint)
         check_length(ids.shape[1], request, checkpoint, visual_tokens=sum(visual_tokens))
         return ids
 
@@ -133,24 +156,56 @@ class TransformersPeer:
 class _Streamer(BaseStreamer):
     """Receives each token from `generate` and emits its text."""
 
-    def __init__(self, emitter: Emitter, tracer: Tracer, settings: GenerationConfig) -> None:
-        self._emitter, self._tracer = emitter, tracer
-        self._left = settings.max_new_tokens
-        self._ends = set(settings.eos_token_id or ())
+    def __init__(self, answer: Answer) -> None:
+        self._answer = answer
         self._prompt_seen = False
 
     def put(self, value: torch.Tensor) -> None:
         if not self._prompt_seen:  # generate sends the prompt first
             self._prompt_seen = True
             return
-        self._tracer.end("sample")
-        self._left -= 1
+        self._answer.tracer.end("sample")
         token = int(value)
-        with self._tracer.span("emit"):
-            self._emitter.emit((token,), last=self._left == 0 or token in self._ends)
+        last = self._answer.take(token)
+        self._answer.emit((token,), last=last)
 
     def end(self) -> None:
         pass
+
+
+def _choosing(sampling: Sampling) -> dict[str, Any]:
+    """The same in `generate`'s words; of what is not named it takes defaults, of which some would sample."""
+    settings: dict[str, Any] = {"do_sample": sampling.draws, "repetition_penalty": sampling.repetition_penalty}
+    if sampling.draws:
+        settings |= {"temperature": sampling.temperature, "top_k": max(sampling.top_k, 0), "top_p": sampling.top_p}
+    if sampling.draws and sampling.min_p:
+        settings["min_p"] = sampling.min_p
+    if sampling.min_tokens:
+        settings["min_new_tokens"] = sampling.min_tokens
+    if sampling.logit_bias:
+        settings["sequence_bias"] = {(token,): by for token, by in sampling.logit_bias.items()}
+    return settings
+
+
+def _stopped_by(text: AnswerText) -> Callable[..., torch.Tensor]:
+    """A stopping criterion with a text of its own: some versions ask it before the streamer has the token, some after."""
+
+    def stopped(input_ids: torch.Tensor, _scores: Any, **_: Any) -> torch.Tensor:
+        text.push(int(input_ids[0, -1]))
+        return torch.tensor([text.found], device=input_ids.device)
+
+    return stopped
+
+
+@contextmanager
+def _seeded(sampling: Sampling, device: torch.device) -> Iterator[None]:
+    """`generate` draws from torch's own generator of the device, which is afterwards as it was."""
+    if not sampling.draws:
+        yield
+        return
+    with torch.random.fork_rng([device] if device.type == "cuda" else []):
+        torch.manual_seed(torch.seed() if sampling.seed is None else sampling.seed % 2**64)
+        yield
 
 
 @contextmanager

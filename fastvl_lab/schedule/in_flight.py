@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import replace
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Protocol
 
 import torch
@@ -14,14 +14,15 @@ from fastvl_lab.capture import Stages
 from fastvl_lab.capture.execute import Capture
 from fastvl_lab.checkpoint import Checkpoint
 from fastvl_lab.decoder.layers import Decoder
-from fastvl_lab.decoder.steps import Step, merge, sample
+from fastvl_lab.decoder.sampler import Sampler
+from fastvl_lab.decoder.steps import Step, likeliest, merge
 from fastvl_lab.outcome import Outcome
 from fastvl_lab.preprocessor import BoundPreprocessor, OpenedImages
 from fastvl_lab.preprocessor.upload import upload_prompt
-from fastvl_lab.request import Pixels, Prompt, VisionTokens
+from fastvl_lab.request import Pixels, Prompt, TokenLogprob, VisionTokens
 from fastvl_lab.schedule.inbox import Job
 from fastvl_lab.streaming.answer import Answer, Decode, Forced, Steps
-from fastvl_lab.streaming.text import Emitter, TokenBytes
+from fastvl_lab.streaming.text import AnswerText, Emitter, TokenBytes
 from fastvl_lab.tokenizer import followed_by, tokenize, tokens_to_make
 
 
@@ -53,6 +54,7 @@ class InFlight:
         self._hidden: torch.Tensor | None = None
         self._merged: Prompt | None = None  # whose embeddings it is
         self._vision: VisionTokens | None = None
+        self._sampler: Sampler | None = None
         self._captures: list[Capture] = []
         self.seen = 0
         self.number_admitted: int | None = None
@@ -124,10 +126,14 @@ class InFlight:
             self._first_place = self._first_place or self._place
 
     def upload_prompt(self) -> None:
-        """What is left of its prompt, to the device."""
+        """What is left of its prompt, to the device; where its tokens are not the likeliest, all of it for whoever chooses them."""
         self._visual_rows = (rest := self._admitted.after(self.place.reused)).visual_index  # on the host
         with self.tracer.span("upload"):
             self._rest = upload_prompt(rest, self._bound.images.copy)
+            sampling = self.job.request.sampling
+            if self._sampler is None and (sampling.logprobs or not sampling.is_greedy):  # one that gave way goes on with its own
+                prompt = self._bound.images.copy(self._prompt.input_ids)
+                self._sampler = Sampler(sampling, prompt, most=self._n_new, ends=self._ends)
 
     def patches_of_each(self) -> Iterator[torch.Tensor]:
         """The images that its admission found to make, unpacked one at a time, for any thread to ask for; on the host mostly."""
@@ -165,7 +171,8 @@ class InFlight:
         """Patches and prompt to the first token of the answer, as one program."""
         with self.tracer.span("first_token"):
             self.place.extend(self._rest.n_tokens)
-            self._logits, self.token = self._bound.stages.first_token(self.pixels, self._rest, self.place.kv, self.tracer)
+            self._logits, token = self._bound.stages.first_token(self.pixels, self._rest, self.place.kv, self.tracer)
+            self.token = self.choose(Step(self._logits, token))
 
     def encode(self, made: VisionTokens | None = None, images: range | None = None, end: int | None = None) -> None:
         """Patches to visual tokens, and these into their places among the prompt's embeddings.
@@ -193,7 +200,7 @@ class InFlight:
         self._n_done += n
         if self.n_left == 0:
             with self.tracer.span("sample"):
-                self.token = sample(logits, self._bound.decoder)
+                self.token = self.choose(Step(logits))
             if not self.answer.tokens:
                 self._logits = logits
             self._hidden = self._merged = self._vision = None  # nobody needs them any more
@@ -228,7 +235,7 @@ class InFlight:
 
     def steps(self, forced: Forced | None) -> Steps:
         """The decode steps of its answer, where nobody shares them. forced: tokens that the answer is made to go on with."""
-        stages, place, decoder, tracer = self._bound.stages, self.place, self._bound.decoder, self.tracer
+        stages, place, tracer = self._bound.stages, self.place, self.tracer
 
         def decode(token: torch.Tensor, position: torch.Tensor) -> Step:
             place.extend(1)
@@ -240,16 +247,40 @@ class InFlight:
             next_positions=(self._prompt.next_position,),
             most=self._n_new,
             decode=chosen,
-            sample=lambda step: sample(step.logits, decoder) if step.token is None else step.token,
+            sample=self.choose,
             tracer=tracer,
         )
+
+    @property
+    def has_sampler(self) -> bool:
+        """Whether its tokens are chosen by its own logits, or their logprobs told; the likeliest are found for all at once."""
+        return self._sampler is not None
+
+    def choose(self, step: Step) -> torch.Tensor:
+        """The next token of its answer, int64 [1] on the device, from what its own step gave."""
+        if self._sampler is not None:
+            return self._sampler(step.logits)
+        return likeliest(step, self._bound.decoder)
+
+    @property
+    def _ends(self) -> tuple[int, ...]:
+        return () if self.job.request.ignore_eos else tuple(self._bound.checkpoint.eos_token_ids)
 
     @cached_property
     def answer(self) -> Answer:
         """Its answer, empty at first."""
-        ends = () if self.job.request.ignore_eos else self._bound.checkpoint.eos_token_ids
-        emitter = Emitter(self._bound.token_bytes, self.job.deliver)
-        return Answer(most=self._n_new, ends=ends, emitter=emitter, tracer=self.tracer)
+        sampling = self.job.request.sampling
+        new_text = partial(AnswerText, self._bound.token_bytes, sampling.stop, sampling.min_tokens)
+        emitter = Emitter(new_text(), self.job.deliver, self._logprob if sampling.logprobs else None)
+        text = new_text() if sampling.stop else None
+        return Answer(most=self._n_new, ends=self._ends, emitter=emitter, tracer=self.tracer, text=text)
+
+    def _logprob(self, number: int) -> TokenLogprob:
+        """Of a token of its answer that the host has learnt."""
+        assert self._sampler is not None
+        spelt, (chosen, *top) = self._bound.token_bytes.spelt, self._sampler.logprobs(number, self.answer.tokens[number])
+        others = tuple(TokenLogprob(token=token, spelt=spelt(token), logprob=logprob) for token, logprob in top)
+        return TokenLogprob(token=chosen[0], spelt=spelt(chosen[0]), logprob=chosen[1], top=others)
 
     def take(self, token_id: int) -> bool:
         """Note the answer's next token and send it on its way; whether it was the last."""
@@ -285,6 +316,7 @@ class InFlight:
             n_prompt=self.n_prompt,
             shapes=self._opened.shapes if self._opened else (),
             logits=self._logits[0],
+            finish_reason=self.answer.finish_reason,
             reused=found.hit,
             captures=tuple(self._captures),
         )

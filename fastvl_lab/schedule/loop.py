@@ -16,7 +16,7 @@ from fastvl_lab.cache import together
 from fastvl_lab.cache.concat import ConcatKv
 from fastvl_lab.cache.images import split
 from fastvl_lab.cache.slotted import SlottedKv
-from fastvl_lab.decoder.steps import sample
+from fastvl_lab.decoder.steps import Step as Made, likeliest
 from fastvl_lab.outcome import Outcome
 from fastvl_lab.request import Pixels, VisionTokens
 from fastvl_lab.schedule.in_flight import Bound, InFlight
@@ -291,7 +291,7 @@ class Loop:
                 step = partial(self._bound.stages.decode, kv=kv, tracer=tracer)
                 made = (step if self._forced is None else self._forced.steps(step))(tokens, positions)
             with _all(flights, "sample"):
-                token = sample(made.logits, self._bound.decoder) if made.token is None else made.token
+                token = self._chosen(flights, made)
                 ids = token.tolist()  # the host waits for the device
         except Exception as error:
             for flight in flights:
@@ -304,6 +304,14 @@ class Loop:
         for flight in flights:
             flight.seen = self._turns  # of a step that they share, nobody waits for another
         return [flight.job.number for flight in flights]
+
+    def _chosen(self, flights: Sequence[InFlight], made: Made) -> torch.Tensor:
+        """The next token of each, int64 [B] on the device: the likeliest all at once, or each row by its own request."""
+        if not any(flight.has_sampler for flight in flights):
+            return likeliest(made, self._bound.decoder)
+        rows = [slice(row, row + 1) for row in range(len(flights))]
+        steps = [Made(made.logits[row], None if made.token is None else made.token[row]) for row in rows]
+        return _joined([flight.choose(step) for flight, step in zip(flights, steps, strict=True)])
 
     def _take(self, flight: InFlight, token: int) -> None:
         if flight.take(token):

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from fastvl_lab.errors import FastvlError, require
 from fastvl_lab.lab import Lab
 from fastvl_lab.serve.app import create_app
+from fastvl_lab.serve.connections import uvicorn_options
 from fastvl_lab.serve.settings import Settings
 
 
@@ -27,14 +28,15 @@ def main(arguments: Sequence[str] | None = None) -> None:
             served_name=given.served_model_name,
             origins=tuple(given.allow_origins),
             image_hosts=tuple(given.allow_image_hosts),
+            max_connections=given.max_connections,
             warm_up=tuple(given.warm_up),
         )
         lab = Lab(given.checkpoint, device=given.device, dtype=given.dtype, session_len=given.session_len)
         app = create_app(lab, given.recipe, settings)
     except FastvlError as error:
         sys.exit(f"{error}")
-    graceful = int(given.timeout) + 1
-    uvicorn.run(app, host=given.host, port=given.port, access_log=False, timeout_graceful_shutdown=graceful)
+    address = {"host": given.host, "port": given.port, "ssl_certfile": given.ssl_certfile, "ssl_keyfile": given.ssl_keyfile}
+    uvicorn.run(app, timeout_graceful_shutdown=int(given.timeout) + 1, **address, **uvicorn_options(settings))
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -54,8 +56,13 @@ def _parser() -> argparse.ArgumentParser:
         "--max-tokens",
         type=int,
         default=defaults.max_tokens,
-        help=f"tokens of an answer if a request does not say ({defaults.max_tokens})",
+        help="tokens of an answer if a request does not say (default all that a session has room for)",
     )
+    parser.add_argument(
+        "--max-connections", type=int, default=defaults.max_connections, help=f"open at once ({defaults.max_connections})"
+    )
+    parser.add_argument("--ssl-certfile", metavar="FILE", help="serve https with this certificate")
+    parser.add_argument("--ssl-keyfile", metavar="FILE", help="and its key, where the certificate's file has none")
     parser.add_argument("--served-model-name", metavar="NAME", help="what clients call the model (default: the checkpoint's name)")
     parser.add_argument("--api-key", help="what clients must send as a bearer token; also FASTVL_LAB_API_KEY")
     parser.add_argument(

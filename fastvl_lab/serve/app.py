@@ -7,26 +7,33 @@ import copy
 import dataclasses
 import hmac
 import json
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import asynccontextmanager
+from contextlib import ExitStack, asynccontextmanager
+from dataclasses import dataclass
+from functools import partial
+from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from fastvl_lab.capture.warm_up import requests_of
 from fastvl_lab.checkpoint import Checkpoint
 from fastvl_lab.errors import DeviceError, FastvlError, RequestCancelledError, require
 from fastvl_lab.lab import Lab
-from fastvl_lab.preprocessor import open_images
 from fastvl_lab.recipe import Recipe
 from fastvl_lab.request import Chunk, Request
-from fastvl_lab.serve import chat as chats
-from fastvl_lab.serve.chat import Chat, Draft, Reply, Served, UnknownModelError, error_body
+from fastvl_lab.run import Run
+from fastvl_lab.serve import chat as chats, completions, openapi
+from fastvl_lab.serve.chat import Chat, Draft, Reply, Served, UnknownModelError, error_body, json_object
+from fastvl_lab.serve.completions import prompt_of
 from fastvl_lab.serve.fetch import fetch_all
 from fastvl_lab.serve.metrics import Metrics
-from fastvl_lab.serve.request_queue import Finished, QueuedRequest, QueueFullError, RequestQueue
+from fastvl_lab.serve.openapi import of_body, of_look
+from fastvl_lab.serve.request_queue import Events, Finished, HeldBytes, QueuedRequest, QueueFullError, RequestQueue, Share
 from fastvl_lab.serve.settings import Settings
-from fastvl_lab.tokenizer import check_text, tokenize
+from fastvl_lab.tokenizer import check_text
+
+T = TypeVar("T")
 
 CLIENT_LEFT = 499  # nginx's number for it; nobody reads it but the metrics
 
@@ -61,18 +68,16 @@ def create_app(lab: Lab, recipe: Recipe | str, settings: Settings | None = None)
     http_error = require("starlette.exceptions", "serve").HTTPException
     app = fastapi.FastAPI(
         title="fastvl_lab",
+        version=version("fastvl-lab"),
         lifespan=lifespan,
-        docs_url=None,
         redoc_url=None,
-        openapi_url=None,
         exception_handlers={http_error: front.no_such_place, Exception: front.failed},
     )
     app.state.queue = queue
-    app.add_route("/v1/chat/completions", front.complete, methods=["POST"])
-    app.add_route("/v1/models", front.models, methods=["GET"])
-    app.add_route("/v1/models/{name:path}", front.model, methods=["GET"])
-    app.add_route("/health", front.health, methods=["GET"])
-    app.add_route("/metrics", front.metrics_page, methods=["GET"])
+    for path, method, endpoint, told in front.places():
+        app.add_api_route(path, _of_request(endpoint, fastapi.Request), methods=[method], response_model=None, **told)
+        if method == "GET":
+            app.add_route(path, endpoint, methods=["HEAD"], include_in_schema=False)
     app.add_middleware(
         require("starlette.middleware.cors", "serve").CORSMiddleware,
         allow_origins=settings.origins,
@@ -81,6 +86,17 @@ def create_app(lab: Lab, recipe: Recipe | str, settings: Settings | None = None)
         allow_headers=["*"],
     )
     return app
+
+
+def _of_request(endpoint: Callable[[Any], Awaitable[Any]], kind: type) -> Callable[[Any], Awaitable[Any]]:
+    """The endpoint as FastAPI wants it: what it takes for the request itself is told by type."""
+
+    async def given(request: Any) -> Any:
+        return await endpoint(request)
+
+    given.__annotations__["request"] = kind
+    given.__name__ = endpoint.__name__
+    return given
 
 
 def _under_its_served_name(lab: Lab, settings: Settings) -> Lab:
@@ -101,8 +117,24 @@ def _last_part(name: str) -> str:
 
 def _checked(request: Request, checkpoint: Checkpoint) -> Request:
     """A request, where one such can be served; raises `RequestError`."""
-    tokenize(request, open_images(request, checkpoint).grids, checkpoint)
+    prompt_of(request, checkpoint)
     return request
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class _Body:
+    """A body that was read.
+
+    arrived: when its request did, in seconds of the event loop. until: the end of its time. put: gives its request a place.
+    share: of the bytes that the server holds; leaving: gives it back, unless an answer takes that over.
+    """
+
+    data: dict[str, Any]
+    arrived: float
+    until: asyncio.Timeout
+    put: Callable[[QueuedRequest], None]
+    share: Share
+    leaving: ExitStack
 
 
 class _Front:
@@ -110,16 +142,33 @@ class _Front:
 
     def __init__(self, checkpoint: Checkpoint, queue: RequestQueue, metrics: Metrics, settings: Settings) -> None:
         self._checkpoint = checkpoint
-        self._served = Served(model=checkpoint.name, ends=tuple(checkpoint.eos_token_ids))
+        self._served = Served(model=checkpoint.name, ends=tuple(checkpoint.eos_token_ids), session_len=checkpoint.session_len)
         self._queue, self._metrics, self._settings = queue, metrics, settings
+        self._held = HeldBytes(settings.max_held)
         self._readers = ThreadPoolExecutor(_READERS, thread_name_prefix="fastvl-reader")
         self._fetchers = ThreadPoolExecutor(_FETCHERS, thread_name_prefix="fastvl-fetcher")
         self._responses = require("starlette.responses", "serve")
         self._gone = require("starlette.requests", "serve").ClientDisconnect
+        self._answer = type("Answer", (_Answer, self._responses.Response), {"background": None})  # FastAPI asks for its type
 
     def close(self) -> None:
         for pool in (self._readers, self._fetchers):
             pool.shutdown(wait=False, cancel_futures=True)
+
+    def places(self) -> Iterator[tuple[str, str, Callable[[Any], Awaitable[Any]], dict[str, Any]]]:
+        """Paths, their methods, what is served there, and what FastAPI is told of it."""
+        yield "/v1/chat/completions", "POST", self.complete_chat, of_body(openapi.CHAT, openapi.CHAT_ANSWER, streams=True)
+        yield "/v1/completions", "POST", self.complete_text, of_body(openapi.COMPLETION, openapi.TEXT_ANSWER, streams=True)
+        yield "/tokenize", "POST", self.tokenize, of_body(openapi.TOKENIZE, openapi.TOKENS)
+        yield "/detokenize", "POST", self.detokenize, of_body(openapi.DETOKENIZE, openapi.TEXT)
+        yield "/v1/models", "GET", self.models, of_look(openapi.MODELS, keyed=True)
+        yield "/v1/models/{name:path}", "GET", self.model, of_look(openapi.MODEL, keyed=True) | openapi.NAME
+        health = of_look(openapi.HEALTH, fails={500: "no later request can be served"})
+        health["responses"][503] = health["responses"][200] | {"description": "it is still starting"}
+        for path in ("/health", "/ping"):  # the second is SageMaker's
+            yield path, "GET", self.health, health
+        yield "/version", "GET", self.version, of_look(openapi.VERSION)
+        yield "/metrics", "GET", self.metrics_page, openapi.PAGE
 
     async def models(self, request: Any) -> Any:
         if (refused := self._without_key(request)) is not None:
@@ -135,13 +184,17 @@ class _Front:
         return self._responses.JSONResponse(self._model())
 
     def _model(self) -> dict[str, Any]:
-        return {"id": self._served.model, "object": "model", "created": 0, "owned_by": "fastvl_lab"}
+        said = {"id": self._served.model, "object": "model", "created": 0, "owned_by": "fastvl_lab"}
+        return said | {"max_model_len": self._served.session_len}  # vLLM's
 
     async def health(self, _: Any) -> Any:
         if self._queue.failure is not None:
             return self._responses.JSONResponse(error_body(self._queue.failure, "server_error"), status_code=500)
         ready = self._queue.ready.is_set()
         return self._responses.JSONResponse({"status": "ok" if ready else "starting"}, status_code=200 if ready else 503)
+
+    async def version(self, _: Any) -> Any:
+        return self._responses.JSONResponse({"version": version("fastvl-lab")})
 
     async def metrics_page(self, _: Any) -> Any:
         text, kind = self._metrics.text()
@@ -156,25 +209,35 @@ class _Front:
         """What was not foreseen, which goes to the log as well."""
         return self._refused(500, error, "server_error")
 
-    async def complete(self, request: Any) -> Any:
+    async def complete_chat(self, request: Any) -> Any:
         """One chat completion, from its body to the response that will be sent."""
+        return await self._answered(request, partial(self._completion, chats.read))
+
+    async def complete_text(self, request: Any) -> Any:
+        return await self._answered(request, partial(self._completion, completions.read))
+
+    async def tokenize(self, request: Any) -> Any:
+        return await self._answered(request, self._tokens)
+
+    async def detokenize(self, request: Any) -> Any:
+        return await self._answered(request, self._text)
+
+    async def _answered(self, request: Any, answer: Callable[[_Body], Awaitable[Any]]) -> Any:
+        """What is made of a body that is read within its limits, or why it is refused."""
         arrived = asyncio.get_running_loop().time()
         if (refused := self._without_key(request)) is not None:
             return refused
         if int(request.headers.get("content-length", "0")) > 2 * self._settings.max_body:
             return self._too_large()
         try:
-            with self._queue.place() as put:
+            with self._queue.place() as put, ExitStack() as leaving:
+                leaving.callback((share := self._held.share()).give_back)
                 async with asyncio.timeout_at(arrived + self._settings.timeout) as until:
-                    body = await self._body(request)
+                    body = await self._body(request, share)
                     if body is None:
                         return self._too_large()
-                    draft = await self._draft(body)
-                    deadline = arrived + draft.timeout
-                    until.reschedule(deadline)
-                    chat = await self._chat(draft, deadline)
-                queued = QueuedRequest(chat.request)
-                put(queued)
+                    data = await self._on_reader(json_object, body)
+                    return await answer(_Body(data=data, arrived=arrived, until=until, put=put, share=share, leaving=leaving))
         except self._gone:
             return self._refused(CLIENT_LEFT, "the client left", "invalid_request_error")
         except UnknownModelError as error:
@@ -184,26 +247,51 @@ class _Front:
         except (FastvlError, TimeoutError) as error:
             status, kind = _status(error)
             return self._refused(status, error, kind)
-        return _Answer(chat, queued, self._queue, self._metrics, deadline)
 
-    async def _draft(self, body: bytes) -> Draft:
-        """What a body asks; read, as all of it, on other threads than the engine's."""
-        return await asyncio.get_running_loop().run_in_executor(self._readers, chats.read, body, self._served, self._settings)
+    async def _completion(self, read: Callable[..., Draft], body: _Body) -> Any:
+        draft = await self._on_reader(read, body.data, self._served, self._settings)
+        deadline = body.arrived + draft.asked.timeout
+        body.until.reschedule(deadline)
+        chat = await self._chat(draft, deadline, body.share)
+        with ExitStack() as places:  # one for each answer, or none for any
+            put = [body.put, *(places.enter_context(self._queue.place()) for _ in chat.others)]
+            events: Events = asyncio.Queue()
+            queued = [QueuedRequest(request, n, events) for n, request in enumerate((chat.request, *chat.others))]
+            for place, one in zip(put, queued, strict=True):
+                place(one)
+        return self._answer(chat, queued, self._queue, self._metrics, deadline, body.leaving.pop_all())
 
-    async def _chat(self, draft: Draft, deadline: float) -> Chat:
+    async def _tokens(self, body: _Body) -> Any:
+        draft = await self._on_reader(completions.read_prompt, body.data, self._served, self._settings)
+        chat = await self._chat(draft, body.arrived + draft.asked.timeout, body.share)
+        with_texts = bool(body.data.get("return_token_strs"))
+        tokens = await self._on_reader(partial(completions.tokens_of, chat, self._checkpoint, with_texts=with_texts))
+        return self._responses.JSONResponse(tokens)
+
+    async def _text(self, body: _Body) -> Any:
+        return self._responses.JSONResponse(await self._on_reader(completions.text_of, body.data, self._served, self._checkpoint))
+
+    async def _on_reader(self, work: Callable[..., T], *given: Any) -> T:
+        """Done on other threads than the engine's, and than the one that hears all clients."""
+        return await asyncio.get_running_loop().run_in_executor(self._readers, partial(work, *given))
+
+    async def _chat(self, draft: Draft, deadline: float, share: Share) -> Chat:
         """The same with the images at its addresses."""
         loop = asyncio.get_running_loop()
         fetched: dict[str, bytes] = {}
         if draft.addresses:
             left = deadline - loop.time()
             fetched = await loop.run_in_executor(self._fetchers, fetch_all, draft.addresses, self._settings, left)
+            share.take(sum(map(len, fetched.values())))
 
         def whole() -> Chat:
-            chat = draft.chat(fetched)
+            chat = draft.chat(fetched).with_others()
             check_text(chat.request, self._checkpoint)
-            return chat
+            if not draft.asked.continuous_usage:
+                return chat
+            return dataclasses.replace(chat, n_prompt=prompt_of(chat.request, self._checkpoint).n_tokens)
 
-        return await loop.run_in_executor(self._readers, whole)
+        return await self._on_reader(whole)
 
     def _without_key(self, request: Any) -> Any:
         """The refusal of a request that does not show the key, where one is set; else None."""
@@ -213,8 +301,8 @@ class _Front:
             return None
         return self._refused(401, "the API key is missing or wrong", "authentication_error")
 
-    async def _body(self, request: Any) -> bytes | None:
-        """The whole body, or None if it is too large.
+    async def _body(self, request: Any, share: Share) -> bytes | None:
+        """The whole body, or None if it is too large; raises `QueueFullError` where it finds no room beside others.
 
         What is too large is read on for as much again, and thrown away: a client that is still sending hears no answer.
         """
@@ -224,6 +312,7 @@ class _Front:
             if n_read > 2 * limit:
                 return None
             if n_read <= limit:
+                share.take(len(piece))
                 body += piece
         return bytes(body) if n_read <= limit else None
 
@@ -244,14 +333,30 @@ class _Front:
 
 
 class _Answer:
-    """An ASGI response that waits for its request's turn, sends what is made, and gives the request up when its client leaves."""
+    """An ASGI response that waits for its requests' turns, sends what is made, and gives them up when its client leaves.
 
-    def __init__(self, chat: Chat, queued: QueuedRequest, queue: RequestQueue, metrics: Metrics, deadline: float) -> None:
+    queued: a request for each answer that the client wants. leaving: what is given back when they have ended.
+    """
+
+    def __init__(
+        self,
+        chat: Chat,
+        queued: Sequence[QueuedRequest],
+        queue: RequestQueue,
+        metrics: Metrics,
+        deadline: float,
+        leaving: ExitStack,
+    ) -> None:
         self._chat, self._queued, self._queue, self._metrics, self._deadline = chat, queued, queue, metrics, deadline
+        self._leaving = leaving
         self._reply = Reply(chat)
         self._begun = False
 
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+        with self._leaving:
+            await self._until_it_ends(receive, send)
+
+    async def _until_it_ends(self, receive: Any, send: Any) -> None:
         leaving = asyncio.create_task(_until_gone(receive))
         answering = asyncio.create_task(self._answer(send))
         try:
@@ -260,7 +365,8 @@ class _Answer:
         except OSError:  # the connection broke while something was sent
             status = CLIENT_LEFT
         finally:
-            self._queue.give_up(self._queued)
+            for queued in self._queued:
+                self._queue.give_up(queued)
             for task in (leaving, answering):
                 task.cancel()
             await asyncio.gather(leaving, answering, return_exceptions=True)
@@ -270,21 +376,28 @@ class _Answer:
         """Send the answer or the error; the status that the request had in the end."""
         try:
             async with asyncio.timeout_at(self._deadline):
-                while isinstance(event := await self._queued.events.get(), Chunk):
-                    if self._chat.stream:
-                        await self._send_event(send, self._reply.piece(event))
-                if isinstance(event, Finished):
-                    await self._finish(send, event)
-                    return 200
-                return await self._fail(send, event)
+                runs: dict[int, Run] = {}
+                while len(runs) < len(self._queued):
+                    number, event = await self._queued[0].events.get()
+                    if isinstance(event, Chunk):
+                        if self._chat.asked.stream:
+                            await self._send_event(send, self._reply.piece(event, number))
+                    elif isinstance(event, Finished):
+                        runs[number] = event.run
+                        if self._chat.asked.stream:
+                            await self._send_event(send, self._reply.end(event.run, number))
+                    else:
+                        return await self._fail(send, event)
+                await self._finish(send, [runs[number] for number in sorted(runs)])
+                return 200
         except TimeoutError:
             return await self._fail(send, TimeoutError())
 
-    async def _finish(self, send: Any, finished: Finished) -> None:
-        if not self._chat.stream:
-            await self._send_json(send, 200, self._reply.whole(finished.run))
+    async def _finish(self, send: Any, runs: Sequence[Run]) -> None:
+        if not self._chat.asked.stream:
+            await self._send_json(send, 200, self._reply.whole(runs))
             return
-        for last in self._reply.end(finished.run):
+        for last in self._reply.measured(runs):
             await self._send_event(send, last)
         await send({"type": "http.response.body", "body": b"data: [DONE]\n\n"})
 

@@ -5,39 +5,27 @@ from __future__ import annotations
 import json
 import time
 import uuid
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any, TypeGuard
 
-from fastvl_lab.errors import FastvlError, RequestCancelledError, RequestError, sentence
-from fastvl_lab.request import MAX_IMAGES, Chunk, Request, check_whole_number
+from fastvl_lab.errors import FastvlError, RequestCancelledError, RequestError, quoted, sentence, shortened
+from fastvl_lab.request import MAX_IMAGES, Chunk, Request, TokenLogprob, check_whole_number
 from fastvl_lab.run import Run
+from fastvl_lab.sampling import Sampling
+from fastvl_lab.serve import choosing
+from fastvl_lab.serve.choosing import each_of, in_chat, in_text, read_n, read_sampling
 from fastvl_lab.serve.settings import Settings
 
-# What would change the answer, and the values under which it does not: decoding is greedy, the answer one text.
+# What would change the answer in a way that is not made here, and the values under which it does not.
 _NEUTRAL: dict[str, tuple[Any, ...]] = {
-    "temperature": (0,),
-    "top_p": (1,),
-    "top_k": (-1, 0),
-    "min_p": (0,),
     "typical_p": (1,),
-    "do_sample": (False,),
     "use_beam_search": (False,),
-    "n": (1,),
     "best_of": (1,),
-    "frequency_penalty": (0,),
-    "presence_penalty": (0,),
-    "repetition_penalty": (1,),
-    "logit_bias": ({},),
     "bad_words": ([],),
     "logits_processors": ([],),
-    "stop": ([], "", [""]),
     "stop_token_ids": ([],),
-    "min_tokens": (0,),
-    "min_new_tokens": (0,),
     "echo": (False,),
-    "logprobs": (False,),
-    "top_logprobs": (0,),
     "skip_special_tokens": (True,),
     "return_tokens_as_token_ids": (False,),
     "response_format": ({"type": "text"},),
@@ -54,24 +42,30 @@ _NEUTRAL: dict[str, tuple[Any, ...]] = {
     "chat_template_kwargs": ({},),
     "media_io_kwargs": ({},),
     "priority": (0,),
+    "return_hidden_states": (False,),
+    "do_preprocess": (True,),
 }
-# What has no meaning where the likeliest token is taken.
-_OF_SAMPLING = ("temperature", "top_p", "top_k", "min_p", "typical_p")
 # What changes nothing here, whatever it is.
 _IGNORED = (
-    *("user", "seed", "store", "metadata", "service_tier", "safety_identifier", "prompt_cache_key", "prompt_cache_retention"),
+    *("user", "store", "metadata", "service_tier", "safety_identifier", "prompt_cache_key", "prompt_cache_retention"),
     *("parallel_tool_calls", "prediction", "request_id", "rid", "session_id", "include_reasoning", "separate_reasoning"),
-    *("stream_reasoning", "length_penalty", "spaces_between_special_tokens", "include_stop_str_in_output"),
+    *("stream_reasoning", "length_penalty", "spaces_between_special_tokens", "include_stop_str_in_output", "cache_salt"),
 )
-_READ = ("model", "messages", "max_tokens", "max_completion_tokens", "stream", "stream_options")
-_EXTENSIONS = ("ignore_eos", "min_pixels", "max_pixels", "mm_processor_kwargs", "return_token_ids", "return_trace", "timeout")
+# What every completion has: OpenAI's fields, then vLLM's and this server's own.
+READ = (
+    *("model", "max_tokens", "max_completion_tokens", "stream", "stream_options"),
+    *("ignore_eos", "return_token_ids", "return_trace", "timeout"),
+    *choosing.FIELDS,
+)
 _LIMITS = ("min_pixels", "max_pixels")
-
-# vLLM takes a lower temperature for 0.
-_GREEDY_BELOW = 1e-5
+OF_IMAGES = (*_LIMITS, "mm_processor_kwargs")
+OWN = ("messages", *OF_IMAGES, "top_logprobs")
 
 # Of a request, messages and their parts together; more would take longer to look at than to refuse.
 MAX_PARTS = 10_000
+
+# What OpenAI makes of an image with detail "low": one of 512x512 pixels (its guide to images and vision).
+LOW_DETAIL = 512 * 512
 
 # Under which names Transformers and others keep an image in a part; those of files must not be read from the server's disk.
 _SOURCES = ("type", "image", "image_url", "image_pil", "url", "path", "base64")
@@ -83,107 +77,148 @@ class UnknownModelError(RequestError):
 
 @dataclass(frozen=True, kw_only=True)
 class Served:
-    """What a server serves: the model's name there, and the tokens that end its answers."""
+    """What a server serves: the model's name there, the tokens that end its answers, and how many a session has."""
 
     model: str
     ends: tuple[int, ...]
+    session_len: int
 
 
-@dataclass(frozen=True, kw_only=True, eq=False)
-class Chat:
-    """A chat completion that a client has asked for.
+@dataclass(frozen=True, kw_only=True)
+class Asked:
+    """What every completion may be asked besides its prompt.
 
-    token_ids: whether chunks carry them. trace: whether the end of the answer carries the request's own trace.
+    limits: how long it may be, what ends it and how its tokens are chosen, as `Request` has them. n: how many answers it gets.
+    timeout: seconds that it may take from its arrival. include_usage, continuous_usage: whether a stream ends with the usage, and
+    whether each of its chunks has it so far.
     """
 
-    request: Request
-    served: Served
+    limits: Mapping[str, Any]
+    n: int
+    timeout: float
     stream: bool
     include_usage: bool
+    continuous_usage: bool
     token_ids: bool
     trace: bool
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
-class Draft:
-    """A chat completion whose images may still be at their addresses.
+class Chat:
+    """A completion that a client has asked for: of a conversation, or, where the request is raw, of a text.
 
-    timeout: seconds that it may take from its arrival. chat: the whole, from the bytes at each address.
+    token_ids: whether chunks carry them. trace: whether the end of the answer carries the request's own trace. echo: whether a
+    raw prompt comes before its answer. n_prompt: its tokens, where every chunk is to carry the usage so far. others: the same
+    request with other draws, of whose answers the client wants one each.
     """
 
+    request: Request
+    served: Served
+    asked: Asked
+    echo: bool = False
+    n_prompt: int | None = None
+    others: tuple[Request, ...] = ()
+
+    def with_others(self) -> Chat:
+        """With as many as it has been asked for."""
+        _, *each = each_of(self.request.sampling, self.asked.n)
+        return replace(self, others=tuple(replace(self.request, sampling=sampling) for sampling in each))
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Draft:
+    """A completion whose images may still be at their addresses; chat: the whole, from the bytes at each."""
+
+    asked: Asked
     addresses: tuple[str, ...]
-    timeout: float
     chat: Callable[[Mapping[str, bytes]], Chat]
 
 
-def read(body: bytes, served: Served, settings: Settings) -> Draft:
+def read(data: Mapping[str, Any], served: Served, settings: Settings) -> Draft:
     """A body as a chat completion of the model served; raises `RequestError`s, here or in `Draft.chat`."""
+    asked = read_asked(data, served, settings, own=OWN)
+    messages, limits = _list(data.get("messages"), "messages"), _limits(data)
+    _check_number(messages)
+
+    def chat(fetched: Mapping[str, bytes]) -> Chat:
+        read_messages = [_message(number, message, fetched) for number, message in enumerate(messages)]
+        return Chat(request=Request(messages=read_messages, **asked.limits, **limits), served=served, asked=asked)
+
+    urls = (_url(number, part) for number, message in enumerate(messages) for part in _parts(message) if _is_image(part))
+    return Draft(asked=asked, addresses=tuple(dict.fromkeys(url for url in urls if not _is_data(url))), chat=chat)
+
+
+def json_object(body: bytes) -> dict[str, Any]:
+    """The object that a body is, without its nulls, which say nothing; raises `RequestError`."""
     try:
         data = json.loads(body)
     except (ValueError, RecursionError) as error:
-        raise RequestError(f"the body is no JSON: {error}") from None
+        raise RequestError(f"the body is no JSON: {shortened(str(error))}") from None
     if not isinstance(data, dict):
         raise RequestError(f"the body is a JSON {type(data).__name__}; it must be an object")
-    data = {name: value for name, value in data.items() if value is not None}  # which says nothing
+    return {name: value for name, value in data.items() if value is not None}
+
+
+def check_model(data: Mapping[str, Any], served: Served) -> None:
+    """Raise `UnknownModelError` for another model than the one that is served."""
     if data.get("model", served.model) != served.model:
-        raise UnknownModelError(f"model {str(data['model'])[:80]!r} is not served here; the choice is {served.model!r}")
+        raise UnknownModelError(f"model {quoted(data['model'])} is not served here; the choice is {served.model!r}")
+
+
+def read_asked(data: Mapping[str, Any], served: Served, settings: Settings, *, own: tuple[str, ...], raw: bool = False) -> Asked:
+    """What a body asks of any completion; own: the fields that only its kind has; raw: it is of a text. Raises `RequestError`."""
+    check_model(data, served)
     given = [name for name in ("max_completion_tokens", "max_tokens") if name in data]
     for name in given:
         check_whole_number(name, data[name])
     if len({data[name] for name in given}) > 1:
         raise RequestError(f"max_completion_tokens is {data[given[0]]} and max_tokens {data[given[1]]}; give one of them")
-    most = data[given[0]] if given else settings.max_tokens
-    ignore_eos = _flag(data, "ignore_eos")
-    _check_fields(data, served, most, ignore_eos=ignore_eos)
+    most: int = data[given[0]] if given else settings.max_tokens or served.session_len
+    ignore_eos = flag(data, "ignore_eos")
+    sampling, n = read_sampling(data, raw=raw), read_n(data, settings)
+    _check_fields(data, served, sampling, own, ignore_eos=ignore_eos)
+    if n > 1 and flag(data, "return_trace"):
+        raise RequestError(f"return_trace is true and n is {n}; a trace is of one answer, so ask for one")
     options = data.get("stream_options", {})
     if not isinstance(options, Mapping):
         raise RequestError("stream_options must be an object")
-    messages, limits = _list(data.get("messages"), "messages"), _limits(data)
-    _check_number(messages)
-    stream, token_ids, trace = (_flag(data, name) for name in ("stream", "return_token_ids", "return_trace"))
-
-    def chat(fetched: Mapping[str, bytes]) -> Chat:
-        read_messages = [_message(number, message, fetched) for number, message in enumerate(messages)]
-        request = Request(messages=read_messages, max_new_tokens=most, fit=not given, ignore_eos=ignore_eos, **limits)
-        usage = bool(options.get("include_usage"))
-        return Chat(request=request, served=served, stream=stream, include_usage=usage, token_ids=token_ids, trace=trace)
-
-    urls = (_url(number, part) for number, message in enumerate(messages) for part in _parts(message) if _is_image(part))
-    addresses = tuple(dict.fromkeys(url for url in urls if not _is_data(url)))
-    return Draft(addresses=addresses, timeout=_timeout(data, settings), chat=chat)
+    include = flag(options, "include_usage")
+    return Asked(
+        limits={"max_new_tokens": most, "fit": not given, "ignore_eos": ignore_eos, "sampling": sampling},
+        n=n,
+        timeout=_timeout(data, settings),
+        stream=flag(data, "stream"),
+        include_usage=include,
+        continuous_usage=include and flag(options, "continuous_usage_stats"),
+        token_ids=flag(data, "return_token_ids"),
+        trace=flag(data, "return_trace"),
+    )
 
 
-def _check_fields(data: Mapping[str, Any], served: Served, most: int, *, ignore_eos: bool) -> None:
+def _check_fields(data: Mapping[str, Any], served: Served, sampling: Sampling, own: tuple[str, ...], *, ignore_eos: bool) -> None:
     """Raise `RequestError` for a field that is unknown, or under whose value the answer would be another."""
     for name, value in data.items():
+        if name in own:
+            continue
         if name in _NEUTRAL:
-            if value not in _NEUTRAL[name] and not _changes_nothing(name, data, served, most, ignore_eos=ignore_eos):
+            if value not in _NEUTRAL[name] and not _changes_nothing(name, data, served, sampling, ignore_eos=ignore_eos):
                 allowed = " or ".join(json.dumps(v) for v in _NEUTRAL[name])
-                why = "the answer is one text, made greedily and to its end"
-                raise RequestError(f"{name} is {json.dumps(value)[:80]}; {why}, so it must be {allowed} or left out")
-        elif name not in (*_READ, *_IGNORED, *_EXTENSIONS):
-            known = ", ".join((*_READ, *_EXTENSIONS))
+                raise RequestError(f"{name} is {json.dumps(value)[:80]}; no other answer is made here than with {allowed}")
+        elif name not in (*READ, *_IGNORED):
+            known = ", ".join((*own, *READ))
             raise RequestError(f"the field {name[:80]!r} is unknown; the choices are {known}")
 
 
-def _changes_nothing(name: str, data: Mapping[str, Any], served: Served, most: int, *, ignore_eos: bool) -> bool:
+def _changes_nothing(name: str, data: Mapping[str, Any], served: Served, sampling: Sampling, *, ignore_eos: bool) -> bool:
     """Whether a value does not change the answer for what else is asked."""
     value = data[name]
-    if name in _OF_SAMPLING:
-        return _is_greedy(data)
-    if name in ("min_tokens", "min_new_tokens"):
-        return ignore_eos and _number(value) and value <= most
+    if name == "typical_p":
+        return not sampling.draws and _number(value)
+    if name == "best_of":
+        return bool(value == data.get("n", 1))
     if name == "stop_token_ids":
         return not ignore_eos and isinstance(value, list) and all(token in served.ends for token in value)
-    if name == "logit_bias":
-        return isinstance(value, Mapping) and all(bias == 0 for bias in value.values())
     return name == "response_format" and isinstance(value, Mapping) and value.get("type") == "text"
-
-
-def _is_greedy(data: Mapping[str, Any]) -> bool:
-    """Whether the client itself asks for the likeliest token."""
-    heat = data.get("temperature")
-    return data.get("top_k") == 1 or data.get("do_sample") is False or (_number(heat) and 0 <= heat < _GREEDY_BELOW)
 
 
 def _number(value: Any) -> TypeGuard[float]:
@@ -213,7 +248,8 @@ def _limits(data: Mapping[str, Any]) -> dict[str, Any]:
     return {name: options.get(name, data.get(name)) for name in _LIMITS}
 
 
-def _flag(data: Mapping[str, Any], name: str) -> bool:
+def flag(data: Mapping[str, Any], name: str) -> bool:
+    """A field that is true or false, and false where it is not there; raises `RequestError`."""
     value = data.get(name) or False
     if not isinstance(value, bool):
         raise RequestError(f"{name} is {json.dumps(value)[:80]}; it must be true or false")
@@ -249,6 +285,8 @@ def _message(number: int, message: Any, fetched: Mapping[str, bytes]) -> Any:
     if not isinstance(message, dict):
         return message  # which `Request` refuses
     said = {name: value for name, value in message.items() if name in ("role", "content") or value not in (None, [])}
+    if said.get("role") == "developer":
+        said["role"] = "system"  # OpenAI's later name for it, which no template of these families knows
     if said.get("content") is None and said.get("role") == "assistant" and "tool_calls" not in said:
         said["content"] = ""  # as clients send back an answer of which nothing was text
     if isinstance(said.get("content"), list):
@@ -266,7 +304,12 @@ def _part(number: int, part: Any, fetched: Mapping[str, bytes]) -> Any:
     if kind != "image_url":
         raise RequestError(f"message {number} has a part of type {str(kind)[:80]!r}; the choices are 'text' and 'image_url'")
     url, beside = _url(number, part), {name: value for name, value in part.items() if name not in _SOURCES and value is not None}
-    said = part["image_url"] if isinstance(part["image_url"], dict) else {}
+    said = dict(part["image_url"]) if isinstance(part["image_url"], dict) else {}
+    for where in (said, beside):
+        if where.get("detail") == "low":
+            where["detail"] = "auto"
+            if said.get("max_pixels") is None and beside.get("max_pixels") is None:
+                said["max_pixels"] = LOW_DETAIL
     return {"type": "image", "image": {**said, "url": url if _is_data(url) else fetched[url]}, **beside}
 
 
@@ -283,53 +326,90 @@ def _is_data(url: str) -> bool:
 
 
 class Reply:
-    """What is sent back for one chat: the same id and time in all of it."""
+    """What is sent back for one completion: the same id and time in all of it.
+
+    A choice has a text where the request was raw (/v1/completions), else a message, or a delta of one.
+    """
 
     def __init__(self, chat: Chat) -> None:
-        self._chat = chat
-        self._head = {"id": f"chatcmpl-{uuid.uuid4().hex}", "created": int(time.time()), "model": chat.served.model}
-        self._begun = False
+        self._chat, self._raw = chat, chat.request.raw
+        self._head = {
+            "id": f"{'cmpl' if self._raw else 'chatcmpl'}-{uuid.uuid4().hex}",
+            "created": int(time.time()),
+            "model": chat.served.model,
+        }
+        self._n_made = 0  # tokens, of all answers
+        self._n_sent: dict[int, int] = {}  # characters of each answer that has begun, by its number
 
-    def piece(self, chunk: Chunk) -> dict[str, Any]:
-        """A piece of the answer."""
-        delta: dict[str, Any] = {"content": chunk.text} if self._begun else {"role": "assistant", "content": chunk.text}
-        self._begun = True
-        return self._choice(delta, None, chunk.tokens)
+    def piece(self, chunk: Chunk, number: int = 0) -> dict[str, Any]:
+        """A piece of an answer."""
+        first = number not in self._n_sent
+        self._n_made += len(chunk.tokens)
+        text = (self._echoed() if first else "") + chunk.text
+        before = self._n_sent.get(number, 0)
+        self._n_sent[number] = before + len(text)
+        said = {"text": text} if self._raw else {"delta": ({"role": "assistant"} if first else {}) | {"content": text}}
+        return self._choice(number, {**said, "logprobs": self._logprobs(chunk.logprobs, before)}, None, chunk.tokens)
 
-    def end(self, run: Run) -> list[dict[str, Any]]:
-        """Why the answer ended; then, if asked for, usage and trace."""
-        last = [self._choice({}, self._reason(run), ())]
-        if self._chat.include_usage or self._chat.trace:
-            last.append({**self._head, "object": "chat.completion.chunk", "choices": [], **self._measured(run)})
-        return last
+    def end(self, run: Run, number: int = 0) -> dict[str, Any]:
+        """Why an answer ended."""
+        said: dict[str, Any] = {"text": ""} if self._raw else {"delta": {}}
+        return self._choice(number, {**said, "logprobs": None}, run.finish_reason, ())
 
-    def whole(self, run: Run) -> dict[str, Any]:
-        """The answer of a client that does not stream."""
-        message = {"role": "assistant", "content": run.text}
-        choice: dict[str, Any] = {"index": 0, "message": message, "finish_reason": self._reason(run)}
-        if self._chat.token_ids:
+    def measured(self, runs: Sequence[Run]) -> list[dict[str, Any]]:
+        """After the ends of all answers, if asked for: usage and trace."""
+        if not (self._chat.asked.include_usage or self._chat.asked.trace):
+            return []
+        return [{**self._head, "object": self._kind(streamed=True), "choices": [], **self._measured(runs)}]
+
+    def whole(self, runs: Sequence[Run]) -> dict[str, Any]:
+        """The answers of a client that does not stream."""
+        choices = [self._whole_choice(number, run) for number, run in enumerate(runs)]
+        return {**self._head, "object": self._kind(streamed=False), "choices": choices, **self._measured(runs)}
+
+    def _whole_choice(self, number: int, run: Run) -> dict[str, Any]:
+        said = {"text": self._echoed() + run.text} if self._raw else {"message": {"role": "assistant", "content": run.text}}
+        told = self._logprobs([one for chunk in run.chunks for one in chunk.logprobs], 0)
+        choice: dict[str, Any] = {"index": number, **said, "logprobs": told, "finish_reason": run.finish_reason}
+        if self._chat.asked.token_ids:
             choice["token_ids"] = list(run.tokens)
-        return {**self._head, "object": "chat.completion", "choices": [choice], **self._measured(run)}
+        return choice
 
-    def _choice(self, delta: dict[str, Any], reason: str | None, tokens: tuple[int, ...]) -> dict[str, Any]:
-        choice: dict[str, Any] = {"index": 0, "delta": delta, "finish_reason": reason}
-        if self._chat.token_ids and tokens:
+    def _kind(self, *, streamed: bool) -> str:
+        """OpenAI's name for what is sent."""
+        if self._raw:
+            return "text_completion"
+        return "chat.completion.chunk" if streamed else "chat.completion"
+
+    def _echoed(self) -> str:
+        return self._chat.request.prompt or "" if self._chat.echo else ""
+
+    def _logprobs(self, told: Sequence[TokenLogprob], n_before: int) -> dict[str, Any] | None:
+        """Of tokens behind so many characters of their choice; None where nobody asked."""
+        if not self._chat.request.sampling.logprobs:
+            return None
+        return in_text(told, n_before) if self._raw else in_chat(told)
+
+    def _choice(self, number: int, said: dict[str, Any], reason: str | None, tokens: tuple[int, ...]) -> dict[str, Any]:
+        choice: dict[str, Any] = {"index": number, **said, "finish_reason": reason}
+        if self._chat.asked.token_ids and tokens:
             choice["token_ids"] = list(tokens)
-        return {**self._head, "object": "chat.completion.chunk", "choices": [choice]}
+        usage = {} if self._chat.n_prompt is None else {"usage": _usage(self._chat.n_prompt, self._n_made)}
+        return {**self._head, "object": self._kind(streamed=True), "choices": [choice], **usage}
 
-    def _reason(self, run: Run) -> str:
-        ended = not self._chat.request.ignore_eos and run.tokens[-1] in self._chat.served.ends
-        return "stop" if ended else "length"
-
-    def _measured(self, run: Run) -> dict[str, Any]:
-        """Usage, what kind of run it was, and on demand its own record, from when it was queued."""
-        n, made, reused = run.n_prompt, len(run.tokens), run.trace.counts.get("cache: prefix tokens found", 0)
-        usage: dict[str, Any] = {"prompt_tokens": n, "completion_tokens": made, "total_tokens": n + made}
-        usage["prompt_tokens_details"] = {"cached_tokens": reused}
-        ours: dict[str, Any] = {"kind": run.kind}
-        if self._chat.trace:
-            ours["run"] = run.to_record()
+    def _measured(self, runs: Sequence[Run]) -> dict[str, Any]:
+        """Usage of all answers; of the first, what kind of run it was, and on demand its own record, from when it was queued."""
+        first = runs[0]
+        usage: dict[str, Any] = _usage(first.n_prompt, sum(len(run.tokens) for run in runs))
+        usage["prompt_tokens_details"] = {"cached_tokens": first.trace.counts.get("cache: prefix tokens found", 0)}
+        ours: dict[str, Any] = {"kind": first.kind}
+        if self._chat.asked.trace:
+            ours["run"] = first.to_record()
         return {"usage": usage, "fastvl_lab": ours}
+
+
+def _usage(n_prompt: int, n_made: int) -> dict[str, int]:
+    return {"prompt_tokens": n_prompt, "completion_tokens": n_made, "total_tokens": n_prompt + n_made}
 
 
 def error_body(error: BaseException | str, kind: str, code: str | None = None) -> dict[str, Any]:

@@ -21,7 +21,35 @@ from fastvl_lab.serve.metrics import Metrics
 
 
 class QueueFullError(FastvlError):
-    """As many requests wait as may."""
+    """As many requests wait, or as many of their bytes are held, as may."""
+
+
+class HeldBytes:
+    """The bytes of the requests that a server holds, of which there are so many at most; of one thread."""
+
+    def __init__(self, most: int) -> None:
+        self.most, self.n = most, 0
+
+    def share(self) -> Share:
+        """One request's, of none yet."""
+        return Share(self)
+
+
+class Share:
+    """The bytes of one request among those that are held."""
+
+    def __init__(self, held: HeldBytes) -> None:
+        self._held, self._n = held, 0
+
+    def take(self, n: int) -> None:
+        """Hold so many more; raises `QueueFullError` where there is no room for them."""
+        held = self._held
+        if held.n + n > held.most:
+            raise QueueFullError(f"the requests under way have {held.n} bytes, and {held.most} are the limit; try again later")
+        held.n, self._n = held.n + n, self._n + n
+
+    def give_back(self) -> None:
+        self._held.n, self._n = self._held.n - self._n, 0
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -34,18 +62,25 @@ class Finished:
 Event = Chunk | Finished | BaseException
 
 
-class QueuedRequest:
-    """One request that waits or is being served. `events` is filled as the engine makes them, and never holds it up."""
+# What becomes of requests, each with the number of its own; bounded by the lengths of their answers.
+Events = asyncio.Queue[tuple[int, Event]]
 
-    def __init__(self, request: Request) -> None:
-        self.request = request
+
+class QueuedRequest:
+    """One request that waits or is being served. `events` is filled as the engine makes them, and never holds it up.
+
+    number, events: where several requests are a client's one, the how manieth it is, and what they share.
+    """
+
+    def __init__(self, request: Request, number: int = 0, events: Events | None = None) -> None:
+        self.request, self.number = request, number
         self.stop = threading.Event()
-        self.events: asyncio.Queue[Event] = asyncio.Queue()  # bounded by the answer's length
+        self.events: Events = asyncio.Queue() if events is None else events
         self._loop = asyncio.get_running_loop()
 
     def send(self, event: Event) -> None:
         """From the thread that computes."""
-        self._loop.call_soon_threadsafe(self.events.put_nowait, event)
+        self._loop.call_soon_threadsafe(self.events.put_nowait, (self.number, event))
 
 
 class RequestQueue:

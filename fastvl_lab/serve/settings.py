@@ -20,9 +20,12 @@ class Settings:
 
     max_queue: requests that may wait, or be on their way in; one more is refused. timeout: seconds from a request's arrival to its
     last chunk. max_body: bytes of a request, and of all images that are fetched for it. max_tokens: of an answer whose request does
-    not say, where a session has room for so many. api_key: what clients must show, if set. served_name: what the model is called;
-    by default the checkpoint's name, or the last part of its path. origins: of pages whose scripts may ask, besides those of this
-    machine; "*" for all.
+    not say, where a session has room for so many; by default all that it has room for. api_key: what clients must show, if set.
+    served_name: what the model is called; by default the checkpoint's name, or the last part of its path. origins: of pages whose
+    scripts may ask, besides those of this machine; "*" for all.
+
+    max_connections: open at once. head_seconds: in which the head of a request must come. stall_seconds: that a client may take
+    nothing of its answer. max_held: bytes of the bodies and fetched images of all requests that are read, wait or are answered.
 
     image_hosts: from where images may be fetched, none by default: a host, at ports 80 and 443, or host:port; fetch_bytes,
     fetch_seconds: for each. warm_up: (width, height) of images to serve before the first request. Raises `FastvlError` for limits
@@ -32,19 +35,25 @@ class Settings:
     max_queue: int = 64
     timeout: float = 300.0
     max_body: int = 64_000_000
-    max_tokens: int = 512
+    max_tokens: int | None = None
     api_key: str | None = None
     served_name: str | None = None
     origins: tuple[str, ...] = ()
     image_hosts: tuple[str, ...] = ()
+    max_connections: int = 512
+    head_seconds: float = 10.0
+    stall_seconds: float = 30.0
+    max_held: int = 1_000_000_000
     fetch_bytes: int = 20_000_000
     fetch_seconds: float = 10.0
     warm_up: tuple[tuple[int, int], ...] = ()
 
     def __post_init__(self) -> None:
-        for name in ("max_queue", "max_body", "max_tokens", "fetch_bytes"):
+        for name in ("max_queue", "max_body", "max_connections", "max_held", "fetch_bytes"):
             check_whole_number(name, getattr(self, name))
-        for name in ("timeout", "fetch_seconds"):
+        if self.max_tokens is not None:
+            check_whole_number("max_tokens", self.max_tokens)
+        for name in ("timeout", "head_seconds", "stall_seconds", "fetch_seconds"):
             if not 0 < getattr(self, name) < math.inf:
                 raise FastvlError(f"{name} is {getattr(self, name)!r}; it must be a number of seconds above 0")
         hosts_and_ports(self.image_hosts)

@@ -8,7 +8,8 @@ from dataclasses import dataclass, field
 import torch
 
 from fastvl_lab.decoder.steps import Step
-from fastvl_lab.streaming.text import Emitter
+from fastvl_lab.request import FinishReason
+from fastvl_lab.streaming.text import AnswerText, Emitter
 from fastvl_lab.trace import Tracer
 
 # Tokens int64 [B] and their positions int64 [B] to what a step gives.
@@ -42,19 +43,29 @@ class Steps:
 class Answer:
     """One request's answer in the making.
 
-    most, ends: how many tokens there may be, and the ids that end the answer before. tokens: the ids that the host has learnt.
+    most, ends: how many tokens there may be, and the ids that end the answer before. text: whose stops end it before, None where
+    there are none. tokens: the ids that the host has learnt.
     """
 
     most: int
     ends: Collection[int]
     emitter: Emitter
     tracer: Tracer
+    text: AnswerText | None = None
     tokens: list[int] = field(default_factory=list)
 
     def take(self, token: int) -> bool:
         """Note the next token; whether it is the last."""
         self.tokens.append(token)
-        return len(self.tokens) == self.most or token in self.ends
+        if self.text is not None:
+            self.text.push(token)
+        return len(self.tokens) == self.most or self.finish_reason == "stop"
+
+    @property
+    def finish_reason(self) -> FinishReason:
+        """Why the token noted last is the last, if it is."""
+        stopped = self.tokens[-1] in self.ends or (self.text is not None and self.text.found)
+        return "stop" if stopped else "length"
 
     def emit(self, tokens: Sequence[int], *, last: bool) -> None:
         """Send tokens that were taken on their way, all at once."""

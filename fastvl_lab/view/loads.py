@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 _MOST_BARS = 6_000  # a browser draws so many in about a second
 _PIXELS = 1_500  # of a figure's width
-_ROWS_PIXELS = 700  # of all requests, where that is not too little for one
+_ROWS_PIXELS = 700  # of all requests, where that is not too little for one, unless a caller says so
 _FEW_STEPS = 150  # between which lines are drawn
 _ADMISSION = ("admit", "decode_image", "preprocess", "upload", "vit", "merge")
 
@@ -37,8 +37,10 @@ class _Bar(NamedTuple):
 
 
 @shown.figure.register(Load)
-def load_timeline(load: Load) -> go.Figure:
+def load_timeline(load: Load, *, title: str = "", until: float | None = None, pixels: int = _ROWS_PIXELS) -> go.Figure:
     """A row a request: its stages on the host from its arrival on, in ms since the first one's; below, what each step computed.
+
+    until: seconds at which the time axis ends, by default a little after the last request. pixels: of all rows together.
 
     Pointing at a wait tells whose prompts and how many rows the steps computed meanwhile. A diamond is a request's first text, a
     cross one that failed. Of a load with more than 6,000 spans those that are thinner than a pixel are joined, under the stage that
@@ -48,7 +50,7 @@ def load_timeline(load: Load) -> go.Figure:
     bars = list(_bars(load))
     stages = dict.fromkeys((*STAGES, *(bar.stage for bar in bars)))
     traces = [_stage(stage, mine, names) for stage in stages if (mine := [bar for bar in bars if bar.stage == stage])]
-    row = max(3, min(24, _ROWS_PIXELS // len(names)))
+    row = max(3, min(24, pixels // len(names)))
     first = [(number, load.begun[number] * 1e3 + run.ttft * 1e3) for number, run in enumerate(load.runs) if run is not None]
     failed = [(number, load.begun[number] * 1e3) for number in load.failures]
     size = min(8, row)
@@ -56,10 +58,12 @@ def load_timeline(load: Load) -> go.Figure:
     if failed:
         why = [said(load.failures[number]) for number, _ in failed]
         traces.append(_marks("failed", failed, names, {"symbol": "x", "size": size + 2, "color": style.FAILED}, why))
-    x = Axis(title="milliseconds since the first request arrived", until=load.seconds * 1e3 * 1.01)
+    x = Axis(title="milliseconds since the first request arrived", until=(until or load.seconds * 1.01) * 1e3)
     parts = [Panel(traces=traces, x=x, rows=names), *_lanes(load.steps, x)]
-    figure = panels(parts, height=60, row=row, gap=34, down=True, barmode="overlay", above=24)
+    figure = panels(parts, height=60, row=row, gap=34, down=True, barmode="overlay", above=10, title=title)
     figure.update_annotations(x=0, xanchor="left", font_size=12)
+    body = figure.layout.height - figure.layout.margin.t - figure.layout.margin.b
+    figure.update_layout(legend={"font": {"size": 11}, "entrywidth": 70, "y": 1 + 8 / body})  # many stages in a few lines
     return figure.update_layout(bargap=0.1 if row > 6 else 0)
 
 

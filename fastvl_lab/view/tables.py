@@ -14,7 +14,7 @@ from fastvl_lab.engine import PeerInfo, Peers
 from fastvl_lab.errors import require
 from fastvl_lab.measure.audit import Audit
 from fastvl_lab.measure.compare import Attribution, Comparison, Conversation, break_even
-from fastvl_lab.measure.load import PERCENTILES, Load, Measure
+from fastvl_lab.measure.load import MEASURES, NAMES, PERCENTILES, Load, Measure
 from fastvl_lab.measure.profile import Profile
 from fastvl_lab.measure.recipes import STOCK
 from fastvl_lab.measure.samples import Interval, Samples, StageSample, gains
@@ -298,6 +298,27 @@ def load_frame(loads: Mapping[str, Load]) -> Any:
     return made.loc[:, (made != "–").any()]
 
 
+def load_percentile_frame(loads: Mapping[str, Load]) -> Any:
+    """One line a measure and load: percentiles in ms (95% CI), but of the whole answer; what no load has a time of is left out."""
+    known = [of for of in MEASURES if of != "end_to_end" and any(load.values(of) for load in loads.values())]
+    first = next(iter(loads))
+
+    def percentile(percent: int) -> Callable[[tuple[Measure, str]], object]:
+        def cell(line: tuple[Measure, str]) -> str | None:
+            found = loads[line[1]].percentile(line[0], percent)
+            return found and _interval(*found.ms, ".1f" if found.ms.median < 100 else ".0f")
+
+        return cell
+
+    columns: dict[str, Callable[[tuple[Measure, str]], object]] = {
+        "ms (95% CI)": lambda line: NAMES[line[0]] if line[1] == first else "",
+        "of": lambda line: line[1],
+    }
+    return frame(
+        [(of, label) for of in known for label in loads], columns | {f"p{percent}": percentile(percent) for percent in PERCENTILES}
+    )
+
+
 # One stage alone
 
 
@@ -349,7 +370,42 @@ def operation_frame(ways: Mapping[str, Profile]) -> Any:
     return frame(ways, columns)
 
 
+def called_frame(seen: Profile) -> Any:
+    """One line a stage, lane and operation, those that took longest first: how often, and the sum of ms."""
+    spent: dict[tuple[str, Lane, str], list[float]] = {}
+    for one in seen.operations:
+        spent.setdefault((one.stage, one.lane, one.name), []).append((one.end_us - one.start_us) / 1e3)
+    columns: dict[str, Callable[[tuple[tuple[str, Lane, str], list[float]]], object]] = {
+        "stage": lambda item: item[0][0] or None,
+        "lane": lambda item: item[0][1],
+        "operation": lambda item: item[0][2],
+        "times": lambda item: len(item[1]),
+        "ms": lambda item: f"{sum(item[1]):.3f}",
+    }
+    return frame(sorted(spent.items(), key=lambda item: -sum(item[1])), columns)
+
+
 # What captures cost
+
+
+# Inputs whose length says for what a program was made: the last part of their name in `Capture.shape` -> what is counted, and
+# along which axis.
+_COUNTED = {
+    "patches": ("patches", 0),
+    "input_ids": ("prompt tokens", 0),
+    "hidden": ("prompt tokens", 0),
+    "visual_index": ("visual tokens", 0),
+    "slot_of": ("keys", -1),
+}
+
+
+def _sizes(shape: str) -> str:
+    """What a program was made for, in words; its inputs as they are where none of them is known."""
+    counts = {}
+    for name, lengths in (one.rsplit(" ", 1) for one in shape.split(", ") if " " in one):
+        if (known := _COUNTED.get(name.rpartition(".")[2])) is not None:
+            counts[known[0]] = lengths.split("x")[known[1]]
+    return ", ".join(f"{int(n):,} {what}" for what, n in counts.items()) or shape
 
 
 def capture_frame(runs: Mapping[str, Run]) -> Any:
@@ -358,7 +414,7 @@ def capture_frame(runs: Mapping[str, Run]) -> Any:
         "executed": lambda row: row[0],
         "stage": lambda row: row[2].stage,
         "how": lambda row: row[2].how,
-        "made for": lambda row: row[2].shape,
+        "made for": lambda row: _sizes(row[2].shape),
         "seconds": lambda row: f"{row[2].seconds:.2f}",
         "MB held": lambda row: f"{row[2].n_bytes / 1e6:.1f}",
         "run": lambda row: f"{row[1].kind}, TTFT {row[1].ttft * 1e3:.0f} ms",

@@ -141,6 +141,7 @@ def page_of_its_own(tmp_path: Path) -> Iterator[Callable[..., str]]:
     yield start
     for server in servers:
         server.terminate()
+    for server in servers:
         server.wait(20)
 
 

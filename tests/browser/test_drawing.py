@@ -5,20 +5,20 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
 import pytest
 from plotly.offline import get_plotlyjs
 
 import fastvl_lab.view.workbench
 from fastvl_lab import Lab, Recipe, Request, photo
+from fastvl_lab.measure.profile import Operation, Profile
 from fastvl_lab.trace import Span
 from fastvl_lab.view.workbench import messages, showing
 from fastvl_lab.view.workbench.controls import controls
 from fastvl_lab.view.workbench.session import Picture, Question, Result
 from fastvl_lab.view.workbench.views import views
-
-pytestmark = pytest.mark.alone
 
 FILES = Path(fastvl_lab.view.workbench.__file__).parent
 # A model as anywidget has it, with the records as they are.
@@ -117,8 +117,22 @@ def records(labs: dict[str, Lab]) -> dict[str, Any]:
             view="tokens over time",
             about="tokens over time of 2",
             figure=drawn.to_json(),
+            more=(drawn.to_json(),),
             columns=tuple(frame.columns),
             rows=tuple(tuple(map(str, row)) for row in frame.itertuples(index=False)),
+        ),
+        "loaded": messages.Loaded(
+            at_once="8",
+            rate="",
+            n="32",
+            against="nothing",
+            others=(
+                messages.Rival(text="nothing", about="this recipe alone"),
+                messages.Rival(text="the run before", about="", unmet="there is none"),
+            ),
+            said=("this recipe: 100.0 tokens a second",),
+            columns=("ms (95% CI)", "of", "p50"),
+            rows=(("TTFT", "this recipe", "10.0"),),
         ),
         "history": tuple(showing.row(result, None, pinned=False, note="") for result in (first, second)),
         "earlier": messages.Earlier(rows=tuple(earlier)),
@@ -237,6 +251,11 @@ def test_axe_finds_no_serious_barrier_whatever_the_page_shows(
     page.evaluate("(library) => window.hear({ kind: 'plotly' }, library)", get_plotlyjs())
     page.wait_for_selector(".fl-plot .scatterlayer .point")
     found["a view by plotly"] = barriers(".fl-bench")
+    page.evaluate(tell, ["shown", result | {"view": "load"}])
+    page.evaluate(tell, ["figure", records["figure"] | {"view": "load", "about": f"load of {result['number']}"}])
+    page.wait_for_selector(".fl-load table")
+    assert page.locator(".fl-plot .js-plotly-plot").count() == 2
+    found["a load"] = barriers(".fl-bench")
     page.set_viewport_size({"width": 600, "height": 800})
     page.wait_for_selector(".fl-narrow")
     found["a narrow page"] = barriers(".fl-bench")
@@ -298,6 +317,64 @@ def test_a_start_shows_how_far_it_is_and_can_be_stopped(page: Any, show: Callabl
     page.evaluate("(live) => window.tell('live', live)", messages.to_json(failed))
     assert "no such model" in page.get_by_role("alert").inner_text()
     assert stop.is_disabled()
+
+
+def test_a_stage_opens_down_to_its_operations(page: Any, show: Callable[..., Any], records: dict[str, Any]) -> None:
+    def part(name: str, stage: str, start: float, end: float) -> Operation:
+        return Operation(name=name, lane="host", stage=stage, start_us=start, end_us=end)
+
+    seen = Profile(
+        stages=(part("vit", "", 0, 5000), part("prefill", "", 5000, 9000)),
+        layers=(part("vit.block.0", "vit", 1000, 2000), part("language.layer.0", "prefill", 6000, 7000)),
+        operations=(part("aten::linear", "vit", 1100, 1900), part("aten::roll", "prefill", 6100, 6200)),
+    )
+    drawn, frame = views()["operations"].draw(cast("Result", SimpleNamespace(profile=seen)), None)
+    assert list(frame["operation"]) == ["aten::linear", "aten::roll"]
+    shown = show()["shown"]
+    page.evaluate("(library) => window.hear({ kind: 'plotly' }, library)", get_plotlyjs())
+    for stage, view in (("vit", "ViT blocks"), ("preprocess", "operations")):
+        page.locator(f".fl-stage[data-stage='{stage}']").click()
+        assert page.evaluate("window.sent.at(-1)") == {"kind": "Look", "view": view}
+    tell = "([name, record]) => window.tell(name, record)"
+    page.evaluate(tell, ["shown", shown | {"view": "operations"}])
+    figure = records["figure"] | {"view": "operations", "about": f"operations of {shown['number']}", "figure": drawn.to_json()}
+    page.evaluate(tell, ["figure", figure | {"more": []}])
+    crumbs, parts = page.locator(".fl-crumbs"), page.get_by_label("operations of")
+    at = "() => document.querySelector('.fl-plot .js-plotly-plot')._fullLayout.xaxis.range"
+    for name, said, range_ in (
+        ("vit.block.0", "waterfall › vit › ViT blocks › vit.block.0 › operations", [1, 2]),
+        ("language.layer.0", "waterfall › prefill › decoder layers › language.layer.0 › operations", [6, 7]),
+        ("vit", "waterfall › vit › operations", [0, 5]),
+    ):
+        parts.select_option(name)
+        page.wait_for_function(f"(expected) => JSON.stringify(({at})()) === JSON.stringify(expected)", arg=range_)
+        assert crumbs.inner_text().startswith(said)
+        assert parts.input_value() == name
+    crumbs.get_by_role("button", name="waterfall").click()
+    assert page.evaluate("window.sent.at(-1)") == {"kind": "Look", "view": "waterfall"}
+
+
+def test_a_load_says_how_it_arrives_and_what_it_cannot_be_held_against(page: Any, show: Callable[..., Any]) -> None:
+    records = show()
+    page.evaluate("([shown]) => window.tell('shown', shown)", [records["shown"] | {"view": "load"}])
+    sent = "window.sent.filter(({ kind }) => kind === 'Send')"
+    how, rate, go = page.get_by_label("how requests arrive"), page.get_by_label("requests a second"), page.locator(".fl-send")
+    assert rate.is_hidden()
+    assert [one.is_disabled() for one in page.get_by_label("held against").locator("option").all()] == [False, True]
+    go.click()
+    how.select_option("at a rate")
+    page.keyboard.type("2.5")  # it has the focus
+    page.keyboard.press("Enter")
+    asked = {"kind": "Send", "n": "32", "against": "nothing"}
+    assert page.evaluate(sent) == [asked | {"at_once": "8", "rate": ""}, asked | {"at_once": "", "rate": "2.5"}]
+    assert all(messages.from_json(wish) for wish in page.evaluate(sent))
+    page.get_by_label("requests", exact=True).fill("7")
+    page.evaluate("(loaded) => window.tell('loaded', loaded)", records["loaded"] | {"said": ["more"]})
+    assert page.get_by_label("requests", exact=True).input_value() == "7"  # what is typed stays
+    page.evaluate("(loaded) => window.tell('loaded', loaded)", records["loaded"] | {"unmet": "it needs another device"})
+    assert go.is_disabled()
+    assert page.locator(".fl-reason").inner_text() == "This cannot be put under load: it needs another device"
+    assert page.evaluate(NAMELESS) == []
 
 
 LEGEND = """() => {

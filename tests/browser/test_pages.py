@@ -8,12 +8,9 @@ from pathlib import Path
 from typing import Any
 
 import nbformat
-import pytest
 
 from fastvl_lab import SweepSettings, sweep
 from fastvl_lab.view import gpu_report, grid_report, report
-
-pytestmark = pytest.mark.alone
 
 REPOSITORY = Path(__file__).parents[2]
 

@@ -170,8 +170,9 @@ def test_answers_stay_right_when_the_caches_are_full(fresh: Lab) -> None:
         assert small.memory.paged.pool.n_used == 0
 
 
+@pytest.mark.parametrize("steps", [500, pytest.param(2000, marks=pytest.mark.nightly)])
 @pytest.mark.parametrize(("name", "kind"), [(TINY[0], "static"), (TINY[1], "paged")])
-def test_two_thousand_steps_leave_memory_as_it_was(shallow_labs: dict[str, Lab], name: str, kind: str) -> None:
+def test_many_steps_leave_memory_as_it_was(shallow_labs: dict[str, Lab], name: str, kind: str, steps: int) -> None:
     fresh = shallow_labs[name].apart()
     recipe = Recipe.parse(f"fastest, cache.kv={kind}")
     fresh.run(Request(prompt="Count.", max_new_tokens=3, ignore_eos=True), recipe)
@@ -181,9 +182,9 @@ def test_two_thousand_steps_leave_memory_as_it_was(shallow_labs: dict[str, Lab],
         return (fresh.memory.static if kind == "static" else fresh.memory.paged.store).layers[0][0].data_ptr()
 
     allocated.append(address())
-    run = fresh.run(Request(prompt="Count.", max_new_tokens=2001, ignore_eos=True), recipe)
+    run = fresh.run(Request(prompt="Count.", max_new_tokens=steps + 1, ignore_eos=True), recipe)
     allocated.append(address())
-    assert len(run.tokens) == 2001
+    assert len(run.tokens) == steps + 1
     assert fresh.memory.n_bytes == held
     assert allocated[0] == allocated[1]
     if kind == "paged":

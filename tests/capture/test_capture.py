@@ -20,6 +20,7 @@ from fastvl_lab.capture.compiled import Compiled
 from fastvl_lab.capture.execute import Capture
 from fastvl_lab.capture.graphs import Graphs, GraphStore, Recording
 from fastvl_lab.capture.shapes import keys_of_a_step, size_of
+from fastvl_lab.checkpoint import tiny
 from fastvl_lab.decoder.steps import merge
 from fastvl_lab.errors import CaptureError, RecipeError, RequestError
 from fastvl_lab.inputs import tensors
@@ -35,6 +36,15 @@ OFF = Tracer(CPU, "off")
 SIZES = [(56, 56), (168, 140), (140, 168), (84, 300), (300, 84), (224, 224), (448, 336), (336, 448), (28, 28), (500, 333)]
 SIZES += [(112, 112), (640, 480)]
 PADDINGS = ("multiples_of_64", "multiples_of_256", "powers_of_two")
+QWEN2_5, QWEN3 = tiny.NAMES
+
+
+def by_night(*values: object) -> Any:
+    return pytest.param(*values, marks=pytest.mark.nightly)
+
+
+# What does not depend on the family: by night of the other one too.
+ONE_FAMILY = pytest.mark.parametrize("shallow", [QWEN2_5, by_night(QWEN3)], indirect=True)
 
 
 class PlayedRecorder:
@@ -137,13 +147,13 @@ def test_padded_visual_tokens_are_the_same_at_every_edge(lab: Lab, padding: str)
 @pytest.mark.parametrize("kv", ["static", "paged"])
 @pytest.mark.parametrize("padding", PADDINGS)
 @torch.inference_mode()
-def test_padded_prompts_and_steps_are_the_same_at_every_edge(lab: Lab, padding: str, kv: str) -> None:
+def test_padded_prompts_and_steps_are_the_same_at_every_edge(shallow: Lab, padding: str, kv: str) -> None:
     """Logits of prompts and of steps across an edge, with visual tokens and without; the store holds the tokens and no padding."""
-    pipelines, size = _pair(lab, padding, f", cache.kv={kv}"), size_of(padding)
+    pipelines, size = _pair(shallow, padding, f", cache.kv={kv}"), size_of(padding)
     assert size is not None
     for n in (size(1) - 2, size(1) - 1, size(1), size(1) + 1, 2 * size(1)):
         for n_visual in (0, 9):
-            prompt, vision = _prompt(lab, n, n_visual)
+            prompt, vision = _prompt(shallow, n, n_visual)
             logits, stores = [], []
             for pipeline in pipelines:
                 place = pipeline.cache.admit(prompt, 8, tuple)
@@ -293,6 +303,7 @@ def test_a_request_of_another_image_does_not_see_what_was_replayed_before(played
     assert [len(run.captures) > 0 for run in runs] == [True, False, False]
 
 
+@ONE_FAMILY
 def test_many_shapes_stay_within_the_budget(played: Lab) -> None:
     """60 requests of 20 shapes in a room for a few graphs, by number and by bytes; what has no room is counted."""
     recipe = Recipe.parse(f"fastest, {GRAPHS['single']}")
@@ -459,7 +470,18 @@ def short_session(played: Lab) -> Lab:
     return played
 
 
-@pytest.mark.parametrize(("shapes", "kv"), [("exact", "static"), ("multiples_of_64", "paged"), ("powers_of_two", "static")])
+@pytest.mark.parametrize(
+    ("shallow", "shapes", "kv"),
+    [
+        (QWEN2_5, "exact", "static"),
+        (QWEN3, "multiples_of_64", "paged"),
+        (QWEN2_5, "powers_of_two", "static"),
+        by_night(QWEN3, "exact", "static"),
+        by_night(QWEN2_5, "multiples_of_64", "paged"),
+        by_night(QWEN3, "powers_of_two", "static"),
+    ],
+    indirect=["shallow"],
+)
 def test_no_answer_records_in_its_middle_after_a_warm_up(short_session: Lab, shapes: str, kv: str) -> None:
     """600 tokens, whose steps read up to 1,024 keys, after a warm-up by two tokens; the largest width is made first."""
     lab = short_session
@@ -480,6 +502,7 @@ def test_no_answer_records_in_its_middle_after_a_warm_up(short_session: Lab, sha
     assert lab.warm_up(recipe, [_request(None, n=2)], progress=False) == ()
 
 
+@ONE_FAMILY
 def test_a_compiled_step_needs_the_least_and_the_most_keys_alone(
     short_session: Lab, monkeypatch: pytest.MonkeyPatch, without_inductor: None
 ) -> None:
@@ -498,7 +521,16 @@ def test_widths_that_are_too_many_for_the_store_leave_half_of_its_places_to_othe
     assert [capture.shape.rpartition("slot_of 1x")[2].partition(",")[0] for capture in made] == ["320", "256", "192", "128", "64"]
 
 
-@pytest.mark.parametrize("choices", ["cache.kv=paged", "capture.decode=graph"])
+@pytest.mark.parametrize(
+    ("shallow", "choices"),
+    [
+        (QWEN3, "cache.kv=paged"),
+        (QWEN2_5, "capture.decode=graph"),
+        by_night(QWEN2_5, "cache.kv=paged"),
+        by_night(QWEN3, "capture.decode=graph"),
+    ],
+    indirect=["shallow"],
+)
 def test_a_warm_up_leaves_no_launch_of_a_decode_step_to_be_tuned(
     played: Lab, choices: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from covering import covering
 
 from fastvl_lab import CheckpointError, Lab, Recipe, RecipeError, toggles
 from fastvl_lab.cache import together
@@ -135,13 +136,17 @@ GEOMETRIES = [
 ]
 
 
+@pytest.mark.parametrize("every", [False, pytest.param(True, marks=pytest.mark.nightly)], ids=["pairs", "every"])
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize(("name", "changes"), GEOMETRIES)
 @torch.inference_mode()
-def test_every_combination_of_options_equals_the_stock_decoder(
-    other_checkpoint: Callable[..., Checkpoint], name: str, changes: dict, kind: str
+def test_combinations_of_options_equal_the_stock_decoder(
+    other_checkpoint: Callable[..., Checkpoint], name: str, changes: dict, kind: str, every: bool
 ) -> None:
-    """Random M-RoPE positions, visual tokens in the prompt, DeepStack where the family has it; then tokens on top."""
+    """Random M-RoPE positions, visual tokens in the prompt, DeepStack where the family has it; then tokens on top.
+
+    Every two options that go together, and every combination by night.
+    """
     checkpoint, tokens = other_checkpoint(name, **changes), (7, 250, 31)
     prompt, vision = _prompt(40), _vision(checkpoint, 3)
     expected, weights = _stock(checkpoint, prompt, vision, tokens), decoder_weights(checkpoint)
@@ -149,7 +154,7 @@ def test_every_combination_of_options_equals_the_stock_decoder(
     packed = _attention(weights=["packed"], prefill=["sdpa"], norms=["eager"], rope=["rolled"])  # meets `projections` alone
     combinations = [*_attention(weights=["plain"], **given), *packed]
     assert len(combinations) >= 16
-    for slot in combinations:
+    for slot in combinations if every else [Attention(**row) for row in covering([dataclasses.asdict(s) for s in combinations])]:
         ours = _ours(bind_decoder(slot, weights), _Kv(kind, checkpoint), prompt, vision, tokens)
         for step, (one, other) in enumerate(zip(ours, expected, strict=True)):
             assert (one - other).abs().max() < 1e-4, (slot, step)
@@ -196,16 +201,23 @@ PACKED = [
 ]
 
 
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("slot", PACKED, ids=["eager", "fast", "triton"])
-@pytest.mark.parametrize("name", ["tiny-qwen2.5-vl", "tiny-qwen3-vl"])
+def _packed_cases() -> Iterator[Any]:
+    """Every slot and kind of cache in both families; of Triton's, which take its interpreter seconds, by day a kind a family."""
+    slots = dict(zip(("eager", "fast", "triton"), PACKED, strict=True))
+    for name, (label, slot), kind in itertools.product(("tiny-qwen2.5-vl", "tiny-qwen3-vl"), slots.items(), KINDS):
+        by_day = label != "triton" or (name, kind) in (("tiny-qwen2.5-vl", "static"), ("tiny-qwen3-vl", "paged"))
+        if label != "triton" or kind != "concat":  # Triton's kernels read slots
+            yield pytest.param(name, slot, kind, marks=() if by_day else pytest.mark.nightly, id=f"{name}-{label}-{kind}")
+
+
+@pytest.mark.parametrize(("name", "slot", "kind"), list(_packed_cases()))
 @torch.inference_mode()
 def test_packed_sequences_do_not_see_each_other(
     other_checkpoint: Callable[..., Checkpoint], name: str, slot: Attention, kind: str
 ) -> None:
     """Three prompts at once, then another piece of each on top, then steps of all three, against each alone."""
-    if slot.prefill == "triton" and (kind == "concat" or torch.cuda.is_available()):
-        pytest.skip("the kernels read slots" if kind == "concat" else "runs the kernels in Triton's interpreter")
+    if slot.prefill == "triton" and torch.cuda.is_available():
+        pytest.skip("runs the kernels in Triton's interpreter")
     checkpoint = other_checkpoint(name, num_hidden_layers=2)
     decoder, lengths = bind_decoder(slot, decoder_weights(checkpoint)), (5, 9, 1)
     wholes = [_prompt(n + 6, seed=n, visual=()) for n in lengths]

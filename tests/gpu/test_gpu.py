@@ -8,10 +8,11 @@ import threading
 import pytest
 import torch
 
-from fastvl_lab import Lab, Recipe, Request, RequestCancelledError, photo, preprocessor, toggles, vit
+from fastvl_lab import Lab, Recipe, Request, RequestCancelledError, Sampling, photo, preprocessor, toggles, vit
 from fastvl_lab.capture.cuda_graphs import CudaRecorder
 from fastvl_lab.catalogue import Target
 from fastvl_lab.checkpoint import tiny
+from fastvl_lab.decoder.sampler import Sampler
 from fastvl_lab.kernels import tuned as tuned_module
 from fastvl_lab.kernels.argmax import argmax, argmax_reference
 from fastvl_lab.kernels.decode_attention import decode_attention, decode_attention_reference
@@ -431,6 +432,65 @@ def test_steps_launched_ahead_on_the_stream_make_the_same_tokens(decode: str, st
     with pytest.raises(RequestCancelledError):
         lab.run(request, recipe, on_chunk=lambda chunk: stop.set(), stop=stop)
     assert lab.run(request, recipe).tokens == lab.run(request, plain).tokens
+
+
+SAMPLINGS = {
+    "draws": Sampling(temperature=0.9, top_p=0.9, seed=3, logprobs=True, top_logprobs=3),
+    "all": Sampling(
+        temperature=1.2,
+        top_p=0.95,
+        top_k=50,
+        min_p=0.01,
+        repetition_penalty=1.2,
+        frequency_penalty=0.5,
+        presence_penalty=0.2,
+        logit_bias={7: 3.0},
+        seed=4,
+        min_tokens=40,
+    ),
+    "penalties": Sampling(repetition_penalty=1.3),
+}
+
+
+@pytest.mark.parametrize("sampling", SAMPLINGS)
+def test_sampled_tokens_are_the_same_in_graphs_rounds_and_steps_that_are_shared(sampling: str) -> None:
+    """And those that Transformers draws on this device, from the same seed."""
+    lab = Lab("tiny-qwen3-vl", device="cuda", dtype="float32")
+    request = Request(
+        images=[photo("coffee", (168, 140))], prompt="What?", max_new_tokens=50, ignore_eos=True, sampling=SAMPLINGS[sampling]
+    )
+    plain = Recipe.parse("fastest, capture.decode=eager", lab.device)
+    ways = [
+        plain.replace("capture.decode", "graph"),
+        plain.replace({"streaming.steps_per_round": 16, "streaming.gate": "round"}),
+        plain.replace({"capture.decode": "graph", "streaming.steps_per_round": 2}),
+        plain.choose("cache.kv", "paged").replace("schedule.batching", "continuous"),
+    ]
+    expected = lab.run(request, plain)
+    told = [one for chunk in expected.chunks for one in chunk.logprobs]
+    for recipe in ways:
+        run = lab.run(request, recipe)
+        assert run.tokens == expected.tokens, recipe
+        for one, other in zip([one for chunk in run.chunks for one in chunk.logprobs], told, strict=True):
+            assert one.token == other.token
+            assert abs(one.logprob - other.logprob) < 1e-3
+    theirs = dataclasses.replace(request, sampling=dataclasses.replace(SAMPLINGS[sampling], logprobs=False, top_logprobs=0))
+    assert lab.run(theirs, "transformers").tokens == expected.tokens
+
+
+@pytest.mark.parametrize("sampling", SAMPLINGS)
+def test_no_choice_of_a_token_waits_for_the_device(sampling: str) -> None:
+    """After the first, which uploads biases: so that steps can be launched ahead."""
+    prompt = torch.arange(100, device="cuda")
+    sampler = Sampler(SAMPLINGS[sampling], prompt, most=8, ends=(1, 2))
+    logits = _randn(1, 1000, dtype=torch.float32)
+    sampler(logits)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        tokens = [sampler(logits) for _ in range(7)]
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert all(0 <= int(token) < 1000 for token in tokens)
 
 
 @pytest.mark.parametrize("stage", ["vit", "prefill", "decode"])

@@ -11,6 +11,7 @@ from typing import Any
 import pandas
 import pytest
 
+import fastvl_lab as fl
 from fastvl_lab import Lab, Request, compare
 from fastvl_lab.grid.__main__ import described, main
 from fastvl_lab.grid.merge import GridResult, Merger
@@ -84,6 +85,16 @@ def test_every_row_says_where_it_was_measured_and_what_all_share_is_said_once(
     assert [host.label for host in result.hosts] == ["one (H, GPU-1)", "two (H, GPU-2)"]
 
 
+def test_a_grid_lasts_as_other_results_do(merged: Callable[..., GridResult], tmp_path: Path) -> None:
+    result = merged(({}, FAST), ({"host": "two", "card_id": "GPU-2"}, SLOW))
+    opened = fl.open(result.save(tmp_path / "kept"))
+    assert isinstance(opened, GridResult)
+    assert json.dumps(opened.to_record()) == json.dumps(result.to_record())
+    assert opened.hosts == result.hosts
+    assert opened.findings() == result.findings()
+    assert [row["host"] for row in opened.samples()] == [row["host"] for row in result.samples()]
+
+
 def test_a_host_that_is_slower_in_the_reference_by_more_than_its_interval_is_named(merged: Callable[..., GridResult]) -> None:
     other = {"host": "two", "card_id": "GPU-2"}
     result = merged(({}, FAST), (other, SLOW), ({}, FAST), ({"host": "three", "card": "A"}, SLOW))
@@ -118,7 +129,7 @@ def test_what_should_be_the_same_everywhere_and_who_else_was_on_a_card_is_named(
 def test_what_is_written_can_be_read_and_names_every_cell(merged: Callable[..., GridResult], grid: Plan) -> None:
     result = merged(({}, FAST), ({"host": "two"}, FAST))
     folder = Path(grid.settings.output_dir)
-    assert {path.name for path in result.write()} == {"results.parquet", "result.json", "report.html"}
+    assert {"results.parquet", "result.json", "report.html", "record.json"} <= {path.name for path in result.write()}
     frame = pandas.read_parquet(folder / "results.parquet")
     assert set(frame.host) == {"one", "two"}
     document = json.loads((folder / "result.json").read_text())

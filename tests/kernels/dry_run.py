@@ -1,6 +1,6 @@
 """Serves requests on the host as a GPU would be asked to, and prints as JSON which Triton kernels each had to compile.
 
-    python tests/kernels/dry_run.py CHECKPOINT [SLOT.TOGGLE=OPTION...]
+    PYTHONPATH=tests python tests/kernels/dry_run.py CHECKPOINT [SLOT.TOGGLE=OPTION...]
 
 Every kernel that a request comes to is compiled for a GPU that need not be there, and not launched: what it would write is zero.
 All else is done, so shapes, strides and addresses are those of real requests. What a compiled stage is to torch.compile is read by
@@ -17,10 +17,11 @@ from typing import Any
 import torch
 import torch._inductor.compile_fx as inductor
 from native import compile_only
+from shallow import shallow_lab
 from torch.utils import _triton
 from triton.runtime.jit import JITFunction
 
-from fastvl_lab import Lab, Recipe, Request, photo
+from fastvl_lab import Recipe, Request, photo
 from fastvl_lab.catalogue import Needs
 from fastvl_lab.measure.recipes import changed, fused
 
@@ -59,8 +60,9 @@ def _zero(tensor: torch.Tensor) -> torch.Tensor:
 def main(checkpoint: str, choices: list[str]) -> list[dict[str, Any]]:
     """Of each request: its image sizes, the kernels it compiled, and the stages that torch.compile compiled for it."""
     fresh = pretend()
-    lab = Lab(checkpoint, device="cpu", dtype="bfloat16")
+    lab = shallow_lab(checkpoint, device="cpu", dtype="bfloat16")
     changes = {"preprocessor.upload": "pageable", "preprocessor.patchify": "triton"}
+    changes |= {"vit.weights": "plain", "attention.weights": "plain"}  # packed ones are a CPU's alone
     changes |= dict(choice.split("=") for choice in choices)
     recipe = changed(fused(Recipe.fastest("cpu"), "triton"), changes)
     found = []

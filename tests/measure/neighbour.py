@@ -1,6 +1,7 @@
 """A server that answers as an OpenAI-compatible engine does, and keeps every core busy for a while after each answer.
 
 As vLLM for CPUs does, whose workers spin. `python neighbour.py SECONDS` prints its port; it ends with its standard input.
+`python neighbour.py SECONDS asleep` sleeps for as long before its answer's end instead.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ import threading
 import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
-SECONDS = float(sys.argv[1])
+SECONDS, ASLEEP = float(sys.argv[1]), "asleep" in sys.argv[2:]
 
 
 def burn() -> None:
@@ -38,8 +39,11 @@ class Handler(BaseHTTPRequestHandler):
             self._say({"choices": [{"index": 0, "delta": {"content": f"{number} "}}]})
         usage = {"prompt_tokens": 9, "completion_tokens": 4, "prompt_tokens_details": {"cached_tokens": 0}}
         self._say({"choices": [], "usage": usage})
+        if ASLEEP:
+            time.sleep(SECONDS)
         self.wfile.write(b"data: [DONE]\n\n")
-        burn()
+        if not ASLEEP:
+            burn()
 
     def _say(self, event: object) -> None:
         self.wfile.write(f"data: {json.dumps(event)}\n\n".encode())

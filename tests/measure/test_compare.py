@@ -7,7 +7,7 @@ import dataclasses
 import numpy as np
 import pytest
 
-from fastvl_lab import Comparison, Lab, RecipeError, Request, RequestError, Run, compare
+from fastvl_lab import Comparison, Lab, RecipeError, Request, RequestError, Run, Sampling, compare
 from fastvl_lab.measure.parity import Parity
 from fastvl_lab.measure.samples import RunSample
 from fastvl_lab.peer.transformers import TransformersPeer
@@ -238,3 +238,17 @@ def test_a_check_that_was_made_before_is_not_made_again(labs: dict[str, Lab], mo
     assert (comparison.checks["right"], comparison.checks["red"]) == (known["right"], known["red"])
     assert comparison.speedup("right") is not None
     assert comparison.speedup("red") is comparison.saving("red", "stock") is None
+
+
+def test_a_request_that_samples_is_not_compared(labs: dict[str, Lab]) -> None:
+    """Before anything has run: its tokens are held to nobody's."""
+    for sampling, what in (
+        (Sampling(temperature=0.7, seed=1), "draws its tokens"),
+        (Sampling(logit_bias={5: 1}), "by changed logits"),
+    ):
+        with pytest.raises(RequestError, match=what):
+            compare(labs["tiny-qwen3-vl"], Request(prompt="Hi", sampling=sampling), {"a": "fastest"}, keep_going=True)
+    stopped = Request(prompt="Hi", max_new_tokens=4, sampling=Sampling(stop="no such text"))
+    assert compare(labs["tiny-qwen3-vl"], stopped, {"stock": "transformers", "ours": "fastest"}, repeats=1, warm_up=0).parity(
+        "ours"
+    )

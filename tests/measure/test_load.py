@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from fastvl_lab import FastvlError, Lab, Request, RequestCancelledError, RequestError, load, photo
+from fastvl_lab import FastvlError, Lab, Request, RequestCancelledError, RequestError, Sampling, load, photo
 from fastvl_lab.measure.load import Load, findings, quantile_interval, varied
 from fastvl_lab.preprocessor.decode_image import rgb_of
 from fastvl_lab.run import Run
@@ -48,6 +48,16 @@ def test_each_request_has_a_run_of_its_own_with_the_tokens_that_it_has_alone(tin
     assert made.seconds == pytest.approx(max(ends), abs=0.05)
     shared = [step for step in made.steps if len(step.decoded) > 1]
     assert bool(shared) == ("continuous" in engine)
+
+
+def test_a_seed_makes_the_same_text_alone_and_under_load(tiny: Lab) -> None:
+    sampling = Sampling(temperature=0.9, top_p=0.95, seed=11)
+    request = Request(images=[photo("coffee", (84, 56))], prompt="Hi", max_new_tokens=6, ignore_eos=True, sampling=sampling)
+    made = load(tiny, request, TOGETHER, concurrency=3, n=4)
+    assert [run.text for run in made.finished] == [tiny.run(varied(request, n), "fastest").text for n in range(4)]
+    assert max(len(step.decoded) for step in made.steps) == 3
+    greedy = dataclasses.replace(request, sampling=Sampling())
+    assert made.finished[0].tokens != tiny.run(greedy, "fastest").tokens
 
 
 def test_pictures_differ_from_request_to_request(tiny: Lab) -> None:
@@ -123,6 +133,8 @@ def test_an_interval_of_a_percentile_holds_it_as_often_as_it_says() -> None:
         ]
         assert 0.93 <= np.mean(held) <= 0.995, (quantile, np.mean(held))
     assert all(math.isnan(end) for end in quantile_interval([1.0] * 20, 0.99)[1:])
+    median, low, high = quantile_interval(range(5_001), 0.5)  # as many as a load has gaps
+    assert (median, 2500 - low, high - 2500) == (2500, pytest.approx(70, abs=2), pytest.approx(70, abs=2))
 
 
 def test_it_is_written_and_read_back(tiny: Lab) -> None:

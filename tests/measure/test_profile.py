@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
 
 from fastvl_lab import Lab, Request
@@ -35,6 +37,20 @@ def test_what_operations_call_is_not_counted_again(seen: Profile) -> None:
     assert 0 < seen.covered("host") < seen.seconds
     assert seen.number("host") == len(seen.operations)
     assert seen.number("device") == seen.covered("device") == 0
+
+
+def test_blocks_and_layers_are_watched_too_and_it_is_written_and_read_back(labs: dict[str, Lab], picture: bytes) -> None:
+    asked = Request(images=[picture], prompt="What?", max_new_tokens=2, ignore_eos=True)
+    seen = profile_request(labs["tiny-qwen2.5-vl"], asked, "fastest", trace="layers")
+    inside = {layer.name: layer.stage for layer in seen.layers}
+    assert inside["vit.block.0"] == "vit"
+    assert inside["language.layer.0"] in ("prefill", "decode")
+    block = next(layer for layer in seen.layers if layer.name == "vit.block.1")
+    mine = [one for one in seen.operations if block.start_us <= one.start_us <= one.end_us <= block.end_us]
+    assert len(mine) > 5
+    assert {one.stage for one in mine} == {"vit"}
+    again = Profile.from_record(json.loads(json.dumps(seen.to_record())))
+    assert vars(again) == vars(seen)
 
 
 def test_one_step_is_cut_out(seen: Profile) -> None:

@@ -416,44 +416,52 @@ def test_chats_and_stages_are_watched_as_well(
 
 
 @pytest.fixture
-def neighbour() -> Iterator[str]:
-    """The address of a server on this machine that burns every core for a second after each answer."""
-    script = str(Path(__file__).with_name("neighbour.py"))
-    server = subprocess.Popen([sys.executable, script, "1"], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
-    assert server.stdout is not None
-    yield f"http://127.0.0.1:{server.stdout.readline().strip()}/v1"
-    server.communicate(timeout=10)
+def neighbours() -> Iterator[dict[str, str]]:
+    """The addresses of two servers on this machine: one burns every core for a second after each answer, one sleeps for as long."""
+    command, servers = [sys.executable, str(Path(__file__).with_name("neighbour.py")), "1"], {}
+    for name, more in (("busy", []), ("asleep", ["asleep"])):
+        servers[name] = subprocess.Popen([*command, *more], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    yield {name: f"http://127.0.0.1:{server.stdout.readline().strip()}/v1" for name, server in servers.items()}  # type: ignore[union-attr]
+    for server in servers.values():
+        server.communicate(timeout=10)
 
 
 @pytest.mark.alone
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
-def test_a_neighbour_that_does_not_sleep_is_waited_for(neighbour: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Every engine's TTFT beside it is within a tenth of its TTFT alone; without waiting it is several times that."""
+def test_a_neighbour_that_does_not_sleep_is_waited_for(neighbours: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every engine's TTFT beside it is within a tenth of its TTFT beside one that sleeps; without waiting it is several times that.
+
+    Beside one that sleeps for as long, not alone: after a second without work a run takes longer, whoever had the cores meanwhile.
+    """
     monkeypatch.delenv(quiet.VARIABLE)
     lab = Lab("tiny-qwen2.5-vl", device="cpu", dtype="float32")
     request = Request(images=[photo("coffee", (448, 448))], prompt="What is this?", max_new_tokens=4, ignore_eos=True)
     own: dict[str, str] = {"transformers": "transformers", "fastest": "fastest"}
-    alone, beside = {name: [] for name in own}, {name: [] for name in own}
+    asleep: dict[str, list[float]] = {name: [] for name in own}
+    ratios: dict[str, list[float]] = {name: [] for name in own}
     for attempt in range(4):  # what one has too little of the next adds to
-        for _ in range(3):  # interleaved: a machine may be slower for a while
-            for engines, kept in ((own, alone), (own | {"neighbour": neighbour}, beside)):
-                found = compare(lab, request, engines, repeats=3, warm_up=1)
-                for name in own:
-                    kept[name] += [run.ttft for run in found.runs(name)]
-        assert all(alone.values()), "the machine was never quiet"
-        assert all(beside.values()), "its neighbour was never quiet"
-        apart = {name: median(beside[name]) / median(alone[name]) for name in own}
-        print(f"attempt {attempt}: beside it / alone {apart}, of {[len(beside[name]) for name in own]} runs")
+        for number in range(3):
+            found = {}
+            for which in list(neighbours)[:: (-1) ** number]:  # in turns, and paired: a machine may be slower for a while
+                found[which] = compare(lab, request, own | {"neighbour": neighbours[which]}, repeats=2, warm_up=1)
+            for name in own:
+                busy, quiet_ = ([run.ttft for run in found[which].runs(name)] for which in ("busy", "asleep"))
+                asleep[name] += quiet_
+                if busy and quiet_:
+                    ratios[name].append(median(busy) / median(quiet_))
+        assert all(ratios.values()), "the machine, or the neighbour, was never quiet"
+        apart = {name: median(of) for name, of in ratios.items()}
+        print(f"attempt {attempt}: beside one that burns / beside one that sleeps {apart}, of {ratios}")
         if all(abs(ratio - 1) < 0.1 for ratio in apart.values()):
             break
     assert apart == pytest.approx(dict.fromkeys(own, 1.0), abs=0.1)
 
-    hurried = compare(lab, request, own | {"neighbour": neighbour}, repeats=5, warm_up=1, quiet=Quiet(total=0.0))
+    hurried = compare(lab, request, own | {"neighbour": neighbours["busy"]}, repeats=5, warm_up=1, quiet=Quiet(total=0.0))
     mine = [sample for sample in hurried.samples if sample.engine in own and sample.round >= 0]
     assert all(sample.disturbed for sample in mine)
     assert hurried.speedup("fastest", "transformers") is None
-    slow = {name: median(s.run.ttft for s in mine if s.engine == name) / median(alone[name]) for name in own}
-    print(f"without waiting / alone {slow}")
+    slow = {name: median(s.run.ttft for s in mine if s.engine == name) / median(asleep[name]) for name in own}
+    print(f"without waiting / beside one that sleeps {slow}")
     assert min(slow.values()) > 1.5
     assert "the machine was busy: others used" in "\n".join(hurried.findings())
     assert "during the runs of neighbour is not known" in "\n".join(hurried.findings())

@@ -43,9 +43,10 @@ Rows = list[dict[str, Any]]
 
 
 @pytest.fixture(autouse=True, scope="module")
-def small() -> Iterator[None]:
-    """Small inputs, and ceilings that are not measured each time."""
+def small(quick_lab: Callable[..., Lab]) -> Iterator[None]:
+    """Small inputs and models, and ceilings that are not measured each time."""
     with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(report, "Lab", quick_lab)
         patch.setattr(Ceilings, "measure", classmethod(lambda cls, device, dtype: CEILINGS))
         patch.setattr(report, "TINY", {task: settings | SMALL[task] for task, settings in report.TINY.items()})
         yield
@@ -339,6 +340,7 @@ class _Replayed:
 
 def test_graphs_are_captured_for_each_size_before_anything_is_timed(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Recipe, "check", lambda recipe, target: None)
+    monkeypatch.setattr(report, "Lab", Lab)  # loaded with the graphs that are played
     store = GraphStore(_Replayed(), max_bytes=2**30, max_graphs=100)
     monkeypatch.setattr("fastvl_lab.lab._graph_store", lambda device, max_bytes: store)
     seen: list[int] = []

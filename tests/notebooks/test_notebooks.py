@@ -88,8 +88,13 @@ def _published(shown: list[dict[str, Any]]) -> dict[str, Any]:
 
 
 @pytest.fixture
-def run_cells(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[RunCells]:
-    """Run a notebook's cells in this process, the parameters after their cell as papermill does; what they showed comes back."""
+def run_cells(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, quick_lab: Callable[..., Lab]) -> Iterator[RunCells]:
+    """Run a notebook's cells in this process, the parameters after their cell as papermill does; what they showed comes back.
+
+    Built-in checkpoints are shallow, and loaded once.
+    """
+    for module in ("fastvl_lab", "fastvl_lab.measure.sweep", "fastvl_lab.view.workbench.session"):
+        monkeypatch.setattr(f"{module}.Lab", quick_lab)
     monkeypatch.setenv("IPYTHONDIR", str(tmp_path / "ipython"))
     monkeypatch.chdir(tmp_path)
     shell = InteractiveShell.instance(config=Config({"HistoryManager": {"enabled": False}}))
@@ -122,13 +127,14 @@ def test_a_notebook_runs_headless_and_its_result_is_consistent(path: Path, check
 
 
 @pytest.mark.parametrize("inductor", [False, pytest.param(True, marks=pytest.mark.nightly)], ids=["as read", "inductor"])
-@pytest.mark.parametrize("checkpoint", CHECKPOINTS)
+@pytest.mark.parametrize("checkpoint", [pytest.param(CHECKPOINTS[0], marks=pytest.mark.nightly), CHECKPOINTS[1]])
 def test_the_notebook_of_compiled_stages_runs_headless(
-    checkpoint: str, inductor: bool, run_cells: RunCells, shallow_labs: dict[str, Lab], monkeypatch: pytest.MonkeyPatch
+    checkpoint: str, inductor: bool, run_cells: RunCells, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Of two blocks and layers, as torch has read them: a test of capture holds what Inductor compiles to Transformers."""
-    if not inductor:
-        monkeypatch.setattr(fastvl_lab, "Lab", lambda name, **_: shallow_labs[name].apart())
+    """As torch has read them: a test of capture holds what Inductor compiles to Transformers."""
+    if inductor:
+        monkeypatch.setattr(fastvl_lab, "Lab", Lab)
+    else:
         monkeypatch.setattr("torch._inductor.compile_fx.compile_fx", lambda graph, inputs: graph)
     path = REPOSITORY / "notebooks" / "graph_capture.ipynb"
     _check(_published(run_cells(path, SMALL[path.stem] | {"checkpoint": checkpoint})))
@@ -206,10 +212,16 @@ def test_the_panels_notebook_runs_headless(tmp_path: Path) -> None:
 
 
 @pytest.mark.alone
-@pytest.mark.parametrize("checkpoint", [CHECKPOINTS[0], pytest.param(CHECKPOINTS[1], marks=pytest.mark.nightly)])
-def test_the_report_is_reproduced_named_and_cured_in_a_notebook(checkpoint: str, run_cells: RunCells) -> None:
-    """128 tokens; in process, and from outside through a server."""
-    parameters = {"checkpoint": checkpoint, "image_size": [168, 140], "repeats": 6}
+@pytest.mark.parametrize(
+    ("checkpoint", "tokens"),
+    [(CHECKPOINTS[0], 96), *(pytest.param(checkpoint, 128, marks=pytest.mark.nightly) for checkpoint in CHECKPOINTS)],
+)
+def test_the_report_is_reproduced_named_and_cured_in_a_notebook(
+    checkpoint: str, tokens: int, run_cells: RunCells, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In process, and from outside through a server, which has the whole model."""
+    monkeypatch.setattr(fastvl_lab, "Lab", Lab)
+    parameters = {"checkpoint": checkpoint, "image_size": [168, 140], "max_new_tokens": tokens, "repeats": 6}
     result = _published(run_cells(REPOSITORY / "notebooks" / "streaming.ipynb", parameters))
     _check(result)
     answers = result["answers"]
@@ -219,7 +231,7 @@ def test_the_report_is_reproduced_named_and_cured_in_a_notebook(checkpoint: str,
         assert answers[label]["ttft_share"] >= 0.9
         assert {"ttft_is_the_answer", "bursts"} <= set(answers[label]["audit"])
     for label in ("plain", "as reported, but gate=open", "plain, through HTTP"):
-        assert answers[label]["chunks"] == answers["plain"]["chunks"] > 100
+        assert answers[label]["chunks"] == answers["plain"]["chunks"] > 0.78 * tokens
         assert answers[label]["audit"] == []
     for undone in ("steps_per_round=1", "gate=open", "positions=on_device"):
         assert answers[f"as reported, but {undone}"]["ttft_share"] < 0.5

@@ -234,7 +234,6 @@ print("done", flush=True)
 """
 
 
-@pytest.mark.alone
 @pytest.mark.parametrize(
     ("when", "how"),
     [

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import socket
 import threading
 import time
@@ -14,6 +15,7 @@ import pytest
 
 from fastvl_lab import Lab
 from fastvl_lab.serve.app import create_app
+from fastvl_lab.serve.connections import uvicorn_options
 from fastvl_lab.serve.settings import Settings
 
 RECIPE = "fastest, cache.kv=paged, cache.prefix_reuse=on"
@@ -36,11 +38,12 @@ def serve(labs: dict[str, Lab]) -> Callable[..., Any]:
     @contextmanager
     def start(name: str = "tiny-qwen2.5-vl", recipe: str = RECIPE, lab: Lab | None = None, **settings: Any) -> Iterator[Server]:
         lab = (lab or labs[name]).apart()
-        app = create_app(lab, recipe, Settings(**settings))
+        limits = Settings(**settings)
+        app = create_app(lab, recipe, limits)
         with socket.socket() as listening:
             listening.bind(("127.0.0.1", 0))
             listening.listen(128)
-            server = uvicorn.Server(uvicorn.Config(app, log_level="warning"))
+            server = uvicorn.Server(uvicorn.Config(app, log_level="warning", **uvicorn_options(limits)))
             thread = threading.Thread(target=server.run, kwargs={"sockets": [listening]}, daemon=True)
             thread.start()
             deadline = time.monotonic() + 20
@@ -61,3 +64,9 @@ def serve(labs: dict[str, Lab]) -> Callable[..., Any]:
 def server(serve: Callable[..., Any]) -> Iterator[Server]:
     with serve(max_body=2_000_000, max_queue=8) as running:
         yield running
+
+
+@pytest.fixture(scope="session")
+def data_uri() -> Callable[[bytes], str]:
+    """A picture as clients send it."""
+    return lambda picture: f"data:image/jpeg;base64,{base64.b64encode(picture).decode()}"

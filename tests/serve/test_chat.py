@@ -10,30 +10,28 @@ import pytest
 from fastvl_lab import RequestError
 from fastvl_lab.request import Request
 from fastvl_lab.serve import chat
-from fastvl_lab.serve.chat import Served
+from fastvl_lab.serve.chat import Draft, Served
 from fastvl_lab.serve.settings import Settings
 
-SERVED = Served(model="m", ends=(7, 9))
+SERVED = Served(model="m", ends=(7, 9), session_len=4096)
 HI = [{"role": "user", "content": "hi"}]
 
 
 def _read(**change: Any) -> Request:
     """The request of a body, whose addresses are not fetched."""
     body = {"model": "m", "messages": HI, "max_tokens": 2} | change
-    return chat.read(json.dumps(body).encode(), SERVED, Settings()).chat({}).request
+    return _draft(body).chat({}).request
+
+
+def _draft(body: dict[str, Any], **settings: Any) -> Draft:
+    return chat.read(chat.json_object(json.dumps(body).encode()), SERVED, Settings(**settings))
 
 
 @pytest.mark.parametrize(
     ("change", "says"),
     [
-        ({"top_p": 0.9}, "top_p is 0.9"),
-        ({"temperature": 0.7, "top_k": 20}, "temperature is 0.7"),
-        ({"stop": ["\n"]}, "stop is"),
         ({"stop_token_ids": [7, 8]}, "stop_token_ids is [7, 8]"),
-        ({"min_tokens": 1}, "min_tokens is 1"),
-        ({"min_tokens": 3, "ignore_eos": True}, "min_tokens is 3"),
-        ({"repetition_penalty": 1.05}, "repetition_penalty is 1.05"),
-        ({"logit_bias": {"5": 1}}, "logit_bias is"),
+        ({"min_tokens": 3, "ignore_eos": True}, "min_tokens is 3, over max_new_tokens, 2"),
         ({"response_format": {"type": "json_object"}}, "response_format is"),
         ({"skip_special_tokens": False}, "skip_special_tokens is false"),
         ({"add_generation_prompt": False}, "add_generation_prompt is false"),
@@ -44,7 +42,9 @@ def _read(**change: Any) -> Request:
         ({"tool_choice": "required"}, "tool_choice is"),
         ({"messages": [{"role": "user", "content": None}]}, "content"),
         ({"messages": [{"role": "user", "content": ""}] * 10_001}, "over 10000 messages and parts of messages"),
-        ({"temperature": float("nan")}, "temperature is NaN"),
+        ({"temperature": float("nan")}, "temperature is nan"),
+        ({"temperature": 0.7, "typical_p": 0.9}, "typical_p is 0.9"),
+        ({"n": 1, "best_of": 2}, "best_of is 2"),
         ({"temperature": -1}, "temperature is -1"),
         ({"stop_token_ids": [7], "ignore_eos": True}, "stop_token_ids is [7]"),  # which would end it all the same
         ({"mm_processor_kwargs": [1]}, "mm_processor_kwargs must be an object"),
@@ -119,7 +119,7 @@ ANSWERED = {"refusal": None, "annotations": [], "audio": None, "function_call": 
 )
 def test_a_field_that_changes_nothing_passes(change: dict[str, Any]) -> None:
     """Nulls of all fields, the neutral values that clients send unasked, and what has no meaning where decoding is greedy."""
-    assert _read(**change).max_new_tokens == (change.get("max_tokens", 2) or 512)
+    assert _read(**change).max_new_tokens == (change.get("max_tokens", 2) or SERVED.session_len)
 
 
 def test_a_length_is_the_clients_wish_or_what_fits() -> None:
@@ -128,13 +128,13 @@ def test_a_length_is_the_clients_wish_or_what_fits() -> None:
         (3, False),
     ]
     default = _read(max_tokens=None)
-    assert (default.max_new_tokens, default.fit) == (512, True)
+    assert (default.max_new_tokens, default.fit) == (SERVED.session_len, True)
 
 
 def test_a_timeout_is_the_clients_or_the_servers() -> None:
     body = {"messages": HI, "timeout": 2.5}
-    assert chat.read(json.dumps(body).encode(), SERVED, Settings()).timeout == 2.5
-    assert chat.read(json.dumps({"messages": HI}).encode(), SERVED, Settings(timeout=7)).timeout == 7
+    assert _draft(body).asked.timeout == 2.5
+    assert _draft({"messages": HI}, timeout=7).asked.timeout == 7
 
 
 def test_what_parts_and_messages_carry_reaches_the_request() -> None:
@@ -145,8 +145,27 @@ def test_what_parts_and_messages_carry_reaches_the_request() -> None:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(chat, "Request", lambda **given: seen.update(given) or Request(prompt="?"))
         _read(messages=[{"role": "user", "content": [image], "name": "me"}, call])
-    part = {"type": "image", "image": {"url": "data:,x", "detail": "low"}, "max_pixels": 3136}
+    part = {"type": "image", "image": {"url": "data:,x", "detail": "auto"}, "max_pixels": 3136}
     assert seen["messages"] == [
         {"role": "user", "content": [part], "name": "me"},
         {"role": "assistant", "content": None, "tool_calls": [{"id": "1"}], "reasoning_content": "why"},
     ]
+
+
+def test_low_detail_is_the_size_that_openai_gives_it() -> None:
+    """Unless the part itself says how large; both places where clients write it are read."""
+    pixel = "data:image/gif;base64,R0lGODlhAQABAIAAAP///wAAACH5BAAAAAAALAAAAAABAAEAAAICRAEAOw=="
+    for part, most in (
+        ({"image_url": {"url": pixel, "detail": "low"}}, 512 * 512),
+        ({"image_url": pixel, "detail": "low"}, 512 * 512),
+        ({"image_url": {"url": pixel, "detail": "low", "max_pixels": 3136}}, 3136),
+        ({"image_url": {"url": pixel, "detail": "low"}, "max_pixels": 3136, "uuid": "a"}, 3136),
+        ({"image_url": {"url": pixel, "detail": "high"}}, None),
+    ):
+        (image,) = _read(messages=[_said("user", [{"type": "image_url", **part}])]).image_inputs
+        assert image.max_pixels == most, part
+
+
+def test_a_developer_is_who_was_the_system_before() -> None:
+    (first, _) = _read(messages=[_said("developer", "Be brief."), *HI]).conversation
+    assert first == {"role": "system", "content": "Be brief."}

@@ -180,14 +180,13 @@ def test_a_port_that_cannot_be_is_refused_before_anything_is_loaded(capsys: pyte
 @pytest.mark.parametrize(
     ("change", "status", "says"),
     [
-        (
-            {"temperature": 0.7},
-            400,
-            "temperature is 0.7; the answer is one text, made greedily and to its end, so it must be 0",
-        ),
-        ({"n": 2}, 400, "n is 2"),
+        ({"temperature": 0.7}, 200, ""),
+        ({"temperature": 2.7}, 400, "temperature is 2.7; it must be a number from 0 to 2"),
+        ({"n": 9}, 400, "n is 9; the limit is 8, as each answer takes a place in the queue"),
+        ({"n": 2, "return_trace": True}, 400, "return_trace is true and n is 2"),
+        ({"logit_bias": {"100000": 1}}, 400, "logit_bias has token 100000, and the model has"),
         ({"tools": [{"type": "function"}]}, 400, "tools is"),
-        ({"max_tokns": 5}, 400, "the field 'max_tokns' is unknown; the choices are model, messages"),
+        ({"max_tokns": 5}, 400, "the field 'max_tokns' is unknown; the choices are messages, min_pixels"),
         ({"max_tokens": 0}, 400, "max_tokens is 0"),
         ({"max_completion_tokens": 3}, 400, "max_completion_tokens is 3 and max_tokens"),
         ({"stream": "yes"}, 400, 'stream is "yes"; it must be true or false'),
@@ -314,7 +313,7 @@ def _metrics(server: Any) -> dict[str, float]:
 
 def test_what_is_not_served_is_said_as_openai_says_errors(server: Any) -> None:
     for method, path, status in (
-        ("POST", "/v1/completions", 404),
+        ("POST", "/v1/embeddings", 404),
         ("GET", "/", 404),
         ("GET", "/v1/chat/completions", 405),
         ("DELETE", f"/v1/models/{MODEL}", 405),
@@ -613,7 +612,7 @@ def test_health_tells_of_what_no_later_request_recovers_from(labs: dict[str, Lab
             patch.setattr(Pipeline, "run", _raiser(error))
             put(queued := QueuedRequest(Request(prompt="?")))
             queue.start()
-            assert isinstance(await queued.events.get(), Exception)
+            assert isinstance((await queued.events.get())[1], Exception)
             await asyncio.to_thread(queue.close)
 
     asyncio.run(served())

@@ -7,12 +7,14 @@ import signal
 import threading
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from itertools import product
+from typing import Any
 
 import pytest
 import torch
 
-from fastvl_lab import Chunk, Lab, Recipe, Request, RequestCancelledError, Run
+from fastvl_lab import Chunk, Lab, Recipe, Request, RequestCancelledError, Run, Sampling
 from fastvl_lab.catalogue import toggles
 from fastvl_lab.streaming.answer import Positions, Steps, host_sync, on_device
 from fastvl_lab.streaming.rounds import CountingGate, _Sent
@@ -42,22 +44,51 @@ def _label(settings: dict[str, int | str]) -> str:
     return "-".join(map(str, settings.values()))
 
 
+def _answer(picture: bytes, n: int = 40, **more: Any) -> Request:
+    return Request(images=[picture], prompt="What is this?", max_new_tokens=n, ignore_eos=True, **more)
+
+
 @pytest.fixture
 def answer_of(picture: bytes) -> Callable[..., Request]:
-    return lambda n=40, **more: Request(images=[picture], prompt="What is this?", max_new_tokens=n, ignore_eos=True, **more)
+    return partial(_answer, picture)
+
+
+LENGTHS = (1, 2, 17, 40)
+
+
+@pytest.fixture(scope="module")
+def plain_runs(labs: dict[str, Lab], picture: bytes) -> dict[tuple[str, int], Run]:
+    """By checkpoint and length, the answers that every setting is held to."""
+    return {(name, n): lab.run(_answer(picture, n), "fastest") for name, lab in labs.items() for n in LENGTHS}
 
 
 @pytest.mark.parametrize("settings", SETTINGS, ids=_label)
-def test_tokens_are_the_same_in_every_setting(lab: Lab, answer_of: Callable[..., Request], settings: dict) -> None:
+def test_tokens_are_the_same_in_every_setting(
+    lab: Lab, answer_of: Callable[..., Request], settings: dict, plain_runs: dict[tuple[str, int], Run]
+) -> None:
     """Of answers that end within a round, at its end, at once, and with no decode step at all."""
-    for n in (1, 2, 17, 40):
-        run, plain = lab.run(answer_of(n), _recipe(settings)), lab.run(answer_of(n), "fastest")
+    for n in LENGTHS:
+        run, plain = lab.run(answer_of(n), _recipe(settings)), plain_runs[lab.checkpoint.name, n]
         assert run.tokens == plain.tokens
         assert run.text == plain.text
         assert tuple(token for chunk in run.chunks for token in chunk.tokens) == plain.tokens
         assert [chunk.time for chunk in run.chunks] == sorted(chunk.time for chunk in run.chunks)
         if settings["gate"] == "open":
             assert [chunk.tokens for chunk in run.chunks] == [chunk.tokens for chunk in plain.chunks]
+
+
+def test_a_sampled_answer_and_its_stop_are_the_same_in_every_setting(
+    labs: dict[str, Lab], answer_of: Callable[..., Request]
+) -> None:
+    """Steps that are launched ahead draw ahead, each from what the step before it drew."""
+    lab, asked = labs["tiny-qwen3-vl"], {"temperature": 0.9, "seed": 5, "presence_penalty": 0.5}
+    plain = lab.run(answer_of(20, sampling=Sampling(**asked)), "fastest")
+    assert plain.tokens != lab.run(answer_of(20), "fastest").tokens
+    stop = plain.text[9:12]
+    for settings in SETTINGS:
+        run = lab.run(answer_of(20, sampling=Sampling(**asked, stop=stop)), _recipe(settings))
+        assert (run.text, run.finish_reason) == (plain.text[: plain.text.index(stop)], "stop"), settings
+        assert run.tokens == plain.tokens[: len(run.tokens)]
 
 
 @pytest.mark.parametrize("settings", SETTINGS, ids=_label)

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import random
+from collections.abc import Sequence
+from functools import partial
+from typing import Any
+
 import pytest
 from hypothesis import given, settings, strategies as st
 
 from fastvl_lab import CheckpointError, Lab
-from fastvl_lab.streaming.text import Detokenizer, Emitter, TokenBytes
+from fastvl_lab.streaming.text import AnswerText, Detokenizer, Emitter, TokenBytes
 
 
 @pytest.fixture(scope="module")
@@ -16,7 +21,7 @@ def tokenizer(labs: dict[str, Lab]):  # type: ignore[no-untyped-def]
 
 def _stream(tokenizer, tokens: list[int]) -> tuple[list[str], list[tuple[int, ...]]]:  # type: ignore[no-untyped-def]
     texts, held = [], []
-    emitter = Emitter(TokenBytes.of(tokenizer), lambda text, ids: (texts.append(text), held.append(ids))[0])
+    emitter = Emitter(AnswerText(TokenBytes.of(tokenizer)), lambda text, ids: (texts.append(text), held.append(ids))[0])
     for number, token in enumerate(tokens, start=1):
         emitter.emit((token,), last=number == len(tokens))
     return texts, held
@@ -70,3 +75,57 @@ def test_a_vocabulary_that_is_not_byte_level_is_refused() -> None:
 
     with pytest.raises(CheckpointError, match="not byte-level"):
         TokenBytes.of(Other())
+
+
+def _until(text: str, stops: Sequence[str]) -> str:
+    """The text before the stop that is complete first, the longest of those that end there."""
+    for end in range(len(text) + 1):
+        if ending := [stop for stop in stops if text[:end].endswith(stop)]:
+            return text[: end - len(max(ending, key=len))]
+    return text
+
+
+def _kept(sent: list[Any], text: str, tokens: tuple[int, ...], logprobs: tuple[int, ...]) -> None:
+    sent.append((text, tokens, logprobs))
+
+
+def test_nothing_of_a_stop_is_sent_however_tokens_cut_it() -> None:
+    """500 texts of few letters, cut at random bytes, with stops of the same letters: what has left is never to be taken back."""
+    drawn, n_stopped = random.Random(0), 0
+    for _ in range(500):
+        text = "".join(drawn.choices("ab#é🌍", k=drawn.randint(1, 40)))
+        stops = ["".join(drawn.choices("ab#é🌍", k=drawn.randint(1, 6))) for _ in range(drawn.randint(1, 4))]
+        n_bytes = len(text.encode())
+        cuts = sorted(drawn.sample(range(n_bytes + 1), drawn.randint(0, min(12, n_bytes))))
+        pieces = [text.encode()[a:b] for a, b in zip([0, *cuts], [*cuts, None], strict=True)]
+        table, expected = TokenBytes(table=dict(enumerate(pieces)), names={}), _until(text, stops)
+        sent: list[tuple[str, tuple[int, ...], tuple[int, ...]]] = []
+        emitter = Emitter(AnswerText(table, stops), partial(_kept, sent), lambda number: number)  # type: ignore[arg-type,return-value]
+        told, held, token = AnswerText(table, stops), list[int](), -1
+        while not (told.found or token == len(pieces) - 1):
+            token += 1
+            told.push(token)
+            held.append(token)
+            last = told.found or token == len(pieces) - 1
+            if last or drawn.random() < 0.7:  # a gate lets several go at once
+                emitter.emit(held, last=last)
+                held = []
+            assert expected.startswith("".join(one for one, _, _ in sent)), (text, stops, pieces)
+        assert "".join(one for one, _, _ in sent) == expected
+        assert told.found == (expected != text)
+        n_stopped += told.found
+        ids = [one for _, tokens, _ in sent for one in tokens]
+        assert ids == list(range(token + 1)), "every token is told of, once"
+        begins = [len(b"".join(pieces[:n]).decode(errors="ignore")) for n in ids]
+        shown = [one for _, _, logprobs in sent for one in logprobs]
+        assert shown == ([n for n in ids if begins[n] < len(expected)] if told.found else ids), "a stop's have no logprobs"
+    assert 100 < n_stopped < 450
+
+
+def test_text_that_begins_no_stop_leaves_at_once() -> None:
+    table = TokenBytes(table=dict(enumerate([b"ab", b"\n", b"c", b"\n", b"\n", b"x"])), names={})
+    answer = AnswerText(table, ["\n\n"])
+    assert [answer.push(token) for token in range(6)] == ["ab", "", "\nc", "", "", ""]
+    assert (answer.found, answer.flush()) == (True, "")
+    free = AnswerText(table, ["\n\n"], min_tokens=5)
+    assert "".join(map(free.push, range(6))) + free.flush() == "ab\nc\n\nx"

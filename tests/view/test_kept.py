@@ -16,17 +16,20 @@ import torch
 
 from fastvl_lab import Recipe, RecipeError, RequestError, workbench
 from fastvl_lab.measure.compare import Attribution
+from fastvl_lab.measure.load import Load
+from fastvl_lab.measure.profile import Operation, Profile
 from fastvl_lab.view.workbench import Workbench, kept, link, showing
 from fastvl_lab.view.workbench.messages import to_json
 from fastvl_lab.view.workbench.session import Picture, Result
 
 pytest.importorskip("anywidget")
+pytestmark = pytest.mark.usefixtures("quick_panels")
 
 opened = partial(workbench, "tiny-qwen3-vl", "coffee", image_size=(112, 84), max_new_tokens=4, repeats=1, device="cpu")
 
 
 @pytest.fixture(scope="module")
-def before(tmp_path_factory: pytest.TempPathFactory) -> Workbench:
+def before(tmp_path_factory: pytest.TempPathFactory, quick_panels: None) -> Workbench:
     """A panel that has measured two recipes, marked the first, and was closed."""
     bench = opened(folder=tmp_path_factory.mktemp("kept"))
     bench.choose("vit.attention", "grouped")  # the first waits for nobody
@@ -78,12 +81,21 @@ def test_a_result_is_kept_whole(before: Workbench) -> None:
     assert [(one.pinned, one.note) for one in listed][-1] == (True, "the first one")
 
 
-def test_blocks_floors_and_attribution_are_kept_too(before: Workbench, tmp_path: Path) -> None:
+def test_blocks_floors_attribution_and_loads_are_kept_too(before: Workbench, tmp_path: Path) -> None:
     result = before.history[-1]
     comparison = result.comparison
     assert comparison is not None
     attribution = Attribution(comparison=comparison, steps=comparison.engines)
-    more = dataclasses.replace(result, floors={"vit": 1e-3}, layers={"transformers": result.run}, attribution=attribution)
+    stage = Operation(name="vit", lane="host", stage="", start_us=0.0, end_us=9.0)
+    load = Load(engine="x", begun=(0.0,), runs=(result.run,), failures={}, steps=(), seconds=1.0, concurrency=1)
+    more = dataclasses.replace(
+        result,
+        floors={"vit": 1e-3},
+        layers={"transformers": result.run},
+        attribution=attribution,
+        profile=Profile(stages=(stage,), operations=()),
+        loads={"this recipe": load},
+    )
     path = kept.path_of(tmp_path, "20261126-101500-ab12", 1)
     kept.write(path, more, pinned=False, note="")
     again = kept.read(kept.listed(tmp_path)[0][0], -1)
@@ -93,6 +105,10 @@ def test_blocks_floors_and_attribution_are_kept_too(before: Workbench, tmp_path:
     assert again.attribution is not None
     assert again.attribution.steps == comparison.engines
     assert again.attribution.comparison.summary() == comparison.summary()
+    assert again.profile is not None
+    assert again.profile.stages == (stage,)
+    assert again.loads is not None
+    assert again.loads["this recipe"].summary() == load.summary()
 
 
 def test_an_earlier_result_is_shown_without_running_held_against_and_forgotten(folder: Path) -> None:

@@ -190,6 +190,27 @@ def test_the_table_says_what_there_is_to_say(small: Load, run_of: Callable[..., 
     assert list(mixed["TPOT p50 ms"])[1] == "–"
 
 
+def test_percentiles_of_loads_stand_under_one_another(small: Load, run_of: Callable[..., Run]) -> None:
+    many = _load(*[run_of(chunks=(0.01 * n, 0.02 * n)) for n in range(1, 41)])
+    frame = view.load_percentile_frame({"small": small, "many": many})
+    assert list(frame.columns) == ["ms (95% CI)", "of", "p50", "p90", "p99"]
+    assert list(frame["of"]) == ["small", "many"] * 4
+    assert list(frame["ms (95% CI)"]) == ["TTFT", "", "TPOT", "", "time until admitted", "", "time between chunks", ""]
+    found = many.percentile("ttft", 50)
+    assert found is not None
+    assert frame["p50"][1] == f"{found.median * 1e3:.0f} [{found.low * 1e3:.0f}, {found.high * 1e3:.0f}]"
+    assert frame["p99"][1] == "396", "forty requests bound no p99"
+    assert frame["p50"][5] == "–", "nobody says when these were admitted"
+
+
+def test_loads_are_drawn_on_one_scale_and_in_a_room(run_of: Callable[..., Run]) -> None:
+    made = _load(*[run_of(("vit", 0, 10))] * 40)
+    wide, low = view.load_timeline(made), view.load_timeline(made, title="x", until=3.0, pixels=200)
+    assert low.layout.xaxis.range == (0, 3000)
+    assert low.layout.title.text == "x"
+    assert wide.layout.height - low.layout.height == 40 * (17 - 5) - 25
+
+
 def test_a_load_shows_itself_over_time(small: Load) -> None:
     bundle = small._repr_mimebundle_()
     assert bundle["text/plain"] == repr(small)

@@ -17,6 +17,7 @@ from fastvl_lab.measure.recipes import STOCK
 from fastvl_lab.view.workbench import Workbench, rivals
 
 pytest.importorskip("anywidget")
+pytestmark = pytest.mark.usefixtures("quick_panels")
 
 
 class Starter:

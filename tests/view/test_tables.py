@@ -160,4 +160,15 @@ def test_a_runs_captures_are_listed_and_a_run_without_any_has_no_line(run: Run) 
     frame = view.capture_frame({"eager": run, "graphs": dataclasses.replace(run, captures=(capture,))})
     assert list(frame["executed"]) == ["graphs"]
     assert list(frame["MB held"]) == ["3.0"]
+    assert list(frame["made for"]) == ["64 patches"]
+    for shape, said in (
+        (
+            "hidden 1280x64, positions 3x1280, kv.slot_of 1x2048, visual_index 99",
+            "1,280 prompt tokens, 2,048 keys, 99 visual tokens",
+        ),
+        ("patches 64x588, plan.order 64, plan.cos 64x16", "64 patches"),
+        ("x 3", "x 3"),
+    ):
+        other = dataclasses.replace(run, captures=(dataclasses.replace(capture, shape=shape),))
+        assert list(view.capture_frame({"x": other})["made for"]) == [said]
     assert list(view.capture_frame({"eager": run}).columns) == list(frame.columns)

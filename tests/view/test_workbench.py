@@ -28,6 +28,7 @@ from fastvl_lab.vit import attention
 from fastvl_lab.vit.attention import Prepared, SegmentAttention
 
 pytest.importorskip("anywidget")
+pytestmark = pytest.mark.usefixtures("quick_panels")
 
 
 def opened() -> Workbench:
@@ -44,7 +45,7 @@ def bench() -> Iterator[Workbench]:
 
 
 @pytest.fixture(scope="module")
-def looked_at() -> Iterator[Workbench]:
+def looked_at(quick_panels: None) -> Iterator[Workbench]:
     """One panel for the tests that choose nothing in it."""
     made = opened()
     yield made
@@ -273,6 +274,30 @@ def test_the_run_before_is_outlined_where_it_was_asked_the_same(bench: Workbench
         bench.look(number=9)
 
 
+def test_fastest_is_the_labs_once_there_is_a_lab(monkeypatch: pytest.MonkeyPatch) -> None:
+    tuned = Recipe.baseline().choose("attention.prefill", "sdpa")
+    monkeypatch.setattr("fastvl_lab.lab.learnt.fastest", lambda _: tuned)
+    made = partial(workbench, "tiny-qwen3-vl", "coffee", image_size=(56, 56), max_new_tokens=2, repeats=0, device="cpu")
+    bench = made(recipe="fastest, vit.tower=lean")
+    assert bench.recipe.preprocessor.patchify == "torch"  # the hand-chosen guess, while nothing is loaded
+    assert bench.wait(60)
+    assert bench.recipe == bench.result().recipe == tuned.replace("vit.tower", "lean")
+    assert bench.widget.chosen["values"]["preprocessor.patchify"] == "numpy"
+    bench.close()
+    pressed = made()
+    pressed.use("fastest")
+    assert pressed.wait(60)
+    assert pressed.recipe == pressed.result().recipe == tuned
+    pressed.undo()
+    assert pressed.wait(60)
+    assert pressed.recipe == pressed.result().recipe == Recipe.baseline()
+    pressed.close()
+    linked = made(recipe="fastest", query="recipe=baseline")
+    assert linked.wait(60)
+    assert linked.result().recipe == Recipe.baseline()
+    linked.close()
+
+
 def test_a_cold_run_is_no_headline(bench: Workbench) -> None:
     result = bench.result()
     first = dataclasses.replace(result, comparison=None)
@@ -472,6 +497,9 @@ def test_the_recipe_is_copied_and_the_history_written(bench: Workbench, tmp_path
 @pytest.mark.parametrize("view", list(views()))
 def test_every_view_measures_what_it_lacks_and_shows_a_figure_and_a_table(looked_at: Workbench, view: str) -> None:
     clicked(looked_at, "Look", view=view)
+    if looked_at.widget.shown["lacks"]:  # what is measured by hand
+        assert (view, looked_at.widget.shown["lacks"]) == ("load", "say how many requests arrive, and press load")
+        looked_at.load(concurrency=2, n=3)
     assert looked_at.wait(90)
     assert looked_at.widget.live["state"] == "idle"
     assert not looked_at._views[view].lacks(looked_at.history[-1])
@@ -490,6 +518,88 @@ def test_every_view_measures_what_it_lacks_and_shows_a_figure_and_a_table(looked
         assert set(looked_at.figure.data[0].y) == {"transformers", *found.steps, "in the end"}
     with pytest.raises(RecipeError, match="no view 'x'; the choices are waterfall, "):
         looked_at.look("x")
+
+
+def test_many_requests_are_sent_and_two_policies_stand_side_by_side(bench: Workbench, monkeypatch: pytest.MonkeyPatch) -> None:
+    bench.controls["schedule.batching"].value = "continuous"
+    assert bench.wait(60)
+    told: list[str] = []
+    hear = bench._session._tell
+    monkeypatch.setattr(bench._session, "_tell", lambda news: (told.append(news.progress), hear(news)))
+    clicked(bench, "Look", view="load")
+    others = {other["text"]: other["unmet"] for other in bench.widget.loaded["others"]}
+    assert others == {"nothing": None, BEFORE: None, STOCK: None}
+    clicked(bench, "Send", at_once="3", rate="", n="4", against=BEFORE)
+    assert bench.wait(60)
+    assert bench.widget.live["error"] == ""
+    loads = bench.result().loads
+    assert loads is not None
+    before = "the one with cache.kv=concat, schedule.batching=one_at_a_time"
+    assert list(loads) == [RECIPE, before]
+    for load in loads.values():
+        assert (load.concurrency, len(load.finished)) == (3, 4)
+        assert [run.tokens for run in load.finished] == [run.tokens for run in loads[RECIPE].finished]
+    assert any(len(step.decoded) > 1 for step in loads[RECIPE].steps)
+    assert not any(step.decoded for step in loads[before].steps)
+    for label in loads:
+        assert any(re.fullmatch(rf"{re.escape(label)}: request 2 of 4 · \d+\.\d of about \d+\.\d s", said) for said in told)
+
+    said = bench.widget.loaded
+    assert [said[field] for field in ("at_once", "rate", "n", "against")] == ["3", "", "4", BEFORE]
+    assert said["said"][0].startswith(f"{RECIPE}: {loads[RECIPE].tokens_per_second:.1f} tokens and ")
+    assert said["said"][2].startswith(f"{RECIPE} makes ")
+    assert said["rows"][0][:2] == ["TTFT", RECIPE]
+    assert json.loads(bench.widget.figure["figure"])["layout"]["title"]["text"] == f"{RECIPE}, 3 at once"
+    figures = [json.loads(figure)["layout"] for figure in bench.widget.figure["more"]]
+    assert figures[0]["title"]["text"] == f"{before}, 3 at once"
+    assert [figure["xaxis"]["title"]["text"] for figure in figures[1:]] == ["TTFT, ms", "TPOT, ms", "time between chunks, ms"]
+    assert figures[0]["xaxis"]["range"] == json.loads(bench.widget.figure["figure"])["layout"]["xaxis"]["range"]
+
+    bench.load(rate=50, n=2, against=STOCK)
+    assert bench.wait(60)
+    loads = bench.result().loads
+    assert loads is not None
+    assert [(label, load.rate) for label, load in loads.items()] == [(RECIPE, 50), (STOCK, 50)]
+    assert "<h3>load</h3>" in bench.page()
+
+
+def test_a_load_that_cannot_be_says_why(bench: Workbench, monkeypatch: pytest.MonkeyPatch) -> None:
+    for fields, says in (
+        ({"at_once": "", "rate": "-1"}, "rate is '-1'; write how many requests arrive a second on average, such as 2.5"),
+        ({"at_once": "", "rate": "0"}, "rate is '0'"),
+        ({"n": "0"}, "requests is '0'; write a whole number of at least 1"),
+        ({"against": "yesterday"}, "there is no 'yesterday' to hold the load against; the choices are nothing, "),
+        ({"against": BEFORE}, "the load cannot be held against 'the run before': there is none"),
+    ):
+        clicked(bench, "Send", **({"at_once": "2", "rate": "", "n": "2", "against": "nothing"} | fields))
+        assert says in bench.widget.live["error"], fields
+    with pytest.raises(RequestError, match="concurrency and rate says when requests arrive"):
+        bench.load(concurrency=2, rate=1.0)
+    with pytest.raises(RecipeError, match="it has the recipe of #1: there is nothing to hold against it"):
+        bench.load(against="baseline")
+    with pytest.raises(RecipeError, match="it needs a CUDA device"):
+        bench.load(against="baseline, vit.tower=lean, vit.attention=triton")
+    monkeypatch.setattr(bench._session, "has_started", lambda _: False)  # as of a bar to beat with a server
+    bench.look("load")
+    assert bench.widget.loaded["others"][-1]["unmet"].startswith(f"the server of {STOCK} has not been started: run the recipe")
+    monkeypatch.setattr(bench, "_target", Target(device=torch.device("cuda"), dtype=torch.float16))
+    monkeypatch.setattr(Recipe, "check", lambda *_: (_ for _ in ()).throw(RecipeError("it needs another device")))
+    bench.look("load")
+    assert bench.widget.loaded["unmet"] == "it needs another device"
+    assert bench.history[0].loads is None
+
+
+def test_a_load_is_stopped_and_nothing_of_it_is_kept(bench: Workbench) -> None:
+    bench.load(concurrency=2, n=200)
+    deadline = time.monotonic() + 30
+    while " of 200 · " not in bench.widget.live["progress"]:
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    clicked(bench, "Press", button="stop")
+    assert bench.wait(10)
+    assert bench.widget.live["state"] == "stopped"
+    assert bench.result().loads is None
+    assert bench.widget.shown["view"] == "load"
 
 
 def test_the_history_says_what_changed_and_keeps_pins_and_notes(bench: Workbench) -> None:

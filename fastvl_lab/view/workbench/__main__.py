@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
@@ -18,6 +19,17 @@ import fastvl_lab as fl
 os.chdir({folder!r})
 fl.workbench({settings}, query=os.environ.get("QUERY_STRING", ""))  # of the page's address, as Voila tells it
 """
+
+
+# Voila's own page, without the icon font that it has from a network, and with nothing white around a dark panel.
+_TEMPLATE = """
+{%- extends 'voila/templates/lab/index.html.j2' -%}
+{%- block notebook_css -%}
+{%- for line in super().splitlines() if not ('<link' in line and '://' in line) %}
+{{ line }}
+{%- endfor %}
+{%- endblock notebook_css -%}
+""".strip()
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -49,7 +61,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
         kernel = {"display_name": "Python 3 (ipykernel)", "language": "python", "name": "python3"}
         cells, metadata = [nbformat.v4.new_code_cell(call.strip())], {"kernelspec": kernel, "title": "fastvl_lab"}
         nbformat.write(nbformat.v4.new_notebook(cells=cells, metadata=metadata), notebook)
-        voila.Voila.launch_instance([str(notebook), f"--port={options.port}", *for_voila])
+        template = Path(folder, "voila", "templates", "fastvl_lab")
+        template.mkdir(parents=True)
+        (template / "conf.json").write_text('{"base_template": "lab"}', encoding="utf-8")
+        (template / "index.html.j2").write_text(_TEMPLATE, encoding="utf-8")
+        os.environ["JUPYTER_PATH"] = os.pathsep.join(filter(None, (folder, os.environ.get("JUPYTER_PATH"))))
+        voila.Voila.launch_instance([str(notebook), f"--port={options.port}", "--template=fastvl_lab", *for_voila])
 
 
 if __name__ == "__main__":

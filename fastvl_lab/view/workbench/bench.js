@@ -7,7 +7,7 @@ const KEYS = [
   ["u", "undo: back to the recipe before"],
   ["b", "the preset baseline"],
   ["f", "the preset fastest"],
-  ["1 – 7", "the views"],
+  ["1 – 9", "the views"],
   ["← →", "another option of the toggle"],
   ["↑ ↓", "the toggle, or the stage, above or below"],
   ["?", "this help"],
@@ -21,6 +21,8 @@ const WORDS = [
   ["floor", "what a stage must cost at least here, by its operations and bytes and what this device was seen to do"],
   ["parity", "whether a recipe computes what Transformers computes on the same weights"],
   ["audit", "whether the numbers can be what they say"],
+  ["at once, a rate", "how a load's requests arrive: the next when one ends, or at random, so many a second on average"],
+  ["p50, p90, p99", "what half of the requests stayed below, nine of ten, 99 of 100"],
   ["≈", "an approximate option: other tokens than Transformers' are possible"],
   ["→", "an option that another choice has brought along"],
 ];
@@ -32,6 +34,8 @@ const HUES = {
 };
 const HUE_OF = { decode_image: "orange", preprocess: "orange", vit: "blue", wait: "blue", first_token: "blue", merge: "sky",
   prefill: "green", sample: "pink", emit: "pink", decode: "red" };
+// Light colours of waits, pale on dark paper: they must not be the brightest there.
+const PALE = { "#CFCFCF": "#4d545c", "#E8E2D0": "#3d3b32", "#F7E2B5": "#574a2c" };
 const OPENS = { vit: "ViT blocks", prefill: "decoder layers" };
 const FONT = "12px/1.4 'DejaVu Sans', Arial, sans-serif";
 const [LABEL, NUMBERS, ROW, AXIS] = [112, 130, 24, 22]; // pixels of the waterfall
@@ -114,7 +118,8 @@ function mount(model, el, libraries) {
     button("fastest", () => send("Use", { recipe: "fastest" }), "the preset fastest: the best exact recipe known here (f)"),
     dark, button("?", () => helped(), "keys and words", { "aria-label": "keys and words" }));
   const ask = asking();
-  const views = h("div", { class: "fl-seen", role: "tabpanel", "aria-label": "the view" }, crumbs, chart, plot);
+  const load = loading();
+  const views = h("div", { class: "fl-seen", role: "tabpanel", "aria-label": "the view" }, crumbs, load.box, chart, plot);
   const head = h("header", { class: "fl-head" }, h("div", { class: "fl-line" }, h("span", { class: "fl-ttft", "data-tip": WORDS[0][1] }, "TTFT"), big, spread, strip, actions));
   const shown = h("div", { class: "fl-shown" }, pills, learnt, advice, tabs, views, heading, answer, table);
   const note = h("div", { class: "fl-note" });
@@ -177,6 +182,53 @@ function mount(model, el, libraries) {
       note.textContent = choices.note;
     } };
   }
+
+  // The load view: its fields, and what was measured, above the figures.
+  function loading() {
+    const tell = () => send("Send", { at_once: how.value, rate: how.value ? "" : rate.value.trim(), n: n.value.trim(), against: against.value });
+    const pressed = (event) => { if (event.key === "Enter" && !go.disabled) tell(); };
+    const label = (name, about, ...inside) => h("label", { class: "fl-field", "data-tip": about }, h("span", {}, name), ...inside);
+    const how = h("select", { "aria-label": "how requests arrive", onchange: () => { rated(); if (!how.value) rate.focus(); } },
+      ...["1", "4", "8", "16", "32"].map((number) => h("option", { value: number }, `${number} at once`)), h("option", { value: "" }, "at a rate"));
+    const rate = h("input", { type: "text", inputmode: "decimal", "aria-label": "requests a second", placeholder: "2.5", onkeydown: pressed });
+    const n = h("input", { type: "text", inputmode: "numeric", "aria-label": "requests", onkeydown: pressed });
+    const against = h("select", { "aria-label": "held against" });
+    const [at, many] = [label("a second", "on average, at random (Poisson)", rate), label("requests", "how many; the interval of a median needs 6, that of a p90 about 40", n)];
+    const go = button("load", tell, "send them: each has a picture of its own, so that no cache flatters", { class: "fl-primary fl-send" });
+    const halt = button("stop the load", () => press("stop"), "what was measured of it is not kept");
+    const toggled = button("toggles of schedule", () => toSlot("schedule"), "which requests share a step: the toggles on the left");
+    const [reason, progress, said] = ["fl-bad fl-reason", "fl-progress", "fl-said"].map((name) => h("div", { class: name }));
+    const found = h("div", { class: "fl-scroll", role: "region", tabindex: "0", "aria-label": "percentiles" });
+    const box = h("div", { class: "fl-load", role: "group", "aria-label": "load", hidden: true }, h("div", { class: "fl-line" }, label("arrivals", "so many at once, the next when one ends; or so many a second", how), at, many,
+      label("against", "what gets the same requests afterwards", against), go, halt, toggled), reason, progress, said, found);
+    const rated = () => { at.hidden = Boolean(how.value); };
+    let fields = "";
+    return { box, show() {
+      const [told, live] = [model.get("loaded") ?? {}, model.get("live")];
+      box.hidden = model.get("shown").view !== "load" || told.others === undefined;
+      if (box.hidden) return;
+      const [loads, mine] = [live.state === "under load", JSON.stringify([told.at_once, told.rate, told.n, told.against, told.others])];
+      if (mine !== fields) { // what is being typed stays
+        fields = mine;
+        if (told.at_once && ![...how.options].some(({ value }) => value === told.at_once)) how.prepend(h("option", { value: told.at_once }, `${told.at_once} at once`));
+        [how.value, rate.value, n.value] = [told.at_once, told.rate, told.n];
+        const why = ({ about, unmet }) => unmet ? `cannot be: ${unmet}` : about;
+        against.replaceChildren(...told.others.map((one) => h("option", { value: one.text, title: why(one), "aria-description": why(one), disabled: Boolean(one.unmet) }, one.text)));
+        against.value = told.against;
+        against.closest("label").dataset.tip = ["what gets the same requests afterwards", ...told.others.map((one) => `${one.text}: ${why(one)}`)].join("\n");
+        rated();
+      }
+      go.disabled = Boolean(told.unmet) || loads;
+      reason.textContent = told.unmet ? `This cannot be put under load: ${told.unmet}` : "";
+      halt.hidden = !loads;
+      progress.textContent = loads ? live.progress : "";
+      said.replaceChildren(...told.said.map((text) => h("p", {}, text)));
+      found.hidden = told.rows.length === 0;
+      found.replaceChildren(tableFor(told.columns, told.rows));
+    } };
+  }
+  const tableFor = (columns, rows) => h("table", {}, h("thead", {}, h("tr", {}, columns.map((name) => h("th", { scope: "col" }, name)))),
+    h("tbody", {}, rows.map((row) => h("tr", {}, row.map((cell) => h("td", {}, cell))))));
   async function take(files, add) {
     if (files.length === 0) return;
     const buffers = await Promise.all(files.map((file) => file.arrayBuffer()));
@@ -209,13 +261,18 @@ function mount(model, el, libraries) {
       return h("details", { class: "fl-slot", open: !ui.narrow, "data-slot": slot }, h("summary", {}, slot, h("span", { class: "fl-changed" })), rows);
     });
     const jump = h("div", { class: "fl-jump" }, [...new Set(every.map((toggle) => toggle.slot))].map((slot) =>
-      button(slot, () => { const at = toggles.querySelector(`details[data-slot="${slot}"]`); at.open = true; toggles.scrollTop = at.offsetTop - toggles.firstChild.offsetHeight; }, `to the toggles of ${slot}`, { tabindex: "-1" })));
+      button(slot, () => toSlot(slot), `to the toggles of ${slot}`, { tabindex: "-1" })));
     toggles.replaceChildren(jump, ...slots);
     tabs.replaceChildren(...names.map(([name, about], number) => h("button", { type: "button", role: "tab", "data-view": name, "data-tip": `${about} (${number + 1})`, onclick: () => look(name) }, name)));
     ask.show();
     showChosen();
     showAdvised();
     showTabs();
+  }
+  function toSlot(slot) {
+    const at = toggles.querySelector(`details[data-slot="${slot}"]`);
+    at.open = true;
+    toggles.scrollTop = at.offsetTop - toggles.firstChild.offsetHeight;
   }
   function choose(option, path, value) {
     for (const other of option.parentElement.children) other.setAttribute("aria-checked", String(other === option));
@@ -274,6 +331,7 @@ function mount(model, el, libraries) {
     said(live.error);
     answer.textContent = live.busy && live.text ? live.text : (model.get("shown").answer ?? "");
     showStrip();
+    load.show();
     cancelAnimationFrame(ui.frame);
     if (watched()) grow();
     else if (ui.grew) { ui.grew = false; showResult(); }
@@ -347,16 +405,43 @@ function mount(model, el, libraries) {
       tab.setAttribute("aria-selected", String(tab.dataset.view === view));
       tab.tabIndex = tab.dataset.view === view ? 0 : -1;
     }
+    // Where the view is: the waterfall, a stage, its blocks or layers, one of these, and its operations.
+    const to = (name, go) => [h("button", { type: "button", class: "fl-link", onclick: go }, name), " › "];
+    const blocks = view === "operations" ? Object.entries(OPENS).find(([stage]) => ui.inside && ui.inside !== stage && partOf(stage, ui.inside)) : null;
     const opened = Object.entries(OPENS).find(([, name]) => name === view);
-    crumbs.replaceChildren(...(opened ? [h("button", { type: "button", class: "fl-link", onclick: () => look("waterfall") }, "waterfall"), " › ", opened[0], " › ", view] : []));
+    const chooses = crumbs.contains(document.activeElement);
+    const home = to("waterfall", () => look("waterfall"));
+    if (opened) crumbs.replaceChildren(...home, opened[0], " › ", view);
+    else if (view === "operations") crumbs.replaceChildren(...home, ...(blocks ? [blocks[0], " › ", ...to(blocks[1], () => look(blocks[1]))] : []), ui.inside ? `${ui.inside} › ` : "", "operations");
+    else crumbs.replaceChildren();
+    if (!opened && view !== "operations") return;
+    const parts = partsOf(opened?.[0]);
+    if (parts.length) crumbs.append(" ", h("select", { "aria-label": "operations of", onchange: (event) => open(event.target.value) },
+      h("option", { value: "" }, opened ? "operations of…" : "the whole request"), ...parts.map((name) => h("option", { value: name, selected: view === "operations" && name === ui.inside }, name))));
+    if (chooses) crumbs.querySelector("select")?.focus(); // who chooses by keyboard goes on doing so
   }
+  // Whether a block or layer is one of a stage's, by its name; and the parts that a drawn view can open, of a stage or all.
+  const partOf = (stage, name) => name.startsWith({ vit: "vit.", prefill: "language." }[stage]);
+  function partsOf(stage) {
+    const figure = model.get("figure");
+    if (figure.view !== model.get("shown").view) return [];
+    const { data, layout } = JSON.parse(figure.figure);
+    return stage ? [...new Set(data.flatMap(({ y }) => y))] : Object.keys(layout.meta?.ranges ?? {});
+  }
+  const open = (name) => {
+    ui.inside = name;
+    if (model.get("shown").view === "operations") { showTabs(); drawView(); } else look("operations");
+  };
   const look = (view) => {
+    if (view === "load") toSlot("schedule");
     for (const tab of tabs.children) tab.setAttribute("aria-selected", String(tab.dataset.view === view));
     send("Look", { view });
   };
   function drawView() {
     const result = model.get("shown");
+    load.show();
     const waterfall = result.view === "waterfall";
+    learnt.hidden = advice.hidden = result.view === "load"; // they are about one request alone
     chart.hidden = !waterfall;
     plot.hidden = waterfall;
     if (waterfall) {
@@ -366,8 +451,8 @@ function mount(model, el, libraries) {
         rowsOf(result).map((stage) => [stage, ...series(result).map((run) => stageText(run, stage)), ...others.map((run) => changeText(result.recipe, run, stage))]));
     }
     const figure = model.get("figure");
-    if (figure.view !== result.view || figure.about !== `${result.view} of ${result.number}`) {
-      if (libraries.plotly && plot.firstChild?.data) libraries.plotly.purge(plot.firstChild);
+    if (result.lacks || figure.view !== result.view || figure.about !== `${result.view} of ${result.number}`) {
+      purge(0);
       plot.replaceChildren(h("p", { class: "fl-grey" }, result.lacks || `${result.view}: being measured…`));
       return showTable([], []);
     }
@@ -378,12 +463,26 @@ function mount(model, el, libraries) {
     }
     const width = roomOf();
     if (width === 0) return undefined;
-    if (!plot.firstChild?.data) plot.replaceChildren(h("div"));
-    const { data, layout } = JSON.parse(figure.figure);
-    if (ui.dark) darken(data, layout);
-    for (const name of Object.keys(layout)) if (/^yaxis/.test(name)) layout[name].fixedrange = true;
-    return libraries.plotly.react(plot.firstChild, data, { ...layout, width, uirevision: figure.about },
-      { displaylogo: false, modeBarButtons: [["toImage", "resetScale2d"]] });
+    const drawn = [figure.figure, ...figure.more];
+    if (!plot.firstChild?.data) plot.replaceChildren();
+    purge(drawn.length);
+    drawn.forEach((text, number) => {
+      if (!plot.children[number]) plot.append(h("div"));
+      const { data, layout } = JSON.parse(text);
+      if (ui.dark) darken(data, layout);
+      for (const name of Object.keys(layout)) if (/^yaxis/.test(name)) layout[name].fixedrange = true;
+      plot.children[number].style.height = `${layout.height}px`; // plotly has each fill all of the room
+      const range = result.view === "operations" ? layout.meta?.ranges?.[ui.inside] : null;
+      if (range) layout.xaxis.range = range;
+      libraries.plotly.react(plot.children[number], data, { ...layout, width, uirevision: `${figure.about} ${ui.inside ?? ""}` }, { displaylogo: false, modeBarButtons: [["toImage", "resetScale2d"]] });
+    });
+    plot.firstChild.removeAllListeners("plotly_click");
+    if (Object.values(OPENS).includes(result.view)) plot.firstChild.on("plotly_click", ({ points }) => open(points[0].y));
+    return undefined;
+  }
+  // Lets go of plotly's figures from that number on.
+  function purge(first) {
+    for (const one of [...plot.children].slice(first)) { if (one.data) libraries.plotly.purge(one); one.remove(); }
   }
   function darken(data, layout) {
     const { paper, ink, grid } = HUES.dark;
@@ -392,12 +491,16 @@ function mount(model, el, libraries) {
     for (const name of Object.keys(layout)) if (/^[xy]axis/.test(name)) Object.assign(layout[name], { showgrid: name[0] === "x", gridcolor: grid, linecolor: grid, zerolinecolor: grid });
     for (const note of layout.annotations ?? []) if (note.bgcolor) note.bgcolor = paper;
     for (const shape of layout.shapes ?? []) if (shape.line?.color === HUES.light.ink) shape.line.color = ink;
-    for (const trace of data) if (trace.marker?.color === "white") Object.assign(trace.marker, { color: paper, line: { color: ink } });
+    for (const { marker } of data) {
+      if (marker?.color === "white") Object.assign(marker, { color: paper, line: { color: ink } });
+      else if (marker?.color === HUES.light.ink) marker.color = ink;
+      else if (PALE[marker?.color]) marker.color = PALE[marker.color];
+      if (marker?.line?.color === HUES.light.paper.toUpperCase()) marker.line.color = paper;
+    }
   }
   function showTable(columns, rows) {
     table.hidden = columns.length === 0;
-    table.lastChild.replaceChildren(h("table", {}, h("thead", {}, h("tr", {}, columns.map((name) => h("th", { scope: "col" }, name)))),
-      h("tbody", {}, rows.map((row) => h("tr", {}, row.map((cell) => h("td", {}, cell)))))));
+    table.lastChild.replaceChildren(tableFor(columns, rows));
   }
 
   // Pixels for the view; while a theme changes JupyterLab hides the page.
@@ -449,10 +552,11 @@ function mount(model, el, libraries) {
       const own = result.recipe.host[stage];
       const numbers = own === undefined ? "–" : `${ms(own)} · ${percent(own / result.recipe.ttft)}`;
       const floor = result.floors[stage];
-      const opens = OPENS[stage];
+      const opens = OPENS[stage] ?? (result.recipe.files[stage]?.startsWith("fastvl_lab/") && own !== undefined ? "operations" : undefined);
+      const enter = () => { if (OPENS[stage]) look(opens); else open(stage); };
       const line = s("g", { class: "fl-stage", role: "button", tabindex: number === Math.min(ui.stage ?? 0, rows.length - 1) ? 0 : -1, "data-stage": stage, "aria-label": about(result, stage).replaceAll("\n", ", ") },
         s("rect", { x: 0, y: top, width, height: ROW, fill: number % 2 ? "transparent" : ui.dark ? "#ffffff08" : "#00000006", class: "fl-target" }),
-        s("text", { x: LABEL - 8, y: top + 17, "text-anchor": "end", fill: colours.ink }, opens && !result.recipe.open ? `${stage} ›` : stage),
+        s("text", { x: LABEL - 8, y: top + 17, "text-anchor": "end", fill: colours.ink }, OPENS[stage] && !result.recipe.open ? `${stage} ›` : stage),
         ...parts, floor ? s("line", { x1: x(floorAt(result, stage, floor)), x2: x(floorAt(result, stage, floor)), y1: top + 5, y2: top + 24, stroke: colours.ink, "stroke-width": 2, class: "fl-floor" }) : null,
         s("text", { x: width - 4, y: top + 17, "text-anchor": "end", fill: colours.ink, class: "fl-number" }, numbers));
       line.addEventListener("mouseenter", (event) => point(event, about(result, stage)));
@@ -460,10 +564,10 @@ function mount(model, el, libraries) {
       line.addEventListener("mouseleave", unpoint);
       line.addEventListener("focus", () => { ui.stage = number; point({ target: line }, about(result, stage)); });
       line.addEventListener("blur", unpoint);
-      line.addEventListener("click", () => opens && !ui.dragged && look(opens));
+      line.addEventListener("click", () => opens && !ui.dragged && enter());
       line.addEventListener("keydown", (event) => {
         const step = { ArrowUp: -1, ArrowDown: 1 }[event.key];
-        if (event.key === "Enter" && opens) look(opens);
+        if (event.key === "Enter" && opens) enter();
         else if (step) { event.preventDefault(); event.stopPropagation(); chart.querySelectorAll(".fl-stage")[Math.max(0, Math.min(rows.length - 1, number + step))].focus(); }
       });
       return line;
@@ -522,7 +626,7 @@ function mount(model, el, libraries) {
     if (floors[stage]) lines.push(`floor: ${ms(floors[stage])}`);
     const told = recipe.files[stage] ?? rival?.files[stage];
     if (told) lines.push(told);
-    if (OPENS[stage] && !recipe.open) lines.push("click: what is inside it");
+    if ((OPENS[stage] || recipe.files[stage]?.startsWith("fastvl_lab/")) && recipe.host[stage] !== undefined && !recipe.open) lines.push(`click: ${OPENS[stage] ?? "its operations"}`);
     return lines.join("\n");
   }
   function ticksOf(from, to, most) {
@@ -725,7 +829,7 @@ function mount(model, el, libraries) {
       const next = every[(every.indexOf(tab) + step + every.length) % every.length];
       next.focus();
       next.click();
-    } else if (/^[1-7]$/.test(event.key)) tabs.children[Number(event.key) - 1]?.click();
+    } else if (/^[1-9]$/.test(event.key)) tabs.children[Number(event.key) - 1]?.click();
     else if (event.key === "r") press("run");
     else if (event.key === "s") press("stop");
     else if (event.key === "u") press("undo");
@@ -746,7 +850,7 @@ function mount(model, el, libraries) {
     const theirs = page === undefined ? matchMedia("(prefers-color-scheme: dark)").matches : page === "false";
     ui.dark = chosen === null ? theirs : chosen === "true";
     root.classList.toggle("fl-dark", ui.dark);
-    if (!document.querySelector(".jp-LabShell")) { // a page of its own
+    if (document.body.dataset.voila || !document.querySelector(".jp-LabShell")) { // a page of its own; Voila is built on the shell too
       const { paper } = HUES[ui.dark ? "dark" : "light"];
       document.documentElement.style.setProperty("--jp-layout-color0", paper);
       document.body.style.setProperty("--jp-layout-color0", paper);
@@ -768,7 +872,7 @@ function mount(model, el, libraries) {
   sized.observe(root);
 
   const listeners = { "change:choices": showChoices, "change:asked": ask.show, "change:chosen": showChosen, "change:advised": showAdvised,
-    "change:live": showLive, "change:shown": () => { ui.zoom = null; showResult(); showHistory(); showEarlier(); }, "change:figure": drawView, "change:history": showHistory, "change:earlier": showEarlier, "msg:custom": traced };
+    "change:live": showLive, "change:shown": () => { ui.zoom = null; showResult(); showHistory(); showEarlier(); }, "change:figure": () => { showTabs(); drawView(); }, "change:loaded": load.show, "change:history": showHistory, "change:earlier": showEarlier, "msg:custom": traced };
   for (const [name, listener] of Object.entries(listeners)) model.on(name, listener);
   themed();
   showChoices();
@@ -783,7 +887,7 @@ function mount(model, el, libraries) {
     cancelAnimationFrame(ui.frame);
     cancelAnimationFrame(ui.replay);
     for (const [name, listener] of Object.entries(listeners)) model.off(name, listener);
-    if (libraries.plotly && plot.firstChild?.data) libraries.plotly.purge(plot.firstChild);
+    purge(0);
   };
 }
 

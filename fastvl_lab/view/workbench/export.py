@@ -53,7 +53,8 @@ def page_of(history: Sequence[Result], rows: Sequence[dict[str, Any]], drawn: Se
         for view in views.values():
             if not view.lacks(result):
                 figure, frame = view.draw(result, other)
-                body.append(f"<h3>{view.name}</h3>{figure_html(figure)}{table_html(frame)}")
+                figures = "".join(map(figure_html, (figure, *view.more(result, other))))
+                body.append(f"<h3>{view.name}</h3>{figures}{table_html(frame)}")
     return page("workbench", body)
 
 

@@ -23,6 +23,8 @@ from typing import Any
 from fastvl_lab.checkpoint.user_cache import ASIDE, write_whole
 from fastvl_lab.errors import ImageError, RequestError, sentence
 from fastvl_lab.measure.compare import Attribution, Comparison
+from fastvl_lab.measure.load import Load
+from fastvl_lab.measure.profile import Profile
 from fastvl_lab.measure.publish import photo
 from fastvl_lab.recipe import Recipe
 from fastvl_lab.run import Run
@@ -97,6 +99,8 @@ def write(path: Path, result: Result, *, pinned: bool, note: str) -> None:
         "layers": None if result.layers is None else {name: run.to_record() for name, run in result.layers.items()},
         "floors": None if result.floors is None else dict(result.floors),
         "attribution": None if result.attribution is None else result.attribution.to_record(),
+        "profile": None if result.profile is None else result.profile.to_record(),
+        "loads": None if result.loads is None else {label: load.to_record() for label, load in result.loads.items()},
     }
     _replace(path, json.dumps(head).encode(), json.dumps(body).encode())
     _keep_within_bounds(path.parent)
@@ -136,6 +140,7 @@ def read(kept: Kept, number: int) -> Result:
     try:
         body = json.loads(line)
         layers, before = body["layers"], body["before"]
+        profile, loads = body.get("profile"), body.get("loads")  # absent in older files
         return Result(
             number=number,
             when=kept.when,
@@ -149,6 +154,8 @@ def read(kept: Kept, number: int) -> Result:
             layers=None if layers is None else {name: Run.from_record(run) for name, run in layers.items()},
             floors=body["floors"],
             attribution=None if body["attribution"] is None else Attribution.from_record(body["attribution"]),
+            profile=None if profile is None else Profile.from_record(profile),
+            loads=None if loads is None else {label: Load.from_record(record) for label, record in loads.items()},
         )
     except _DAMAGED as error:
         raise RequestError(f"{kept.path} is damaged ({sentence(error)}); forget it") from None

@@ -141,13 +141,33 @@ class Shown:
 
 @dataclass(frozen=True, kw_only=True)
 class Figure:
-    """A view that is not the waterfall: plotly's figure as JSON, and the table that says the same."""
+    """A view that is not the waterfall: plotly's figure as JSON, those below it, and the table that says the same."""
 
     view: str
     about: str
     figure: str
+    more: tuple[str, ...]
     columns: tuple[str, ...]
     rows: tuple[tuple[str, ...], ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Loaded:
+    """What the load view has besides its figures. at_once, rate, n, against: its fields; others: the choices of the last.
+
+    unmet: why the shown result cannot be put under load, "" if it can. said: what its loads have shown, a sentence each, and their
+    percentiles as a table.
+    """
+
+    at_once: str
+    rate: str
+    n: str
+    against: str
+    others: tuple[Rival, ...]
+    unmet: str = ""
+    said: tuple[str, ...] = ()
+    columns: tuple[str, ...] = ()
+    rows: tuple[tuple[str, ...], ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -248,6 +268,16 @@ class Measure:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Send:
+    """Many requests are sent: what the load view's fields say."""
+
+    at_once: str
+    rate: str
+    n: str
+    against: str
+
+
+@dataclass(frozen=True, kw_only=True)
 class Mark:
     """A result is pinned or not, and has a note."""
 
@@ -270,8 +300,10 @@ class Press:
     button: str
 
 
-Wish = Choose | Use | Fill | Take | Look | Measure | Mark | Delete | Press
-_WISHES: dict[str, type[Any]] = {kind.__name__: kind for kind in (Choose, Use, Fill, Take, Look, Measure, Mark, Delete, Press)}
+Wish = Choose | Use | Fill | Take | Look | Measure | Send | Mark | Delete | Press
+_WISHES: dict[str, type[Any]] = {
+    kind.__name__: kind for kind in (Choose, Use, Fill, Take, Look, Measure, Send, Mark, Delete, Press)
+}
 
 
 def from_json(content: Any) -> Wish:

@@ -22,6 +22,7 @@ class Page(anywidget.AnyWidget):
     live = traitlets.Dict().tag(sync=True)
     shown = traitlets.Dict().tag(sync=True)
     figure = traitlets.Dict().tag(sync=True)
+    loaded = traitlets.Dict().tag(sync=True)
     history: traitlets.List[Any] = traitlets.List().tag(sync=True)
     earlier = traitlets.Dict().tag(sync=True)
     advised = traitlets.Dict().tag(sync=True)

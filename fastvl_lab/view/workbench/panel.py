@@ -10,26 +10,28 @@ import time
 from collections.abc import Mapping, Sequence
 from functools import lru_cache, partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
 
 from fastvl_lab.catalogue import OptionValue, Target
 from fastvl_lab.checkpoint.reading import DTYPES
 from fastvl_lab.checkpoint.user_cache import cache_root
-from fastvl_lab.engine import find, find_recipe
+from fastvl_lab.engine import EngineLike, find, find_recipe
 from fastvl_lab.errors import FastvlError, RecipeError, RequestError, quoted, require, sentence
 from fastvl_lab.lab import Lab, device_name
+from fastvl_lab.measure.load import check_arrivals, usual_number
 from fastvl_lab.measure.publish import PHOTOGRAPHS
 from fastvl_lab.measure.recipes import STOCK
 from fastvl_lab.recipe import Recipe
 from fastvl_lab.view.workbench import kept, link, messages, reading, rivals, showing
 from fastvl_lab.view.workbench.controls import controls
 from fastvl_lab.view.workbench.export import export, page_of, static_text
-from fastvl_lab.view.workbench.session import News, Picture, Question, Result, Session
-from fastvl_lab.view.workbench.views import View, views
+from fastvl_lab.view.workbench.session import BEFORE, Arrivals, News, Picture, Question, Result, Session
+from fastvl_lab.view.workbench.views import LOAD, View, views
 
 _OPEN_AGAIN = 4  # results of earlier sessions that are held in memory
+NOTHING = "nothing"  # that a load is held against
 _BETWEEN_NEWS = 0.08  # seconds: a page that is told more often draws no more
 
 
@@ -73,7 +75,8 @@ def workbench(
         **size,
     )
     target = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    chosen, error = find_recipe(recipe, target), ""
+    first = chosen = find_recipe(recipe, target)
+    error = ""
     try:
         if query:
             question, chosen, result = link.read(query, question, chosen, target)
@@ -84,6 +87,7 @@ def workbench(
         question,
         chosen,
         target,
+        meant=recipe if chosen is first and _means_the_labs(recipe) else "",
         repeats=repeats,
         dtype=dtype,
         folder=kept_in,
@@ -105,6 +109,7 @@ class Workbench:
         repeats: int,
         dtype: str | None,
         folder: Path,
+        meant: str = "",
         result: str = "",
         own_page: bool = False,
         error: str = "",
@@ -113,6 +118,7 @@ class Workbench:
         from fastvl_lab.view.workbench.page import Page
 
         self.recipe, self.device = recipe, device
+        self._meant = meant  # the recipe's text while there is no lab that says what "fastest" means
         known = torch.float32 if dtype is None and device.type == "cpu" else DTYPES.get(str(dtype))
         self._target = Target(device=device, dtype=known)  # until a checkpoint says more
         self._dtype = dtype
@@ -124,6 +130,7 @@ class Workbench:
         self._rows: dict[int, tuple[Any, messages.Row]] = {}  # of the history, with what each was made of
         self._views = views()
         self._view = next(iter(self._views))
+        self._arrivals, self._against_load = Arrivals(concurrency=8, rate=None, n=usual_number(8)), NOTHING
         self._shown = self._against = 0  # numbers of results; 0 is the newest, and the one before the shown one
         self._telling = threading.RLock()  # a click is answered on another thread than the session
         self._live = messages.Live(state="starting", busy=True, error=error)
@@ -164,7 +171,7 @@ class Workbench:
         self._question, self._shown = opened.question, number
         try:
             opened.recipe.check(self._target)
-            self.recipe = opened.recipe
+            self.recipe, self._meant = opened.recipe, ""
         except RecipeError as error:
             self._say(error=f"the recipe of this result cannot run here: {sentence(error)}")
         self._tell_chosen()
@@ -223,7 +230,7 @@ class Workbench:
         """Take a whole recipe, such as a preset, and run."""
         changed = find_recipe(recipe, self.device, fastest=self._fastest)
         changed.check(self._target)
-        self._use(changed, None)
+        self._use(changed, None, meant=recipe if self._fastest is None and _means_the_labs(recipe) else "")
 
     @property
     def _fastest(self) -> Recipe | None:
@@ -233,7 +240,7 @@ class Workbench:
     def undo(self) -> None:
         """Back to the recipe before; nothing happens at the first."""
         if self._before:
-            self.recipe, self._moved = self._before.pop(), ()
+            self.recipe, self._moved, self._meant = self._before.pop(), (), ""
             self.run()
 
     def ask(self, **changes: Any) -> None:
@@ -259,13 +266,38 @@ class Workbench:
         last = self.history[-1] if self.history else None
         comparable = last is not None and last.question == self._question and last.recipe != self.recipe
         before = last.recipe if last is not None and comparable else None
-        self._session.ask(self._question, self.recipe, repeats=self._repeats, before=before, rival=self._rival)
+        self._session.ask(self._question, self._meant or self.recipe, repeats=self._repeats, before=before, rival=self._rival)
 
     def measure(self, number: int, against: int) -> None:
         """Run one recipe of the history side by side with another of it; a new result."""
         chosen, other = self.result(number), self.result(against)
         self._shown = self._against = 0
         self._session.ask(chosen.question, chosen.recipe, repeats=max(self._repeats, 1), before=other.recipe, rival=self._rival)
+
+    def load(
+        self,
+        *,
+        concurrency: int | None = None,
+        rate: float | None = None,
+        n: int | None = None,
+        against: EngineLike | None = None,
+        number: int = 0,
+    ) -> None:
+        """Send many requests of a result's question to its recipe, each with pictures of its own, and look at what becomes of them.
+
+        concurrency, rate, n: as `fl.load` has them; by default 8 at once. against: a recipe or an engine's text, to which the same
+        requests are sent afterwards. number: of a result of this session, whose `loads` it is, once nothing runs. Raises
+        `RequestError`, and `RecipeError` for what cannot be put under load.
+        """
+        result = self.result(number)
+        concurrency = 8 if concurrency is None and rate is None else concurrency
+        check_arrivals(concurrency=concurrency, rate=rate, n=n)
+        if unmet := self._no_load(result):
+            raise RecipeError(unmet)
+        self._arrivals = Arrivals(concurrency=concurrency, rate=rate, n=n or usual_number(concurrency))
+        beside = {} if against is None else {self._named(against, result): against}
+        self._session.load(result, self._arrivals, beside)
+        self.look(LOAD, number=number)
 
     def look(self, view: str | None = None, *, number: int | None = None, against: int | None = None) -> None:
         """Look at a result in another way, or at another one; what a view needs is measured first.
@@ -392,8 +424,9 @@ class Workbench:
     def _drawn(self) -> list[tuple[Result, Result | None, dict[str, View]]]:
         return [(result, self._other(result), self._views) for result in self.history]
 
-    def _use(self, recipe: Recipe, chosen: str | None) -> None:
+    def _use(self, recipe: Recipe, chosen: str | None, *, meant: str = "") -> None:
         self._before.append(self.recipe)
+        self._meant = meant
         moved = [path for path in self.controls if recipe.value(path) != self.recipe.value(path) and path != chosen]
         self.recipe, self._moved = recipe, tuple(moved) if chosen else ()
         self.run()
@@ -405,6 +438,41 @@ class Workbench:
         earlier = [one for one in self.history if one.number < result.number][::-1]  # none, of a result of an earlier session
         beside = (one for one in earlier if one.recipe == result.before and one.question == result.question)
         return next(beside, next(iter(earlier), None))
+
+    def _no_load(self, result: Result) -> str:
+        """Why a result cannot be put under load, "" if it can."""
+        if result.number < 0:
+            return f"{showing.called(result)} is of an earlier session: take its recipe, which runs it here"
+        return _cannot_run(result.recipe, self._target)
+
+    def _named(self, engine: EngineLike, result: Result) -> str:
+        """What an engine is called beside a result's recipe; raises `RecipeError` for one that cannot be put under load with it."""
+        found = find(engine, self.device, fastest=self._fastest)
+        if found.recipe is None:
+            if not self._session.has_started(engine):
+                raise RecipeError(f"the server of {found.name} has not been started: run the recipe with it as the bar to beat")
+            return found.name
+        if found.recipe == result.recipe:
+            raise RecipeError(f"it has the recipe of {showing.called(result)}: there is nothing to hold against it")
+        found.recipe.check(self._target)
+        changes = showing.recipe_changes(result.recipe, found.recipe)
+        return changes[0] if changes == ["baseline"] else f"the one with {showing.few(changes, 3)}"
+
+    def _besides(self, result: Result) -> dict[str, tuple[EngineLike | None, messages.Rival]]:
+        """What a load of a result can be held against, as the page names it."""
+        other = self._other(result)
+        before = (BEFORE, None if other is None else other.recipe, "" if other is None else showing.called(other))
+        found: dict[str, tuple[EngineLike | None, messages.Rival]] = {
+            NOTHING: (None, messages.Rival(text=NOTHING, about="this recipe alone"))
+        }
+        for text, engine, about in (before, (str(self._rival), self._rival, "the bar to beat")):
+            unmet = None
+            try:
+                about += "" if engine is None else f": {self._named(engine, result)}"
+            except RecipeError as error:
+                unmet = sentence(error)
+            found[text] = engine, messages.Rival(text=text, about=about, unmet="there is none" if engine is None else unmet)
+        return found
 
     def _measure_for_view(self, result: Result) -> None:
         view = self._views[self._view]
@@ -438,6 +506,8 @@ class Workbench:
                 self.look(view, number=number, against=against)
             case messages.Measure(number=number, against=against):
                 self.measure(number, against)
+            case messages.Send(at_once=at_once, rate=rate, n=n, against=against):
+                self._send(reading.arrivals(at_once, rate, n), against)
             case messages.Mark(number=number, pinned=pinned, note=note):
                 self.mark(number, pinned=pinned, note=note)
             case messages.Delete(number=number):
@@ -457,6 +527,15 @@ class Workbench:
             )
             if dataclasses.replace(self._question, **changes) != self._question:
                 self.ask(**changes)
+
+    def _send(self, arrivals: Arrivals, against: str) -> None:
+        found = self._besides(self.result(self._shown))
+        if against not in found:
+            raise RequestError(f"there is no {against!r} to hold the load against; the choices are {', '.join(found)}")
+        if found[against][1].unmet:
+            raise RequestError(f"the load cannot be held against {against!r}: {found[against][1].unmet}")
+        self._against_load = against
+        self.load(**vars(arrivals), against=found[against][0], number=self._shown)
 
     def _take(self, pictures: list[Picture], *, add: bool) -> None:
         for picture in pictures:
@@ -529,6 +608,9 @@ class Workbench:
                 self._question = self.history[-1].question  # what has failed is not what is asked
                 self._tell_asked()
             if news.result is not None:
+                if self._meant and self._fastest is not None:
+                    self.recipe, self._meant = find_recipe(self._meant, self.device, fastest=self._fastest), ""
+                    self._tell_chosen()
                 self._aim()
                 self._tell_history()
                 if news.result.where != self._where:
@@ -594,22 +676,33 @@ class Workbench:
                 against=self._against,
                 pending=pending and not earlier,
                 apart=self._apart(result.question, result.where),
-                lacks=f"{view.name} was not measured in that session" if earlier and view.lacks(result) else "",
+                lacks=_lacking(view, result),
                 link=link.write(result.question, result.recipe, name) if self._own_page else "",
                 line=link.python(result.question, result.recipe, name, None if self._folder == _default_folder() else self._folder),
             )
             self.widget.tell("shown", said)
+            self._tell_loaded(result)
             if view is not next(iter(self._views.values())) and not view.lacks(result):
                 figure, frame = view.draw(result, other)
                 rows = tuple(tuple(map(str, row)) for row in frame.itertuples(index=False))
                 about = f"{view.name} of {result.number}"
                 drawn = messages.Figure(
-                    view=view.name, about=about, figure=figure.to_json(), columns=tuple(frame.columns), rows=rows
+                    view=view.name,
+                    about=about,
+                    figure=figure.to_json(),
+                    more=tuple(one.to_json() for one in view.more(result, other)),
+                    columns=tuple(frame.columns),
+                    rows=rows,
                 )
                 self.widget.tell("figure", drawn)
             if self._static is not None:
                 html = require("IPython.display", "notebooks").HTML(self.static())
                 self._static.update(html)
+
+    def _tell_loaded(self, result: Result) -> None:
+        others = [rival for _, rival in self._besides(result).values()]
+        against = self._against_load if any(one.text == self._against_load and one.unmet is None for one in others) else NOTHING
+        self.widget.tell("loaded", showing.loaded(result, self._arrivals, against, others, self._no_load(result)))
 
     def _tell_choices(self) -> None:
         unmet = sum(len(control.unmet) for control in self.controls.values())
@@ -697,6 +790,26 @@ class Workbench:
                 self._say(error=f"results are not kept: the folder {self._folder} cannot be written ({error.strerror})")
             except FastvlError as error:
                 self._say(error=sentence(error))
+
+
+def _lacking(view: View, result: Result) -> str:
+    """What to say where a view was not measured and is not about to be."""
+    if not view.lacks(result):
+        return ""
+    return view.by_hand if result.number > 0 else f"{view.name} was not measured in that session"
+
+
+def _means_the_labs(recipe: Recipe | str) -> TypeGuard[str]:
+    """Whether it is the text of what a lab knows to be fastest."""
+    return isinstance(recipe, str) and recipe.partition(",")[0].strip() == "fastest"
+
+
+def _cannot_run(recipe: Recipe, target: Target) -> str:
+    try:
+        recipe.check(target)
+    except RecipeError as error:
+        return sentence(error)
+    return ""
 
 
 def _default_folder() -> Path:

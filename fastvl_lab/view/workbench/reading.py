@@ -15,7 +15,7 @@ from fastvl_lab.checkpoint import tiny
 from fastvl_lab.checkpoint.random_weights import RANDOM_PREFIX, published
 from fastvl_lab.errors import RequestError
 from fastvl_lab.families import family_of
-from fastvl_lab.view.workbench.session import Picture, Question
+from fastvl_lab.view.workbench.session import Arrivals, Picture, Question
 
 AS_IT_IS, WITHIN = "as it is", "within "
 BOXES = (AS_IT_IS, "within 448×448", "within 640×480", "within 1280×960")
@@ -93,6 +93,15 @@ def whole_number(name: str, text: str, *, least: int) -> int:
     if not (text.isascii() and text.isdigit() and int(text) >= least):
         raise RequestError(f"{name} is {text!r}; write a whole number of at least {least}")
     return int(text)
+
+
+def arrivals(at_once: str, rate: str, n: str) -> Arrivals:
+    """How a load's requests arrive; at_once is "" where a rate says so."""
+    if at_once:
+        return Arrivals(concurrency=whole_number("at once", at_once, least=1), rate=None, n=whole_number("requests", n, least=1))
+    if not re.fullmatch(r"\d{1,6}(\.\d{1,6})?", rate, re.ASCII) or not float(rate):
+        raise RequestError(f"rate is {rate!r}; write how many requests arrive a second on average, such as 2.5")
+    return Arrivals(concurrency=None, rate=float(rate), n=whole_number("requests", n, least=1))
 
 
 # A field of the page -> what its text changes of the question.

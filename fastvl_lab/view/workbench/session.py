@@ -17,14 +17,16 @@ import torch
 
 from fastvl_lab.catalogue import OptionValue, Target, toggles
 from fastvl_lab.engine import EngineLike
-from fastvl_lab.errors import ImageError, RecipeError, RequestCancelledError, sentence
+from fastvl_lab.errors import FastvlError, ImageError, RecipeError, RequestCancelledError, sentence
 from fastvl_lab.lab import Lab
 from fastvl_lab.learnt import versions
 from fastvl_lab.measure.audit import Audit, audit
 from fastvl_lab.measure.compare import Attribution, Comparison, attribute, compare
 from fastvl_lab.measure.environment import environment
 from fastvl_lab.measure.floors import Ceilings, floor
+from fastvl_lab.measure.load import Load, load
 from fastvl_lab.measure.parity import Parity
+from fastvl_lab.measure.profile import Profile, profile_request
 from fastvl_lab.measure.publish import photo
 from fastvl_lab.measure.quiet import Quiet
 from fastvl_lab.measure.recipes import STOCK, stages_of
@@ -37,6 +39,7 @@ from fastvl_lab.trace import Span
 from fastvl_lab.view.workbench import rivals
 
 BEFORE, RECIPE = "the run before", "this recipe"
+UNDER_LOAD = "under load"
 
 _PREVIEW = 128  # pixels of the longer side
 _PATIENCE = 20.0  # seconds to wait for the end of a stage
@@ -114,6 +117,15 @@ class Question:
         return f"{names} {done}" + ("" if self.max_pixels is None else f", max_pixels {self.max_pixels}")
 
 
+@dataclass(frozen=True, kw_only=True)
+class Arrivals:
+    """How the requests of a load arrive: so many at once, or so many a second; and how many there are."""
+
+    concurrency: int | None
+    rate: float | None
+    n: int
+
+
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Result:
     """One answer, and what has been measured of it since.
@@ -121,7 +133,8 @@ class Result:
     number: from 1 in a session, and below 0 of an earlier one. when: seconds since 1970. where: as `where` has it. run: the first.
     held: bytes by what held them after it. before: the recipe that it was measured beside, if any. comparison: of the bar to beat,
     that one, and its own. layers: a run of Transformers and one of its own with every block timed. floors: stage to seconds.
-    attribution: its way from the baseline.
+    attribution: its way from the baseline. profile: its operations, with blocks and layers. loads: many requests of its question,
+    with its recipe and others by name.
     """
 
     number: int
@@ -136,6 +149,8 @@ class Result:
     layers: Mapping[str, Run] | None = None
     floors: Mapping[str, float] | None = None
     attribution: Attribution | None = None
+    profile: Profile | None = None
+    loads: Mapping[str, Load] | None = None
 
     @property
     def shown(self) -> Run:
@@ -265,15 +280,22 @@ class Session:
         self._thread.start()
 
     def ask(
-        self, question: Question, recipe: Recipe, *, repeats: int, before: Recipe | None = None, rival: EngineLike = STOCK
+        self, question: Question, recipe: Recipe | str, *, repeats: int, before: Recipe | None = None, rival: EngineLike = STOCK
     ) -> None:
-        """Wish for an answer, and for it to be measured beside the bar to beat and the recipe before; returns at once."""
+        """Wish for an answer, and for it to be measured beside the bar to beat and the recipe before; returns at once.
+
+        recipe: as text where it means the lab's fastest, which is known once there is a lab.
+        """
         self._wish_for(question, "running", partial(self._answer, question, recipe, repeats, before, rival), first=True)
         self._give_up_start(unless=rival)
 
     def open_up(self, result: Result) -> None:
         """Wish for every block and layer of a result's recipe and of Transformers."""
         self._wish_for(result.question, "timing blocks and layers", partial(self._open_up, result.number))
+
+    def see_operations(self, result: Result) -> None:
+        """Wish for every operation of a result's recipe, as torch's profiler sees it."""
+        self._wish_for(result.question, "watching operations", partial(self._see_operations, result.number))
 
     def find_floors(self, result: Result) -> None:
         """Wish for what the stages of a result must cost at least on this device."""
@@ -282,6 +304,15 @@ class Session:
     def attribute(self, result: Result, *, repeats: int) -> None:
         """Wish for what each toggle of a result's recipe takes off TTFT, on the way from the baseline."""
         self._wish_for(result.question, "measuring toggle by toggle", partial(self._attribute, result.number, repeats))
+
+    def load(self, result: Result, arrivals: Arrivals, beside: Mapping[str, EngineLike]) -> None:
+        """Wish for many requests of a result's question: with its recipe, then with each engine of `beside`, by its name."""
+        self._wish_for(result.question, UNDER_LOAD, partial(self._load, result.number, arrivals, beside))
+
+    def has_started(self, rival: EngineLike) -> bool:
+        """Whether a bar to beat can be asked now: its server has been started, or it has none."""
+        with self._changed:
+            return str(rival) in self._started or not rivals.must_start(rival)
 
     def delete(self, number: int) -> None:
         """Forget a result; what is measured of it then is lost."""
@@ -390,7 +421,7 @@ class Session:
     def _answer(
         self,
         question: Question,
-        recipe: Recipe,
+        asked: Recipe | str,
         repeats: int,
         before: Recipe | None,
         rival: EngineLike,
@@ -398,7 +429,7 @@ class Session:
         request: Request,
         stop: threading.Event,
     ) -> Result:
-        text: list[str] = []
+        recipe, text = lab.recipe(asked), list[str]()
 
         def on_chunk(chunk: Chunk) -> None:
             text.append(chunk.text)
@@ -493,10 +524,41 @@ class Session:
 
         def told(sample: RunSample) -> None:
             seen.add((sample.engine, sample.round))  # one that was disturbed comes again
-            done, spent = len(seen), time.monotonic() - began
-            said = f"{what}run {done} of {runs} · {spent:.1f} of about {spent / done * runs:.1f} s"
+            said = f"{what}run {_so_far(len(seen), runs, began)}"
             shown = None if state == "idle" else sample
-            self._tell(News(state=state, progress=said if done < runs else "checking parity", sample=shown))
+            self._tell(News(state=state, progress=said if len(seen) < runs else "checking parity", sample=shown))
+
+        return told
+
+    def _load(
+        self,
+        number: int,
+        arrivals: Arrivals,
+        beside: Mapping[str, EngineLike],
+        lab: Lab,
+        request: Request,
+        stop: threading.Event,
+    ) -> Result:
+        """One after the other, with the same requests at the same times; one that is stopped is not kept."""
+        found = {}
+        for label, engine in {RECIPE: self._result(number).recipe, **beside}.items():
+            self._tell(News(state=UNDER_LOAD, progress=f"{label}: warming up"))
+            told = self._ended_of(label, arrivals.n)
+            try:
+                found[label] = load(lab, request, engine, **vars(arrivals), on_run=told, stop=stop)
+            except FastvlError:
+                if not stop.is_set():
+                    raise
+            if stop.is_set():
+                raise RequestCancelledError("the load was stopped")
+        return self._know(number, loads=found)
+
+    def _ended_of(self, label: str, n: int) -> Callable[[int, Run | Exception], None]:
+        """Tells of each request of a load that ends how many have, and how long all may take."""
+        began, ended = time.monotonic(), itertools.count(1)
+
+        def told(_: int, __: Run | Exception) -> None:
+            self._tell(News(state=UNDER_LOAD, progress=f"{label}: request {_so_far(next(ended), n, began)}"))
 
         return told
 
@@ -508,6 +570,9 @@ class Session:
                 run = lab.run(request, engine, trace="layers", stop=stop)
             layers[label] = replace(run, engine=label)
         return self._know(number, layers=layers)
+
+    def _see_operations(self, number: int, lab: Lab, request: Request, _: threading.Event) -> Result:
+        return self._know(number, profile=profile_request(lab, request, self._result(number).recipe, trace="layers"))
 
     def _find_floors(self, number: int, lab: Lab, request: Request, _: threading.Event) -> Result:
         return self._know(number, floors=self._floors(lab, request))
@@ -574,6 +639,12 @@ def where(lab: Lab) -> dict[str, str]:
     ends = [w.detach()[(at,) * w.ndim].float() for w in lab.checkpoint.model.parameters() if w.numel() for at in (0, -1)]
     weights = sha256(torch.stack(ends).cpu().numpy().tobytes()).hexdigest()[:12]
     return {name: value for name, value in environment(lab).items() if name != "date"} | versions() | {"weights": weights}
+
+
+def _so_far(done: int, of: int, began: float) -> str:
+    """Counts and seconds of what began then."""
+    spent = time.monotonic() - began
+    return f"{done} of {of} · {spent:.1f} of about {spent / done * of:.1f} s"
 
 
 def _steps(recipe: Recipe) -> list[str]:

@@ -8,14 +8,17 @@ from collections.abc import Mapping, Sequence
 from itertools import zip_longest
 
 from fastvl_lab.catalogue import Target, toggles
+from fastvl_lab.measure.audit import audit
 from fastvl_lab.measure.compare import Comparison
+from fastvl_lab.measure.load import Load, findings
 from fastvl_lab.measure.recipes import STOCK
 from fastvl_lab.measure.samples import Interval, RunSample
 from fastvl_lab.recipe import Recipe
 from fastvl_lab.run import Run, in_words, milliseconds
 from fastvl_lab.trace import LANES, STAGES
-from fastvl_lab.view.workbench.messages import Advised, Dot, Pill, Row, Series, Shown
-from fastvl_lab.view.workbench.session import BEFORE, RECIPE, Advice, Question, Result, candidates
+from fastvl_lab.view.tables import load_percentile_frame
+from fastvl_lab.view.workbench.messages import Advised, Dot, Loaded, Pill, Rival, Row, Series, Shown
+from fastvl_lab.view.workbench.session import BEFORE, RECIPE, Advice, Arrivals, Question, Result, candidates
 
 _BUSY = 3.0  # the slowest warm round over the fastest, from which a machine is busy with something else
 
@@ -173,7 +176,7 @@ def changes(before: Result | None, result: Result) -> str:
         if old != new
     ]
     said += recipe_changes(before.recipe, result.recipe)
-    return _few(said, 3)
+    return few(said, 3)
 
 
 def recipe_changes(before: Recipe, recipe: Recipe) -> list[str]:
@@ -310,7 +313,7 @@ def learnt(result: Result) -> str:
     said += f"; floor {milliseconds(floor)}." if floor else "."
     if before is None or BEFORE not in comparison.engines:
         return said
-    changed, saved = _few(recipe_changes(before, result.recipe), 2), comparison.saving(RECIPE, BEFORE)
+    changed, saved = few(recipe_changes(before, result.recipe), 2), comparison.saving(RECIPE, BEFORE)
     if _busy(comparison, RECIPE, BEFORE):
         return f"{changed}: the machine is too busy to say what it saves. {said}"
     if saved is None or saved.low != saved.low:
@@ -325,7 +328,8 @@ def learnt(result: Result) -> str:
     return f"{changed}: no saving shown {interval}. {said}"
 
 
-def _few(said: list[str], most: int) -> str:
+def few(said: list[str], most: int) -> str:
+    """The first of them, and how many more there are."""
     return ", ".join(said[:most]) + (f" and {len(said) - most} more" if len(said) > most else "")
 
 
@@ -363,6 +367,39 @@ def _first_advice(last: Result, target: Target, fastest: Recipe) -> Advised:
     return Advised(
         savings={}, sentence=f"{longest} takes longest, {share:.0%} of TTFT. Try {path}={value}.", path=path, value=value
     )
+
+
+def loaded(result: Result, arrivals: Arrivals, against: str, others: Sequence[Rival], unmet: str) -> Loaded:
+    """The load view beside its figures. against, others, unmet: as `Loaded` has them."""
+    loads = result.loads or {}
+    frame = load_percentile_frame(loads) if loads else None
+    return Loaded(
+        at_once="" if arrivals.concurrency is None else str(arrivals.concurrency),
+        rate="" if arrivals.rate is None else f"{arrivals.rate:g}",
+        n=str(arrivals.n),
+        against=against,
+        others=tuple(others),
+        unmet=unmet,
+        said=() if frame is None else (*(_served(label, load) for label, load in loads.items()), *_against(loads)),
+        columns=() if frame is None else tuple(frame.columns),
+        rows=() if frame is None else tuple(tuple(map(str, row)) for row in frame.itertuples(index=False)),
+    )
+
+
+def _served(label: str, load: Load) -> str:
+    """What became of a load, in a line; and what of it cannot be, if an audit finds such."""
+    failed = f", {len(load.failures)} failed ({next(iter(load.failures.values()))})" if load.failures else ""
+    found = audit(load)
+    cannot_be = "" if found.ok else f"; audit: {found.findings[0].sentence}"
+    return (
+        f"{label}: {load.tokens_per_second:.1f} tokens and {load.requests_per_second:.2f} requests a second, "
+        f"{len(load.runs)} requests in {load.seconds:.2f} s, {load.how}{failed}{cannot_be}"
+    )
+
+
+def _against(loads: Mapping[str, Load]) -> list[str]:
+    reference = next((label for label in loads if label != RECIPE), None)
+    return [] if reference is None else findings(loads, reference)
 
 
 def row(result: Result, before: Result | None, *, pinned: bool, note: str) -> Row:
