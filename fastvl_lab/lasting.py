@@ -98,7 +98,7 @@ class Lasting:
         (folder / TRACE).write_text(_json(whole), encoding="utf-8")
         head = {
             "format": FORMAT,
-            "kind": type(self).__name__,
+            "kind": next(one.__name__ for one in type(self).__mro__ if one.__name__ in _CLASSES),
             "when": time.time(),
             "title": about.title,
             "findings": list(about.findings),

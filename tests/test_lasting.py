@@ -46,7 +46,7 @@ def results(tiny: Lab, asked: Request, compared: Comparison, sweep_settings: Cal
         "attribution": Attribution(comparison=compared, steps=compared.engines),
         "load": fl.load(tiny, Request(prompt="Hi", max_new_tokens=3, ignore_eos=True), "fastest", concurrency=2, n=3),
         "sweep": fl.sweep(sweep_settings(checkpoints=["tiny-qwen3-vl", "none"]), progress=False),
-        "tune": fl.tune(tiny, asked, 3, **only),
+        "tune": fl.tune(tiny, asked, 20, **only),
     }
 
 
@@ -107,6 +107,8 @@ def test_a_folder_has_a_table_and_a_trace_that_perfetto_opens(folder: Path, comp
     assert list(table.ttft_ms) == [sample.run.ttft * 1e3 for sample in compared.samples]
     assert set(table.engine) == {"transformers", "ours"}
     assert len(pandas.read_parquet(folder / "load" / "samples.parquet")) == 3
+    raced = pandas.read_parquet(folder / "tune" / "samples.parquet")
+    assert set(raced.tried) == {"the best so far", *(tried.label for tried in fl.open(folder / "tune").tried if tried.rounds)}
     events = json.loads((folder / "comparison" / "trace.json").read_text())["traceEvents"]
     assert {event["pid"] for event in events} == {1, 2}
     assert {event["args"]["name"] for event in events if event["name"] == "process_name"} == {"transformers", "ours"}

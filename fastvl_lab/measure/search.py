@@ -15,7 +15,7 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from itertools import product
 from statistics import median
-from typing import Literal, Protocol
+from typing import Literal, NamedTuple, Protocol
 
 from fastvl_lab.catalogue import OptionValue
 from fastvl_lab.errors import FastvlError, RecipeError
@@ -131,12 +131,24 @@ class Space:
     allowed: Callable[[Recipe], str | None]
 
 
+class Raced(NamedTuple):
+    """One sample of a race. race: its number, from 0; tried: what its recipe changes, or `_BEST`; cost: in seconds."""
+
+    race: int
+    phase: str
+    tried: str
+    round: int
+    cost: float
+    disturbed: bool | None
+
+
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Found:
     """What a search came to. ratio: of `recipe` over `start`, by samples taken for that alone; None where there are none.
 
     gained: the product of the medians by which the search came to the recipe, confirmed or not. untried: labels for which time was
-    too short. cut_off: it was stopped, or could time nothing more in this process, so another may go on with it.
+    too short. samples: raw, of races that were run to their end. cut_off: it was stopped, or could time nothing more in this
+    process, so another may go on with it.
     """
 
     recipe: Recipe
@@ -147,6 +159,7 @@ class Found:
     tried: tuple[Tried, ...]
     cast_out: tuple[CastOut, ...]
     untried: tuple[str, ...]
+    samples: tuple[Raced, ...]
     ended: str
     cut_off: bool = False
 
@@ -192,6 +205,7 @@ class _Search:
         self._tried: list[Tried] = []
         self._cast_out: list[CastOut] = []
         self._untried: dict[str, None] = {}
+        self._raced: list[Raced] = []
         self._bests: list[tuple[Recipe, float]] = []  # the start, then each that was taken, with the product of medians up to it
         self._blamed: list[Changes] = []  # choices that, all together, took a recipe out
         self._seen: set[Recipe] = set()
@@ -253,6 +267,7 @@ class _Search:
             tried=tuple(self._tried),
             cast_out=tuple(self._cast_out),
             untried=tuple(self._untried),
+            samples=tuple(self._raced),
             ended=ended,
             cut_off=cut_off,
         )
@@ -328,6 +343,7 @@ class _Search:
                 running = {label: recipe for label, recipe in running.items() if recipe in self._seen}
                 for label in [label for label in running if self._settled(Samples(samples=tuple(made)), label)]:
                     del running[label]
+        self._write_down(made)
         self._judge(Samples(samples=tuple(made)), racing, over)
 
     def _judge(self, samples: Samples[StageSample], racing: Mapping[str, Recipe], over: Recipe) -> None:
@@ -437,7 +453,13 @@ class _Search:
                             raise EndOfSearchError(f"the start itself failed: {error}") from None
                         self._blame(label, best, start, error)
                         return None
+        self._write_down(made)
         return Samples(samples=tuple(made)).ratio(label, _BEST, COST)
+
+    def _write_down(self, made: Iterable[StageSample]) -> None:
+        """Keep the samples of a race, raw."""
+        race = self._raced[-1].race + 1 if self._raced else 0
+        self._raced += [Raced(race, self._phase, s.engine, s.round, s.steps[COST], s.disturbed) for s in made]
 
     def _short(self) -> bool:
         """Whether what is left is needed for one more look at a recipe, and for the end, when the best meets the start."""

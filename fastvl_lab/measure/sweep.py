@@ -111,7 +111,7 @@ class SweepSettings:
         """Those of a sweep that was made elsewhere, perhaps: what they name need not be here, and no folder is made."""
         made = object.__new__(cls)
         for own in dataclasses.fields(cls):
-            object.__setattr__(made, own.name, record[own.name])
+            object.__setattr__(made, own.name, record.get(own.name, own.default))  # an older record lacks what is newer
         return made
 
 
@@ -171,8 +171,8 @@ class SweepResult(Lasting):
     def to_record(self) -> dict[str, Any]:
         """As JSON-ready data; `from_record` reads it back."""
         points = [
-            {"checkpoint": p.checkpoint, "size": p.size, "environment": dict(p.environment), "comparison": p.comparison.to_record()}
-            for p in self.points
+            {**vars(point), "environment": dict(point.environment), "comparison": point.comparison.to_record()}
+            for point in self.points
         ]
         settings = dataclasses.asdict(self.settings)
         return {"settings": settings, "environment": self.environment, "points": points, "errors": list(self.errors)}

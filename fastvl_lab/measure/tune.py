@@ -51,6 +51,7 @@ from fastvl_lab.measure.search import (
     EndOfSearchError,
     Found,
     Progress,
+    Raced,
     Space,
     Tried,
     search,
@@ -81,8 +82,8 @@ class Tuned(Lasting):
     recipe: the best, or `start` where nothing is shown to be faster. ratio: how many times as fast as `start` it is by the goal, on
     samples taken for that alone; where the search was cut short before those, the product of its races' medians without an
     interval; of the start itself, 1. over: what the start is called, and where it is from. tried: a row a recipe and race;
-    cast_out: what was not timed, with the reason; untried: what time was too short for. checks: the recipe's parity, a request
-    each. seconds: that it took. kept: the file of the record, None where none was written.
+    cast_out: what was not timed, with the reason; untried: what time was too short for. samples: of all races, raw. checks: the
+    recipe's parity, a request each. seconds: that it took. kept: the file of the record, None where none was written.
     """
 
     recipe: Recipe
@@ -95,6 +96,7 @@ class Tuned(Lasting):
     tried: tuple[Tried, ...]
     cast_out: tuple[CastOut, ...]
     untried: tuple[str, ...]
+    samples: tuple[Raced, ...]
     checks: tuple[Parity, ...]
     ended: str
     seconds: float
@@ -139,7 +141,7 @@ class Tuned(Lasting):
             title=f"{told(self.recipe, self.start)}: {self.ratio.times()} as fast as {self.over}",
             findings=self.findings(),
             environment=self.environment,
-            samples=self.rows(),
+            samples=[sample._asdict() for sample in self.samples],
         )
 
     def to_record(self) -> dict[str, Any]:
@@ -161,6 +163,7 @@ class Tuned(Lasting):
             "cast_out": [{**vars(one), "recipe": one.recipe and one.recipe.to_dict()} for one in self.cast_out],
             "rows": self.rows(),
             "untried": list(self.untried),
+            "samples": [list(sample) for sample in self.samples],
             "ended": self.ended,
             "seconds": self.seconds,
             "environment": dict(self.environment),
@@ -189,6 +192,7 @@ class Tuned(Lasting):
             tried=tuple(tried),
             cast_out=tuple(cast_out),
             untried=tuple(record["untried"]),
+            samples=tuple(Raced(*sample) for sample in record["samples"]),
             checks=tuple(map(Parity.from_record, record["checks"])),
             ended=record["ended"],
             seconds=record["seconds"],
@@ -362,6 +366,7 @@ def _result(
         tried=found.tried,
         cast_out=(*found.cast_out, *fallen),
         untried=found.untried,
+        samples=found.samples,
         checks=bench.checks[found.recipe],
         ended=found.ended,
         seconds=bench.spent if journal is None else bench.allowed - journal.left(),
