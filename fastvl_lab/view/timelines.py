@@ -125,7 +125,8 @@ def operation_timeline(ways: Mapping[str, Profile]) -> go.Figure:
 def _in_words(seen: Profile) -> str:
     lanes = [lane for lane in _LANES if seen.number(lane)]
     return "; ".join(
-        f"{seen.number(lane)} on the {lane}, {1 - seen.covered(lane) / seen.seconds:.0%} between them" for lane in lanes
+        f"{seen.number(lane)} operations on the {lane}, {1 - seen.covered(lane) / seen.seconds:.0%} of the time between them"
+        for lane in lanes
     )
 
 

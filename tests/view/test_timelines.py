@@ -87,7 +87,10 @@ def test_an_operation_is_a_bar_and_what_lies_between_is_said() -> None:
     assert [list(bars.x) for bars in figure.data] == [[1, 2, 3], [6]]
     assert [list(bars.base) for bars in figure.data] == [[1, 3, 6], [1]]
     titles = [annotation.text for annotation in figure.layout.annotations]
-    assert titles == ["eager: 3 on the host, 40% between them", "&lt;compiled&gt;: 1 on the host, 25% between them"]
+    assert titles == [
+        "eager: 3 operations on the host, 40% of the time between them",
+        "&lt;compiled&gt;: 1 operations on the host, 25% of the time between them",
+    ]
     frame = view.operation_frame(ways)
     assert list(frame["host operations"]) == ["3", "1"]
     assert list(frame["host: between them"]) == ["40%", "25%"]
