@@ -228,9 +228,10 @@ class Workbench:
 
     def use(self, recipe: Recipe | str) -> None:
         """Take a whole recipe, such as a preset, and run."""
-        changed = find_recipe(recipe, self.device, fastest=self._fastest)
+        fastest = self._fastest  # once: the lab may come at any moment
+        changed = find_recipe(recipe, self.device, fastest=fastest)
         changed.check(self._target)
-        self._use(changed, None, meant=recipe if self._fastest is None and _means_the_labs(recipe) else "")
+        self._use(changed, None, meant=recipe if fastest is None and _means_the_labs(recipe) else "")
 
     @property
     def _fastest(self) -> Recipe | None:
