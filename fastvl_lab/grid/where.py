@@ -1,4 +1,4 @@
-"""Where a cell was measured: host, card, driver, clocks, threads, versions, the state of the code, and who else was on the card."""
+"""Where a cell was measured, beyond `measure.environment`: host, card, driver, threads, state of the code, who else was there."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ from fastvl_lab.machine import processor_name
 def where(device: torch.device) -> dict[str, Any]:
     """Of this process and the device it computes on; what a system does not tell is None, and stands in every row all the same.
 
-    card: the GPU's name, of a CPU the processor's. card_id: its UUID, "" of a CPU. Clocks in MHz, from nvidia-smi. others_on_card:
-    processes beside this one that compute on it, as nvidia-smi names them; None where it names none, not even this one.
+    card: the GPU's name, of a CPU the processor's. card_id: its UUID, "" of a CPU. others_on_card: processes beside this one that
+    compute on it, as nvidia-smi names them; None where it names none, not even this one.
     """
     found: dict[str, Any] = {
         "host": platform.node(),
@@ -28,9 +28,6 @@ def where(device: torch.device) -> dict[str, Any]:
         "card_id": "",
         "driver": None,
         "cuda": None,
-        "sm_clock_mhz": None,
-        "memory_clock_mhz": None,
-        "most_sm_clock_mhz": None,
         "others_on_card": None,
         "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
         "threads": torch.get_num_threads(),
@@ -44,11 +41,8 @@ def _of_gpu(device: torch.device) -> dict[str, Any]:
     properties = torch.cuda.get_device_properties(device)
     card = f"GPU-{properties.uuid}"
     found: dict[str, Any] = {"card": properties.name, "card_id": card, "cuda": torch.version.cuda}
-    asked = ("driver_version", "clocks.sm", "clocks.mem", "clocks.max.sm")
-    if told := _lines("nvidia-smi", f"--id={card}", f"--query-gpu={','.join(asked)}", "--format=csv,noheader,nounits"):
-        driver, *clocks = (part.strip() for part in told[0].split(","))
-        names = ("sm_clock_mhz", "memory_clock_mhz", "most_sm_clock_mhz")
-        found |= {"driver": driver, **{name: int(clock) for name, clock in zip(names, clocks, strict=False) if clock.isdigit()}}
+    if told := _lines("nvidia-smi", f"--id={card}", "--query-gpu=driver_version", "--format=csv,noheader"):
+        found["driver"] = told[0]
     running = _lines("nvidia-smi", f"--id={card}", "--query-compute-apps=pid,process_name", "--format=csv,noheader")
     if running:  # in a container it may name nobody, not even this process
         mine = str(os.getpid())
