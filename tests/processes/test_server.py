@@ -225,7 +225,8 @@ def test_logs_are_bounded(lab: Lab) -> None:
 
 
 SCRIPT = """
-import atexit, sys, time, fastvl_lab as fl
+import atexit, signal, sys, time, fastvl_lab as fl
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job ignores it, and so do those that it starts
 lab = fl.Lab("tiny-qwen3-vl", device="cpu")
 request = fl.Request(prompt="Hi.", max_new_tokens=int(sys.argv[1]), ignore_eos=True)
 print("run", flush=True)
