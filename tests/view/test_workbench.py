@@ -534,7 +534,7 @@ def test_many_requests_are_sent_and_two_policies_stand_side_by_side(bench: Workb
     assert bench.widget.live["error"] == ""
     loads = bench.result().loads
     assert loads is not None
-    before = "the one with cache.kv=concat, schedule.batching=one_at_a_time"
+    before = "the one with schedule.batching=one_at_a_time"
     assert list(loads) == [RECIPE, before]
     for load in loads.values():
         assert (load.concurrency, len(load.finished)) == (3, 4)
