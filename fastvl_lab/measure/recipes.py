@@ -242,9 +242,11 @@ def modes(recipe: Recipe) -> dict[str, Recipe]:
 
     They differ in nothing else: what does not go with one of them is at its first option in all.
     """
-    for changes in MODES.values():
-        recipe = changed(recipe, changes)
-    eager = recipe.replace({path: Recipe.baseline().value(path) for path in _paths("capture")})
+    first = Recipe.baseline().value
+    eager = recipe.replace({path: first(path) for path in _paths("capture")})
+    for made in [changed(eager, changes) for changes in MODES.values()]:
+        given_up = [path for path in eager.changes() if made.value(path) == first(path)]
+        eager = eager.replace({path: first(path) for path in given_up})
     return {name: changed(eager, changes) for name, changes in MODES.items()}
 
 

@@ -39,14 +39,14 @@ def asked() -> Request:
     return Request(images=[photo("coffee", (201, 133))], prompt="What is this?", max_new_tokens=10, ignore_eos=True)
 
 
-def _exact_recipes() -> dict[str, Recipe]:
+def _exact_recipes(target: Target) -> dict[str, Recipe]:
     """The presets, and every exact option that runs on a CPU, on top of the fastest recipe."""
-    recipes = {"baseline": Recipe.baseline(), "fastest": Recipe.fastest()}
+    recipes = {"baseline": Recipe.baseline(), "fastest": Recipe.fastest(target)}
     for toggle in toggles():
         for option in toggle.options:
             compiled = option.value == "compile"  # tested by itself, and takes a minute
             if option.exact and not compiled and option.needs.unmet(Target(device=torch.device("cpu"))) is None:
-                recipes[f"{toggle.path}={option.value}"] = Recipe.fastest().choose(toggle.path, option.value)
+                recipes[f"{toggle.path}={option.value}"] = Recipe.fastest(target).choose(toggle.path, option.value)
     return recipes
 
 
@@ -55,7 +55,7 @@ def _exact_recipes() -> dict[str, Recipe]:
 def test_in_half_precision_every_exact_recipe_is_green(half: Lab, asked: Request) -> None:
     """Also where near-ties have it choose other tokens."""
     oracles, other = Oracles(half, asked), []
-    for label, recipe in {**_exact_recipes(), "transformers": "transformers"}.items():
+    for label, recipe in {**_exact_recipes(half.checkpoint.target), "transformers": "transformers"}.items():
         if (reason := cannot_run(recipe, half.checkpoint.target)) is not None:
             assert "oneDNN" in reason  # this CPU's; whatever else runs in float32 runs in bfloat16
             continue
@@ -298,7 +298,7 @@ def test_every_engine_goes_on_with_the_text_tokens(lab: Lab, truth: Truth, monke
     recipe = Recipe.parse("fastest, preprocessor.resize=pillow")  # the truth's pixels
     right = lab.logits_along(truth.request, recipe, truth.tokens)
     assert truth.error(right) < 1e-5
-    monkeypatch.setattr(in_flight, "sample", lambda logits, decoder: torch.zeros(1, dtype=torch.int64))  # its own are ignored
+    monkeypatch.setattr(in_flight.InFlight, "choose", lambda self, step: torch.zeros(1, dtype=torch.int64))  # its own are ignored
     assert torch.equal(lab.logits_along(truth.request, recipe, truth.tokens), right)
     in_rounds = lab.logits_along(truth.request, recipe.replace("streaming.steps_per_round", 16), truth.tokens)
     assert in_rounds.shape == right.shape

@@ -289,7 +289,7 @@ def test_an_engine_that_is_right_up_to_its_first_token_alone_is_red(
     if wrong == "a step":
         monkeypatch.setattr(sdpa, "decode", lambda q, cache, layer: eager.decode(q, cache, layer) * 1.01)
     else:
-        monkeypatch.setattr("fastvl_lab.schedule.in_flight.sample", lambda logits, decoder: logits.argmin(keepdim=True))
+        monkeypatch.setattr("fastvl_lab.schedule.in_flight.InFlight.choose", lambda self, step: step.logits.argmin(keepdim=True))
     rows, printed = _run(tmp_path, "request", "--part", "main", red=True)
     assert [row["recipe"] for row in rows if "ttft_ms" in row or "tpot_ms" in row] == ["transformers"] * 2
     assert ("parity failed: error" if wrong == "a step" else "failed: its tokens differ from those of transformers") in printed
