@@ -173,7 +173,7 @@ def shallow_labs(shallow_lab: Callable[..., Lab]) -> dict[str, Lab]:
 def quick_lab(shallow_lab: Callable[..., Lab]) -> Callable[..., Lab]:
     """In the place of `Lab` where any model will do: a built-in checkpoint is shallow and loaded once, whatever its name says.
 
-    Its caches and engines are its own.
+    Its caches and engines are its own, and what was learnt here is read as by a new one.
     """
 
     def made(name: str, **settings: Any) -> Lab:
@@ -181,6 +181,7 @@ def quick_lab(shallow_lab: Callable[..., Lab]) -> Callable[..., Lab]:
             return Lab(name, **settings)
         lab = shallow_lab(name, **settings).apart()
         lab.checkpoint = dataclasses.replace(lab.checkpoint, name=name)
+        lab.relearn()
         return lab
 
     return made
