@@ -489,10 +489,8 @@ class Lab:
             return outcome.kind
         if outcome.reused and not outcome.captures:
             return "cache_hit"
-        seen, shape = (
-            self._seen.setdefault(key, {}),
-            (request.sampling.is_greedy, outcome.n_prompt, *(s.grid for s in outcome.shapes)),
-        )
+        seen = self._seen.setdefault(key, {})
+        shape = (request.sampling.is_greedy, outcome.n_prompt, *(s.grid for s in outcome.shapes))
         known, made = seen.pop(shape, 0), len(outcome.tokens)
         seen[shape] = max(known, made)  # the last of them
         if len(seen) > MAX_SHAPES:

@@ -18,9 +18,9 @@ from pathlib import Path
 from typing import Any
 
 from fastvl_lab import shown
-from fastvl_lab.checkpoint.user_cache import write_folder
 from fastvl_lab.errors import MissingExtraError, RequestError, require, sentence
 from fastvl_lab.trace import Trace
+from fastvl_lab.whole import write_folder
 
 FORMAT = "fastvl_lab record 1"
 RECORD, TRACE = "record.json", "trace.json"
@@ -156,7 +156,7 @@ _SHOWN = 50  # of many records, as text
 
 
 def open(folder: str | Path) -> Any:
-    """The result that was kept in a folder: a `Run`, `Comparison`, `Attribution`, `Shares`, `Load`, `SweepResult` or `Tuned`.
+    """The result that was kept in a folder: a `Run`, `Comparison`, `Load` or any other of `_CLASSES`.
 
     Logits are not kept. Raises `RequestError` for a folder that holds no record, one that is not whole, or another version's.
     """

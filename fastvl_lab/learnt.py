@@ -23,10 +23,11 @@ import torch
 
 from fastvl_lab.checkpoint import Checkpoint
 from fastvl_lab.checkpoint.memory import available_bytes, gigabytes
-from fastvl_lab.checkpoint.user_cache import cache_root, write_whole
+from fastvl_lab.checkpoint.user_cache import cache_root
 from fastvl_lab.errors import RecipeError, sentence
 from fastvl_lab.machine import processor_name
 from fastvl_lab.recipe import Recipe
+from fastvl_lab.whole import write_whole
 
 SCHEMA = 1
 SHIPPED = Path(__file__).parent / "tuned"

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypeAlias
 
@@ -33,6 +33,9 @@ Picture: TypeAlias = "Image.Image | torch.Tensor"
 
 # Whether a run was the first of its kind, reused something of an earlier request, or neither; or nobody says. See `Run`.
 Kind = Literal["cold", "warm", "cache_hit", "unknown"]
+
+# Fields of a request that are what is said in it.
+_SAID = ("images", "prompt", "messages")
 
 # Why an answer ended: an end token or a stop, or as many tokens as it may have. In OpenAI's words.
 FinishReason = Literal["stop", "length"]
@@ -102,6 +105,10 @@ class Request:
         conversation, image_inputs = read_messages(messages)
         object.__setattr__(self, "conversation", conversation)
         object.__setattr__(self, "image_inputs", image_inputs)
+
+    def settings(self) -> dict[str, Any]:
+        """What it asks besides its words and images: keywords for another request."""
+        return {own.name: getattr(self, own.name) for own in fields(self) if own.init and own.name not in _SAID}
 
 
 class Grid(NamedTuple):

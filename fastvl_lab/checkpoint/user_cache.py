@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import os
-import shutil
-import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
 from fastvl_lab.errors import CheckpointError
-from fastvl_lab.whole import ASIDE as ASIDE, write_whole as write_whole
+from fastvl_lab.whole import write_folder
 
 
 def cache_root() -> Path:
@@ -33,24 +31,3 @@ def whole_folder(name: str, write: Callable[[Path], None]) -> Path:
                 f"set XDG_CACHE_HOME to a folder that can"
             ) from error
     return target
-
-
-def write_folder(target: Path, write: Callable[[Path], None], *, replace: bool = False) -> None:
-    """Have a folder filled aside and rename it when complete; raises `OSError`, also where there is one that is not empty.
-
-    So a folder under its name is never half-written, also when the process dies or two processes start at once. replace: the one
-    that is there makes room; for a moment, in which a process may die, there is none, and it lies aside.
-    """
-    aside = Path(tempfile.mkdtemp(prefix=f".{target.name}-", suffix=ASIDE, dir=target.parent))
-    try:
-        write(aside)
-        aside.chmod(0o755)
-        if replace and target.is_dir():
-            before = Path(tempfile.mkdtemp(prefix=f".{target.name}-before-", suffix=ASIDE, dir=target.parent))
-            target.rename(before)
-            aside.rename(target)
-            shutil.rmtree(before, ignore_errors=True)
-        else:
-            aside.rename(target)
-    finally:
-        shutil.rmtree(aside, ignore_errors=True)

@@ -13,12 +13,12 @@ from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
-from fastvl_lab.checkpoint.user_cache import write_whole
 from fastvl_lab.errors import sentence
 from fastvl_lab.measure.quiet import Use
 from fastvl_lab.measure.samples import StageSample
 from fastvl_lab.measure.search import Bench, CastOutError
 from fastvl_lab.recipe import Recipe
+from fastvl_lab.whole import write_whole
 
 _FORMAT = "fastvl_lab unfinished tune 1"
 

@@ -23,7 +23,7 @@ from fastvl_lab.errors import FastvlError, RequestError, check_whole_number, req
 from fastvl_lab.lab import Lab
 from fastvl_lab.lasting import About, Lasting
 from fastvl_lab.measure.environment import environment
-from fastvl_lab.measure.samples import Interval, as_row, json_value
+from fastvl_lab.measure.samples import Interval, json_row
 from fastvl_lab.preprocessor.decode_image import rgb_of
 from fastvl_lab.request import ImageInput, Request
 from fastvl_lab.run import Run
@@ -119,7 +119,7 @@ class Load(Lasting):
         for of in MEASURES:
             for percent in PERCENTILES:
                 found = self.percentile(of, percent)
-                row |= {key: json_value(value) for key, value in as_row(f"{of}_p{percent}_ms", found and found.ms).items()}
+                row |= json_row(f"{of}_p{percent}_ms", found and found.ms)
         return row
 
     def frame(self) -> Any:
@@ -205,10 +205,11 @@ def quantile_interval(samples: Sequence[float], quantile: float) -> Interval:
     How many samples are under the true quantile is binomial, whatever the distribution; NaN where no two samples hold it.
     """
     values, n = np.sort(np.asarray(samples, dtype=np.float64)), len(samples)
-    factorials = np.concatenate(
-        [[0.0], np.cumsum(np.log(np.arange(1, n + 1)))]
-    )  # their logarithms: of thousands they are no floats
+    if not 0 < quantile < 1:
+        return Interval(float(np.quantile(values, quantile)), nan, nan)
     k = np.arange(n + 1)
+    # Logarithms: the factorials of thousands are no floats.
+    factorials = np.concatenate([[0.0], np.cumsum(np.log(k[1:]))])
     ways = factorials[n] - factorials - factorials[::-1]
     under = np.cumsum(np.exp(ways + k * log(quantile) + (n - k) * log1p(-quantile)))
     low = max((rank for rank in range(1, n + 1) if under[rank - 1] <= 0.025), default=0)
@@ -335,8 +336,7 @@ def varied(request: Request, number: int) -> Request:
         else dict(message)
         for message in request.conversation
     ]
-    kept = ("max_new_tokens", "ignore_eos", "fit", "min_pixels", "max_pixels", "sampling")
-    return Request(messages=messages, **{name: getattr(request, name) for name in kept})
+    return Request(messages=messages, **request.settings())
 
 
 def _rolled(image: ImageInput, number: int) -> ImageInput:

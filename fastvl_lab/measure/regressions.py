@@ -20,7 +20,7 @@ from typing import Any
 from fastvl_lab import lasting, shown
 from fastvl_lab.errors import FastvlError, RequestError
 from fastvl_lab.measure.compare import Attribution, Comparison, by_size, stage_seconds, telling_lane
-from fastvl_lab.measure.samples import Interval, as_row, json_value, median_interval, unpaired_difference, unpaired_ratio
+from fastvl_lab.measure.samples import Interval, json_row, median_interval, unpaired_difference, unpaired_ratio
 from fastvl_lab.measure.sweep import SweepResult, size_label, sweep
 from fastvl_lab.run import Run
 
@@ -102,9 +102,9 @@ class Regressions:
                 "checkpoint": change.checkpoint,
                 "image": change.image,
                 "engine": change.engine,
-                **_numbers("before_ms", change.before and change.before.ms),
-                **_numbers("after_ms", change.after and change.after.ms),
-                **_numbers("ratio", change.ratio),
+                **json_row("before_ms", change.before and change.before.ms),
+                **json_row("after_ms", change.after and change.after.ms),
+                **json_row("ratio", change.ratio),
                 "slower": change in self.slower,
                 "stage": change.stage,
                 "why": change.why or None,
@@ -119,10 +119,6 @@ class Regressions:
     def frame(self) -> Any:
         """A row an engine and size, as a pandas DataFrame; raises `MissingExtraError` without pandas."""
         return shown.frame(self)
-
-
-def _numbers(name: str, interval: Interval | None) -> dict[str, object]:
-    return {key: json_value(value) for key, value in as_row(name, interval).items()}
 
 
 def regressions(before: Any, after: Any, *, bound: float = BOUND) -> Regressions:

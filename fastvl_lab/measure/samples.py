@@ -122,6 +122,11 @@ def as_row(name: str, interval: Interval | None) -> dict[str, float | None]:
     return dict(zip((name, f"{name}_low", f"{name}_high"), interval or (None, None, None), strict=True))
 
 
+def json_row(name: str, interval: Interval | None) -> dict[str, object]:
+    """The same, ready for JSON."""
+    return {key: json_value(value) for key, value in as_row(name, interval).items()}
+
+
 def gains(ratio: Interval | None) -> bool:
     """Whether a ratio is shown to be above 1: the whole of its interval, which takes six rounds."""
     return ratio is not None and ratio.low > 1

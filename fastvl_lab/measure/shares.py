@@ -24,7 +24,7 @@ from fastvl_lab.lasting import About, Lasting
 from fastvl_lab.measure.compare import Comparison, compare
 from fastvl_lab.measure.quiet import QUIET, Quiet
 from fastvl_lab.measure.recipes import START, Changes
-from fastvl_lab.measure.samples import FOR_AN_INTERVAL, Interval, RunSample, as_row, json_value, median_interval
+from fastvl_lab.measure.samples import FOR_AN_INTERVAL, Interval, RunSample, json_row, json_value, median_interval
 from fastvl_lab.recipe import Recipe
 from fastvl_lab.request import Request
 
@@ -231,10 +231,10 @@ class Shares(Lasting):
         return [
             {
                 "choice": one,
-                **_numbers("alone_ms", self.alone(one)),
-                **_numbers("share_ms", found.get(one)),
+                **json_row("alone_ms", self.alone(one)),
+                **json_row("share_ms", found.get(one)),
                 "share_error_ms": json_value(errors.get(one)),
-                **_numbers("left_out_ms", self.left_out(one)),
+                **json_row("left_out_ms", self.left_out(one)),
             }
             for one in self.choices
         ]
@@ -276,10 +276,6 @@ class Shares(Lasting):
             orders=tuple(map(tuple, record["orders"])),
             notes=tuple(record["notes"]),
         )
-
-
-def _numbers(name: str, interval: Interval | None) -> dict[str, object]:
-    return {key: json_value(value) for key, value in as_row(name, interval).items()}
 
 
 def shares(

@@ -43,7 +43,7 @@ from fastvl_lab.measure.parity import Oracles, Parity, check
 from fastvl_lab.measure.publish import photo, picture
 from fastvl_lab.measure.quiet import QUIET, Quiet, Watch
 from fastvl_lab.measure.recipes import START, of_a_request, stages_of
-from fastvl_lab.measure.samples import Interval, StageSample, as_row, json_value
+from fastvl_lab.measure.samples import Interval, StageSample, as_row, json_row, json_value
 from fastvl_lab.measure.search import (
     COST,
     CastOut,
@@ -63,7 +63,6 @@ from fastvl_lab.request import Request
 from fastvl_lab.run import Run
 
 GOALS = ("ttft", "tpot")
-_OF_A_REQUEST = ("max_new_tokens", "ignore_eos", "fit", "min_pixels", "max_pixels")
 
 # One request, or several with what each weighs.
 Workload = Request | Sequence[tuple[Request, float]]
@@ -127,7 +126,7 @@ class Tuned(Lasting):
                 "phase": tried.phase,
                 "tried": tried.label,
                 "verdict": tried.verdict,
-                **{name: json_value(value) for name, value in as_row("ratio", tried.ratio).items()},
+                **json_row("ratio", tried.ratio),
                 "rounds": tried.rounds,
                 "why": None,
             }
@@ -153,7 +152,7 @@ class Tuned(Lasting):
             "start": self.start.to_dict(),
             "start_text": str(self.start),
             "over": self.over,
-            **{name: json_value(value) for name, value in as_row("ratio", self.ratio).items()},
+            **json_row("ratio", self.ratio),
             "confirmed": self.confirmed,
             "goal": dict(self.goal),
             "workload": [dict(one) for one in self.workload],
@@ -330,7 +329,7 @@ def _key(
 
 def _digest(request: Request) -> str:
     """SHA-256 of all that a request is."""
-    digest = hashlib.sha256(repr([request.conversation, *(getattr(request, name) for name in _OF_A_REQUEST)]).encode())
+    digest = hashlib.sha256(repr([request.conversation, request.settings()]).encode())
     for image in request.image_inputs:
         digest.update(repr((image.min_pixels, image.max_pixels, image.asked)).encode())
         digest.update(image.data if isinstance(image.data, bytes) else np.asarray(rgb_of(image)).tobytes())

@@ -15,6 +15,7 @@ from fastvl_lab.serve.settings import Settings
 from fastvl_lab.tokenizer import tokenize
 
 # What /tokenize and /detokenize read of a body, as vLLM names it.
+_FLAGS = ("add_special_tokens", "add_generation_prompt", "return_token_strs")
 OF_TEXT = ("model", "prompt", "add_special_tokens", "return_token_strs")
 OF_CHAT = ("model", "messages", "add_generation_prompt", "return_token_strs", *chats.OF_IMAGES)
 OF_TOKENS = ("model", "tokens")
@@ -44,12 +45,12 @@ def read(data: Mapping[str, Any], served: Served, settings: Settings) -> Draft:
 
 def read_prompt(data: Mapping[str, Any], served: Served, settings: Settings) -> Draft:
     """The prompt of a body to /tokenize: that of a chat, where it has messages, else of a text. Raises `RequestError`."""
-    _check_known(data, known := OF_CHAT if "messages" in data else OF_TEXT)
-    for name in ("add_special_tokens", "return_token_strs", "add_generation_prompt"):  # tokenizers of both families add none
+    _check_known(data, OF_CHAT if "messages" in data else OF_TEXT)
+    for name in _FLAGS:  # tokenizers of both families add no special tokens
         flag(data, name)
     if data.get("add_generation_prompt") is False:
         raise RequestError("add_generation_prompt is false; a prompt ends where its answer begins, so it must be true or left out")
-    asked = {name: data[name] for name in data if name in known and name not in known[2:4]} | {"max_tokens": 1}
+    asked = {name: value for name, value in data.items() if name not in _FLAGS} | {"max_tokens": 1}
     return chats.read(asked, served, settings) if "messages" in data else read(asked, served, settings)
 
 

@@ -69,7 +69,7 @@ Events = asyncio.Queue[tuple[int, Event]]
 class QueuedRequest:
     """One request that waits or is being served. `events` is filled as the engine makes them, and never holds it up.
 
-    number, events: where several requests are a client's one, the how manieth it is, and what they share.
+    number, events: where a client's one request is several here (`n`), its place among them, and the queue that they share.
     """
 
     def __init__(self, request: Request, number: int = 0, events: Events | None = None) -> None:

@@ -133,6 +133,10 @@ def test_an_interval_of_a_percentile_holds_it_as_often_as_it_says() -> None:
         ]
         assert 0.93 <= np.mean(held) <= 0.995, (quantile, np.mean(held))
     assert all(math.isnan(end) for end in quantile_interval([1.0] * 20, 0.99)[1:])
+    for quantile, end in ((0.0, 1.0), (1.0, 9.0)):  # the least and the most that was seen, of which nobody knows more
+        found = quantile_interval([9.0, 1.0, *[5.0] * 20], quantile)
+        assert found.median == end
+        assert all(map(math.isnan, found[1:]))
     median, low, high = quantile_interval(range(5_001), 0.5)  # as many as a load has gaps
     assert (median, 2500 - low, high - 2500) == (2500, pytest.approx(70, abs=2), pytest.approx(70, abs=2))
 

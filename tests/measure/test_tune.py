@@ -21,7 +21,7 @@ import torch
 from PIL import Image
 
 import fastvl_lab as fl
-from fastvl_lab import Lab, Recipe, RecipeError, Request, RequestCancelledError, RequestError, Tuned, learnt, tune, view
+from fastvl_lab import Lab, Recipe, RecipeError, Request, RequestCancelledError, RequestError, Sampling, Tuned, learnt, tune, view
 from fastvl_lab.measure.parity import Parity
 from fastvl_lab.measure.samples import gains
 from fastvl_lab.measure.search import COST, CastOutError, Progress
@@ -313,6 +313,8 @@ def test_another_workload_is_another_tune(lab: Lab, request_: Request, picture: 
     asked: dict[str, Any] = {"prompt": "What is this?", "max_new_tokens": 3, "ignore_eos": True}
     others = [dataclasses.replace(request_, prompt="And this?"), dataclasses.replace(request_, max_new_tokens=4)]
     others += [Request(images=[image], **asked) for image in _two_pictures(picture)]
+    others += [dataclasses.replace(request_, sampling=Sampling(stop=["."]))]
+    others += [Request(prompt="What is this?", max_new_tokens=3, raw=raw) for raw in (False, True)]
     found = [key(request) for request in (request_, *others)] + [key(request_, seed=1), key(request_, only=["vit"])]
     assert len(set(found)) == len(found)
     assert key(dataclasses.replace(request_)) == found[0]

@@ -20,7 +20,6 @@ from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
-from fastvl_lab.checkpoint.user_cache import ASIDE, write_whole
 from fastvl_lab.errors import ImageError, RequestError, sentence
 from fastvl_lab.measure.compare import Attribution, Comparison
 from fastvl_lab.measure.load import Load
@@ -31,6 +30,7 @@ from fastvl_lab.run import Run
 from fastvl_lab.view.workbench import showing
 from fastvl_lab.view.workbench.messages import Row
 from fastvl_lab.view.workbench.session import Picture, Question, Result
+from fastvl_lab.whole import ASIDE, write_whole
 
 MOST, MOST_BYTES = 200, 64 * 2**20  # of all results of a folder
 _LARGEST = 4 * 2**20  # bytes of one
