@@ -84,7 +84,7 @@ class Plan:
 
     cells: tuple[Cell, ...]
     settings: SweepSettings
-    reference: Reference = Reference()
+    reference: Reference = field(default_factory=Reference)  # when a plan is made: it asks for the device, as an import must not
     cell_seconds: float = 3600.0
     beat: float = 5.0
     stale: float = 120.0

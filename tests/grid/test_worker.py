@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 import time
@@ -14,6 +15,7 @@ from typing import Any
 import pytest
 
 from fastvl_lab.errors import RequestError
+from fastvl_lab.grid.plan import of_mapping
 from fastvl_lab.grid.rendezvous import MOST_CLAIMS, Beat, Rendezvous, gone, prepare, read_plan, this_process
 from fastvl_lab.grid.worker import Worker
 
@@ -137,6 +139,51 @@ def test_a_cell_that_takes_every_worker_down_is_given_up(folder_of: Callable[...
     found = rendezvous.result("a")
     assert found is not None
     assert found["error"] == f"each of {MOST_CLAIMS} workers that measured it vanished"
+
+
+def test_a_cell_is_forked_by_a_worker_that_has_one_thread_and_has_touched_no_device(tmp_path: Path) -> None:
+    """With as many threads as libraries like; what a forked cell gives is whole."""
+    plan = of_mapping(
+        {
+            "checkpoints": ["tiny-qwen3-vl"],
+            "recipes": ["baseline"],
+            "image_sizes": [[56, 56]],
+            "max_new_tokens": 2,
+            "repeats": 1,
+            "quiet": 0,
+            "device": "cpu",
+            "output_dir": str(tmp_path),
+            "reference": {"repeats": 1},
+        }
+    )
+    prepare(tmp_path, plan.to_dict())
+    script = """
+import os, sys, torch
+from pathlib import Path
+touched, worker, threads = [], os.getpid(), []
+for name in ("init", "_lazy_init", "is_available", "device_count", "is_bf16_supported", "get_device_capability"):
+    def asked(*given, name=name, real=getattr(torch.cuda, name), **more):
+        if os.getpid() == worker:
+            touched.append(name)
+        return real(*given, **more)
+    setattr(torch.cuda, name, asked)
+os.register_at_fork(after_in_parent=lambda: threads.append(len(os.listdir("/proc/self/task"))))
+from fastvl_lab.grid.worker import Worker
+Worker(Path(sys.argv[1]), "only").work()
+print(touched, threads, torch.get_num_threads() == len(os.sched_getaffinity(0)))
+"""
+    free = {name: value for name, value in os.environ.items() if name not in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS")}
+    done = subprocess.run([sys.executable, "-c", script, str(tmp_path)], capture_output=True, text=True, check=False, env=free)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout == "[] [1] True\n"
+    found = Rendezvous(folder=tmp_path, stale=60.0).result(plan.cells[0].id)
+    assert found is not None
+    assert found.get("errors") == [], found
+    assert len(found["comparisons"]) == 1
+    assert len(found["reference"]["seconds"]) == 1
+    assert found["environment"]["threads"] == len(os.sched_getaffinity(0))
+    log = (tmp_path / "logs" / f"{plan.cells[0].id}.1.log").read_text()
+    assert log.startswith(f"$ {sys.executable} -m fastvl_lab.grid.cell {tmp_path} {plan.cells[0].id} ")  # as it is run by hand
 
 
 def test_a_folder_that_cannot_be_written_or_is_no_grid_is_refused(tmp_path: Path) -> None:
