@@ -44,6 +44,7 @@ def measured(given: dict[str, Any], reference: Reference, progress: Path) -> dic
     result = sweep(settings, progress=False, on_run=ran)
     return {
         "comparisons": [point.comparison.to_record() for point in result.points],
+        "loads": [point.found.to_record() for point in result.loaded],
         "errors": list(result.errors),
         "environment": {**result.environment, **where(resolve_device(settings.device or None))},
         "reference": of_reference,

@@ -48,6 +48,7 @@ def plan_of(tmp_path: Path) -> Callable[..., Plan]:
             "image_sizes": SIZES,
             "max_new_tokens": 2,
             "repeats": 1,
+            "quiet": 0,
             "device": "cpu",
             "output_dir": str(tmp_path / "run"),
             "workers": WORKERS,
