@@ -39,6 +39,9 @@ CELL = "fastvl_lab.grid.cell"
 _LOOK_UP = 0.05
 _ENDING = 10.0
 
+# Seconds between two looks of a cluster's task at its worker.
+_LOOK_UP_TASK = 0.5
+
 # Attempts at a cell whose time runs out.
 _ATTEMPTS = 2
 
@@ -163,7 +166,9 @@ def work(folder: str, name: str, program: Sequence[str]) -> int | None:
     """A worker as a task of a cluster: a process of its own, which ends with the task; its exit code."""
     kept = Kept(command(Path(folder), name, program=program), env=environment(), log=Path(folder) / "logs" / f"{name}.log")
     try:
-        return kept.wait()
+        while kept.exit_code is None:  # by looks: a Ray task is cancelled between two steps of Python, and never within a wait
+            kept.wait(_LOOK_UP_TASK)
+        return kept.exit_code
     finally:
         kept.let_go()
         kept.wait(_ENDING)

@@ -7,9 +7,11 @@ import os
 import subprocess
 import sys
 import time
+from _thread import interrupt_main
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
+from threading import Timer
 from typing import Any
 
 import pytest
@@ -17,7 +19,7 @@ import pytest
 from fastvl_lab.errors import RequestError
 from fastvl_lab.grid.plan import of_mapping
 from fastvl_lab.grid.rendezvous import MOST_CLAIMS, Beat, Rendezvous, gone, prepare, read_plan, this_process
-from fastvl_lab.grid.worker import Worker
+from fastvl_lab.grid.worker import Worker, work
 
 HERE = Path(__file__).parent
 
@@ -168,7 +170,7 @@ for name in ("init", "_lazy_init", "is_available", "device_count", "is_bf16_supp
         return real(*given, **more)
     setattr(torch.cuda, name, asked)
 os.register_at_fork(after_in_parent=lambda: threads.append(len(os.listdir("/proc/self/task"))))
-from fastvl_lab.grid.worker import Worker
+from fastvl_lab.grid.worker import Worker, work
 Worker(Path(sys.argv[1]), "only").work()
 print(touched, threads, torch.get_num_threads() == len(os.sched_getaffinity(0)))
 """
@@ -184,6 +186,20 @@ print(touched, threads, torch.get_num_threads() == len(os.sched_getaffinity(0)))
     assert found["environment"]["threads"] == len(os.sched_getaffinity(0))
     log = (tmp_path / "logs" / f"{plan.cells[0].id}.1.log").read_text()
     assert log.startswith(f"$ {sys.executable} -m fastvl_lab.grid.cell {tmp_path} {plan.cells[0].id} ")  # as it is run by hand
+
+
+@pytest.mark.alone
+def test_a_clusters_task_that_is_cancelled_ends_its_worker_at_once(
+    folder_of: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As Ray cancels a task: it interrupts the interpreter, which wakes no wait of the system's."""
+    folder = folder_of("a")
+    monkeypatch.setattr("fastvl_lab.grid.worker.command", lambda *_, **__: ["sleep", "30"])
+    began = time.monotonic()
+    Timer(0.3, interrupt_main).start()
+    with pytest.raises(KeyboardInterrupt):
+        work(str(folder), "task", ())
+    assert time.monotonic() - began < 15
 
 
 def test_a_folder_that_cannot_be_written_or_is_no_grid_is_refused(tmp_path: Path) -> None:
