@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -122,6 +122,10 @@ class Run(Lasting):
     def waterfall(self) -> go.Figure:
         """The TTFT waterfall as a plotly figure; needs the extra "notebooks"."""
         return shown.figure(self)
+
+    def without_logits(self) -> Run:
+        """The same where many are kept: logits may be half a megabyte, which a view of none of them would still hold."""
+        return replace(self, logits=torch.empty(0))
 
     def to_record(self) -> dict[str, Any]:
         """Everything but logits and logprobs as JSON-ready data; `from_record` reads it back."""

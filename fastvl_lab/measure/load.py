@@ -408,7 +408,7 @@ class _Sent:
         self._inbox.put(job)
 
     def _end(self, number: int, run: Run | Exception) -> None:
-        self._ended[number], self._last_ns = run, time.perf_counter_ns()
+        self._ended[number], self._last_ns = run.without_logits() if isinstance(run, Run) else run, time.perf_counter_ns()
         if self._on_run is not None:
             self._on_run(number, run)
         self._next()
@@ -425,7 +425,7 @@ class _Sent:
         return Load(
             engine=self._engine_name,
             begun=tuple((self._began_ns[number] - first_ns) / 1e9 for number in sent),
-            runs=tuple(dataclasses.replace(run, logits=run.logits[:0]) if isinstance(run, Run) else None for run in runs),
+            runs=tuple(run if isinstance(run, Run) else None for run in runs),
             failures=failures,
             steps=tuple(
                 dataclasses.replace(step, start_ns=step.start_ns - first_ns, end_ns=step.end_ns - first_ns) for step in steps

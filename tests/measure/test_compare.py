@@ -59,6 +59,7 @@ def test_engines_run_interleaved_and_cold_runs_are_kept_apart(picture: bytes) ->
         assert row["cold_ttft_ms"] > 0
         assert row["tokens_equal"]
     assert [run.engine for run in comparison.runs("ours")] == ["ours"] * 4
+    assert all(run.logits.untyped_storage().nbytes() == 0 for run in comparison.runs("ours"))
 
 
 def test_cache_hits_are_shown_apart_and_compared_with_nothing(picture: bytes) -> None:

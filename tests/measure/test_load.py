@@ -39,6 +39,7 @@ def test_each_request_has_a_run_of_its_own_with_the_tokens_that_it_has_alone(tin
     for number, run in enumerate(made.finished):
         assert run.tokens == tiny.run(varied(request, number), "fastest").tokens, number
         assert run.trace.stages()["queued"] > 0
+        assert run.logits.untyped_storage().nbytes() == 0
         assert sum(run.trace.stages().values()) + run.trace.unaccounted_ns == run.trace.first_chunk_ns
     assert made.tokens_per_second == pytest.approx(5 * 6 / made.seconds)
     # Three are there at the start, the fourth comes when one of them has ended.

@@ -444,7 +444,7 @@ class Session:
                 self._tell(News(state="running", ended=stage))
 
         run = lab.run(request, recipe, on_chunk=on_chunk, on_begin=on_begin, on_stage=on_stage, stop=stop)
-        run = replace(run, logits=run.logits[:0])  # which may be half a megabyte: the history holds many runs
+        run = run.without_logits()  # the history holds many
         result = Result(
             number=next(self._numbers),
             when=time.time(),
