@@ -451,6 +451,7 @@ class _Search:
                     except CastOutError as error:
                         if name == _BEST:
                             raise EndOfSearchError(f"the start itself failed: {error}") from None
+                        self._bests = self._bests[:1]
                         self._blame(label, best, start, error)
                         return None
         self._write_down(made)

@@ -332,7 +332,11 @@ def _digest(request: Request) -> str:
     digest = hashlib.sha256(repr([request.conversation, request.settings()]).encode())
     for image in request.image_inputs:
         digest.update(repr((image.min_pixels, image.max_pixels, image.asked)).encode())
-        digest.update(image.data if isinstance(image.data, bytes) else np.asarray(rgb_of(image)).tobytes())
+        if isinstance(image.data, bytes):
+            digest.update(image.data)
+        else:
+            rgb = np.asarray(rgb_of(image))
+            digest.update(repr(rgb.shape).encode() + rgb.tobytes())
     return digest.hexdigest()
 
 
@@ -616,6 +620,7 @@ class _Bench:
 
     def order(self, recipe: Recipe) -> Sequence[str]:
         """Toggles by the share that their stages have of the goal, the largest first."""
+        self.know(recipe)
         spent: dict[str, float] = {}
         for run, (_, weight) in zip(self._runs[recipe], self._requests, strict=True):
             host, device = run.trace.stages(), run.trace.stages("device")
