@@ -18,7 +18,7 @@ from typing import Any, Literal
 
 import torch
 
-from fastvl_lab.errors import RecipeError
+from fastvl_lab.errors import RecipeError, meant
 from fastvl_lab.kernels.packed import takes
 
 OptionValue = str | int
@@ -795,7 +795,8 @@ def toggle_at(path: str) -> Toggle:
     for toggle in toggles():
         if toggle.path == path:
             return toggle
-    raise RecipeError(f"toggle {path!r} is unknown; the choices are {', '.join(t.path for t in toggles())}")
+    known = [toggle.path for toggle in toggles()]
+    raise RecipeError(f"toggle {path!r} is unknown{meant(path, known)}; the choices are {', '.join(known)}")
 
 
 _PAGE = """\

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import difflib
 import importlib
 import operator
 import reprlib
+from collections.abc import Iterable
 from typing import Any
 
 
@@ -73,6 +75,12 @@ def quoted(value: object, most: int = 80) -> str:
         return shortened(short.repr(value), most)
     except ValueError:  # Python writes no integer of more than some thousand digits
         return f"a {type(value).__name__} that is too long to write"
+
+
+def meant(name: object, known: Iterable[str]) -> str:
+    """The known name that is nearest to one that is not, as an error asks for it; nothing where none is near."""
+    near = difflib.get_close_matches(str(name), known, n=1)
+    return f" (did you mean {near[0]!r}?)" if near else ""
 
 
 def check_whole_number(name: str, value: Any, *, least: int = 1) -> None:

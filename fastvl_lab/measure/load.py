@@ -11,7 +11,8 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import accumulate, cycle, islice, pairwise
-from math import isfinite, log, log1p, nan
+from math import inf, log, log1p, nan
+from numbers import Real
 from typing import Any, Literal, get_args
 
 import numpy as np
@@ -19,13 +20,13 @@ from PIL import Image
 
 from fastvl_lab import shown
 from fastvl_lab.engine import EngineLike
-from fastvl_lab.errors import FastvlError, RequestError, check_whole_number, require, sentence
+from fastvl_lab.errors import FastvlError, RequestError, check_whole_number, quoted, require, sentence
 from fastvl_lab.lab import Lab
 from fastvl_lab.lasting import About, Lasting
 from fastvl_lab.measure.environment import environment
 from fastvl_lab.measure.samples import Interval, json_row
 from fastvl_lab.preprocessor.decode_image import rgb_of
-from fastvl_lab.request import ImageInput, Request
+from fastvl_lab.request import ImageInput, Request, check_request
 from fastvl_lab.run import Run
 from fastvl_lab.schedule.inbox import Inbox
 from fastvl_lab.schedule.loop import Step
@@ -97,7 +98,12 @@ class Load(Lasting):
         return [value for run in self.finished for value in _values(run, of)]
 
     def percentile(self, of: Measure, percent: float) -> Interval | None:
-        """Seconds, with the 95% interval of requests that came and went independently; None where there is no such time."""
+        """Seconds, with the 95% interval of requests that came and went independently; None where there is no such time.
+
+        percent: from 0 to 100; raises `RequestError` for another.
+        """
+        if not 0 <= percent <= 100:
+            raise RequestError(f"percent is {percent!r}; it must be a number from 0 to 100")
         values = self.values(of)
         return quantile_interval(values, percent / 100) if values else None
 
@@ -268,9 +274,10 @@ def load(
     """
     check_arrivals(concurrency=concurrency, rate=rate, arrivals=arrivals, n=n)
     check_whole_number("warm_up", warm_up, least=0)
-    single = isinstance(requests, Request)
-    several = () if isinstance(requests, Request) else tuple(requests)
-    if not single and not several:
+    several = () if isinstance(requests, Request) else tuple(requests) if isinstance(requests, Iterable) else (requests,)
+    for request in several:
+        check_request(request)
+    if not several and not isinstance(requests, Request):
         raise RequestError("requests is empty; give at least one")
     count = n or (len(arrivals) if arrivals is not None else len(several) or usual_number(concurrency))
     if arrivals is not None and count > len(arrivals):
@@ -303,14 +310,21 @@ def check_arrivals(
         name: value for name, value in (("concurrency", concurrency), ("rate", rate), ("arrivals", arrivals)) if value is not None
     }
     if len(given) != 1:
-        raise RequestError(f"{' and '.join(given) or 'nothing'} says when requests arrive; give one of concurrency, rate, arrivals")
+        says = f"{' and '.join(given)} say" if given else "nothing says"
+        raise RequestError(f"{says} when requests arrive; give one of concurrency, rate, arrivals")
     for name, value in (("concurrency", concurrency), ("n", n)):
         if value is not None:
             check_whole_number(name, value)
-    if rate is not None and not (isfinite(rate) and rate > 0):
-        raise RequestError(f"rate is {rate!r}; it must be a finite number of requests a second above 0")
-    if arrivals is not None and (not arrivals or list(arrivals) != sorted(arrivals) or arrivals[0] < 0):
-        raise RequestError("arrivals must be seconds from 0 on, in order, at least one")
+    if rate is not None and not (_is_time(rate) and rate > 0):
+        raise RequestError(f"rate is {quoted(rate)}; it must be a finite number of requests a second above 0")
+    if arrivals is not None:
+        times = list(arrivals) if isinstance(arrivals, Iterable) else []
+        if not times or not all(map(_is_time, times)) or times != sorted(times):
+            raise RequestError(f"arrivals is {quoted(arrivals)}; it must be seconds from 0 on, in order, at least one")
+
+
+def _is_time(value: object) -> bool:
+    return isinstance(value, Real) and not isinstance(value, bool) and 0 <= float(value) < inf
 
 
 def usual_number(concurrency: int | None) -> int:

@@ -42,7 +42,7 @@ from fastvl_lab.measure.journal import Journalled
 from fastvl_lab.measure.parity import Oracles, Parity, check
 from fastvl_lab.measure.publish import photo, picture
 from fastvl_lab.measure.quiet import QUIET, Quiet, Watch
-from fastvl_lab.measure.recipes import START, of_a_request, stages_of
+from fastvl_lab.measure.recipes import START, named, of_a_request, stages_of
 from fastvl_lab.measure.samples import Interval, StageSample, as_row, json_row, json_value
 from fastvl_lab.measure.search import (
     COST,
@@ -280,7 +280,7 @@ def tune(
             if request.max_new_tokens < 2:
                 raise RequestError(f"max_new_tokens is {request.max_new_tokens}; a goal with tpot takes at least 2")
     bench = _Bench(lab, requests, weights, seconds=seconds, limit=limit, quiet=quiet, stop=stop)
-    space, fallen = _space(lab, requests, weights, _named(only))
+    space, fallen = _space(lab, requests, weights, named(only))
     starts = {"fastest": lab.fastest, "the hand-chosen fastest": Recipe.fastest(lab.checkpoint.target), START: Recipe.baseline()}
     starts = {label: recipe for label, recipe in starts.items() if space.allowed(recipe) is None}
     seeds = {label: engine for label, engine in of_a_request(lab.checkpoint.target).items() if label.startswith("all: ")}
@@ -426,16 +426,8 @@ def _is_weight(value: object) -> bool:
     return not isinstance(value, bool) and isinstance(value, int | float) and 0 < value < math.inf
 
 
-def _named(only: Sequence[str]) -> frozenset[str]:
-    """The toggles that are named, or whose slots are."""
-    known = {name for toggle in toggles() for name in (toggle.slot, toggle.path)}
-    if isinstance(only, str) or not set(only) <= known:
-        raise RequestError(f"only is {only!r}; give a list of slots such as 'vit', or of toggles such as 'vit.rope'")
-    return frozenset(toggle.path for toggle in toggles() if not only or {toggle.slot, toggle.path} & set(only))
-
-
 def _space(
-    lab: Lab, requests: Sequence[tuple[Request, float]], weights: Mapping[str, float], named: frozenset[str]
+    lab: Lab, requests: Sequence[tuple[Request, float]], weights: Mapping[str, float], searched: frozenset[str]
 ) -> tuple[Space, list[CastOut]]:
     """What there is to choose for these requests on this lab, and what falls away, with the reason."""
     target = lab.checkpoint.target
@@ -449,7 +441,7 @@ def _space(
             return sentence(error)
         return None if recipe.exact else "it is approximate"
 
-    for toggle in [toggle for toggle in toggles() if toggle.path in named]:
+    for toggle in [toggle for toggle in toggles() if toggle.path in searched]:
         if (why := _out_of_scope(toggle, requests, weights)) is not None:
             fallen.append(CastOut(label=toggle.path, why=why))
             continue

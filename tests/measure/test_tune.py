@@ -444,6 +444,7 @@ def _record(site: learnt.Site, recipe: Recipe) -> learnt.Record:
         ({"goal": "tpot"}, "max_new_tokens is 1"),
         ({"only": ["vit.colour"]}, "only is"),
         ({"only": "vit"}, "only is"),
+        ({"only": None}, "only is None; give a list"),
         ({"limit": 0}, "limit is 0"),
     ],
 )
