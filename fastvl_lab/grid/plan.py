@@ -18,7 +18,7 @@ import yaml
 from fastvl_lab.catalogue import toggle_at
 from fastvl_lab.checkpoint import resolve_device
 from fastvl_lab.engine import find
-from fastvl_lab.errors import FastvlError, RecipeError, RequestError, meant, quoted
+from fastvl_lab.errors import FastvlError, RecipeError, RequestError, is_number, meant, quoted
 from fastvl_lab.measure.publish import PHOTOGRAPHS, photo
 from fastvl_lab.measure.sweep import LAUNCHERS, SweepSettings, place, size_label
 
@@ -317,7 +317,7 @@ def _mapping(name: str, given: Any, *, empty: bool = True) -> dict[str, Any]:
 
 
 def _check_seconds(name: str, value: Any) -> None:
-    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < math.inf:
+    if not is_number(value) or value <= 0:
         raise RequestError(f"{name} is {quoted(value)}; it must be a number of seconds above 0")
 
 

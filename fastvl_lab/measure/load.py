@@ -11,8 +11,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import accumulate, cycle, islice, pairwise
-from math import inf, log, log1p, nan
-from numbers import Real
+from math import log, log1p, nan
 from typing import Any, Literal, get_args
 
 import numpy as np
@@ -20,7 +19,7 @@ from PIL import Image
 
 from fastvl_lab import shown
 from fastvl_lab.engine import EngineLike
-from fastvl_lab.errors import FastvlError, RequestError, check_whole_number, quoted, require, sentence
+from fastvl_lab.errors import FastvlError, RequestError, check_whole_number, is_number, quoted, require, sentence
 from fastvl_lab.lab import Lab
 from fastvl_lab.lasting import About, Lasting
 from fastvl_lab.measure.environment import environment
@@ -102,7 +101,7 @@ class Load(Lasting):
 
         percent: from 0 to 100; raises `RequestError` for another.
         """
-        if not 0 <= percent <= 100:
+        if not is_number(percent) or not 0 <= percent <= 100:
             raise RequestError(f"percent is {percent!r}; it must be a number from 0 to 100")
         values = self.values(of)
         return quantile_interval(values, percent / 100) if values else None
@@ -315,16 +314,12 @@ def check_arrivals(
     for name, value in (("concurrency", concurrency), ("n", n)):
         if value is not None:
             check_whole_number(name, value)
-    if rate is not None and not (_is_time(rate) and rate > 0):
+    if rate is not None and not (is_number(rate) and rate > 0):
         raise RequestError(f"rate is {quoted(rate)}; it must be a finite number of requests a second above 0")
     if arrivals is not None:
         times = list(arrivals) if isinstance(arrivals, Iterable) else []
-        if not times or not all(map(_is_time, times)) or times != sorted(times):
+        if not times or not all(map(is_number, times)) or times != sorted(times) or times[0] < 0:
             raise RequestError(f"arrivals is {quoted(arrivals)}; it must be seconds from 0 on, in order, at least one")
-
-
-def _is_time(value: object) -> bool:
-    return isinstance(value, Real) and not isinstance(value, bool) and 0 <= float(value) < inf
 
 
 def usual_number(concurrency: int | None) -> int:

@@ -343,7 +343,8 @@ def _choices(start: Recipe, end: Recipe, of: str, only: Sequence[str]) -> dict[s
     if of not in ("slots", "toggles"):
         raise RequestError(f"of is {of!r}; the choices are slots, toggles")
     found: dict[str, dict[str, Any]] = {}
-    for path in [path for path in _changed_paths(start, end) if path in named(only)]:
+    wanted = named(only)
+    for path in [path for path in _changed_paths(start, end) if path in wanted]:
         slot, value = path.partition(".")[0], end.value(path)
         found.setdefault(slot if of == "slots" else f"{path}={value}", {})[path] = value
     if not found:

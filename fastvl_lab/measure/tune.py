@@ -31,6 +31,7 @@ from fastvl_lab.errors import (
     RequestError,
     TimeLimitError,
     check_whole_number,
+    is_number,
     sentence,
     shortened,
 )
@@ -270,9 +271,9 @@ def tune(
     not even the baseline passes; `RequestCancelledError` where it was stopped before any recipe had passed.
     """
     requests, weights = _read(workload), _weights(goal)
-    if isinstance(seconds, bool) or not isinstance(seconds, int | float) or not 0 < seconds < math.inf:
+    if not _is_above_zero(seconds):
         raise RequestError(f"seconds is {seconds!r}; it must be a number above 0")
-    if limit is not None and (isinstance(limit, bool) or not isinstance(limit, int | float) or not 0 < limit < math.inf):
+    if limit is not None and not _is_above_zero(limit):
         raise RequestError(f"limit is {limit!r}; it must be a number of seconds above 0, or None")
     check_whole_number("seed", seed, least=0)
     if weights.get("tpot"):
@@ -408,7 +409,7 @@ def _read(workload: Workload) -> tuple[tuple[Request, float], ...]:
     if isinstance(workload, str | bytes) or not isinstance(workload, Sequence) or not workload:
         raise RequestError(f"workload is {type(workload).__name__}; give a Request, or a list of (Request, weight)")
     for pair in workload:
-        if not isinstance(pair, Sequence) or len(pair) != 2 or not isinstance(pair[0], Request) or not _is_weight(pair[1]):
+        if not isinstance(pair, Sequence) or len(pair) != 2 or not isinstance(pair[0], Request) or not _is_above_zero(pair[1]):
             raise RequestError("workload has what is no (Request, weight); a weight is a number above 0")
     total = sum(weight for _, weight in workload)
     return tuple((request, weight / total) for request, weight in workload)
@@ -416,14 +417,14 @@ def _read(workload: Workload) -> tuple[tuple[Request, float], ...]:
 
 def _weights(goal: Goal) -> dict[str, float]:
     given = {goal: 1.0} if isinstance(goal, str) else goal
-    known = isinstance(given, Mapping) and given and all(name in GOALS and _is_weight(weight) for name, weight in given.items())
+    known = isinstance(given, Mapping) and given and all(name in GOALS and _is_above_zero(weight) for name, weight in given.items())
     if not known:
         raise RequestError(f"goal is {goal!r}; the choices are {', '.join(GOALS)}, or a mapping from them to weights above 0")
     return {name: float(weight) for name, weight in given.items()}
 
 
-def _is_weight(value: object) -> bool:
-    return not isinstance(value, bool) and isinstance(value, int | float) and 0 < value < math.inf
+def _is_above_zero(value: object) -> bool:
+    return is_number(value) and value > 0
 
 
 def _space(
