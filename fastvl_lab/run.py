@@ -119,13 +119,13 @@ class Run(Lasting):
         """`wait`, split as far as the engine tells (`Account.spans`)."""
         return () if self.account is None else self.account.spans(self.trace)
 
+    def without_logits(self, **changes: Any) -> Run:
+        """For whoever holds many: logits may be half a megabyte, of which a slice holds all. changes: of other fields."""
+        return replace(self, logits=self.logits.new_empty(0), **changes)
+
     def waterfall(self) -> go.Figure:
         """The TTFT waterfall as a plotly figure; needs the extra "notebooks"."""
         return shown.figure(self)
-
-    def without_logits(self) -> Run:
-        """The same where many are kept: logits may be half a megabyte, which a view of none of them would still hold."""
-        return replace(self, logits=torch.empty(0))
 
     def to_record(self) -> dict[str, Any]:
         """Everything but logits and logprobs as JSON-ready data; `from_record` reads it back."""
