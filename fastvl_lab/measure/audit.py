@@ -443,7 +443,13 @@ def _by_memory(seen: Seen, made: str) -> str:
 def decode_faster_than_memory(seen: Seen) -> Finding:
     rate, bandwidth, model, weights, limit = seen.rate, seen.device.memory_bandwidth, seen.model, seen.weights, seen.fastest
     if rate is None or bandwidth is None or model is None or weights is None:
-        return _needs({"tokens_per_second": rate, "model": model, "hardware or memory_bandwidth": bandwidth})
+        return _needs(
+            {
+                f"tokens_per_second{' of one request alone' if seen.loaded else ''}": rate,
+                "model": model,
+                "hardware or memory_bandwidth": bandwidth,
+            }
+        )
     if limit is None:
         return _needs(f"weights that no cache holds; these are {gigabytes(weights)}")
     made = f"; up to {limit * seen.ttft:.0f} tokens can be made within the TTFT of {seconds(seen.ttft)}" if seen.ttft else ""

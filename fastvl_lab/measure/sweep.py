@@ -141,6 +141,11 @@ class SweptPoint:
         return f"{self.checkpoint} · {size_label(self.size)}"
 
 
+def told_failure(error: Mapping[str, str]) -> str:
+    """A row of a sweep's `errors` as a line."""
+    return f"failed: {' · '.join(v for k, v in error.items() if v and k != 'error')}: {error['error']}"
+
+
 @dataclass(frozen=True, kw_only=True, eq=False)
 class SweepResult(Lasting):
     """Every point of a sweep; `errors` has a row {checkpoint, image, engine, error} for each point or engine that failed."""
@@ -176,6 +181,9 @@ class SweepResult(Lasting):
     def findings(self) -> list[str]:
         """What was learnt on this machine, one sentence a point and engine."""
         return [f"{point.label}: {line}" for point in self.points for line in point.comparison.findings()]
+
+    def __repr__(self) -> str:
+        return "\n".join([f"{len(self.points)} points", *self.findings(), *map(told_failure, self.errors)])
 
     def to_record(self) -> dict[str, Any]:
         """As JSON-ready data; `from_record` reads it back."""

@@ -13,6 +13,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+from fastvl_lab.measure.sweep import told_failure
 from fastvl_lab.measure.tables import text
 from fastvl_lab.view import gpu_report
 from fastvl_lab.view.tables import summary_frame
@@ -51,7 +52,7 @@ def _sweep(folder: Path) -> None:
         for engine, row in point["engines"].items()
     ]
     for error in result["errors"]:
-        print(f"failed: {' · '.join(v for k, v in error.items() if v and k != 'error')}: {error['error']}")
+        print(told_failure(error))
     if rows:
         print(" · ".join(f"{name} {value}" for name, value in result["environment"].items()))
         print(summary_frame(rows).to_string(index=False))

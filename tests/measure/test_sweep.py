@@ -50,6 +50,9 @@ def test_failures_are_recorded_and_the_sweep_goes_on(
         assert json.loads(path.read_text())["traceEvents"]
     assert len(list((tmp_path / "traces").iterdir())) == 8  # one a run
     assert json.loads((tmp_path / "result.json").read_text())["schema"] == 1
+    first, *lines = repr(result).splitlines()
+    assert (first, lines[:4]) == ("2 points", result.findings())
+    assert lines[4].startswith("failed: no-such: checkpoint 'no-such' is unknown")
 
     print_table([str(tmp_path)])
     printed = capsys.readouterr().out
