@@ -377,6 +377,32 @@ def test_a_load_says_how_it_arrives_and_what_it_cannot_be_held_against(page: Any
     assert page.evaluate(NAMELESS) == []
 
 
+def test_rows_of_a_load_come_while_it_runs(page: Any, show: Callable[..., Any]) -> None:
+    records, tell = show(), "([name, record]) => window.tell(name, record)"
+    number = records["shown"]["number"]
+    page.evaluate(tell, ["shown", records["shown"] | {"view": "load", "lacks": "press load"}])
+    page.evaluate(tell, ["live", messages.to_json(messages.Live(state="under load", busy=True, progress="request 1 of 3"))])
+    rows: list[tuple[int, tuple[tuple[str, float, float], ...]]] = [
+        (0, (("queued", 0.0, 2.0), ("vit", 2.0, 3.0), ("decode", 5.0, 5.0))),
+        (2, (("queued", 0.0, 6.0), ("vit", 6.0, 3.0), ("decode", 9.0, 11.0))),
+    ]
+    drawn = page.locator("svg.fl-arrived")
+    for result, n, seen in ((number + 1, 2, 0), (number, 1, 1), (number, 2, 2)):  # those of another result are not shown
+        page.evaluate(tell, ["arrived", messages.to_json(messages.Arrived(result=result, label="it", rows=tuple(rows[:n])))])
+        assert drawn.locator("[data-request]").count() == seen
+    assert drawn.locator("text", has_text="request").all_text_contents() == ["request 0", "request 2"]
+    assert drawn.get_attribute("aria-label") == "it: 2 requests have ended"
+    (start, end), (_, last) = (
+        (box["x"], box["x"] + box["width"])
+        for row in drawn.locator("[data-request]").all()
+        if (box := row.locator("rect").last.bounding_box())
+    )
+    assert (last - start) / (end - start) == pytest.approx(3, abs=0.05)  # (20 - 5) / 5 ms: one axis
+    page.evaluate(tell, ["live", messages.to_json(messages.Live(state="stopped", busy=False))])
+    assert drawn.count() == 0
+    assert "press load" in page.locator(".fl-plot").inner_text()
+
+
 LEGEND = """() => {
   const room = document.querySelector(".fl-chart svg").getBoundingClientRect();
   return [...document.querySelectorAll(".fl-legend")].map((text) => {

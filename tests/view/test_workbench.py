@@ -22,7 +22,7 @@ from fastvl_lab.measure.recipes import STOCK
 from fastvl_lab.measure.samples import Interval, RunSample
 from fastvl_lab.view.workbench import Workbench, reading, showing
 from fastvl_lab.view.workbench.messages import from_json, to_json
-from fastvl_lab.view.workbench.session import BEFORE, RECIPE, Advice
+from fastvl_lab.view.workbench.session import BEFORE, RECIPE, Advice, Served
 from fastvl_lab.view.workbench.views import views
 from fastvl_lab.vit import attention
 from fastvl_lab.vit.attention import Prepared, SegmentAttention
@@ -592,14 +592,28 @@ def test_a_load_that_cannot_be_says_why(bench: Workbench, monkeypatch: pytest.Mo
 def test_a_load_is_stopped_and_nothing_of_it_is_kept(bench: Workbench) -> None:
     bench.load(concurrency=2, n=200)
     deadline = time.monotonic() + 30
-    while " of 200 · " not in bench.widget.live["progress"]:
+    while not (rows := bench.widget.arrived["rows"]):  # a row a request comes while others are served
         assert time.monotonic() < deadline
         time.sleep(0.01)
+    assert " of 200 · " in bench.widget.live["progress"]
+    assert bench.widget.arrived["label"] == RECIPE
+    assert [number for number, _ in rows] == list(range(len(rows)))
     clicked(bench, "Press", button="stop")
     assert bench.wait(10)
     assert bench.widget.live["state"] == "stopped"
     assert bench.result().loads is None
     assert bench.widget.shown["view"] == "load"
+
+
+def test_requests_of_a_load_that_have_ended_are_told_from_the_first_arrival_on(looked_at: Workbench) -> None:
+    trace = looked_at.result().shown.trace
+    served = [Served(label="it", number=number, begun=10**9 + number * 10**6, trace=trace) for number in (1, 0)]
+    told = to_json(showing.arrived(3, served))
+    (first, bars), (second, later) = told["rows"]
+    assert (told["result"], told["label"], first, second) == (3, "it", 0, 1)
+    assert [name for name, *_ in bars] == [*(span.name for span in trace.within_ttft()), "decode"]
+    assert bars[-1][1:] == pytest.approx([trace.first_chunk_ns / 1e6, (trace.end_ns - trace.first_chunk_ns) / 1e6], abs=1e-3)
+    assert [after[1] - before[1] for before, after in zip(bars, later, strict=True)] == pytest.approx([1.0] * len(bars), abs=2e-3)
 
 
 def test_the_history_says_what_changed_and_keeps_pins_and_notes(bench: Workbench) -> None:
