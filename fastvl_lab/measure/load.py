@@ -425,7 +425,7 @@ class _Sent:
         return Load(
             engine=self._engine_name,
             begun=tuple((self._began_ns[number] - first_ns) / 1e9 for number in sent),
-            runs=tuple(dataclasses.replace(run, logits=run.logits[:0]) if isinstance(run, Run) else None for run in runs),
+            runs=tuple(run.without_logits() if isinstance(run, Run) else None for run in runs),
             failures=failures,
             steps=tuple(
                 dataclasses.replace(step, start_ns=step.start_ns - first_ns, end_ns=step.end_ns - first_ns) for step in steps

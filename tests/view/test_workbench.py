@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import gc
 import json
 import re
 import time
@@ -22,7 +23,7 @@ from fastvl_lab.measure.recipes import STOCK
 from fastvl_lab.measure.samples import Interval, RunSample
 from fastvl_lab.view.workbench import Workbench, reading, showing
 from fastvl_lab.view.workbench.messages import from_json, to_json
-from fastvl_lab.view.workbench.session import BEFORE, RECIPE, Advice, Served
+from fastvl_lab.view.workbench.session import BEFORE, RECIPE, Advice, Question, Result, Served
 from fastvl_lab.view.workbench.views import views
 from fastvl_lab.vit import attention
 from fastvl_lab.vit.attention import Prepared, SegmentAttention
@@ -603,6 +604,54 @@ def test_a_load_is_stopped_and_nothing_of_it_is_kept(bench: Workbench) -> None:
     assert bench.widget.live["state"] == "stopped"
     assert bench.result().loads is None
     assert bench.widget.shown["view"] == "load"
+
+
+def test_the_history_and_the_kernels_memory_end_somewhere(bench: Workbench, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("fastvl_lab.view.workbench.kept.MOST", 3)
+    bench.mark(1, pinned=True)
+    clicked(bench, "Fill", field="repeats", text="0")
+    for _ in range(4):
+        bench.run()
+        assert bench.wait(60)
+    assert [result.number for result in bench.history] == [1, 5, 6]
+    assert [row["number"] for row in bench.widget.history] == [1, 5, 6]
+    held = [one for one in gc.get_objects() if isinstance(one, Result) and one.question == bench.history[0].question]
+    assert {result.number for result in held} == {1, 5, 6}
+
+
+def test_a_history_holds_no_logits(looked_at: Workbench) -> None:
+    looked_at.look("ViT blocks")
+    looked_at.load(concurrency=2, n=2)
+    assert looked_at.wait(90)
+    result = looked_at.result()
+    assert result.comparison is not None
+    assert result.layers is not None
+    assert result.loads is not None
+    runs = [result.run, *(sample.run for sample in result.comparison.samples), *result.layers.values()]
+    runs += [run for load in result.loads.values() for run in load.finished]
+    assert len(runs) > 8
+    assert {run.logits.untyped_storage().nbytes() for run in runs} == {0}
+
+
+def test_pictures_are_read_once_and_again_when_their_file_has_changed(
+    tmp_path: Path, picture: bytes, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "a.jpg").write_bytes(picture)
+    read: list[Question] = []
+    images = Question.images
+    monkeypatch.setattr(Question, "images", lambda question: (read.append(question), images(question))[1])
+    bench = workbench("tiny-qwen3-vl", str(tmp_path / "a.jpg"), max_new_tokens=2, repeats=0, device="cpu")
+    assert bench.wait(60)
+    bench.choose("vit.tower", "lean")
+    bench.ask(prompt="Why?")
+    assert bench.wait(60)
+    assert len(read) == 1
+    (tmp_path / "a.jpg").write_bytes(photo("cat", (300, 100)))
+    bench.run()
+    assert bench.wait(60)
+    assert len(read) == 2
+    assert bench.result().run.shapes[0].width == 300
+    bench.close()
 
 
 def test_requests_of_a_load_that_have_ended_are_told_from_the_first_arrival_on(looked_at: Workbench) -> None:

@@ -185,7 +185,7 @@ class Workbench:
 
     @property
     def history(self) -> list[Result]:
-        """Every result of this panel, in order."""
+        """The results of this panel, in order: the newest 200, and those that are pinned."""
         return self._session.history
 
     @property
@@ -625,6 +625,7 @@ class Workbench:
                     self.recipe, self._meant = find_recipe(self._meant, self.device, fastest=self._fastest), ""
                     self._tell_chosen()
                 self._aim()
+                self._let_go()
                 self._tell_history()
                 if news.result.where != self._where:
                     self._tell_earlier()  # now it is known where this session measures
@@ -634,6 +635,14 @@ class Workbench:
             self._say()
         if news.result is not None and news.state == "idle":
             self._measure_for_view(self.result(self._shown))
+
+    def _let_go(self) -> None:
+        """Take the oldest results out of memory where there are more than are kept: none that is pinned or looked at."""
+        needed = {self._shown, self._against, *(number for number, (pinned, _) in self._marks.items() if pinned)}
+        can = [result.number for result in self.history[:-2] if result.number not in needed]
+        for number in can[: max(0, len(self.history) - kept.MOST)]:
+            self._session.delete(number)
+            self._rows.pop(number, None)
 
     def _hear_of_start(self, how_far: str, error: str) -> None:
         """On the thread that starts the bar to beat; one that fails is none."""

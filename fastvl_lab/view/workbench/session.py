@@ -471,7 +471,7 @@ class Session:
                 self._tell(News(state="running", ended=stage))
 
         run = lab.run(request, recipe, on_chunk=on_chunk, on_begin=on_begin, on_stage=on_stage, stop=stop)
-        run = replace(run, logits=run.logits[:0])  # which may be half a megabyte: the history holds many runs
+        run = run.without_logits()
         result = Result(
             number=next(self._numbers),
             when=time.time(),
@@ -599,7 +599,7 @@ class Session:
         for label, engine in engines.items():
             for _ in range(2):  # the second is warm
                 run = lab.run(request, engine, trace="layers", stop=stop)
-            layers[label] = replace(run, engine=label)
+            layers[label] = run.without_logits(engine=label)
         return self._know(number, layers=layers)
 
     def _see_operations(self, number: int, lab: Lab, request: Request, _: threading.Event) -> Result:
