@@ -7,6 +7,7 @@ import gc
 import json
 import re
 import time
+import weakref
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
@@ -23,7 +24,7 @@ from fastvl_lab.measure.recipes import STOCK
 from fastvl_lab.measure.samples import Interval, RunSample
 from fastvl_lab.view.workbench import Workbench, reading, showing
 from fastvl_lab.view.workbench.messages import from_json, to_json
-from fastvl_lab.view.workbench.session import BEFORE, RECIPE, Advice, Question, Result, Served
+from fastvl_lab.view.workbench.session import BEFORE, RECIPE, Advice, Question, Served
 from fastvl_lab.view.workbench.views import views
 from fastvl_lab.vit import attention
 from fastvl_lab.vit.attention import Prepared, SegmentAttention
@@ -606,17 +607,39 @@ def test_a_load_is_stopped_and_nothing_of_it_is_kept(bench: Workbench) -> None:
     assert bench.widget.shown["view"] == "load"
 
 
+def test_a_second_panel_has_the_weights_of_the_first_and_the_cell_again_closes_its_own(
+    bench: Workbench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    panels = [bench]
+    monkeypatch.setattr("fastvl_lab.view.workbench.panel._siblings", lambda: [one for one in panels if not one._closed])
+    monkeypatch.setattr("fastvl_lab.view.workbench.panel._this_cell", lambda: "another cell")
+    monkeypatch.setattr("fastvl_lab.view.workbench.session.Lab", None)  # nothing is loaded any more
+    panels.append(opened())
+    first, second = (one._session.lab for one in panels)
+    assert first is not None
+    assert second is not None
+    assert first is not second
+    assert first.checkpoint.model is second.checkpoint.model
+    panels.append(opened())
+    assert [one._closed for one in panels] == [False, True, False]
+    assert panels[1]._session.lab is None  # it holds no weights
+    panels[-1].close()
+
+
 def test_the_history_and_the_kernels_memory_end_somewhere(bench: Workbench, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("fastvl_lab.view.workbench.kept.MOST", 3)
     bench.mark(1, pinned=True)
     clicked(bench, "Fill", field="repeats", text="0")
+    assert bench.wait(60)
+    made = []
     for _ in range(4):
         bench.run()
         assert bench.wait(60)
+        made.append(weakref.ref(bench.history[-1]))
     assert [result.number for result in bench.history] == [1, 5, 6]
     assert [row["number"] for row in bench.widget.history] == [1, 5, 6]
-    held = [one for one in gc.get_objects() if isinstance(one, Result) and one.question == bench.history[0].question]
-    assert {result.number for result in held} == {1, 5, 6}
+    gc.collect()
+    assert [one() is None for one in made] == [True, True, False, False]  # 3 to 6
 
 
 def test_a_history_holds_no_logits(looked_at: Workbench) -> None:
