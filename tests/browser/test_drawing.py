@@ -262,6 +262,38 @@ def test_axe_finds_no_serious_barrier_whatever_the_page_shows(
     assert {state: lines for state, lines in found.items() if lines} == {}
 
 
+FOCUSED = """() => {
+  const at = document.activeElement;
+  const name = at.getAttribute("aria-label") ?? at.textContent.trim();
+  return at === document.body ? null : [at.getAttribute("role") ?? at.localName, name];
+}"""
+
+
+def test_few_stops_of_tab_lead_through_the_whole_page(page: Any, show: Callable[..., Any]) -> None:
+    show()
+    stops: list[tuple[str, str]] = []
+    for _ in range(100):
+        page.keyboard.press("Tab")
+        if (at := page.evaluate(FOCUSED)) is None:
+            break
+        stops.append(tuple(at))
+    else:
+        raise AssertionError("Tab does not leave the page")
+    assert all(name for _, name in stops)
+    assert stops.index(("button", "run")) < 16
+    assert [role for role, _ in stops].count("radio") == 1  # arrows lead to the other options and toggles
+    assert [name for role, name in stops if role == "tab"] == ["waterfall"]
+    assert sum("of TTFT" in name for role, name in stops if role == "button") == 1  # and to the other stages
+    for named in (
+        ("select", "checkpoint"),
+        ("button", "try it"),
+        ("button", "replay slowly"),
+        ("region", "the answer"),
+        ("button", "delete 1"),
+    ):
+        assert named in stops
+
+
 def test_a_click_is_seen_before_the_kernel_has_answered(page: Any, show: Callable[..., Any]) -> None:
     show()
     page.locator("[data-path='vit.rope']").get_by_role("radio", name="halves").click()
