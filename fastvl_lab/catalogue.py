@@ -13,7 +13,7 @@ import os
 import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, cached_property
 from typing import Any, Literal
 
 import torch
@@ -764,7 +764,7 @@ class Toggle:
     name: str
     options: tuple[Option, ...]
 
-    @property
+    @cached_property  # every look-up of a toggle compares it
     def path(self) -> str:
         return f"{self.slot}.{self.name}"
 
