@@ -19,7 +19,16 @@ from fastvl_lab import shown
 from fastvl_lab.checkpoint import tiny
 from fastvl_lab.checkpoint.loading import resolve_device, resolve_dtype
 from fastvl_lab.engine import find
-from fastvl_lab.errors import CheckpointError, FastvlError, RecipeError, RequestError, check_whole_number, require, sentence
+from fastvl_lab.errors import (
+    CheckpointError,
+    FastvlError,
+    RecipeError,
+    RequestError,
+    check_whole_number,
+    is_number,
+    require,
+    sentence,
+)
 from fastvl_lab.lab import Lab
 from fastvl_lab.lasting import About, Lasting
 from fastvl_lab.measure.compare import Comparison, compare
@@ -89,7 +98,7 @@ class SweepSettings:
         _refuse_twice("loads", self.loads, lambda load: load_label(Arrivals.of(load)), RequestError)
         for name, least in (("repeats", 1), ("warm_up", 0), ("max_new_tokens", 1), ("seed", 0), ("workers", 0)):
             check_whole_number(name, getattr(self, name), least=least)
-        if isinstance(self.quiet, bool) or not isinstance(self.quiet, int | float) or not 0 <= self.quiet < float("inf"):
+        if not is_number(self.quiet) or self.quiet < 0:
             raise RequestError(f"quiet is {self.quiet!r}; it must be a number of seconds from 0 up")
         for name in ("image", "prompt", "device", "dtype", "output_dir", "launcher"):
             if not isinstance(getattr(self, name), str):
@@ -136,6 +145,11 @@ class SweptPoint:
     @property
     def label(self) -> str:
         return f"{self.checkpoint} · {size_label(self.size)}"
+
+
+def told_failure(error: Mapping[str, str]) -> str:
+    """A row of a sweep's `errors` as a line."""
+    return f"failed: {' · '.join(v for k, v in error.items() if v and k != 'error')}: {error['error']}"
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -203,6 +217,9 @@ class SweepResult(Lasting):
         """What was learnt on this machine, one sentence a point and engine."""
         under = [f"{point.label}: {line}" for point in self.loaded for line in point.found.findings()]
         return [*(f"{point.label}: {line}" for point in self.points for line in point.comparison.findings()), *under]
+
+    def __repr__(self) -> str:
+        return "\n".join([f"{len(self.points)} points", *self.findings(), *map(told_failure, self.errors)])
 
     def to_record(self) -> dict[str, Any]:
         """As JSON-ready data; `from_record` reads it back."""

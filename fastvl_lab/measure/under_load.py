@@ -41,8 +41,6 @@ class Arrivals:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        if self.rate is not None and (isinstance(self.rate, bool) or not isinstance(self.rate, int | float)):
-            raise RequestError(f"rate is {self.rate!r}; it must be a finite number of requests a second above 0")
         check_arrivals(concurrency=self.concurrency, rate=self.rate, n=self.n)
         check_whole_number("seed", self.seed, least=0)
 

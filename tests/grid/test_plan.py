@@ -117,7 +117,10 @@ def test_a_sweeps_settings_are_a_plan(sweep_settings: Callable[..., SweepSetting
         ("repeat: 3", r"plan: key 'repeat' is unknown \(did you mean 'repeats'\?\); the choices are checkpoints, recipes"),
         ("recipe: [fastest]", "key 'recipe' is unknown"),
         ("grid: {vit.attention: [tritn]}", "vit.attention is 'tritn'; the choices are "),
-        ("grid: {vit.attentoin: [grouped]}", "toggle 'vit.attentoin' is unknown; the choices are "),
+        (
+            "grid: {vit.attentoin: [grouped]}",
+            r"toggle 'vit.attentoin' is unknown \(did you mean 'vit.attention'\?\); the choices are ",
+        ),
         ("vit.attention: [grouped]", "plan has the toggle 'vit.attention'; put it under grid or under zip"),
         ("grid: {vit.attention: []}", "grid: vit.attention is empty; give a list of at least one"),
         ("grid: {vit.attention: grouped}", "grid: vit.attention is 'grouped'; give a list"),
@@ -142,7 +145,7 @@ def test_a_sweeps_settings_are_a_plan(sweep_settings: Callable[..., SweepSetting
         ("scenarios: {a: 5}", "scenario 'a' is 5; give a mapping"),
         ("reference: {recipe: transformers}", "reference: recipe is 'transformers'; it must be one of the lab's own"),
         ("reference: {recipes: baseline}", "reference: key 'recipes' is unknown"),
-        ("loads: [{concurrency: 2, rate: 1}]", "concurrency and rate says when requests arrive"),
+        ("loads: [{concurrency: 2, rate: 1}]", "concurrency and rate say when requests arrive"),
         ("loads: [{rate: .nan}]", "rate is nan; it must be a finite number"),
         ("loads: [{concurency: 2}]", "loads has the key 'concurency'; the choices are concurrency, rate, n, seed"),
         ("loads: [none, none]", "loads names one twice"),
@@ -216,5 +219,5 @@ def test_the_plan_in_the_docs_can_be_read(repository: Path, tmp_path: Path) -> N
     text = (repository / "docs" / "grids.md").read_text().partition("```yaml\n")[2].partition("```")[0]
     (tmp_path / "plan.yaml").write_text(text)
     plan = read(tmp_path / "plan.yaml", output_dir=str(tmp_path / "run"), launcher="ray")
-    assert len(plan.cells) == 2 * 2 * 2
+    assert len(plan.cells) == 2 * 2 * 2 * 3  # scenarios, checkpoints, sizes, loads
     assert len(plan.settings.recipes) == 3 + 2 * 2 * 2

@@ -110,7 +110,7 @@ def test_an_engine_that_fails_parity_is_compared_with_nothing(found: tuple[Under
     [
         ({"concurency": 2}, "loads has the key 'concurency'; the choices are concurrency, rate, n, seed"),
         ({"n": 4}, "nothing says when requests arrive; give one of concurrency, rate"),
-        ({"concurrency": 2, "rate": 1.0}, "concurrency and rate says when requests arrive"),
+        ({"concurrency": 2, "rate": 1.0}, "concurrency and rate say when requests arrive"),
         ({"rate": float("nan")}, "rate is nan; it must be a finite number"),
         ({"rate": "fast"}, "rate is 'fast'; it must be a finite number"),
         ({"concurrency": 0}, "concurrency is 0"),
