@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import select
+import signal
 import subprocess
 import sys
 from collections.abc import Callable, Mapping, Sequence
@@ -83,11 +84,17 @@ class _Fork:
         read, write = os.pipe()
         sys.stdout.flush()
         sys.stderr.flush()
-        parent, self.pid = os.getpid(), os.fork()
-        if self.pid == 0:
-            os.close(write)
-            _keep(work, folder, parent, (read, output, output), cwd)
-        os.close(read)
+        parent = os.getpid()
+        # What a handler raises would be lost within the hooks that Python calls at a fork: signals wait until it is over.
+        before = signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGTERM, signal.SIGINT, signal.SIGHUP))
+        try:
+            self.pid = os.fork()
+            if self.pid == 0:
+                os.close(write)
+                _keep(work, folder, parent, (read, output, output), cwd, before)
+        finally:
+            os.close(read)
+            signal.pthread_sigmask(signal.SIG_SETMASK, before)
         self.stdin = os.fdopen(write, "wb", buffering=0)
         self._ended = os.pidfd_open(self.pid)
         self._code: int | None = None
@@ -103,10 +110,15 @@ class _Fork:
             select.select([self._ended], [], [], seconds)
 
 
-def _keep(work: Callable[[], object], folder: str, parent: int, streams: Sequence[int], cwd: Path | None) -> NoReturn:
-    """Be the keeper. streams: what its standard input, output and errors are."""
+def _keep(
+    work: Callable[[], object], folder: str, parent: int, streams: Sequence[int], cwd: Path | None, mask: set[signal.Signals | int]
+) -> NoReturn:
+    """Be the keeper. streams: what its standard input, output and errors are; mask: the signals that it blocks."""
     code = 1
     try:
+        for one in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+            signal.signal(one, signal.SIG_DFL)  # the parent's handlers are not for a keeper, which sets its own
+        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
         os.setsid()
         for number, stream in enumerate(streams):
             os.dup2(stream, number)

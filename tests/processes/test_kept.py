@@ -75,3 +75,20 @@ kept.wait(30)
 print(kept.processes(), [pid for pid in before if Path(f"/proc/{pid}").exists()])
 """
     assert _run(script, tmp_path)[0] == "None\n() []\n"
+
+
+def test_a_signal_that_comes_at_the_fork_is_handled_once_it_is_over(tmp_path: Path) -> None:
+    """What a handler raises within a hook of the fork, such as that of the module logging, Python would drop."""
+    script = """
+def stop(*_):
+    raise KeyboardInterrupt
+
+signal.signal(signal.SIGTERM, stop)
+os.register_at_fork(after_in_parent=lambda: (os.kill(os.getpid(), signal.SIGTERM), time.sleep(0.1)))
+try:
+    Kept(lambda: time.sleep(1000), log=log)
+    print("lost")
+except KeyboardInterrupt:
+    print("stopped")
+"""
+    assert _run(script, tmp_path)[0] == "stopped\n"
