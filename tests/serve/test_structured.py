@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
 from collections.abc import Callable, Iterator
-from typing import Any
+from pathlib import Path
+from typing import Annotated, Any
 
 import pytest
 from calling import TEMPLATE, THINKING, TIME, WEATHER, with_template
@@ -20,6 +22,7 @@ from fastvl_lab.serve.settings import Settings
 httpx = pytest.importorskip("httpx", reason="tests of the server need httpx (extra dev)")
 openai = pytest.importorskip("openai", reason="tests of the server need the openai client (extra dev)")
 pytest.importorskip("llguidance", reason="formats need llguidance (extra structured)")
+pydantic = pytest.importorskip("pydantic")
 jsonschema = pytest.importorskip("jsonschema", reason="answers are checked by jsonschema (extra dev)")
 
 MODEL = "tiny-qwen3-vl"
@@ -137,6 +140,34 @@ def test_any_json_object_is_an_object(calling: Any) -> None:
         assert choice.message.content.startswith("{")
         if choice.finish_reason == "stop":
             assert isinstance(json.loads(choice.message.content), dict)
+
+
+class City(pydantic.BaseModel):
+    """A city."""
+
+    name: Annotated[str, pydantic.Field(max_length=6)]
+    cold: bool | None
+    near: Annotated[list[Annotated[str, pydantic.Field(max_length=3)]], pydantic.Field(max_length=2)]
+
+
+def test_the_openai_client_parses_what_it_asked_for(calling: Any) -> None:
+    """A pydantic model as a strict format, and as a strict function that must be called: the client checks both itself."""
+    asked: dict[str, Any] = {"model": MODEL, "messages": HI, "max_tokens": 400, **VARIED}
+    made = _client(calling).chat.completions.parse(**asked, response_format=City)
+    assert isinstance(made.choices[0].message.parsed, City)
+    tool = openai.pydantic_function_tool(City)
+    made = _client(calling).chat.completions.parse(**asked, tools=[tool], tool_choice="required", parallel_tool_calls=False)
+    (call,) = made.choices[0].message.tool_calls
+    assert isinstance(call.function.parsed_arguments, City)
+    with _client(calling).chat.completions.stream(**asked, response_format=City) as stream:
+        assert isinstance(stream.get_final_completion().choices[0].message.parsed, City)
+
+
+def test_the_pages_example_runs(calling: Any, repository: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    page = (repository / "docs" / "serving.md").read_text()
+    (example,) = (block for block in re.findall(r"```python\n(.*?)```", page, re.DOTALL) if "response_format" in block)
+    exec(compile(example, "docs/serving.md", "exec"), {"client": _client(calling), "model": MODEL, "messages": HI})
+    assert capsys.readouterr().out.startswith("{")
 
 
 @pytest.mark.parametrize(
