@@ -6,11 +6,9 @@ the expanded text, because a special token never merges with its neighbours, and
 
 from __future__ import annotations
 
-import json
 import unicodedata
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
-from typing import Any
 
 import numpy as np
 import torch
@@ -75,24 +73,9 @@ def chat_text(request: Request, checkpoint: Checkpoint) -> str:
 
 
 def _for_templates(message: Message) -> Message:
-    """With a list for the parts, which templates can join and slice, and objects for the arguments of calls, as in Transformers."""
+    """With a list for the parts, which templates can join and slice."""
     content = message.get("content")
-    changes: Message = {"content": list(content)} if isinstance(content, tuple) else {}
-    if isinstance(calls := message.get("tool_calls"), list):
-        changes["tool_calls"] = [_with_object(call) for call in calls]
-    return message | changes
-
-
-def _with_object(call: Any) -> Any:
-    """A call whose arguments are an object where they are the JSON of one, as OpenAI's clients write them."""
-    function = call.get("function") if isinstance(call, dict) else None
-    if not isinstance(function, dict) or not isinstance(arguments := function.get("arguments"), str):
-        return call
-    try:
-        read = json.loads(arguments)
-    except (ValueError, RecursionError):
-        return call
-    return call | {"function": function | {"arguments": read}} if isinstance(read, dict) else call
+    return message | {"content": list(content)} if isinstance(content, tuple) else message
 
 
 def opens_thought(checkpoint: Checkpoint) -> bool:

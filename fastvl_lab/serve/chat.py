@@ -297,7 +297,21 @@ def _message(number: int, message: Any, fetched: Mapping[str, bytes]) -> Any:
         said["content"] = ""  # as clients send back an answer of which nothing was text
     if isinstance(said.get("content"), list):
         said["content"] = [_part(number, part, fetched) for part in said["content"]]
+    if isinstance(said.get("tool_calls"), list):
+        said["tool_calls"] = [_with_object(call) for call in said["tool_calls"]]
     return said
+
+
+def _with_object(call: Any) -> Any:
+    """A call whose arguments are an object, as templates are written for, where they are the JSON of one, as OpenAI has them."""
+    function = call.get("function") if isinstance(call, dict) else None
+    if not isinstance(function, dict) or not isinstance(arguments := function.get("arguments"), str):
+        return call
+    try:
+        read = json.loads(arguments)
+    except (ValueError, RecursionError):
+        return call
+    return call | {"function": function | {"arguments": read}} if isinstance(read, dict) else call
 
 
 def _part(number: int, part: Any, fetched: Mapping[str, bytes]) -> Any:
