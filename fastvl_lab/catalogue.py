@@ -13,12 +13,12 @@ import os
 import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, cached_property
 from typing import Any, Literal
 
 import torch
 
-from fastvl_lab.errors import RecipeError
+from fastvl_lab.errors import RecipeError, meant
 from fastvl_lab.kernels.packed import takes
 
 OptionValue = str | int
@@ -311,7 +311,7 @@ class Vit:
             value="packed",
             does=(
                 "they read a second copy, made once a checkpoint, in oneDNN's blocked layout, which torch.compile cannot be given; "
-                "vLLM on a CPU"
+                "small products stay as they are; vLLM on a CPU"
             ),
             needs=_ONEDNN,
             requires=("vit.padding=exact", "capture.vit=eager"),
@@ -480,7 +480,8 @@ class Attention:
             value="packed",
             does=(
                 "of two rows and more, they read a second copy, made once a checkpoint, in oneDNN's blocked layout, which "
-                "torch.compile cannot be given; vLLM on a CPU"
+                "torch.compile cannot be given; oneDNN's product of one row, and the LM head's, reads the first on all threads; "
+                "small products stay as they are; vLLM on a CPU"
             ),
             needs=_ONEDNN,
             requires=("capture.prefill=eager", "capture.decode=eager"),
@@ -712,6 +713,23 @@ class Schedule:
             requires=_CONTINUOUS,
         ),
     )
+    tower: str = _toggle(
+        Option(
+            value="whole", does="images go through the vision tower in one step, which all answers under way wait for; vLLM, SGLang"
+        ),
+        Option(
+            value="by_blocks",
+            does="a step computes so many of the tower's blocks as its budget of tokens is worth; pieces of prompts, for images; "
+            "the lab's own",
+            requires=(
+                "schedule.prefill=chunked",
+                "schedule.vision=inline|ahead",
+                "vit.tower=lean",
+                "capture.vit=eager",
+                "capture.shapes=exact",
+            ),
+        ),
+    )
     order: str = _toggle(
         Option(value="fifo", does="who came first is admitted first; vLLM, SGLang"),
         Option(
@@ -746,7 +764,7 @@ class Toggle:
     name: str
     options: tuple[Option, ...]
 
-    @property
+    @cached_property  # every look-up of a toggle compares it
     def path(self) -> str:
         return f"{self.slot}.{self.name}"
 
@@ -795,7 +813,8 @@ def toggle_at(path: str) -> Toggle:
     for toggle in toggles():
         if toggle.path == path:
             return toggle
-    raise RecipeError(f"toggle {path!r} is unknown; the choices are {', '.join(t.path for t in toggles())}")
+    known = [toggle.path for toggle in toggles()]
+    raise RecipeError(f"toggle {path!r} is unknown{meant(path, known)}; the choices are {', '.join(known)}")
 
 
 _PAGE = """\
