@@ -3,6 +3,7 @@
     python -m fastvl_lab.grid.cell FOLDER ID RESULT PROGRESS
 
 FOLDER: of the grid, whose plan has the cell ID. RESULT: the file to write, JSON. PROGRESS: a file that says "done of" in runs.
+A worker imports this file and forks, so to import it computes nothing and asks for no device.
 """
 
 from __future__ import annotations
@@ -12,6 +13,8 @@ import json
 import sys
 from pathlib import Path
 from typing import Any
+
+import torch
 
 from fastvl_lab.checkpoint import resolve_device
 from fastvl_lab.errors import sentence
@@ -41,6 +44,7 @@ def measured(given: dict[str, Any], reference: Reference, progress: Path) -> dic
     result = sweep(settings, progress=False, on_run=ran)
     return {
         "comparisons": [point.comparison.to_record() for point in result.points],
+        "loads": [point.found.to_record() for point in result.loaded],
         "errors": list(result.errors),
         "environment": {**result.environment, **where(resolve_device(settings.device or None))},
         "reference": of_reference,
@@ -61,6 +65,7 @@ def _reference(reference: Reference, settings: SweepSettings) -> dict[str, Any]:
 
 
 def main(folder: str, cell: str, result: str, progress: str) -> None:
+    assert not torch.cuda._is_in_bad_fork(), "the worker asked for a CUDA device before it forked, so a cell would not find one"
     plan = read_plan(Path(folder))
     found = measured(plan["cells"][cell]["settings"], Reference(**plan["reference"]), Path(progress))
     write_whole(Path(result), json.dumps(found).encode())

@@ -14,7 +14,8 @@ from fastvl_lab.grid.plan import Cell, Plan
 from fastvl_lab.grid.rendezvous import Rendezvous
 from fastvl_lab.measure.compare import Comparison
 from fastvl_lab.measure.samples import Interval, median_interval
-from fastvl_lab.measure.sweep import SweepResult, SweptPoint, size_label
+from fastvl_lab.measure.sweep import LoadedPoint, SweepResult, SweptPoint, size_label
+from fastvl_lab.measure.under_load import UnderLoad
 
 # What makes one machine of a host: its card, and what it computes with.
 _MACHINE = ("host", "card", "card_id")
@@ -92,6 +93,7 @@ class Merger:
     rendezvous: Rendezvous
     _read: dict[str, dict[str, Any]] = field(default_factory=dict)
     _points: dict[str, SweptPoint] = field(default_factory=dict)
+    _loaded: dict[str, LoadedPoint] = field(default_factory=dict)
 
     def merge(self) -> GridResult:
         """What is there by now, in the plan's order."""
@@ -99,15 +101,20 @@ class Merger:
         for cell in self.plan.cells:
             if cell.id in there and cell.id not in self._read and (result := self.rendezvous.result(cell.id)) is not None:
                 self._read[cell.id] = result
+                own: dict[str, Any] = {"checkpoint": cell.checkpoint, "size": cell.size, "environment": _environment(cell, result)}
                 for record in result.pop("comparisons", ()):
-                    self._points[cell.id] = _point(cell, result, Comparison.from_record(record))
+                    self._points[cell.id] = SweptPoint(**own, comparison=Comparison.from_record(record))
+                for record in result.pop("loads", ()):
+                    self._loaded[cell.id] = LoadedPoint(**own, load=cell.load, found=UnderLoad.from_record(record))
         done = [(cell, self._read[cell.id]) for cell in self.plan.cells if cell.id in self._read]
         points = tuple(self._points[cell.id] for cell, _ in done if cell.id in self._points)
+        loaded = tuple(self._loaded[cell.id] for cell, _ in done if cell.id in self._loaded)
         hosts = _hosts(result for _, result in done)
         return GridResult(
             settings=self.plan.settings,
-            environment=_common([point.environment for point in points]),
+            environment=_common([*(point.environment for point in points), *(point.environment for point in loaded)]),
             points=points,
+            loaded=loaded,
             errors=tuple(error for cell, result in done for error in _errors(cell, result)),
             cells=tuple(_row(cell, self._read.get(cell.id)) for cell in self.plan.cells),
             hosts=hosts,
@@ -120,14 +127,14 @@ class Merger:
         return {cell: result["seconds"] for cell, result in self._read.items() if not result.get("error")}
 
 
-def _point(cell: Cell, result: Mapping[str, Any], comparison: Comparison) -> SweptPoint:
-    about = {"cell": cell.id, "scenario": cell.scenario, "worker": result["worker"]}
-    return SweptPoint(checkpoint=cell.checkpoint, size=cell.size, comparison=comparison, environment=about | result["environment"])
+def _environment(cell: Cell, result: Mapping[str, Any]) -> dict[str, Any]:
+    """Where a cell was measured, of a cell that failed as a whole too."""
+    return {"cell": cell.id, "scenario": cell.scenario, "worker": result["worker"], **result.get("environment", {})}
 
 
 def _errors(cell: Cell, result: Mapping[str, Any]) -> list[dict[str, str]]:
     """A row for the cell that failed as a whole, or for each of its engines that did."""
-    own = {"checkpoint": cell.checkpoint, "image": size_label(cell.size)}
+    own = {"checkpoint": cell.checkpoint, "image": cell.image}
     if "error" in result:
         return [own | {"engine": "", "error": result["error"]}]
     return [error | own for error in result["errors"]]
@@ -139,6 +146,7 @@ def _row(cell: Cell, result: Mapping[str, Any] | None) -> dict[str, Any]:
         "scenario": cell.scenario,
         "checkpoint": cell.checkpoint,
         "image": size_label(cell.size),
+        "load": cell.load,
     }
     if result is None:
         return row | {"state": "not measured", "host": "", "worker": "", "claims": 0, "seconds": None, "error": ""}

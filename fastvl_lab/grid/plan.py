@@ -20,7 +20,8 @@ from fastvl_lab.checkpoint import resolve_device
 from fastvl_lab.engine import find
 from fastvl_lab.errors import FastvlError, RecipeError, RequestError, is_number, meant, quoted
 from fastvl_lab.measure.publish import PHOTOGRAPHS, photo
-from fastvl_lab.measure.sweep import LAUNCHERS, SweepSettings, place, size_label
+from fastvl_lab.measure.sweep import LAUNCHERS, SweepSettings, load_label, place, runs_of, size_label
+from fastvl_lab.measure.under_load import Arrivals
 
 # Keys of a plan by what they are of. A scenario may have those of cells.
 _SETTINGS = tuple(found.name for found in dataclasses.fields(SweepSettings))
@@ -53,7 +54,7 @@ class Reference:
 
 @dataclass(frozen=True, kw_only=True)
 class Cell:
-    """A checkpoint and a size, with all recipes: what one fresh process measures on one device.
+    """A checkpoint, a size and a load, with all recipes: what one fresh process measures on one device.
 
     id: a hash of what decides its numbers. checkpoint: as it was given. settings: fields of `SweepSettings`, checked already, with
     paths that hold from any folder.
@@ -69,8 +70,18 @@ class Cell:
         return next(((width, height) for width, height in self.settings["image_sizes"]), None)
 
     @property
+    def load(self) -> str:
+        """In words; "" of a request alone."""
+        return "".join(load_label(load) for given in self.settings["loads"] if (load := Arrivals.of(given)) is not None)
+
+    @property
+    def image(self) -> str:
+        """The size, and the load where there is one: as errors name the place."""
+        return ", ".join(filter(None, (size_label(self.size), self.load)))
+
+    @property
     def label(self) -> str:
-        return " · ".join(filter(None, (self.scenario, self.checkpoint, size_label(self.size))))
+        return " · ".join(filter(None, (self.scenario, self.checkpoint, size_label(self.size), self.load)))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -83,7 +94,7 @@ class Plan:
 
     cells: tuple[Cell, ...]
     settings: SweepSettings
-    reference: Reference = Reference()
+    reference: Reference = field(default_factory=Reference)  # when a plan is made: it asks for the device, as an import must not
     cell_seconds: float = 3600.0
     beat: float = 5.0
     stale: float = 120.0
@@ -161,13 +172,14 @@ def of_mapping(data: Mapping[str, Any]) -> Plan:
         own_keys["reference"] = Reference(**given)
     if "launcher_options" in data:
         own_keys["options"] = _mapping("launcher_options", data["launcher_options"])
-    lists: dict[str, Any] = {name: _union(settings, name) for name in ("checkpoints", "recipes", "image_sizes")}
+    lists: dict[str, Any] = {name: _union(settings, name) for name in ("checkpoints", "recipes", "image_sizes", "loads")}
     return Plan(cells=tuple(cells), settings=dataclasses.replace(settings[0], **lists), **own_keys)
 
 
 def runs(settings: Mapping[str, Any]) -> int:
     """Runs of a cell, at least: disturbed ones are measured again."""
-    return len(settings["recipes"]) * int(settings["warm_up"] + settings["repeats"])
+    (load,) = map(Arrivals.of, settings["loads"] or [None])
+    return runs_of(SweepSettings.kept(settings), load)
 
 
 def estimate(plan: Plan, taken: Mapping[str, float]) -> dict[str, float]:
@@ -282,10 +294,13 @@ def _cells(settings: SweepSettings, scenario: str, pairs: Sequence[tuple[str, An
     image = settings.image if settings.image in PHOTOGRAPHS else os.path.abspath(os.path.expanduser(settings.image))
     common = dataclasses.asdict(settings) | {"image": image, "output_dir": "", "workers": 0}
     for checkpoint, size in pairs:
-        mine = common | {"checkpoints": [place(checkpoint)], "image_sizes": [] if size is None else [list(size)]}
-        decides = {name: mine[name] for name in _DECIDES} | {"image": digest}
-        identity = hashlib.sha256(json.dumps(decides, sort_keys=True).encode()).hexdigest()[:16]
-        yield Cell(id=identity, scenario=scenario, checkpoint=checkpoint, settings=mine)
+        sized = common | {"checkpoints": [place(checkpoint)], "image_sizes": [] if size is None else [list(size)]}
+        for load in map(Arrivals.of, settings.loads or [None]):
+            mine = sized | {"loads": [] if load is None else [dataclasses.asdict(load) | {"n": load.count}]}
+            decides = {name: mine[name] for name in _DECIDES} | {"image": digest}
+            decides |= {"loads": mine["loads"]} if load is not None else {}  # those of older plans keep their ids
+            identity = hashlib.sha256(json.dumps(decides, sort_keys=True).encode()).hexdigest()[:16]
+            yield Cell(id=identity, scenario=scenario, checkpoint=checkpoint, settings=mine)
 
 
 class _Strict(yaml.SafeLoader):  # type: ignore[misc]  # it has no annotations

@@ -3,14 +3,16 @@
     python -m fastvl_lab.grid.worker [--cores 0,1] FOLDER NAME [PROGRAM ARGUMENT…]
 
 FOLDER: where the workers of a grid meet, on a file system that all of them share. NAME: the worker's own, unlike any other's.
---cores: those that it and its cells may use. PROGRAM: what measures a cell, by default `python -m fastvl_lab.grid.cell`; it is
-given the folder, the cell's id, a file for the result and one for its progress. A worker needs no torch: it starts at once, and
-holds no device.
+--cores: those that it and its cells may use. PROGRAM: what measures a cell; it is given the folder, the cell's id, a file for the
+result and one for its progress. By default it is the lab: the worker imports it once, and each cell is a fork, which is as fresh as
+a process that imports it for itself, and starts some seconds earlier. A worker computes nothing and touches no device, and it has
+one thread: those that numpy's OpenBLAS starts end before a fork.
 """
 
 from __future__ import annotations
 
 import argparse
+import importlib
 import json
 import os
 import platform
@@ -19,8 +21,9 @@ import shlex
 import signal
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -29,11 +32,15 @@ from fastvl_lab.errors import shortened
 from fastvl_lab.grid.rendezvous import MOST_VANISHED, Beat, Rendezvous, read_plan, this_process
 from fastvl_lab.processes.kept import Kept
 
-CELL = (sys.executable, "-m", "fastvl_lab.grid.cell")
+# What is forked for a cell; imported once the worker has its cores, for whose number of threads torch asks as it is imported.
+CELL = "fastvl_lab.grid.cell"
 
 # Seconds: between two looks at a cell's process, and how long one may take to end.
 _LOOK_UP = 0.05
 _ENDING = 10.0
+
+# Seconds between two looks of a cluster's task at its worker.
+_LOOK_UP_TASK = 0.5
 
 # Attempts at a cell whose time runs out.
 _ATTEMPTS = 2
@@ -44,18 +51,22 @@ class _Stopped(BaseException):
 
 
 class Worker:
-    """One worker of the grid in `folder`. program: what measures a cell."""
+    """One worker of the grid in `folder`. program: what measures a cell, in place of a fork of this process."""
 
-    def __init__(self, folder: Path, name: str, program: Sequence[str] = CELL) -> None:
+    def __init__(self, folder: Path, name: str, program: Sequence[str] = ()) -> None:
         plan = read_plan(folder)
         self.cells, self.seconds, self.every = tuple(plan["cells"]), plan["cell_seconds"], plan["beat"]
         self.rendezvous = Rendezvous(folder=folder, stale=plan["stale"])
         self.folder, self.name, self.program, self.process = folder, name, program, this_process()
         self._count, self._next = 0, 0.0
+        self._cell: Callable[..., object] | None = None
 
     def work(self) -> None:
         """Until every cell has a result."""
         with suppress(_Stopped):
+            self._beat()
+            if not self.program and self._missing():
+                self._cell = importlib.import_module(CELL).main
             while missing := self._missing():
                 self._beat()
                 if not self._take_one(missing):
@@ -120,10 +131,13 @@ class Worker:
             kept.wait(_ENDING)
 
     def _started(self, cell: str, out: Path, progress: Path, log: Path) -> Kept:
-        line = [*self.program, str(self.folder), cell, str(out), str(progress)]
+        arguments = [str(self.folder), cell, str(out), str(progress)]
+        line = [*(self.program or (sys.executable, "-m", CELL)), *arguments]
         with log.open("a", encoding="utf-8") as file:
             file.write(f"$ {shlex.join(line)}\n")
-        return Kept(line, env=environment(), log=log)
+        if self._cell is None:
+            return Kept(line, env=environment(), log=log)
+        return Kept(partial(self._cell, *arguments), log=log)
 
     def _beat(self, doing: str = "", progress: Path | None = None, *, ended: bool = False, now: bool = False) -> bool:
         """Tell that this worker is alive, where it is time to; whether it was."""
@@ -152,7 +166,9 @@ def work(folder: str, name: str, program: Sequence[str]) -> int | None:
     """A worker as a task of a cluster: a process of its own, which ends with the task; its exit code."""
     kept = Kept(command(Path(folder), name, program=program), env=environment(), log=Path(folder) / "logs" / f"{name}.log")
     try:
-        return kept.wait()
+        while kept.exit_code is None:  # by looks: a Ray task is cancelled between two steps of Python, and never within a wait
+            kept.wait(_LOOK_UP_TASK)
+        return kept.exit_code
     finally:
         kept.let_go()
         kept.wait(_ENDING)
@@ -184,7 +200,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         os.sched_setaffinity(0, {int(core) for core in given.cores.split(",")})
     signal.signal(signal.SIGTERM, _stop)
     signal.signal(signal.SIGINT, _stop)
-    Worker(given.folder, given.name, given.program or CELL).work()
+    Worker(given.folder, given.name, given.program).work()
 
 
 def _stop(*_: object) -> None:

@@ -355,7 +355,7 @@ def compare(
             for label in [name for name in order if name not in failures]:
                 try:
                     once = partial(lab.run, request, keys[label], stop=stop)
-                    measured = list(watch.measured(once, _computing(lab, keys[label]), again=number >= 0, stop=stop))
+                    measured = list(watch.measured(once, computing(lab, keys[label]), again=number >= 0, stop=stop))
                 except Exception as error:
                     gave_up(label, error)
                     measured = []
@@ -391,7 +391,7 @@ def compare(
     )
 
 
-def _computing(lab: Lab, engine: Engine) -> tuple[int, ...] | None:
+def computing(lab: Lab, engine: Engine) -> tuple[int, ...] | None:
     """The processes that compute for an engine beside this one; None of an address, behind which they are not known."""
     return None if engine.elsewhere else lab.processes(engine)
 
@@ -572,7 +572,7 @@ def converse(
             own.memory.forget()
         for label in order:
             once = partial(labs[label].run, requests[turn], keys[label])
-            ((run, use),) = watch.measured(once, _computing(labs[label], keys[label]), again=False)
+            ((run, use),) = watch.measured(once, computing(labs[label], keys[label]), again=False)
             made.append(RunSample(engine=label, round=number, turn=turn, run=run.without_logits(engine=label), use=use))
             if label == reference and turn + 1 == len(requests) < len(texts):
                 messages += [{"role": "assistant", "content": run.text}, {"role": "user", "content": texts[turn + 1]}]

@@ -121,11 +121,7 @@ class Load(Lasting):
             "tokens_per_second": self.tokens_per_second,
             "requests_per_second": self.requests_per_second,
         }
-        for of in MEASURES:
-            for percent in PERCENTILES:
-                found = self.percentile(of, percent)
-                row |= json_row(f"{of}_p{percent}_ms", found and found.ms)
-        return row
+        return row | percentile_columns(self.values)
 
     def frame(self) -> Any:
         """The summary as a pandas DataFrame; needs the extra "notebooks"."""
@@ -229,6 +225,16 @@ def quantile_interval(samples: Sequence[float], quantile: float) -> Interval:
     return Interval(float(np.quantile(values, quantile)), *ends)
 
 
+def percentile_columns(values: Callable[[Measure], Sequence[float]]) -> dict[str, Any]:
+    """Of a row: each percentile of each measure in milliseconds with its interval, None where there is no such time."""
+    row: dict[str, Any] = {}
+    for of in MEASURES:
+        mine = values(of)
+        for percent in PERCENTILES:
+            row |= json_row(f"{of}_p{percent}_ms", quantile_interval(mine, percent / 100).ms if mine else None)
+    return row
+
+
 def findings(loads: Mapping[str, Load], reference: str, of: Measure = "ttft", percent: float = 50) -> list[str]:
     """What each load shows beside the reference, in a sentence: how many times the tokens a second, and a percentile of a measure.
 
@@ -238,15 +244,23 @@ def findings(loads: Mapping[str, Load], reference: str, of: Measure = "ttft", pe
     for label, made in loads.items():
         if label == reference:
             continue
-        said = f"{label} makes {made.tokens_per_second / than.tokens_per_second:.2f} times the tokens a second of {reference}"
-        mine, theirs = made.percentile(of, percent), than.percentile(of, percent)
-        if mine is not None and theirs is not None:
-            found = "no difference is shown"
-            if mine.high < theirs.low or theirs.high < mine.low:
-                found = f"{'shorter' if mine.median < theirs.median else 'longer'}, {mine.median / theirs.median:.2f} times"
-            said += f"; its {NAMES[of]} p{percent:g} is {_in_ms(mine)} against {_in_ms(theirs)}: {found}"
-        sentences.append(said)
+        faster = made.tokens_per_second / than.tokens_per_second
+        times = made.percentile(of, percent), than.percentile(of, percent)
+        sentences.append(as_load_finding(label, reference, faster, of, percent, *times))
     return sentences
+
+
+def as_load_finding(
+    label: str, reference: str, faster: float, of: Measure, percent: float, mine: Interval | None, theirs: Interval | None
+) -> str:
+    """One of `findings`. faster: how many times the tokens a second; mine, theirs: the percentile, in seconds."""
+    said = f"{label} makes {faster:.2f} times the tokens a second of {reference}"
+    if mine is not None and theirs is not None:
+        found = "no difference is shown"
+        if mine.high < theirs.low or theirs.high < mine.low:
+            found = f"{'shorter' if mine.median < theirs.median else 'longer'}, {mine.median / theirs.median:.2f} times"
+        said += f"; its {NAMES[of]} p{percent:g} is {_in_ms(mine)} against {_in_ms(theirs)}: {found}"
+    return said
 
 
 def _in_ms(found: Interval) -> str:

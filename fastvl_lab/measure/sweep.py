@@ -1,8 +1,9 @@
-"""A grid of checkpoints and image sizes, every engine side by side at each point, kept on disk."""
+"""A grid of checkpoints, image sizes and loads, every engine side by side at each point, kept on disk."""
 
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import json
 import os
 import re
@@ -34,6 +35,8 @@ from fastvl_lab.measure.compare import Comparison, compare
 from fastvl_lab.measure.environment import environment
 from fastvl_lab.measure.publish import document, notebook_parameters, photo, published_point
 from fastvl_lab.measure.quiet import QUIET
+from fastvl_lab.measure.samples import json_value
+from fastvl_lab.measure.under_load import Arrivals, UnderLoad, requests_of, under_load
 from fastvl_lab.request import Request
 
 # JPEG has no larger.
@@ -48,8 +51,9 @@ class SweepSettings:
     """What a sweep runs; its fields are the parameters of notebooks/ttft_sweep.ipynb.
 
     recipes: recipe texts and peers, such as "transformers", "baseline", "fastest, vit.tower=lean". image: a path or a built-in
-    photograph. image_sizes: [width, height] pairs the image is resized to; empty leaves it as it is. quiet: seconds that a point
-    may wait for a quiet machine. device, dtype: "" is the default. output_dir: "" keeps nothing on disk. launcher: "" measures in
+    photograph. image_sizes: [width, height] pairs the image is resized to; empty leaves it as it is. loads: under which each is
+    measured, as `Arrivals` has them; None, or an empty list, is the request alone. quiet: seconds that a point may wait for a quiet
+    machine. device, dtype: "" is the default. output_dir: "" keeps nothing on disk. launcher: "" measures in
     this process, another has workers measure cells in processes of their own (docs/grids.md); workers: how many, 0 as many as
     there are devices. Raises `FastvlError`s for what can be known before any work, one of a list twice included: its samples could
     not be told apart.
@@ -59,6 +63,7 @@ class SweepSettings:
     recipes: Sequence[str]
     image: str = "coffee"
     image_sizes: Sequence[Sequence[int]] = ()
+    loads: Sequence[Mapping[str, Any] | None] = ()
     prompt: str = "What is in this picture?"
     max_new_tokens: int = 16
     repeats: int = 6
@@ -72,11 +77,11 @@ class SweepSettings:
     workers: int = 0
 
     def __post_init__(self) -> None:
-        for name in ("checkpoints", "recipes", "image_sizes"):
+        for name in ("checkpoints", "recipes", "image_sizes", "loads"):
             values = getattr(self, name)
             if isinstance(values, str) or not isinstance(values, Sequence):
                 raise RequestError(f"{name} is {values!r}; give a list")
-            if len(values) == 0 and name != "image_sizes":
+            if len(values) == 0 and name not in ("image_sizes", "loads"):
                 raise RequestError(f"{name} is empty; give a list of at least one")
         for checkpoint in self.checkpoints:
             if not isinstance(checkpoint, str):
@@ -90,6 +95,7 @@ class SweepSettings:
         _refuse_twice("recipes", self.recipes, lambda recipe: "".join(recipe.split()), RecipeError)
         _refuse_twice("checkpoints", self.checkpoints, place, CheckpointError)
         _refuse_twice("image_sizes", self.image_sizes, tuple, RequestError)
+        _refuse_twice("loads", self.loads, lambda load: load_label(Arrivals.of(load)), RequestError)
         for name, least in (("repeats", 1), ("warm_up", 0), ("max_new_tokens", 1), ("seed", 0), ("workers", 0)):
             check_whole_number(name, getattr(self, name), least=least)
         if not is_number(self.quiet) or self.quiet < 0:
@@ -147,13 +153,32 @@ def told_failure(error: Mapping[str, str]) -> str:
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
+class LoadedPoint:
+    """One checkpoint with one image size under one load; the rest as `SweptPoint` has it."""
+
+    checkpoint: str
+    size: tuple[int, int] | None
+    load: str
+    found: UnderLoad
+    environment: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def label(self) -> str:
+        return f"{self.checkpoint} · {size_label(self.size)} · {self.load}"
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
 class SweepResult(Lasting):
-    """Every point of a sweep; `errors` has a row {checkpoint, image, engine, error} for each point or engine that failed."""
+    """Every point of a sweep, of the request alone and under `loaded` those under a load.
+
+    errors: a row {checkpoint, image, engine, error} for each point or engine that failed; under a load, `image` names that too.
+    """
 
     settings: SweepSettings
     environment: dict[str, str]
     points: tuple[SweptPoint, ...]
     errors: tuple[dict[str, str], ...]
+    loaded: tuple[LoadedPoint, ...] = ()
 
     def summary(self) -> list[dict[str, Any]]:
         """One row a point and engine."""
@@ -161,6 +186,14 @@ class SweepResult(Lasting):
             {"checkpoint": point.checkpoint, "image": size_label(point.size), **row, **point.environment}
             for point in self.points
             for row in point.comparison.summary()
+        ]
+
+    def load_rows(self) -> list[dict[str, Any]]:
+        """One row a point under a load and engine: throughput and percentiles, as `UnderLoad.summary` has them."""
+        return [
+            {"checkpoint": point.checkpoint, "image": size_label(point.size), "load": point.load, **row, **point.environment}
+            for point in self.loaded
+            for row in point.found.summary()
         ]
 
     def samples(self) -> list[dict[str, Any]]:
@@ -176,11 +209,14 @@ class SweepResult(Lasting):
         points = [
             published_point(point.checkpoint, size_label(point.size), point.comparison, point.environment) for point in self.points
         ]
-        return document(points, settings=dataclasses.asdict(self.settings), environment=self.environment, errors=self.errors)
+        rows = [{key: json_value(value) for key, value in row.items()} for row in self.load_rows()]
+        context = {"settings": dataclasses.asdict(self.settings), "environment": self.environment}
+        return document(points, **context, errors=self.errors, **({"loads": rows} if rows else {}))
 
     def findings(self) -> list[str]:
         """What was learnt on this machine, one sentence a point and engine."""
-        return [f"{point.label}: {line}" for point in self.points for line in point.comparison.findings()]
+        under = [f"{point.label}: {line}" for point in self.loaded for line in point.found.findings()]
+        return [*(f"{point.label}: {line}" for point in self.points for line in point.comparison.findings()), *under]
 
     def __repr__(self) -> str:
         return "\n".join([f"{len(self.points)} points", *self.findings(), *map(told_failure, self.errors)])
@@ -191,8 +227,12 @@ class SweepResult(Lasting):
             {**vars(point), "environment": dict(point.environment), "comparison": point.comparison.to_record()}
             for point in self.points
         ]
+        loaded = [
+            {**vars(point), "environment": dict(point.environment), "found": point.found.to_record()} for point in self.loaded
+        ]
         settings = dataclasses.asdict(self.settings)
-        return {"settings": settings, "environment": self.environment, "points": points, "errors": list(self.errors)}
+        whole = {"settings": settings, "environment": self.environment, "points": points, "errors": list(self.errors)}
+        return whole | {"loaded": loaded}
 
     @classmethod
     def from_record(cls, record: Mapping[str, Any]) -> SweepResult:
@@ -206,13 +246,30 @@ class SweepResult(Lasting):
             )
             for point in record["points"]
         ]
-        settings = SweepSettings.kept(record["settings"])
-        return cls(settings=settings, environment=record["environment"], points=tuple(points), errors=tuple(record["errors"]))
+        loaded = [
+            LoadedPoint(
+                checkpoint=point["checkpoint"],
+                size=None if point["size"] is None else tuple(point["size"]),
+                load=point["load"],
+                found=UnderLoad.from_record(point["found"]),
+                environment=point["environment"],
+            )
+            for point in record.get("loaded", ())  # absent in older records
+        ]
+        return cls(
+            settings=SweepSettings.kept(record["settings"]),
+            environment=record["environment"],
+            points=tuple(points),
+            errors=tuple(record["errors"]),
+            loaded=tuple(loaded),
+        )
 
     def about(self) -> About:
-        engines = dict.fromkeys(engine for point in self.points for engine in point.comparison.engines)
+        of_loads = [engine for point in self.loaded for engine in point.found.engines]
+        engines = dict.fromkeys([*(engine for point in self.points for engine in point.comparison.engines), *of_loads])
+        labels = [*(point.label for point in self.points), *(point.label for point in self.loaded)]
         return About(
-            title=f"{', '.join(point.label for point in self.points) or 'no point'}: {' against '.join(engines) or 'no engine'}",
+            title=f"{', '.join(labels) or 'no point'}: {' against '.join(engines) or 'no engine'}",
             findings=[*self.findings(), *(f"{' · '.join(part for part in error.values() if part)}" for error in self.errors)],
             environment=self.environment,
             samples=self.samples(),
@@ -260,8 +317,10 @@ def sweep(settings: SweepSettings, *, progress: bool = True, on_run: Callable[[]
     on_run: called after each run.
     """
     sizes: list[tuple[int, int] | None] = [(size[0], size[1]) for size in settings.image_sizes] or [None]
-    per_point = len(settings.recipes) * (settings.warm_up + settings.repeats)
+    loads = [Arrivals.of(load) for load in settings.loads or [None]]
+    per_size = sum(runs_of(settings, load) for load in loads)
     points: list[SweptPoint] = []
+    loaded: list[LoadedPoint] = []
     errors: list[dict[str, str]] = []
     where: dict[str, str] = {}
 
@@ -274,29 +333,32 @@ def sweep(settings: SweepSettings, *, progress: bool = True, on_run: Callable[[]
         said = error if isinstance(error, str) else sentence(error)
         errors.append({"checkpoint": checkpoint, "image": image, "engine": engine, "error": said})
 
-    with tqdm(total=per_point * len(sizes) * len(settings.checkpoints), disable=not progress, unit="run") as bar:
+    with tqdm(total=per_size * len(sizes) * len(settings.checkpoints), disable=not progress, unit="run") as bar:
         for name in settings.checkpoints:
             bar.set_description(f"loading {name}")
             try:
                 lab = Lab(name, device=settings.device or None, dtype=settings.dtype or None)
             except Exception as error:  # whatever it is, the other points are still worth measuring
                 failed(error, name)
-                bar.update(per_point * len(sizes))
+                bar.update(per_size * len(sizes))
                 continue
             where = environment(lab)
-            for size in sizes:
+            for size, load in itertools.product(sizes, loads):
                 image, done_before = size_label(size), bar.n
-                bar.set_description(f"{name} {image}")
+                at = image if load is None else f"{image}, {load.label}"
+                bar.set_description(f"{name} {at}")
                 try:
-                    comparison = _compare_at(lab, settings, size, ran)
+                    found = _measured_at(lab, settings, size, load, ran)
                 except Exception as error:  # as above
-                    failed(error, name, image)
+                    failed(error, name, at)
                 else:
-                    for engine, text in comparison.failures.items():
-                        failed(text, name, image, engine)
-                    if comparison.samples:
-                        points.append(SweptPoint(checkpoint=name, size=size, comparison=comparison))
-                bar.update(done_before + per_point - bar.n)
+                    for engine, text in found.failures.items():
+                        failed(text, name, at, engine)
+                    if isinstance(found, UnderLoad) and load is not None and found.rounds:
+                        loaded.append(LoadedPoint(checkpoint=name, size=size, load=load.label, found=found))
+                    elif isinstance(found, Comparison) and found.samples:
+                        points.append(SweptPoint(checkpoint=name, size=size, comparison=found))
+                bar.update(done_before + runs_of(settings, load) - bar.n)
                 if settings.output_dir and points:  # so that a sweep that dies keeps what it measured
                     so_far = SweepResult(settings=settings, environment=where, points=tuple(points), errors=())
                     try:
@@ -304,15 +366,28 @@ def sweep(settings: SweepSettings, *, progress: bool = True, on_run: Callable[[]
                     except OSError as error:  # a full disk now may have room at the end
                         failed(error, name, image)
             del lab
-    return SweepResult(settings=settings, environment=where, points=tuple(points), errors=tuple(errors))
+    return SweepResult(settings=settings, environment=where, points=tuple(points), errors=tuple(errors), loaded=tuple(loaded))
 
 
-def _compare_at(lab: Lab, settings: SweepSettings, size: tuple[int, int] | None, on_run: Callable[[str], object]) -> Comparison:
+def runs_of(settings: SweepSettings, load: Arrivals | None) -> int:
+    """Runs of one checkpoint with one size, at least: disturbed ones are measured again."""
+    engines, rounds = len(settings.recipes), settings.warm_up + settings.repeats
+    if load is None:
+        return engines * rounds
+    return requests_of(engines, load, repeats=settings.repeats, warm_up=settings.warm_up)
+
+
+def _measured_at(
+    lab: Lab, settings: SweepSettings, size: tuple[int, int] | None, load: Arrivals | None, on_run: Callable[..., object]
+) -> Comparison | UnderLoad:
     image = photo(settings.image, size)
     request = Request(images=[image], prompt=settings.prompt, max_new_tokens=settings.max_new_tokens, ignore_eos=True)
     rounds: dict[str, Any] = {"repeats": settings.repeats, "warm_up": settings.warm_up, "seed": settings.seed}
     rounds["quiet"] = dataclasses.replace(QUIET, total=settings.quiet)
-    return compare(lab, request, {recipe: recipe for recipe in settings.recipes}, **rounds, on_run=on_run, keep_going=True)
+    engines = {recipe: recipe for recipe in settings.recipes}
+    if load is not None:
+        return under_load(lab, request, engines, load, **rounds, on_run=lambda: on_run(""))
+    return compare(lab, request, engines, **rounds, on_run=on_run, keep_going=True)
 
 
 def _refuse_twice(name: str, given: Sequence[Any], identity: Callable[[Any], Any], error: type[FastvlError]) -> None:
@@ -329,6 +404,10 @@ def place(checkpoint: str) -> str:
     """A folder's one path; any other name as it is."""
     folder = os.path.expanduser(checkpoint)
     return os.path.realpath(folder) if checkpoint not in tiny.NAMES and os.path.isdir(folder) else checkpoint
+
+
+def load_label(load: Arrivals | None) -> str:
+    return "alone" if load is None else load.label
 
 
 def size_label(size: tuple[int, int] | None) -> str:

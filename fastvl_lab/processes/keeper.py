@@ -7,7 +7,8 @@ parent holds the other end: once that is closed, or the parent has gone, or a SI
 the program does, with its exit code.
 
 It is the reaper of its descendants (prctl(2), PR_SET_CHILD_SUBREAPER), so that one that begins a session of its own or loses its
-parent is still found. It runs as a script of the standard library alone, since it stands by for each server.
+parent is still found. It runs as a script of the standard library alone, since it stands by for each server; or as a fork of a
+process that has already imported what the program, a function of it, needs.
 """
 
 from __future__ import annotations
@@ -20,7 +21,8 @@ import shutil
 import signal
 import sys
 import time
-from collections.abc import Sequence
+import traceback
+from collections.abc import Callable, Sequence
 
 # prctl(2)
 _PR_SET_PDEATHSIG, _PR_SET_CHILD_SUBREAPER = 1, 36
@@ -46,7 +48,8 @@ def descendants(ancestor: int) -> tuple[int, ...]:
     return tuple(found)
 
 
-def main(parent: int, folder: str, command: Sequence[str]) -> int:
+def main(parent: int, folder: str, command: Sequence[str] | Callable[[], object]) -> int:
+    """command: a program's line, or what a fork of this process calls in its place; the exit code."""
     libc = ctypes.CDLL(None, use_errno=True)
     if libc.prctl(_PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0) != 0:
         print(f"keeper: prctl fails: {os.strerror(ctypes.get_errno())}", file=sys.stderr)
@@ -72,18 +75,39 @@ def main(parent: int, folder: str, command: Sequence[str]) -> int:
     return code if code >= 0 else 128 - code
 
 
-def _start(libc: ctypes.CDLL, command: Sequence[str]) -> int:
-    """Fork and execute; the program is killed where the keeper is."""
+def _start(libc: ctypes.CDLL, command: Sequence[str] | Callable[[], object]) -> int:
+    """Fork, then execute or call; the program is killed where the keeper is."""
     program = os.fork()
     if program:
         return program
     try:
         libc.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
         os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
-        os.execvp(command[0], [*command])
-    except OSError as error:
-        print(f"error: {command[0]}: {error.strerror}", file=sys.stderr, flush=True)
-    os._exit(127)
+        if callable(command):
+            os._exit(_called(command))
+        try:
+            os.execvp(command[0], [*command])
+        except OSError as error:
+            print(f"error: {command[0]}: {error.strerror}", file=sys.stderr, flush=True)
+    finally:
+        os._exit(127)
+
+
+def _called(work: Callable[[], object]) -> int:
+    """Call it as a program of its own would be run, with signals as they are there; its exit code."""
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, signal.SIG_DFL)
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    code = 0
+    try:
+        work()
+    except BaseException:
+        traceback.print_exc()
+        code = 1
+    with contextlib.suppress(OSError):
+        sys.stdout.flush()
+        sys.stderr.flush()
+    return code
 
 
 def _reap(ended: dict[int, int]) -> bool:

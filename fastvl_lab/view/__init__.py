@@ -35,6 +35,7 @@ from fastvl_lab.view.tables import (
     layer_frame as layer_frame,
     load_frame as load_frame,
     load_percentile_frame as load_percentile_frame,
+    loaded_frame as loaded_frame,
     made_of_frame as made_of_frame,
     memory_frame as memory_frame,
     operation_frame as operation_frame,

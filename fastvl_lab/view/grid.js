@@ -7,12 +7,15 @@
   const unique = (rows, name) => [...new Set(rows.map((row) => get(row, name)))];
   const selects = [...document.querySelectorAll("#grid-filters select")];
   const engines = unique(data.rows, "engine"), checkpoints = unique(data.rows, "checkpoint");
+  const loaded = "load" in at, loads = loaded ? unique(data.rows, "load") : [""];
+  const loadOf = (row) => (loaded ? get(row, "load") : "");
   const MOST_ROWS = 500; // that a table draws; the export has all
 
   for (const select of selects) {
     const values = unique(data.rows, select.dataset.column).map((value) => new Option(value, JSON.stringify(value)));
     select.append(new Option("all", ""), ...values);
-    if (select.dataset.column === "checkpoint") select.selectedIndex = 1; // a line a recipe can be read, one of each checkpoint cannot
+    // A line a recipe can be read, one of each checkpoint and load cannot.
+    if (["checkpoint", "load"].includes(select.dataset.column)) select.selectedIndex = 1;
     select.addEventListener("change", draw);
   }
 
@@ -21,11 +24,11 @@
     return data.rows.filter((row) => wanted.every(([column, value]) => row[column] === value));
   }
 
-  // One panel a card, under one another; a line a recipe and checkpoint: the recipe has its colour, the checkpoint its marker.
+  // One panel a card, under one another; a line a recipe, checkpoint and load: the recipe has its colour, the checkpoint its marker.
   function figure(rows) {
     const cards = unique(rows, "card"), traces = [], named = new Set(), lines = new Map();
     for (const row of rows.filter((row) => get(row, "ttft_ms") !== null)) {
-      const key = JSON.stringify([get(row, "card"), get(row, "checkpoint"), get(row, "engine")]);
+      const key = JSON.stringify([get(row, "card"), get(row, "checkpoint"), loadOf(row), get(row, "engine")]);
       lines.set(key, [...(lines.get(key) ?? []), row]);
     }
     const layout = { margin: { t: 30, r: 10 }, height: 60 + 360 * Math.max(cards.length, 1), annotations: [], legend: { font: { size: 11 } } };
@@ -35,12 +38,12 @@
       layout["xaxis" + end] = { title: { text: "visual tokens" }, rangemode: "tozero", anchor: "y" + end };
       layout["yaxis" + end] = { title: { text: "warm TTFT, ms" }, rangemode: "tozero", domain, anchor: "x" + end };
       layout.annotations.push({ text: card, xref: "paper", yref: "paper", x: 0, y: domain[1], xanchor: "left", yanchor: "bottom", showarrow: false });
-      for (const checkpoint of checkpoints) for (const engine of engines) {
-        const mine = lines.get(JSON.stringify([card, checkpoint, engine]));
+      for (const checkpoint of checkpoints) for (const load of loads) for (const engine of engines) {
+        const mine = lines.get(JSON.stringify([card, checkpoint, load, engine]));
         if (!mine) continue;
         mine.sort((a, b) => get(a, "visual_tokens") - get(b, "visual_tokens"));
         const reach = (end) => mine.map((row) => (get(row, end) === null ? 0 : Math.abs(get(row, end) - get(row, "ttft_ms"))));
-        const name = `${checkpoint} · ${engine}`, number = engines.indexOf(engine);
+        const name = [checkpoint, ...(loads.length > 1 ? [load] : []), engine].join(" · "), number = engines.indexOf(engine);
         const colour = data.colours[number % data.colours.length];
         traces.push({
           name, legendgroup: name, showlegend: !named.has(name), mode: "lines+markers", xaxis: "x" + end, yaxis: "y" + end,

@@ -14,7 +14,7 @@ from fastvl_lab.measure.sweep import SweepResult
 from fastvl_lab.run import Run
 from fastvl_lab.view import style
 from fastvl_lab.view.figures import sample_dots, ttft_against_visual_tokens
-from fastvl_lab.view.tables import html_of, made_of_frame, settings_frame, stage_frame, summary_frame
+from fastvl_lab.view.tables import html_of, loaded_frame, made_of_frame, settings_frame, stage_frame, summary_frame
 
 _CSS = """
 body { font: 15px/1.5 "DejaVu Sans", Arial, sans-serif; color: #222; max-width: 1240px; margin: 2em auto; padding: 0 1em; }
@@ -53,6 +53,10 @@ def report_html(result: SweepResult) -> str:
             "<h2>TTFT against visual tokens</h2>",
             figure_html(ttft_against_visual_tokens(rows)),
         ]
+    if result.loaded:
+        lines = [] if result.points else result.findings()
+        learnt = f"<ul>{''.join(f'<li>{html.escape(line)}</li>' for line in lines)}</ul>" if lines else ""
+        body += ["<h2>Under load</h2>", learnt, table_html(loaded_frame(result.load_rows()))]
     for point in result.points:
         runs = [point.comparison.representative(engine) for engine in point.comparison.engines]
         figures = (point.comparison.waterfall(), sample_dots(point.comparison))

@@ -18,7 +18,8 @@ from fastvl_lab.measure.load import MEASURES, NAMES, PERCENTILES, Load, Measure
 from fastvl_lab.measure.profile import Profile
 from fastvl_lab.measure.recipes import STOCK
 from fastvl_lab.measure.samples import Interval, Samples, StageSample, gains
-from fastvl_lab.measure.sweep import SweepSettings
+from fastvl_lab.measure.sweep import SweepSettings, load_label
+from fastvl_lab.measure.under_load import Arrivals
 from fastvl_lab.run import Run, in_words
 from fastvl_lab.trace import STAGES, Lane
 
@@ -131,6 +132,41 @@ def summary_frame(rows: Sequence[Mapping[str, Any]]) -> Any:
     return frame(rows, {heading: cell for heading, cell in columns.items() if heading not in without})
 
 
+def loaded_frame(rows: Sequence[Mapping[str, Any]]) -> Any:
+    """One line an engine and point under a load: throughput, percentiles of TTFT and TPOT, and parity.
+
+    rows: as `SweepResult.load_rows` gives them.
+    """
+
+    def percentiles(of: str) -> Callable[[Mapping[str, Any]], str | None]:
+        def cell(row: Mapping[str, Any]) -> str | None:
+            found = [_number(row[f"{of}_p{percent}_ms"], ".1f") for percent in PERCENTILES]
+            return " / ".join(map(str, found)) if None not in found else None
+
+        return cell
+
+    def throughput(row: Mapping[str, Any]) -> str | None:
+        return _interval(row["tokens_per_second"], row["tokens_per_second_low"], row["tokens_per_second_high"], ".1f")
+
+    ranks = " / ".join(f"p{percent}" for percent in PERCENTILES)
+    columns: dict[str, Callable[[Mapping[str, Any]], object]] = {
+        "checkpoint": itemgetter("checkpoint"),
+        "image": itemgetter("image"),
+        "load": itemgetter("load"),
+        "engine": itemgetter("engine"),
+        "tokens a second (95% CI)": throughput,
+        "requests a second": lambda row: _number(row["requests_per_second"], ".2f"),
+        f"TTFT ms, {ranks}": percentiles("ttft"),
+        f"TPOT ms, {ranks}": percentiles("tpot"),
+        "parity": itemgetter("parity_says"),
+        "requests": itemgetter("requests"),
+        "failed": itemgetter("failed"),
+        "rounds": itemgetter("rounds"),
+        "disturbed rounds": itemgetter("disturbed_rounds"),
+    }
+    return frame(rows, columns)
+
+
 def stage_frame(runs: Sequence[Run]) -> Any:
     """Host milliseconds a stage, one column a run; stages add up to TTFT with `unaccounted`, and "wait: …" to `wait`.
 
@@ -186,6 +222,8 @@ def settings_frame(settings: SweepSettings) -> Any:
         value = getattr(settings, name)
         if name == "image_sizes":
             return ", ".join(f"{width}×{height}" for width, height in value) or "as it is"
+        if name == "loads":
+            return "; ".join(load_label(Arrivals.of(load)) for load in value) or "alone"
         return ", ".join(map(str, value)) if isinstance(value, list | tuple) else str(value) if value != "" else None
 
     names = [field.name for field in dataclasses.fields(settings)]

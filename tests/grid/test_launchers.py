@@ -23,7 +23,7 @@ from fastvl_lab.grid.launchers import Order, how_many, start
 from fastvl_lab.grid.merge import GridResult
 from fastvl_lab.grid.plan import Plan, of_mapping
 from fastvl_lab.grid.run import run
-from fastvl_lab.measure.sweep import LAUNCHERS
+from fastvl_lab.measure.sweep import LAUNCHERS, SweepResult, sweep as alone
 
 STUB = Path(__file__).with_name("stub_cell.py")
 SIZES = [[56, 56], [84, 56], [112, 56], [56, 84], [56, 112], [84, 84]]
@@ -37,26 +37,32 @@ def _program(**ways: Any) -> list[str]:
     return [sys.executable, "-I", "-S", str(STUB), json.dumps(ways)]
 
 
+SMALL = {
+    "checkpoints": ["tiny-qwen2.5-vl", "tiny-qwen3-vl"],
+    "recipes": ["transformers", "baseline"],
+    "image_sizes": SIZES,
+    "max_new_tokens": 2,
+    "repeats": 1,
+    "quiet": 0,
+    "device": "cpu",
+}
+
+
 @pytest.fixture
 def plan_of(tmp_path: Path) -> Callable[..., Plan]:
     """Makes the plan of twelve cells, with what a test changes."""
 
     def made(**changes: Any) -> Plan:
-        small = {
-            "checkpoints": ["tiny-qwen2.5-vl", "tiny-qwen3-vl"],
-            "recipes": ["transformers", "baseline"],
-            "image_sizes": SIZES,
-            "max_new_tokens": 2,
-            "repeats": 1,
-            "device": "cpu",
-            "output_dir": str(tmp_path / "run"),
-            "workers": WORKERS,
-            "beat": 0.1,
-            "reference": {"repeats": 2},
-        }
-        return of_mapping(small | changes)
+        own = {"output_dir": str(tmp_path / "run"), "workers": WORKERS, "beat": 0.1, "reference": {"repeats": 2}}
+        return of_mapping(SMALL | own | changes)
 
     return made
+
+
+@pytest.fixture(scope="session")
+def in_one_process() -> SweepResult:
+    """The twelve cells as a sweep without a launcher measures them."""
+    return alone(SweepSettings(**SMALL), progress=False)
 
 
 def _installed(launcher: str) -> None:
@@ -222,14 +228,16 @@ def test_a_launcher_says_what_it_lacks(tmp_path: Path, sweep_settings: Callable[
 
 @pytest.mark.nightly
 @pytest.mark.parametrize("launcher", LAUNCHERS)
-def test_twelve_cells_have_the_same_rows_whoever_starts_their_workers(launcher: str, plan_of: Callable[..., Plan]) -> None:
-    """Ids, tokens and parity are those of a sweep in one process; each cell loads torch and a checkpoint."""
+def test_twelve_cells_have_the_same_rows_whoever_starts_their_workers(
+    launcher: str, plan_of: Callable[..., Plan], in_one_process: SweepResult
+) -> None:
+    """Ids, tokens and parity are those of a sweep in one process."""
     _installed(launcher)
     plan = plan_of(launcher=launcher, launcher_options=OPTIONS.get(launcher, {}))
     result = run(plan, progress=False)
     assert result.errors == ()
     assert [point.environment["cell"] for point in result.points] == [cell.id for cell in plan.cells]
-    here = sweep(plan.settings, launcher="", progress=False)
+    here = in_one_process
     keys = ("checkpoint", "image", "engine", "visual_tokens", "tokens_equal", "parity_says")
     assert [[row[key] for key in keys] for row in result.summary()] == [[row[key] for key in keys] for row in here.summary()]
     tokens = [[run.tokens for run in map(point.comparison.representative, point.comparison.engines)] for point in result.points]

@@ -17,7 +17,11 @@ from fastvl_lab.grid.__main__ import described, main
 from fastvl_lab.grid.merge import GridResult, Merger
 from fastvl_lab.grid.plan import Plan, of_mapping
 from fastvl_lab.grid.rendezvous import Rendezvous, prepare
+from fastvl_lab.measure.compare import Comparison
+from fastvl_lab.measure.load import MEASURES
+from fastvl_lab.measure.under_load import LoadRound, UnderLoad
 from fastvl_lab.view.figures import ttft_against_visual_tokens
+from fastvl_lab.view.grid_report import grid_html
 
 SLOW, FAST = [0.0200 + 0.0001 * number for number in range(9)], [0.0100 + 0.0001 * number for number in range(9)]
 
@@ -136,6 +140,47 @@ def test_what_is_written_can_be_read_and_names_every_cell(merged: Callable[..., 
     document = json.loads((folder / "result.json").read_text())
     assert [point["environment"]["host"] for point in document["points"]] == ["one", "two"]
     assert len(document["cells"]) == 4
+
+
+def test_a_cell_under_a_load_is_a_row_with_its_throughput_and_a_filter_of_the_page(record: dict[str, Any], tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    base = {"checkpoints": ["tiny-qwen3-vl"], "recipes": ["transformers", "baseline"], "image_sizes": [[56, 56]]}
+    loads = ["none", {"concurrency": 2, "n": 4}, {"rate": 5, "n": 4}]
+    plan = of_mapping({**base, "loads": loads, "device": "cpu", "output_dir": str(folder)})
+    prepare(folder, plan.to_dict())
+    rendezvous = Rendezvous(folder=folder, stale=60.0)
+    values = {of: [0.25] * 4 for of in MEASURES}
+    rounds = [
+        LoadRound(engine=engine, round=0, values=values, requests=4, failed=0, tokens=8, seconds=seconds)
+        for engine, seconds in (("transformers", 2.0), ("baseline", 1.0))
+    ]
+    under = UnderLoad(comparison=Comparison.from_record(record), rounds=tuple(rounds), failures={}).to_record()
+    where = {"host": "one", "card": "H", "card_id": "GPU-1", "device": "H"}
+    about = {"worker": "w", "host": "one", "claims": 1, "seconds": 10.0, "environment": where, "reference": {}}
+    alone, closed, failed = plan.cells
+    rendezvous.publish(alone.id, {"comparisons": [record], "loads": [], "errors": [], **about})
+    rendezvous.publish(closed.id, json.loads(json.dumps({"comparisons": [], "loads": [under], "errors": [], **about})))
+    rendezvous.publish(failed.id, {"error": "it fails", "worker": "w", "host": "one", "claims": 1, "seconds": 1.0})
+    result = Merger(plan, rendezvous).merge()
+    assert [(row["load"], row["state"]) for row in result.cells] == [
+        ("", "done"),
+        ("2 at once, 4 requests", "done"),
+        ("5 a second, 4 requests", "failed"),
+    ]
+    assert result.errors[0]["image"] == "56×56, 5 a second, 4 requests"
+    rows = result.load_rows()
+    assert [(row["engine"], row["tokens_per_second"], row["ttft_p99_ms"]) for row in rows] == [
+        ("transformers", 4.0, 250.0),
+        ("baseline", 8.0, 250.0),
+    ]
+    assert {(row["host"], row["cell"], row["load"]) for row in rows} == {("one", closed.id, "2 at once, 4 requests")}
+    opened = fl.open(result.save(tmp_path / "kept"))
+    assert opened.load_rows() == rows
+    data = json.loads(grid_html(result).partition("id='grid-data'>")[2].partition("</script>")[0])
+    at = {name: number for number, name in enumerate(data["columns"])}
+    assert [row[at["load"]] for row in data["rows"]] == ["alone"] * 2 + ["2 at once, 4 requests"] * 2
+    assert data["rows"][3][at["tokens_per_second"]] == 8.0
+    assert "data-column='load'" in grid_html(result)
 
 
 def test_kinds_of_card_have_panels_of_their_own(merged: Callable[..., GridResult]) -> None:

@@ -12,7 +12,7 @@ import pytest
 
 from fastvl_lab import FastvlError, SweepSettings
 from fastvl_lab.grid.__main__ import described, main
-from fastvl_lab.grid.plan import Plan, estimate, of_mapping, of_settings, read
+from fastvl_lab.grid.plan import Plan, estimate, of_mapping, of_settings, read, runs
 
 SMALL = """
 checkpoints: [tiny-qwen2.5-vl, tiny-qwen3-vl]
@@ -83,6 +83,27 @@ def test_scenarios_are_named_and_take_the_rest_from_the_plan(plan_of: Callable[.
     assert [cell.label for cell in paired.cells] == ["tiny-qwen3-vl · 64×64", "tiny-qwen2.5-vl · 32×32", "tiny-qwen3-vl · 96×96"]
 
 
+def test_a_load_is_an_axis_of_cells_and_those_without_one_keep_their_ids(plan_of: Callable[..., Plan]) -> None:
+    alone = plan_of()
+    plan = plan_of("loads: [none, {concurrency: 2}, {rate: 2.5, n: 10, seed: 1}]")
+    assert [cell.label for cell in plan.cells][:3] == [
+        "tiny-qwen2.5-vl · 56×56",
+        "tiny-qwen2.5-vl · 56×56 · 2 at once, 8 requests",
+        "tiny-qwen2.5-vl · 56×56 · 2.5 a second, 10 requests, seed 1",
+    ]
+    assert [cell.id for cell in plan.cells][::3] == [cell.id for cell in alone.cells]
+    assert len({cell.id for cell in plan.cells}) == 12
+    spelled = plan_of("loads: [{n: 8, concurrency: 2, seed: 0}]")
+    assert [cell.id for cell in spelled.cells] == [cell.id for cell in plan.cells][1::3]  # however it is spelled
+    given = [cell["settings"] for cell in json.loads(json.dumps(plan.to_dict()))["cells"].values()]
+    assert [runs(settings) for settings in given[:3]] == [2 * 7, 2 * (1 + 7 * 8), 2 * (1 + 7 * 10)]
+    assert SweepSettings(**given[1]).loads == [{"concurrency": 2, "rate": None, "n": 8, "seed": 0}]
+    seconds = estimate(plan, {})
+    assert seconds[plan.cells[1].id] > seconds[plan.cells[0].id]
+    both = plan_of("scenarios: {a: {}, b: {loads: [{rate: 1}]}}")
+    assert [cell.load for cell in both.cells] == [""] * 4 + ["1 a second, 32 requests"] * 4
+
+
 def test_a_sweeps_settings_are_a_plan(sweep_settings: Callable[..., SweepSettings], tmp_path: Path) -> None:
     (tmp_path / "mine").mkdir()
     settings = sweep_settings(checkpoints=["tiny-qwen3-vl", str(tmp_path / "mine" / ".." / "mine")], image_sizes=[])
@@ -124,6 +145,11 @@ def test_a_sweeps_settings_are_a_plan(sweep_settings: Callable[..., SweepSetting
         ("scenarios: {a: 5}", "scenario 'a' is 5; give a mapping"),
         ("reference: {recipe: transformers}", "reference: recipe is 'transformers'; it must be one of the lab's own"),
         ("reference: {recipes: baseline}", "reference: key 'recipes' is unknown"),
+        ("loads: [{concurrency: 2, rate: 1}]", "concurrency and rate say when requests arrive"),
+        ("loads: [{rate: .nan}]", "rate is nan; it must be a finite number"),
+        ("loads: [{concurency: 2}]", "loads has the key 'concurency'; the choices are concurrency, rate, n, seed"),
+        ("loads: [none, none]", "loads names one twice"),
+        ("loads: {concurrency: 2}", r"loads is \{'concurrency': 2\}; give a list"),
         ("image: no/such.jpg", "image 'no/such.jpg' does not exist"),
         ("prompt: [", "is no YAML: "),
     ],
@@ -193,5 +219,5 @@ def test_the_plan_in_the_docs_can_be_read(repository: Path, tmp_path: Path) -> N
     text = (repository / "docs" / "grids.md").read_text().partition("```yaml\n")[2].partition("```")[0]
     (tmp_path / "plan.yaml").write_text(text)
     plan = read(tmp_path / "plan.yaml", output_dir=str(tmp_path / "run"), launcher="ray")
-    assert len(plan.cells) == 2 * 2 * 2
+    assert len(plan.cells) == 2 * 2 * 2 * 3  # scenarios, checkpoints, sizes, loads
     assert len(plan.settings.recipes) == 3 + 2 * 2 * 2

@@ -7,16 +7,19 @@ import os
 import subprocess
 import sys
 import time
+from _thread import interrupt_main
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
+from threading import Timer
 from typing import Any
 
 import pytest
 
 from fastvl_lab.errors import RequestError
+from fastvl_lab.grid.plan import of_mapping
 from fastvl_lab.grid.rendezvous import MOST_VANISHED, Beat, Rendezvous, gone, prepare, read_plan, this_process
-from fastvl_lab.grid.worker import Worker
+from fastvl_lab.grid.worker import Worker, work
 
 HERE = Path(__file__).parent
 
@@ -164,6 +167,65 @@ def test_of_two_claims_one_is_made_also_where_nfs_loses_its_answer(tmp_path: Pat
     assert rendezvous.claim("a", "mine", 0) == 1
     assert rendezvous.claim("a", "other", 0) is None
     assert [path.name for path in (tmp_path / "claims").iterdir()] == ["a.1"]
+
+
+def test_a_cell_is_forked_by_a_worker_that_has_one_thread_and_has_touched_no_device(tmp_path: Path) -> None:
+    """With as many threads as libraries like; what a forked cell gives is whole."""
+    plan = of_mapping(
+        {
+            "checkpoints": ["tiny-qwen3-vl"],
+            "recipes": ["baseline"],
+            "image_sizes": [[56, 56]],
+            "max_new_tokens": 2,
+            "repeats": 1,
+            "quiet": 0,
+            "device": "cpu",
+            "output_dir": str(tmp_path),
+            "reference": {"repeats": 1},
+        }
+    )
+    prepare(tmp_path, plan.to_dict())
+    script = """
+import os, sys, torch
+from pathlib import Path
+touched, worker, threads = [], os.getpid(), []
+for name in ("init", "_lazy_init", "is_available", "device_count", "is_bf16_supported", "get_device_capability"):
+    def asked(*given, name=name, real=getattr(torch.cuda, name), **more):
+        if os.getpid() == worker:
+            touched.append(name)
+        return real(*given, **more)
+    setattr(torch.cuda, name, asked)
+os.register_at_fork(after_in_parent=lambda: threads.append(len(os.listdir("/proc/self/task"))))
+from fastvl_lab.grid.worker import Worker, work
+Worker(Path(sys.argv[1]), "only").work()
+print(touched, threads, torch.get_num_threads() == len(os.sched_getaffinity(0)))
+"""
+    free = {name: value for name, value in os.environ.items() if name not in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS")}
+    done = subprocess.run([sys.executable, "-c", script, str(tmp_path)], capture_output=True, text=True, check=False, env=free)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout == "[] [1] True\n"
+    found = Rendezvous(folder=tmp_path, stale=60.0).result(plan.cells[0].id)
+    assert found is not None
+    assert found.get("errors") == [], found
+    assert len(found["comparisons"]) == 1
+    assert len(found["reference"]["seconds"]) == 1
+    assert found["environment"]["threads"] == len(os.sched_getaffinity(0))
+    log = (tmp_path / "logs" / f"{plan.cells[0].id}.1.log").read_text()
+    assert log.startswith(f"$ {sys.executable} -m fastvl_lab.grid.cell {tmp_path} {plan.cells[0].id} ")  # as it is run by hand
+
+
+@pytest.mark.alone
+def test_a_clusters_task_that_is_cancelled_ends_its_worker_at_once(
+    folder_of: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As Ray cancels a task: it interrupts the interpreter, which wakes no wait of the system's."""
+    folder = folder_of("a")
+    monkeypatch.setattr("fastvl_lab.grid.worker.command", lambda *_, **__: ["sleep", "30"])
+    began = time.monotonic()
+    Timer(0.3, interrupt_main).start()
+    with pytest.raises(KeyboardInterrupt):
+        work(str(folder), "task", ())
+    assert time.monotonic() - began < 15
 
 
 def test_a_folder_that_cannot_be_written_or_is_no_grid_is_refused(tmp_path: Path) -> None:
