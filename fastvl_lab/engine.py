@@ -23,6 +23,7 @@ from fastvl_lab.capture.graphs import GraphStore
 from fastvl_lab.catalogue import ImageBackend
 from fastvl_lab.checkpoint import Checkpoint
 from fastvl_lab.errors import RecipeError
+from fastvl_lab.grammars import Grammars
 from fastvl_lab.pipeline import Outcome, Pipeline
 from fastvl_lab.processes.server import Servers, Tell
 from fastvl_lab.recipe import PRESETS, Recipe
@@ -53,13 +54,14 @@ class StartedEngine(BoundEngine, Protocol):
 class Place:
     """What a lab gives an engine to run over.
 
-    graphs: None off CUDA. servers: where those stay that the engine starts; None: it can start none. tell: given a line now and
-    then while a server starts. stop: gives the start up.
+    graphs: None off CUDA. grammars: made before; None: an engine makes its own. servers: where those stay that the engine starts;
+    None: it can start none. tell: given a line now and then while a server starts. stop: gives the start up.
     """
 
     checkpoint: Checkpoint
     memory: Memory
     graphs: GraphStore | None = None
+    grammars: Grammars | None = None
     servers: Servers | None = None
     tell: Tell | None = None
     stop: threading.Event | None = None
@@ -229,7 +231,7 @@ def _of_recipe(recipe: Recipe) -> Engine:
 
 
 def _pipeline(recipe: Recipe, place: Place) -> Pipeline:
-    return Pipeline(place.checkpoint, recipe, place.memory, place.graphs)
+    return Pipeline(place.checkpoint, recipe, place.memory, place.graphs, place.grammars)
 
 
 def _word(text: str) -> str:

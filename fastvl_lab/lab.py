@@ -23,10 +23,12 @@ from fastvl_lab.capture.compile_cache import keep_compiled
 from fastvl_lab.capture.execute import Capture
 from fastvl_lab.capture.graphs import GraphStore
 from fastvl_lab.capture.warm_up import Shape, requests_of
+from fastvl_lab.channels import as_message, said_in
 from fastvl_lab.engine import BoundEngine, Engine, EngineLike, Place, StartedEngine, find, find_recipe
 from fastvl_lab.engine_thread import EngineThread
 from fastvl_lab.errors import CheckpointError, DeviceError, RequestError
 from fastvl_lab.families import FAMILIES, Family
+from fastvl_lab.grammars import Grammars
 from fastvl_lab.pipeline import Outcome, Pipeline
 from fastvl_lab.processes.server import Servers
 from fastvl_lab.recipe import Recipe
@@ -96,6 +98,7 @@ class Lab:
         self.checkpoint = dataclasses.replace(loaded, session_len=session_len)
         self.memory = Memory(self.checkpoint, memory_budget)
         self.graphs = _graph_store(self.device, graph_budget)
+        self.grammars = Grammars(self.checkpoint)
         self.servers = Servers()
         self._engines: OrderedDict[Engine, BoundEngine] = OrderedDict()
         self._held: Counter[Engine] = Counter()
@@ -246,6 +249,15 @@ class Lab:
             if not job.cancel():
                 job.wait()
 
+    def message(self, request: Request, run: Run) -> dict[str, Any]:
+        """A run's answer as OpenAI's message of an assistant: content, reasoning_content, and tool_calls with arguments as JSON.
+
+        It can be sent back in `messages`, before the messages of role "tool" that answer its calls.
+        """
+        thinks = not request.raw and self.grammars.thinks
+        cut = run.finish_reason == "length"
+        return as_message(said_in(run.text, thinks=thinks, calls=bool(request.offered), cut=cut))
+
     def job(
         self,
         request: Request,
@@ -339,6 +351,7 @@ class Lab:
         """
         other = copy.copy(self)
         other.memory, other._engines, other._held = Memory(self.checkpoint, self.memory.budget), OrderedDict(), Counter()
+        other.grammars = Grammars(self.checkpoint)
         if self.graphs is not None:
             other.graphs = _graph_store(self.device, self.graphs.max_bytes)
         other._seen = {}
@@ -428,7 +441,15 @@ class Lab:
         return told
 
     def _place(self, tell: Callable[[str], object] | None, stop: threading.Event | None) -> Place:
-        return Place(checkpoint=self.checkpoint, memory=self.memory, graphs=self.graphs, servers=self.servers, tell=tell, stop=stop)
+        return Place(
+            checkpoint=self.checkpoint,
+            memory=self.memory,
+            graphs=self.graphs,
+            grammars=self.grammars,
+            servers=self.servers,
+            tell=tell,
+            stop=stop,
+        )
 
     def _bind(self, key: Engine, stop: threading.Event | None = None) -> BoundEngine:
         """The engine, bound now or before; on the lab's thread."""
@@ -489,7 +510,7 @@ class Lab:
         if outcome.reused and not outcome.captures:
             return "cache_hit"
         seen = self._seen.setdefault(key, {})
-        shape = (request.sampling.is_greedy, outcome.n_prompt, *(s.grid for s in outcome.shapes))
+        shape = (request.is_greedy, outcome.n_prompt, *(s.grid for s in outcome.shapes))
         known, made = seen.pop(shape, 0), len(outcome.tokens)
         seen[shape] = max(known, made)  # the last of them
         if len(seen) > MAX_SHAPES:

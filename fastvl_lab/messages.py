@@ -72,7 +72,7 @@ def _message(number: int, message: Any, images: list[ImageInput]) -> Message:
             read["content"] = _content(value, number, images)
         else:
             where = f"message {number} has in {quoted(name)}"
-            read[_text(name, f"message {number} has a field name")] = _plain(value, where)
+            read[_text(name, f"message {number} has a field name")] = plain(value, where)
     return read
 
 
@@ -180,7 +180,7 @@ def _text(value: Any, what: str) -> str:
     return value
 
 
-def _plain(value: Any, where: str, depth: int = 0) -> Any:
+def plain(value: Any, where: str, depth: int = 0) -> Any:
     """A copy of JSON's types and nothing else, since a template may write any of it."""
     if depth > _DEEPEST:
         raise RequestError(f"{where} more than {_DEEPEST} levels of lists and objects")
@@ -191,9 +191,9 @@ def _plain(value: Any, where: str, depth: int = 0) -> Any:
     if isinstance(value, str):
         return _text(value, f"{where} a text")
     if isinstance(value, Mapping):
-        return {_text(key, f"{where} a key"): _plain(item, where, depth + 1) for key, item in value.items()}
+        return {_text(key, f"{where} a key"): plain(item, where, depth + 1) for key, item in value.items()}
     if isinstance(value, list | tuple):
-        return [_plain(item, where, depth + 1) for item in value]
+        return [plain(item, where, depth + 1) for item in value]
     raise RequestError(f"{where} {quoted(value)}; give what JSON can hold")
 
 
@@ -202,16 +202,17 @@ def words_of(message: Message) -> Iterator[str]:
     content = message.get("content")
     yield message["role"]
     yield from (content,) if isinstance(content, str) else (part["text"] for part in content or () if "text" in part)
-    yield from _strings({name: value for name, value in message.items() if name not in ("role", "content")})
+    yield from strings_in({name: value for name, value in message.items() if name not in ("role", "content")})
 
 
-def _strings(value: Any) -> Iterator[str]:
+def strings_in(value: Any) -> Iterator[str]:
+    """Every text in a value of JSON's types, keys included."""
     if isinstance(value, str):
         yield value
     elif isinstance(value, Mapping):
         for key, item in value.items():
             yield key
-            yield from _strings(item)
+            yield from strings_in(item)
     elif isinstance(value, list):
         for item in value:
-            yield from _strings(item)
+            yield from strings_in(item)

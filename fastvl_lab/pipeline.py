@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from typing import Any
 
 import torch
 
@@ -15,6 +16,7 @@ from fastvl_lab.capture.graphs import GraphStore
 from fastvl_lab.checkpoint import Checkpoint
 from fastvl_lab.decoder import bind_decoder
 from fastvl_lab.decoder.weights import decoder_weights
+from fastvl_lab.grammars import Grammars
 from fastvl_lab.outcome import Outcome as Outcome
 from fastvl_lab.recipe import Recipe
 from fastvl_lab.request import Request
@@ -30,9 +32,19 @@ from fastvl_lab.trace import Tracer
 
 
 class Pipeline:
-    """A recipe bound to a checkpoint: its functions are chosen here, once, and run over the checkpoint's own weights."""
+    """A recipe bound to a checkpoint: its functions are chosen here, once, and run over the checkpoint's own weights.
 
-    def __init__(self, checkpoint: Checkpoint, recipe: Recipe, memory: Memory, graphs: GraphStore | None = None) -> None:
+    grammars: those that are shared with other recipes; by default its own.
+    """
+
+    def __init__(
+        self,
+        checkpoint: Checkpoint,
+        recipe: Recipe,
+        memory: Memory,
+        graphs: GraphStore | None = None,
+        grammars: Grammars | None = None,
+    ) -> None:
         recipe.check(checkpoint.target)
         self.checkpoint, self.recipe = checkpoint, recipe
         self.images = images = preprocessor.bind(recipe.preprocessor, checkpoint)
@@ -53,6 +65,7 @@ class Pipeline:
         )
         self.complete = streaming.bind(recipe.streaming, checkpoint.device)
         self.token_bytes = TokenBytes.of(checkpoint.tokenizer)
+        self.grammars = grammars or Grammars(checkpoint)
         slot = recipe.schedule
         self._policy = {"one_at_a_time": None, "continuous": Policy.of(slot)}[slot.batching]
         self._unpacking = unpackers() if {"inline": False, "ahead": True, "batched": True}[slot.vision] else None
@@ -79,7 +92,9 @@ class Pipeline:
     def logits_along(self, request: Request, tokens: torch.Tensor) -> torch.Tensor:
         """Logits of the prompt's last token, and after each of `tokens` (int64 [n]); float32 [1 + n, vocab], on the host."""
         forced = Forced(tokens=tokens.to(self.checkpoint.device))
-        longer = dataclasses.replace(request, max_new_tokens=1 + len(tokens), ignore_eos=True, sampling=Sampling())
+        choice = "none" if request.tool_choice == "none" else "auto"  # the tools that are shown are in the prompt
+        free: dict[str, Any] = {"ignore_eos": True, "sampling": Sampling(), "tool_choice": choice}
+        longer = dataclasses.replace(request, max_new_tokens=1 + len(tokens), **free)
         outcome = self._run(longer, Tracer(self.checkpoint.device, "off"), lambda *_: None, forced)
         return torch.stack([outcome.logits.cpu(), *forced.logits[: len(tokens)]])
 

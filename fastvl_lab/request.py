@@ -19,6 +19,7 @@ from fastvl_lab.errors import RequestError, check_whole_number as check_whole_nu
 from fastvl_lab.image_input import MAX_IMAGE_BYTES as MAX_IMAGE_BYTES, ImageInput as ImageInput, ImageSource as ImageSource
 from fastvl_lab.messages import Message, check_limits, count_images, read_messages
 from fastvl_lab.sampling import Sampling
+from fastvl_lab.tools import CLOSE, Tool, check_choice, is_strict, name_of, read_tools
 
 if TYPE_CHECKING:
     import torch
@@ -54,6 +55,10 @@ class Request:
     end it; `fit` makes fewer than `max_new_tokens` where a session has no room for so many. `raw` takes the prompt as it is, and
     neither chat template nor images. Raises `RequestError` and `ImageError`.
 
+    `tools` are functions as OpenAI's clients describe them, which the chat template shows to the model. `tool_choice`: "auto"
+    leaves calls to it, "required" has it make one at least, {"type": "function", "function": {"name": …}} that one; "none" shows it
+    none. Without `parallel_tool_calls` the answer ends with its first call. `Lab.message` reads calls from an answer.
+
     Paths are read when the request is made, so that a run starts with the bytes at hand. What engines read is derived:
     `image_inputs`, the images in order, and `conversation`, the messages with an `{"type": "image"}` part where each belongs.
     """
@@ -68,6 +73,9 @@ class Request:
     max_pixels: int | None = None
     sampling: Sampling = Sampling()
     raw: bool = False
+    tools: Sequence[Mapping[str, Any]] = ()
+    tool_choice: str | Mapping[str, Any] = "auto"
+    parallel_tool_calls: bool = True
     image_inputs: tuple[ImageInput, ...] = field(init=False, repr=False)
     conversation: tuple[Message, ...] = field(init=False, repr=False)
 
@@ -90,6 +98,7 @@ class Request:
             raise RequestError(f"sampling is {quoted(self.sampling)}; give a fastvl_lab.Sampling")
         if self.sampling.min_tokens > self.max_new_tokens:
             raise RequestError(f"min_tokens is {self.sampling.min_tokens}, over max_new_tokens, {self.max_new_tokens}")
+        self._read_tools()
         messages = self.messages
         if messages is not None and not isinstance(messages, list | tuple):
             raise RequestError(f"messages is a {type(messages).__name__}; give a list of messages")
@@ -105,6 +114,42 @@ class Request:
         conversation, image_inputs = read_messages(messages)
         object.__setattr__(self, "conversation", conversation)
         object.__setattr__(self, "image_inputs", image_inputs)
+
+    def _read_tools(self) -> None:
+        tools = read_tools(self.tools)
+        object.__setattr__(self, "tools", tools)
+        check_choice(self.tool_choice, tools)
+        if not isinstance(self.parallel_tool_calls, bool):
+            raise RequestError(f"parallel_tool_calls is {quoted(self.parallel_tool_calls)}; it must be true or false")
+        if tools and self.raw:
+            raise RequestError("a raw request has tools, which the chat template would show to the model; leave them out")
+        if self.ignore_eos and (self.sampling.format is not None or self.must_call):
+            what = "a format" if self.sampling.format is not None else "a call that must be made"
+            raise RequestError(f"ignore_eos is true, and {what} ends an answer when it is whole; leave one of them out")
+        if self.sampling.min_tokens and self.must_call:
+            raise RequestError(f"min_tokens is {self.sampling.min_tokens}, and a call that must be made ends its answer; give one")
+
+    @property
+    def offered(self) -> tuple[Tool, ...]:
+        """The tools that the model is shown."""
+        return () if self.tool_choice == "none" else tuple(map(dict, self.tools))
+
+    @property
+    def must_call(self) -> tuple[str, ...]:
+        """Names of the functions of which the answer must be a call; none where it is free to be a text."""
+        if self.tool_choice == "required":
+            return tuple(map(name_of, self.offered))
+        return () if isinstance(self.tool_choice, str) else (self.tool_choice["function"]["name"],)
+
+    @property
+    def stops(self) -> tuple[str, ...]:
+        """Texts that end its answer before them: those of its sampling, and the end of a call that is to be the only one."""
+        return (*self.sampling.stop, *((CLOSE,) if self.offered and not self.must_call and not self.parallel_tool_calls else ()))
+
+    @property
+    def is_greedy(self) -> bool:
+        """Whether each token of its answer is the likeliest one of the model's own logits."""
+        return self.sampling.is_greedy and not self.must_call and not any(map(is_strict, self.offered))
 
     def settings(self) -> dict[str, Any]:
         """What it asks besides its words and images: keywords for another request."""

@@ -9,6 +9,7 @@ from numbers import Real
 from typing import Any
 
 from fastvl_lab.errors import RequestError, check_whole_number, quoted
+from fastvl_lab.schemas import read_schema
 
 # A lower temperature is taken for 0, as vLLM does (vllm/sampling_params.py).
 GREEDY_BELOW = 1e-5
@@ -23,6 +24,10 @@ _LIMITS = {
     "repetition_penalty": (0.01, 100.0),
 }
 _BIAS = 100.0  # either way
+
+# What `format` may be besides a schema, and the schema that it means: OpenAI's json_object.
+JSON = "json"
+_ANY_OBJECT = {"type": "object"}
 
 MAX_TOP_LOGPROBS = 20  # as OpenAI and vLLM
 
@@ -43,7 +48,11 @@ class Sampling:
     seed: of the draws, None for another one each time; the same seed draws the same, whoever shares a step. stop: texts that end
     the answer before them; of these none is sent. min_tokens: before so many neither an end token nor a stop ends it. logprobs,
     top_logprobs: whether each token comes with its logprob, and those of how many of the likeliest; of the model's own logits,
-    before any of the above (as vLLM's raw_logprobs). Raises `RequestError`.
+    before any of the above (as vLLM's raw_logprobs).
+
+    format: "json" for any JSON object, or the JSON schema that the answer must keep to; tokens that do not are not chosen, and the
+    end comes when it is whole, or cut at its length. Of a thinking model's answer, what is behind the thought. Raises
+    `RequestError`.
     """
 
     temperature: float = 0.0
@@ -59,6 +68,7 @@ class Sampling:
     min_tokens: int = 0
     logprobs: bool = False
     top_logprobs: int = 0
+    format: str | Mapping[str, Any] | None = field(default=None, hash=False)
 
     def __post_init__(self) -> None:
         for name, (least, most) in _LIMITS.items():
@@ -77,6 +87,14 @@ class Sampling:
             raise RequestError(f"top_logprobs is {self.top_logprobs}; the limit is {MAX_TOP_LOGPROBS}")
         if self.top_logprobs and not self.logprobs:
             raise RequestError(f"top_logprobs is {self.top_logprobs} and logprobs is false; ask for both")
+        if isinstance(self.format, str) and self.format != JSON:
+            raise RequestError(f"format is {quoted(self.format)}; it must be {JSON!r} or a JSON schema")
+        if self.format is not None and not isinstance(self.format, str):
+            object.__setattr__(self, "format", read_schema(self.format, "format"))
+        if self.format is not None and self.min_tokens:
+            raise RequestError(
+                f"min_tokens is {self.min_tokens} beside a format, which alone says when an answer is whole; give one"
+            )
 
     @property
     def draws(self) -> bool:
@@ -87,7 +105,12 @@ class Sampling:
     def is_greedy(self) -> bool:
         """Whether each token is the likeliest one of the model's own logits."""
         penalties = (self.repetition_penalty, self.frequency_penalty, self.presence_penalty)
-        return not (self.draws or self.logit_bias or self.min_tokens or penalties != (1, 0, 0))
+        return not (self.draws or self.logit_bias or self.min_tokens or penalties != (1, 0, 0) or self.format is not None)
+
+    @property
+    def schema(self) -> dict[str, Any] | None:
+        """What the answer must keep to, if anything."""
+        return _ANY_OBJECT if isinstance(self.format, str) else None if self.format is None else dict(self.format)
 
 
 def _number(name: str, value: Any, least: float, most: float) -> float:

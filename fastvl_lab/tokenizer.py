@@ -14,10 +14,12 @@ import numpy as np
 import torch
 from jinja2 import TemplateError
 
+from fastvl_lab.channels import THOUGHT_OPEN
 from fastvl_lab.checkpoint import Checkpoint
 from fastvl_lab.errors import RequestError, quoted, shortened
-from fastvl_lab.messages import Message, says_something, words_of
+from fastvl_lab.messages import Message, says_something, strings_in, words_of
 from fastvl_lab.request import Grid, Prompt, Request
+from fastvl_lab.tools import Tool, name_of
 
 # Bytes of text that a token seldom has more of.
 _LIKELY_TOKEN = 4
@@ -37,7 +39,8 @@ def chat_text(request: Request, checkpoint: Checkpoint) -> str:
     placeholders = [int(getattr(checkpoint.config, key)) for key in checkpoint.family.placeholders]
     image, *others = checkpoint.tokenizer.convert_ids_to_tokens(placeholders)
     words = [word for message in request.conversation for word in words_of(message)]
-    text = (request.prompt or "") if request.raw else _written(messages, checkpoint)
+    words += strings_in(list(request.offered))
+    text = (request.prompt or "") if request.raw else _written(messages, checkpoint, request.offered)
     check_bytes(text, checkpoint)
     mistaken = text.count(image) != len(request.image_inputs) or any(other in text for other in others)
     for placeholder in (image, *others):
@@ -54,8 +57,13 @@ def chat_text(request: Request, checkpoint: Checkpoint) -> str:
         )
     if not text:
         raise RequestError(f"the chat template of {quoted(checkpoint.name)} makes an empty prompt of this conversation")
+    if request.offered and not all(name_of(tool) in text for tool in request.offered):
+        raise RequestError(
+            f"the chat template of {quoted(checkpoint.name)} does not show tools to the model; leave them out, or describe them "
+            f"in a message"
+        )
     for role, field in _fields(messages, text):
-        if not _is_written(field, role, messages, text, checkpoint):
+        if not _is_written(field, role, messages, text, checkpoint, request.offered):
             number = next(n for n, m in enumerate(messages) if m["role"] == role and says_something(m.get(field)))
             raise RequestError(
                 f"message {number} has the field {quoted(field)}, which the chat template of {quoted(checkpoint.name)} does not "
@@ -70,10 +78,20 @@ def _for_templates(message: Message) -> Message:
     return message | {"content": list(content)} if isinstance(content, tuple) else message
 
 
-def _written(messages: Sequence[Message], checkpoint: Checkpoint) -> str:
-    """What the template makes of messages; raises `RequestError`."""
+def opens_thought(checkpoint: Checkpoint) -> bool:
+    """Whether prompts end where the model thinks: the template of a thinking model begins its answers with a mark."""
     try:
-        text: str = checkpoint.tokenizer.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=True)
+        return _written([{"role": "user", "content": "x"}], checkpoint).rstrip().endswith(THOUGHT_OPEN)
+    except RequestError:
+        return False
+
+
+def _written(messages: Sequence[Message], checkpoint: Checkpoint, tools: Sequence[Tool] = ()) -> str:
+    """What the template makes of messages and tools; raises `RequestError`."""
+    try:
+        text: str = checkpoint.tokenizer.apply_chat_template(
+            list(messages), tools=list(tools) or None, tokenize=False, add_generation_prompt=True
+        )
     except MemoryError:
         raise
     except Exception as error:  # a template is foreign code, and may fail in any way on messages that it was not written for
@@ -95,7 +113,9 @@ def _fields(messages: Sequence[Message], text: str) -> Iterator[tuple[str, str]]
                 yield message["role"], field
 
 
-def _is_written(field: str, role: str, messages: Sequence[Message], text: str, checkpoint: Checkpoint) -> bool:
+def _is_written(
+    field: str, role: str, messages: Sequence[Message], text: str, checkpoint: Checkpoint, tools: Sequence[Tool]
+) -> bool:
     """Whether the template can write a field of a role's messages.
 
     It can if some conversation reads otherwise without the field: the one at hand, or the message alone behind a question. The
@@ -108,7 +128,7 @@ def _is_written(field: str, role: str, messages: Sequence[Message], text: str, c
 
     def written(conversation: Sequence[Message]) -> str | None:
         try:
-            return _written(conversation, checkpoint)
+            return _written(conversation, checkpoint, tools)
         except RequestError:
             return None
 
@@ -182,6 +202,7 @@ def check_text(request: Request, checkpoint: Checkpoint) -> None:
     For callers on a thread that has time, before the request joins those that wait for a device.
     """
     length = sum(len(word) for message in request.conversation for word in words_of(message))
+    length += sum(map(len, strings_in(list(request.offered))))
     if length > _LIKELY_TOKEN * checkpoint.session_len:
         text = chat_text(request, checkpoint)
         (encoded,) = checkpoint.tokenizer.backend_tokenizer.encode_batch_fast([text], add_special_tokens=False)  # without the GIL

@@ -41,6 +41,7 @@ STAGES: dict[str, str] = {
     "waiting": "schedule/",
     "decode_image": "preprocessor/decode_image.py",
     "tokenize": "tokenizer.py",
+    "grammar": "grammars.py",
     "admit": "cache/",
     "preprocess": "preprocessor/",
     "await_image": "schedule/overlap.py",
@@ -57,7 +58,7 @@ STAGES: dict[str, str] = {
 # Stages that always give a GPU work, and those that never do; the others do with some options.
 ON_DEVICE = ("upload", "vit", "merge", "prefill", "first_token", "sample", "decode")
 WAITS = ("queued", "waiting")  # in which others were served
-ON_HOST = (*WAITS, "tokenize", "await_image", "emit")
+ON_HOST = (*WAITS, "tokenize", "grammar", "await_image", "emit")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -7,6 +7,7 @@ import dataclasses
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
@@ -287,25 +288,61 @@ def without_inductor(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("torch._inductor.compile_fx.compile_fx", aot_eager)
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Forked:
+    """A script that runs: the id of its process and of its group, and the file that it prints into."""
+
+    pid: int
+    out: Path
+    wait: Callable[[float], str]  # for so many seconds: the exit status, or "late" where it had to be killed
+
+    def said(self) -> str:
+        return self.out.read_text()
+
+
 @pytest.fixture(scope="session")
-def forked(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[..., str]]:
-    """Run a script in a process of its own, without Triton's interpreter: what it printed. See `forked.py`."""
+def start_forked(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[..., Forked]]:
+    """Start a script in a process of its own, without Triton's interpreter. See `forked.py`."""
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     command = [sys.executable, str(Path(__file__).with_name("forked.py"))]
     with subprocess.Popen(command, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as parent:
         assert parent.stdin is not None
         assert parent.stdout is not None
-        asks, answers, out = parent.stdin, parent.stdout, tmp_path_factory.mktemp("forked") / "out"
+        wishes, answers, folder, running = parent.stdin, parent.stdout, tmp_path_factory.mktemp("forked"), set[int]()
 
-        def run(path: Path, *arguments: str, **environment: str | None) -> str:
-            asked = {"path": str(path), "arguments": arguments, "environment": environment, "out": str(out)}
-            print(json.dumps(asked), file=asks, flush=True)
-            status = answers.readline().strip()
-            assert status == "0", f"{status}: {out.read_text()}"
-            return out.read_text()
+        def answer(**wish: object) -> str:
+            print(json.dumps(wish), file=wishes, flush=True)
+            return answers.readline().strip()
 
-        yield run
-        asks.close()
+        def start(path: Path, *arguments: str, **environment: str | None) -> Forked:
+            out = folder / str(len(list(folder.iterdir())))
+            out.touch()
+            pid = int(answer(path=str(path), arguments=arguments, environment=environment, out=str(out)))
+            running.add(pid)
+
+            def wait(seconds: float) -> str:
+                running.discard(pid)
+                return answer(wait=pid, seconds=seconds)
+
+            return Forked(pid=pid, out=out, wait=wait)
+
+        yield start
+        for pid in running:
+            os.kill(pid, signal.SIGKILL)
+        wishes.close()
+
+
+@pytest.fixture(scope="session")
+def forked(start_forked: Callable[..., Forked]) -> Callable[..., str]:
+    """Run such a script to its end: what it printed."""
+
+    def run(path: Path, *arguments: str, **environment: str | None) -> str:
+        script = start_forked(path, *arguments, **environment)
+        status = script.wait(300)
+        assert status == "0", f"{status}: {script.said()}"
+        return script.said()
+
+    return run
 
 
 @pytest.fixture

@@ -2,8 +2,10 @@
 
     python tests/forked.py
 
-Of each line of JSON, {"path", "arguments", "environment", "out"}, it runs the script with these arguments and, over its own, that
-environment (null takes a variable away), lets it print into the file `out`, and prints its exit status.
+A line of JSON is a wish, and a line its answer. {"path", "arguments", "environment", "out"} starts the script with these arguments
+and, over its own, that environment (null takes a variable away), in a session of its own; it prints into the file `out`. The answer
+is its process id. {"wait": id, "seconds"} waits for its end: the answer is its exit status, negative where a signal ended it, and
+"late" where it had to be killed.
 """
 
 from __future__ import annotations
@@ -11,16 +13,20 @@ from __future__ import annotations
 import json
 import os
 import runpy
+import signal
 import sys
-import traceback
+import time
 from pathlib import Path
 from typing import Any
+
+import torch._inductor.compile_fx as inductor
 
 import fastvl_lab
 
 
-def run(path: str, arguments: list[str], environment: dict[str, str | None], out: str) -> int:
-    """In a child: the script's exit status."""
+def run(path: str, arguments: list[str], environment: dict[str, str | None], out: str) -> None:
+    """In a child: the script, up to the end of its last line."""
+    os.setsid()
     with Path(out).open("w") as file:
         os.dup2(file.fileno(), 1)
         os.dup2(file.fileno(), 2)
@@ -29,24 +35,34 @@ def run(path: str, arguments: list[str], environment: dict[str, str | None], out
         os.environ.pop(name, None)
     sys.argv = [path, *arguments]
     sys.path.insert(0, str(Path(path).parent))
-    try:
-        runpy.run_path(path, run_name="__main__")
-    except BaseException:
-        traceback.print_exc()
-        return 1
-    finally:
-        sys.stdout.flush()
-    return 0
+    runpy.run_path(path, run_name="__main__")
+
+
+def wait(child: int, seconds: float) -> int | str:
+    end = time.monotonic() + seconds
+    while time.monotonic() < end:
+        ended, status = os.waitpid(child, os.WNOHANG)
+        if ended:
+            return os.waitstatus_to_exitcode(status)
+        time.sleep(0.01)
+    os.kill(child, signal.SIGKILL)
+    os.waitpid(child, 0)
+    return "late"
 
 
 def main() -> None:
-    assert fastvl_lab.Lab  # what takes seconds to import is imported
+    assert fastvl_lab.Lab  # what takes seconds to import is imported, and what half of the scripts compile by
+    assert inductor
     for line in sys.stdin:
         asked: dict[str, Any] = json.loads(line)
+        if "wait" in asked:
+            print(wait(asked["wait"], asked["seconds"]), flush=True)
+            continue
         child = os.fork()
         if child == 0:
-            os._exit(run(**asked))
-        print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
+            run(**asked)
+            return  # it ends as any program does, by what it leaves at exit
+        print(child, flush=True)
 
 
 if __name__ == "__main__":

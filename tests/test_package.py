@@ -31,6 +31,9 @@ LAYERS = (
         "messages",
         "request",
         "sampling",
+        "schemas",
+        "tools",
+        "channels",
         "shown",
         "trace",
         "kernels",
@@ -43,7 +46,7 @@ LAYERS = (
     ("recipe", "equivalents", "families"),
     ("checkpoint",),
     ("decoder",),
-    ("tokenizer", "processes", *SLOTS),
+    ("tokenizer", "grammars", "processes", *SLOTS),
     ("outcome", "schedule", "learnt", "lasting"),
     ("pipeline",),
     ("engine", "peer", "run"),  # a peer registers with the engine, which knows of `peer` its folder alone
@@ -70,6 +73,7 @@ OPTIONAL = (
     "simplejpeg",
     "ray",
     "submitit",
+    "llguidance",
 )
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import base64
 import dataclasses
 import itertools
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 
 import numpy as np
 import pytest
@@ -102,10 +102,15 @@ WHOLE = pytest.mark.parametrize("whole", [False, pytest.param(True, marks=pytest
 
 @WHOLE
 @pytest.mark.parametrize("case", REQUESTS)
-def test_every_exact_recipe_equals_transformers(lab: Lab, case: str, whole: bool) -> None:
-    """After one image all in both families, at length in one; after another request all in one family. By night all in both."""
+def test_every_exact_recipe_equals_transformers(lab: Lab, shallow_labs: dict[str, Lab], case: str, whole: bool) -> None:
+    """After one image all in both families, at length in one; after another request all in one family, of fewer layers.
+
+    By night all in both, by all layers.
+    """
     some = PLAIN if whole else _every_second(lab.checkpoint.name, case)
     recipes = PLAIN if case == "one image" else some
+    if case != "one image" and not whole:
+        lab = shallow_labs[lab.checkpoint.name]
     with lab.hold(recipes.values()):
         _assert_parity(lab, case, recipes, at_length=some)
 
@@ -160,16 +165,19 @@ def test_the_same_request_gives_the_same_tokens(lab: Lab, picture: bytes) -> Non
 
 @WHOLE
 @pytest.mark.parametrize("name", tiny.NAMES)
-def test_in_bfloat16_every_recipe_stays_near_transformers_own_error(labs: dict[str, Lab], name: str, whole: bool) -> None:
+def test_in_bfloat16_every_recipe_stays_near_transformers_own_error(
+    shallow_lab: Callable[..., Lab], name: str, whole: bool
+) -> None:
     """On a picture that is nearly flat around the mean, where folded weights would show a loss of digits first.
 
-    Each recipe in one family; in both, and those of compiled stages, by night.
+    Each recipe in one family, of fewer layers; in both, of all layers, and those of compiled stages, by night.
     """
     recipes = RECIPES if whole else _every_second(name, "one image")
     noise = np.random.default_rng(0).integers(-5, 6, size=(140, 168, 3))
     picture = (noise + np.array([123, 117, 104])).astype(np.uint8)
     request = Request(images=[picture], prompt="What is this?", max_new_tokens=1)
-    high, low = labs[name], Lab(name, device="cpu", dtype="bfloat16")
+    load = Lab if whole else shallow_lab
+    high, low = (load(name, device="cpu", dtype=dtype) for dtype in ("float32", "bfloat16"))
     truths = {oracle: high.run(request, oracle).logits for oracle in {_oracle(high, recipe) for recipe in recipes.values()}}
     stock = {oracle: (low.run(request, oracle).logits - truth).norm() for oracle, truth in truths.items()}
     for engine, recipe in recipes.items():

@@ -8,6 +8,7 @@ waits for the device, so steps can be launched ahead.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Protocol
 
 import torch
 from transformers.generation.logits_process import (
@@ -69,31 +70,45 @@ def processors(sampling: Sampling, n_prompt: int, ends: Sequence[int], device: t
     return found
 
 
+class Grammar(Protocol):
+    """What one answer must be."""
+
+    def allowed(self, token: int | None) -> torch.Tensor | None:
+        """Which tokens may follow its last one (None: the first): int32 [ceil(vocab / 32)] of bits, on the host; None: any."""
+
+
 class Sampler:
     """Chooses the tokens of one answer, one call a token, in order.
 
-    prompt: its ids, int64 [n_prompt] on the device. most: how many tokens the answer may have. ends: ids that end it.
+    prompt: its ids, int64 [n_prompt] on the device. most: how many tokens the answer may have. ends: ids that end it. grammar: of
+    which tokens is chosen; it must know the token before, for which the host then waits, while the device is at the step after it.
     """
 
-    def __init__(self, sampling: Sampling, prompt: torch.Tensor, *, most: int, ends: Sequence[int]) -> None:
+    def __init__(
+        self, sampling: Sampling, prompt: torch.Tensor, *, most: int, ends: Sequence[int], grammar: Grammar | None = None
+    ) -> None:
         n_prompt, device = len(prompt), prompt.device
         self._processors = processors(sampling, n_prompt, ends, device)
         self._generator = _generator(sampling.seed, device) if sampling.draws else None
         self._ids = torch.cat([prompt, prompt.new_zeros(most)])[None]  # [1, n_prompt + most]
         self._n_known, self._n_made = n_prompt, 0
+        self._allowed = None if grammar is None else Allowed(grammar, device)
         self._n_top = sampling.top_logprobs
         # Of each token its logprob, then those of the likeliest and their ids; page-locked, as the copy must not be waited for.
         self._told = torch.empty(most, 1 + 2 * self._n_top, pin_memory=device.type == "cuda") if sampling.logprobs else None
 
     def __call__(self, logits: torch.Tensor) -> torch.Tensor:
         """float32 [1, vocab] to the next token, int64 [1] on the device."""
-        scores = self._processors(self._ids[:, : self._n_known], logits)
+        among = logits if self._allowed is None else self._allowed.among(logits)
+        scores = self._processors(self._ids[:, : self._n_known], among)
         token = scores.argmax(dim=-1) if self._generator is None else drawn(scores, self._generator)
         if self._told is not None:
             self._told[self._n_made].copy_(self._logprobs(logits, token), non_blocking=True)
         self._ids[0, self._n_known : self._n_known + 1] = token
         self._n_known += 1
         self._n_made += 1
+        if self._allowed is not None:
+            self._allowed.note(token)
         return token
 
     def logprobs(self, number: int, token: int) -> list[tuple[int, float]]:
@@ -108,6 +123,37 @@ class Sampler:
         logprobs = logits[0].log_softmax(dim=-1)
         top = logprobs.topk(self._n_top)
         return torch.cat([logprobs[token], top.values, top.indices.to(logprobs.dtype)])
+
+
+class Allowed:
+    """The tokens that a grammar allows, as the device learns of them, and those that were chosen, as the host does."""
+
+    def __init__(self, grammar: Grammar, device: torch.device) -> None:
+        self._grammar, self._device = grammar, device
+        self._bits = torch.arange(32, dtype=torch.int32, device=device)
+        on_cuda = device.type == "cuda"
+        self._last = torch.empty(1, dtype=torch.int64, pin_memory=on_cuda)
+        self._arrived = torch.cuda.Event() if on_cuda else None
+        self._is_first = True
+
+    def among(self, logits: torch.Tensor) -> torch.Tensor:
+        """float32 [1, vocab], minus infinity where a token may not be."""
+        if self._arrived is not None and not self._is_first:
+            self._arrived.synchronize()
+        words = self._grammar.allowed(None if self._is_first else int(self._last))
+        if words is None:
+            return logits
+        if self._arrived is not None:
+            words = words.pin_memory().to(self._device, non_blocking=True)
+        forbidden = (words[:, None] >> self._bits & 1).flatten()[: logits.shape[-1]] == 0
+        return logits.masked_fill(forbidden, -torch.inf)
+
+    def note(self, token: torch.Tensor) -> None:
+        """The token that was chosen, int64 [1] on the device."""
+        self._is_first = False
+        self._last.copy_(token, non_blocking=True)
+        if self._arrived is not None:
+            self._arrived.record()
 
 
 def drawn(scores: torch.Tensor, generator: torch.Generator) -> torch.Tensor:

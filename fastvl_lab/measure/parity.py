@@ -166,7 +166,7 @@ def check_greedy(request: Request) -> None:
     One that draws makes others by right; penalties and biases choose by logits that no engine tells.
     """
     check_request(request)
-    if not request.sampling.is_greedy:
+    if not request.is_greedy:
         what = "draws its tokens" if request.sampling.draws else "chooses by changed logits"
         raise RequestError(
             f"the request's sampling {what}, and engines are held to Transformers by the likeliest ones; leave its sampling out, "

@@ -35,7 +35,7 @@ from fastvl_lab.peer.counts import Piece, tokens_of
 from fastvl_lab.pipeline import Outcome
 from fastvl_lab.preprocessor.decode_image import rgb_of
 from fastvl_lab.request import ImageInput, Kind, Request
-from fastvl_lab.sampling import Sampling
+from fastvl_lab.sampling import JSON, Sampling
 from fastvl_lab.streaming.text import Deliver
 from fastvl_lab.trace import Tracer
 
@@ -181,6 +181,7 @@ class HttpPeer:
         asked: dict[str, Any] = {"prompt": request.prompt} if request.raw else {"messages": messages}
         body: dict[str, Any] = {"model": self._model, **asked, "stream": True}
         body |= _choosing(request.sampling, whole=self._owner in ("fastvl_lab", "vllm", "sglang"))
+        body |= _tools(request)
         body |= {"max_tokens": request.max_new_tokens, "stream_options": {"include_usage": True}}
         limits = {name: getattr(request, name) for name in ("min_pixels", "max_pixels") if getattr(request, name) is not None}
         if request.ignore_eos:
@@ -281,11 +282,22 @@ def _choosing(sampling: Sampling, *, whole: bool) -> dict[str, Any]:
     if whole and sampling.draws:
         body |= {"top_p": 1.0, "top_k": -1, "min_p": 0.0, "repetition_penalty": 1.0}
     for named in fields(sampling):
-        if named.name != "logit_bias" and (value := getattr(sampling, named.name)) != named.default:
+        if named.name not in ("logit_bias", "format") and (value := getattr(sampling, named.name)) != named.default:
             body[named.name] = value
     if sampling.logit_bias:
         body["logit_bias"] = {str(token): by for token, by in sampling.logit_bias.items()}
+    if (schema := sampling.schema) is not None:
+        whole_schema = {"type": "json_schema", "json_schema": {"name": "answer", "schema": schema}}
+        body["response_format"] = {"type": "json_object"} if sampling.format == JSON else whole_schema
     return body
+
+
+def _tools(request: Request) -> dict[str, Any]:
+    """What it offers to be called, in OpenAI's words; of what is as by default, nothing."""
+    if not request.tools:
+        return {}
+    parallel = {} if request.parallel_tool_calls else {"parallel_tool_calls": False}
+    return {"tools": list(request.tools), "tool_choice": request.tool_choice, **parallel}
 
 
 def _joined(tokens: Iterable[tuple[int, ...]]) -> tuple[int, ...]:

@@ -20,9 +20,10 @@ from transformers.generation.streamers import BaseStreamer
 
 from fastvl_lab.catalogue import Preprocessor
 from fastvl_lab.checkpoint import Checkpoint
-from fastvl_lab.decoder.sampler import count_penalties
+from fastvl_lab.decoder.sampler import Allowed, Grammar, count_penalties
 from fastvl_lab.engine import Engine, PeerInfo, Place, engine
 from fastvl_lab.errors import RecipeError, RequestError
+from fastvl_lab.grammars import Grammars
 from fastvl_lab.pipeline import Outcome
 from fastvl_lab.preprocessor import bind
 from fastvl_lab.recipe import Recipe
@@ -48,7 +49,7 @@ def transformers(text: str) -> Engine:
 
     def over(place: Place) -> TransformersPeer:
         recipe.check(place.checkpoint.target)
-        return TransformersPeer(place.checkpoint, recipe.preprocessor)
+        return TransformersPeer(place.checkpoint, recipe.preprocessor, place.grammars)
 
     changed = (f"{path}={value}" for path, value in recipe.changes().items())
     return Engine(name=", ".join([name.strip(), *changed]), bind=over)
@@ -57,11 +58,13 @@ def transformers(text: str) -> Engine:
 class TransformersPeer:
     """Transformers over a checkpoint's stock model.
 
-    preprocessor: the lab's own preprocessing in place of the stock one, to be the oracle on its pixels.
+    preprocessor: the lab's own preprocessing in place of the stock one, to be the oracle on its pixels. grammars: the lab's, which
+    hold its answers to formats.
     """
 
-    def __init__(self, checkpoint: Checkpoint, preprocessor: Preprocessor | None = None) -> None:
+    def __init__(self, checkpoint: Checkpoint, preprocessor: Preprocessor | None = None, grammars: Grammars | None = None) -> None:
         self.checkpoint = checkpoint
+        self._grammars = grammars or Grammars(checkpoint)
         self.images = bind(preprocessor or Preprocessor(), checkpoint)
         self.token_bytes = TokenBytes.of(checkpoint.tokenizer)
 
@@ -81,20 +84,21 @@ class TransformersPeer:
             pad_token_id=checkpoint.tokenizer.pad_token_id,
             **_choosing(sampling),
         )
-        text = partial(AnswerText, self.token_bytes, sampling.stop, sampling.min_tokens)
+        held = None if request.is_greedy else self._grammars.of(request)
+        text = partial(AnswerText, self.token_bytes, request.stops, sampling.min_tokens)
         answer = Answer(
             most=most,
             ends=settings.eos_token_id or (),
             emitter=Emitter(text(), deliver),
             tracer=tracer,
-            text=text() if sampling.stop else None,
+            text=text() if request.stops else None,
         )
         with _stage_spans(checkpoint, tracer, has_images=pixels is not None) as seen, _seeded(sampling, checkpoint.device):
             output = checkpoint.model.generate(
                 **inputs,
                 generation_config=settings,
-                logits_processor=LogitsProcessorList(count_penalties(sampling, n_prompt)),
-                stopping_criteria=StoppingCriteriaList([_stopped_by(text())] if sampling.stop else []),
+                logits_processor=LogitsProcessorList([*_holding(held, checkpoint.device), *count_penalties(sampling, n_prompt)]),
+                stopping_criteria=StoppingCriteriaList([_stopped_by(text())] if request.stops else []),
                 streamer=_Streamer(answer),
             )
         return Outcome(
@@ -185,6 +189,22 @@ def _choosing(sampling: Sampling) -> dict[str, Any]:
     if sampling.logit_bias:
         settings["sequence_bias"] = {(token,): by for token, by in sampling.logit_bias.items()}
     return settings
+
+
+def _holding(grammar: Grammar | None, device: torch.device) -> list[Callable[..., torch.Tensor]]:
+    """A logits processor that leaves what a grammar allows, if there is one."""
+    if grammar is None:
+        return []
+    allowed, is_first = Allowed(grammar, device), True
+
+    def hold(input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        nonlocal is_first
+        if not is_first:
+            allowed.note(input_ids[0, -1:])
+        is_first = False
+        return allowed.among(scores)
+
+    return [hold]
 
 
 def _stopped_by(text: AnswerText) -> Callable[..., torch.Tensor]:

@@ -17,6 +17,7 @@ from fastvl_lab.checkpoint import Checkpoint
 from fastvl_lab.decoder.layers import Decoder
 from fastvl_lab.decoder.sampler import Sampler
 from fastvl_lab.decoder.steps import Step, likeliest, merge
+from fastvl_lab.grammars import Grammars, Held
 from fastvl_lab.outcome import Outcome
 from fastvl_lab.preprocessor import BoundPreprocessor, OpenedImages
 from fastvl_lab.preprocessor.upload import upload_prompt
@@ -36,6 +37,7 @@ class Bound(Protocol):
     stages: Stages
     decoder: Decoder
     token_bytes: TokenBytes
+    grammars: Grammars
 
 
 class InFlight:
@@ -58,6 +60,7 @@ class InFlight:
         self._hidden: torch.Tensor | None = None
         self._merged: Prompt | None = None  # whose embeddings it is
         self._vision: VisionTokens | None = None
+        self._held: Held | None = None  # to what it asks its answer to be
         self._sampler: Sampler | None = None
         self._captures: list[Capture] = []
         self.seen = 0
@@ -103,6 +106,9 @@ class InFlight:
         with span("tokenize"):
             self._prompt = tokenize(request, self._opened.grids if self._opened else (), self._bound.checkpoint)
             self._n_new = tokens_to_make(self._prompt.n_tokens, request, self._bound.checkpoint)
+        if not request.is_greedy:
+            with span("grammar"):
+                self._held = self._bound.grammars.of(request)
 
     def unpack(self) -> None:
         """All of its images, before it is admitted."""
@@ -138,9 +144,11 @@ class InFlight:
         with self.tracer.span("upload"):
             self._rest = upload_prompt(rest, self._bound.images.copy)
             sampling = self.job.request.sampling
-            if self._sampler is None and (sampling.logprobs or not sampling.is_greedy):  # one that gave way goes on with its own
+            if self._sampler is None and (
+                sampling.logprobs or not self.job.request.is_greedy
+            ):  # one that gave way goes on with its own
                 prompt = self._bound.images.copy(self._prompt.input_ids)
-                self._sampler = Sampler(sampling, prompt, most=self._n_new, ends=self._ends)
+                self._sampler = Sampler(sampling, prompt, most=self._n_new, ends=self._ends, grammar=self._held)
 
     def patches_of_each(self) -> Iterator[torch.Tensor]:
         """The images that its admission found to make, unpacked one at a time, for any thread to ask for; on the host mostly."""
@@ -316,10 +324,10 @@ class InFlight:
     @cached_property
     def answer(self) -> Answer:
         """Its answer, empty at first."""
-        sampling = self.job.request.sampling
-        new_text = partial(AnswerText, self._bound.token_bytes, sampling.stop, sampling.min_tokens)
+        sampling, stops = self.job.request.sampling, self.job.request.stops
+        new_text = partial(AnswerText, self._bound.token_bytes, stops, sampling.min_tokens)
         emitter = Emitter(new_text(), self.job.deliver, self._logprob if sampling.logprobs else None)
-        text = new_text() if sampling.stop else None
+        text = new_text() if stops else None
         return Answer(most=self._n_new, ends=self._ends, emitter=emitter, tracer=self.tracer, text=text)
 
     def _logprob(self, number: int) -> TokenLogprob:

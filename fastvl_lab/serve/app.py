@@ -19,6 +19,7 @@ from typing import Any, TypeVar
 from fastvl_lab.capture.warm_up import requests_of
 from fastvl_lab.checkpoint import Checkpoint
 from fastvl_lab.errors import DeviceError, FastvlError, RequestCancelledError, require
+from fastvl_lab.grammars import Grammars
 from fastvl_lab.lab import Lab
 from fastvl_lab.recipe import Recipe
 from fastvl_lab.request import Chunk, Request
@@ -56,7 +57,7 @@ def create_app(lab: Lab, recipe: Recipe | str, settings: Settings | None = None)
     warm_up = tuple(_checked(request, lab.checkpoint) for request in requests_of(settings.warm_up, 32))
     metrics = Metrics(lab.memory if bound.cache.kv == "paged" else None)
     queue = RequestQueue(lab, bound, metrics, max_queue=settings.max_queue, warm_up=warm_up)
-    front = _Front(lab.checkpoint, queue, metrics, settings)
+    front = _Front(lab.checkpoint, lab.grammars, queue, metrics, settings)
 
     @asynccontextmanager
     async def lifespan(_: Any) -> AsyncIterator[None]:
@@ -140,9 +141,16 @@ class _Body:
 class _Front:
     """The endpoints of one server."""
 
-    def __init__(self, checkpoint: Checkpoint, queue: RequestQueue, metrics: Metrics, settings: Settings) -> None:
-        self._checkpoint = checkpoint
-        self._served = Served(model=checkpoint.name, ends=tuple(checkpoint.eos_token_ids), session_len=checkpoint.session_len)
+    def __init__(
+        self, checkpoint: Checkpoint, grammars: Grammars, queue: RequestQueue, metrics: Metrics, settings: Settings
+    ) -> None:
+        self._checkpoint, self._grammars = checkpoint, grammars
+        self._served = Served(
+            model=checkpoint.name,
+            ends=tuple(checkpoint.eos_token_ids),
+            session_len=checkpoint.session_len,
+            thinks=grammars.thinks,
+        )
         self._queue, self._metrics, self._settings = queue, metrics, settings
         self._held = HeldBytes(settings.max_held)
         self._readers = ThreadPoolExecutor(_READERS, thread_name_prefix="fastvl-reader")
@@ -287,6 +295,7 @@ class _Front:
         def whole() -> Chat:
             chat = draft.chat(fetched).with_others()
             check_text(chat.request, self._checkpoint)
+            self._grammars.of(chat.request)  # made here, and refused here, where no device waits for it
             if not draft.asked.continuous_usage:
                 return chat
             return dataclasses.replace(chat, n_prompt=prompt_of(chat.request, self._checkpoint).n_tokens)
@@ -381,11 +390,11 @@ class _Answer:
                     number, event = await self._queued[0].events.get()
                     if isinstance(event, Chunk):
                         if self._chat.asked.stream:
-                            await self._send_event(send, self._reply.piece(event, number))
+                            await self._send_events(send, self._reply.piece(event, number))
                     elif isinstance(event, Finished):
                         runs[number] = event.run
                         if self._chat.asked.stream:
-                            await self._send_event(send, self._reply.end(event.run, number))
+                            await self._send_events(send, self._reply.end(event.run, number))
                     else:
                         return await self._fail(send, event)
                 await self._finish(send, [runs[number] for number in sorted(runs)])
@@ -397,8 +406,7 @@ class _Answer:
         if not self._chat.asked.stream:
             await self._send_json(send, 200, self._reply.whole(runs))
             return
-        for last in self._reply.measured(runs):
-            await self._send_event(send, last)
+        await self._send_events(send, self._reply.measured(runs))
         await send({"type": "http.response.body", "body": b"data: [DONE]\n\n"})
 
     async def _fail(self, send: Any, error: BaseException) -> int:
@@ -410,6 +418,10 @@ class _Answer:
         else:
             await send({"type": "http.response.body", "body": _event(said)})
         return status
+
+    async def _send_events(self, send: Any, events: Sequence[dict[str, Any]]) -> None:
+        for data in events:
+            await self._send_event(send, data)
 
     async def _send_event(self, send: Any, data: dict[str, Any]) -> None:
         if not self._begun:

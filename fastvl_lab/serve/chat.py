@@ -9,6 +9,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, TypeGuard
 
+from fastvl_lab.channels import Call, Channels, Said, as_message, as_tool_calls, said_in
 from fastvl_lab.errors import FastvlError, RequestCancelledError, RequestError, quoted, sentence, shortened
 from fastvl_lab.request import MAX_IMAGES, Chunk, Request, TokenLogprob, check_whole_number
 from fastvl_lab.run import Run
@@ -28,7 +29,6 @@ _NEUTRAL: dict[str, tuple[Any, ...]] = {
     "echo": (False,),
     "skip_special_tokens": (True,),
     "return_tokens_as_token_ids": (False,),
-    "response_format": ({"type": "text"},),
     "modalities": (["text"],),
     "verbosity": ("medium",),
     "reasoning_effort": ("none",),
@@ -59,7 +59,8 @@ READ = (
 )
 _LIMITS = ("min_pixels", "max_pixels")
 OF_IMAGES = (*_LIMITS, "mm_processor_kwargs")
-OWN = ("messages", *OF_IMAGES, "top_logprobs")
+OF_TOOLS = ("tools", "tool_choice", "parallel_tool_calls")
+OWN = ("messages", *OF_IMAGES, *OF_TOOLS, "top_logprobs")
 
 # Of a request, messages and their parts together; more would take longer to look at than to refuse.
 MAX_PARTS = 10_000
@@ -77,11 +78,15 @@ class UnknownModelError(RequestError):
 
 @dataclass(frozen=True, kw_only=True)
 class Served:
-    """What a server serves: the model's name there, the tokens that end its answers, and how many a session has."""
+    """What a server serves: the model's name there, the tokens that end its answers, and how many a session has.
+
+    thinks: whether its prompts open a thought, which comes before the content of an answer.
+    """
 
     model: str
     ends: tuple[int, ...]
     session_len: int
+    thinks: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -138,11 +143,12 @@ def read(data: Mapping[str, Any], served: Served, settings: Settings) -> Draft:
     """A body as a chat completion of the model served; raises `RequestError`s, here or in `Draft.chat`."""
     asked = read_asked(data, served, settings, own=OWN)
     messages, limits = _list(data.get("messages"), "messages"), _limits(data)
+    tools = {name: data[name] for name in OF_TOOLS if name in data}
     _check_number(messages)
 
     def chat(fetched: Mapping[str, bytes]) -> Chat:
         read_messages = [_message(number, message, fetched) for number, message in enumerate(messages)]
-        return Chat(request=Request(messages=read_messages, **asked.limits, **limits), served=served, asked=asked)
+        return Chat(request=Request(messages=read_messages, **asked.limits, **limits, **tools), served=served, asked=asked)
 
     urls = (_url(number, part) for number, message in enumerate(messages) for part in _parts(message) if _is_image(part))
     return Draft(asked=asked, addresses=tuple(dict.fromkeys(url for url in urls if not _is_data(url))), chat=chat)
@@ -218,7 +224,7 @@ def _changes_nothing(name: str, data: Mapping[str, Any], served: Served, samplin
         return bool(value == data.get("n", 1))
     if name == "stop_token_ids":
         return not ignore_eos and isinstance(value, list) and all(token in served.ends for token in value)
-    return name == "response_format" and isinstance(value, Mapping) and value.get("type") == "text"
+    return False
 
 
 def _number(value: Any) -> TypeGuard[float]:
@@ -291,7 +297,21 @@ def _message(number: int, message: Any, fetched: Mapping[str, bytes]) -> Any:
         said["content"] = ""  # as clients send back an answer of which nothing was text
     if isinstance(said.get("content"), list):
         said["content"] = [_part(number, part, fetched) for part in said["content"]]
+    if isinstance(said.get("tool_calls"), list):
+        said["tool_calls"] = [_with_object(call) for call in said["tool_calls"]]
     return said
+
+
+def _with_object(call: Any) -> Any:
+    """A call whose arguments are an object, as templates are written for, where they are the JSON of one, as OpenAI has them."""
+    function = call.get("function") if isinstance(call, dict) else None
+    if not isinstance(function, dict) or not isinstance(arguments := function.get("arguments"), str):
+        return call
+    try:
+        read = json.loads(arguments)
+    except (ValueError, RecursionError):
+        return call
+    return call | {"function": function | {"arguments": read}} if isinstance(read, dict) else call
 
 
 def _part(number: int, part: Any, fetched: Mapping[str, bytes]) -> Any:
@@ -328,7 +348,8 @@ def _is_data(url: str) -> bool:
 class Reply:
     """What is sent back for one completion: the same id and time in all of it.
 
-    A choice has a text where the request was raw (/v1/completions), else a message, or a delta of one.
+    A choice has a text where the request was raw (/v1/completions), else a message, or a delta of one. Of an answer that may hold
+    more than content, a chunk is split by channel, and may have nothing to send yet.
     """
 
     def __init__(self, chat: Chat) -> None:
@@ -338,23 +359,45 @@ class Reply:
             "created": int(time.time()),
             "model": chat.served.model,
         }
+        self._thinks, self._calls = chat.served.thinks and not self._raw, bool(chat.request.offered)
+        self._channels: dict[int, Channels] = {}  # of each answer that has begun, where there may be several
         self._n_made = 0  # tokens, of all answers
         self._n_sent: dict[int, int] = {}  # characters of each answer that has begun, by its number
+        self._begun: set[int] = set()  # of which a first delta was sent
 
-    def piece(self, chunk: Chunk, number: int = 0) -> dict[str, Any]:
-        """A piece of an answer."""
+    def piece(self, chunk: Chunk, number: int = 0) -> list[dict[str, Any]]:
+        """A piece of an answer: an event, or none where all of it is held back and nothing else is told of it."""
         first = number not in self._n_sent
         self._n_made += len(chunk.tokens)
         text = (self._echoed() if first else "") + chunk.text
         before = self._n_sent.get(number, 0)
+        if self._raw:
+            said: dict[str, Any] = {"text": text}
+        elif self._thinks or self._calls:
+            if first:
+                self._channels[number] = Channels(thinks=self._thinks, calls=self._calls)
+            made = self._channels[number].push(text)
+            if not (made or chunk.logprobs or self._chat.asked.token_ids or self._chat.n_prompt is not None):
+                self._n_sent.setdefault(number, 0)
+                return []
+            said = {"delta": _delta(made)}
+        else:
+            said = {"delta": {"content": text}}
+        if number not in self._begun and not self._raw:
+            self._begun.add(number)
+            said["delta"] = {"role": "assistant", "content": "", **said["delta"]}
         self._n_sent[number] = before + len(text)
-        said = {"text": text} if self._raw else {"delta": ({"role": "assistant"} if first else {}) | {"content": text}}
-        return self._choice(number, {**said, "logprobs": self._logprobs(chunk.logprobs, before)}, None, chunk.tokens)
+        return [self._choice(number, {**said, "logprobs": self._logprobs(chunk.logprobs, before)}, None, chunk.tokens)]
 
-    def end(self, run: Run, number: int = 0) -> dict[str, Any]:
-        """Why an answer ended."""
+    def end(self, run: Run, number: int = 0) -> list[dict[str, Any]]:
+        """What was held back of an answer, and why it ended."""
+        rest = Said()
+        if (channels := self._channels.get(number)) is not None:
+            rest = channels.end(cut=run.finish_reason == "length")
+        events = [self._choice(number, {"delta": _delta(rest), "logprobs": None}, None, ())] if rest else []
         said: dict[str, Any] = {"text": ""} if self._raw else {"delta": {}}
-        return self._choice(number, {**said, "logprobs": None}, run.finish_reason, ())
+        called = channels is not None and channels.n_calls > 0
+        return [*events, self._choice(number, {**said, "logprobs": None}, _reason(run, called=called), ())]
 
     def measured(self, runs: Sequence[Run]) -> list[dict[str, Any]]:
         """After the ends of all answers, if asked for: usage and trace."""
@@ -368,9 +411,15 @@ class Reply:
         return {**self._head, "object": self._kind(streamed=False), "choices": choices, **self._measured(runs)}
 
     def _whole_choice(self, number: int, run: Run) -> dict[str, Any]:
-        said = {"text": self._echoed() + run.text} if self._raw else {"message": {"role": "assistant", "content": run.text}}
+        said: dict[str, Any] = {"text": self._echoed() + run.text}
+        called = False
+        if not self._raw:
+            parts = Said(content=run.text)
+            if self._thinks or self._calls:
+                parts = said_in(run.text, thinks=self._thinks, calls=self._calls, cut=run.finish_reason == "length")
+            said, called = {"message": as_message(parts)}, bool(parts.calls)
         told = self._logprobs([one for chunk in run.chunks for one in chunk.logprobs], 0)
-        choice: dict[str, Any] = {"index": number, **said, "logprobs": told, "finish_reason": run.finish_reason}
+        choice: dict[str, Any] = {"index": number, **said, "logprobs": told, "finish_reason": _reason(run, called=called)}
         if self._chat.asked.token_ids:
             choice["token_ids"] = list(run.tokens)
         return choice
@@ -406,6 +455,28 @@ class Reply:
         if self._chat.asked.trace:
             ours["run"] = first.to_record()
         return {"usage": usage, "fastvl_lab": ours}
+
+
+def _reason(run: Run, *, called: bool) -> str | None:
+    """Why an answer ended, in OpenAI's words: one that was not cut may have ended with calls."""
+    return "tool_calls" if called and run.finish_reason == "stop" else run.finish_reason
+
+
+def _delta(said: Said) -> dict[str, Any]:
+    """What a piece of an answer adds to its message."""
+    texts = {"reasoning_content": said.reasoning, "content": said.content}
+    delta: dict[str, Any] = {name: text for name, text in texts.items() if text}
+    if said.calls:
+        delta["tool_calls"] = [_call(call) for call in said.calls]
+    return delta
+
+
+def _call(call: Call) -> dict[str, Any]:
+    """What it adds to a call, by the call's place; what the call is comes once, where it begins."""
+    if call.name is None:
+        return {"index": call.number, "function": {"arguments": call.arguments}}
+    (whole,) = as_tool_calls([call])
+    return {"index": call.number, **whole}
 
 
 def _usage(n_prompt: int, n_made: int) -> dict[str, int]:

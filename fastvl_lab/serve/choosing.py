@@ -8,7 +8,8 @@ from typing import Any
 
 from fastvl_lab.errors import RequestError, check_whole_number, quoted
 from fastvl_lab.request import TokenLogprob
-from fastvl_lab.sampling import Sampling
+from fastvl_lab.sampling import JSON, Sampling
+from fastvl_lab.schemas import read_schema
 from fastvl_lab.serve.settings import Settings
 
 # Fields that say nothing beside others: of a draw, where the likeliest token is taken.
@@ -16,7 +17,7 @@ _OF_DRAWS = ("top_p", "top_k", "min_p")
 _NUMBERS = ("temperature", *_OF_DRAWS, "repetition_penalty", "frequency_penalty", "presence_penalty", "seed")
 
 # All that is read here of any completion: OpenAI's fields, vLLM's, and Transformers' names for some.
-FIELDS = (*_NUMBERS, "logit_bias", "stop", "min_tokens", "min_new_tokens", "do_sample", "logprobs", "n")
+FIELDS = (*_NUMBERS, "logit_bias", "stop", "min_tokens", "min_new_tokens", "do_sample", "logprobs", "n", "response_format")
 
 MAX_ANSWERS = 128  # OpenAI's limit on n
 
@@ -46,7 +47,25 @@ def read_sampling(data: Mapping[str, Any], *, raw: bool = False) -> Sampling:
         raise RequestError(f"min_tokens is {least['min_tokens']} and min_new_tokens {least['min_new_tokens']}; give one of them")
     for value in least.values():
         asked["min_tokens"] = value
-    return Sampling(**asked, **_logprobs(data, raw=raw))
+    return Sampling(**asked, **_logprobs(data, raw=raw), format=_format(data.get("response_format", {"type": "text"})))
+
+
+def _format(given: Any) -> Any:
+    """OpenAI's response_format as `Sampling` has it; its schema is held to whether it is strict or not."""
+    kind = given.get("type") if isinstance(given, Mapping) else None
+    if kind == "text":
+        return None
+    if kind == "json_object":
+        return JSON
+    if kind != "json_schema":
+        choices = "its type is text, json_object or json_schema"
+        raise RequestError(f"response_format is {quoted(given)}; {choices}")
+    about = given.get("json_schema")
+    if not isinstance(about, Mapping) or about.get("schema") is None:
+        raise RequestError(f'response_format is {quoted(given)}; it must have a {{"json_schema": {{"name": …, "schema": …}}}}')
+    if about.get("strict") not in (None, True, False):
+        raise RequestError(f"strict of response_format is {quoted(about['strict'])}; it must be true or false")
+    return read_schema(about["schema"], "the schema of response_format")
 
 
 def _asks_for_draws(data: Mapping[str, Any]) -> bool:

@@ -17,7 +17,7 @@ from fastvl_lab.tokenizer import tokenize
 # What /tokenize and /detokenize read of a body, as vLLM names it.
 _FLAGS = ("add_special_tokens", "add_generation_prompt", "return_token_strs")
 OF_TEXT = ("model", "prompt", "add_special_tokens", "return_token_strs")
-OF_CHAT = ("model", "messages", "add_generation_prompt", "return_token_strs", *chats.OF_IMAGES)
+OF_CHAT = ("model", "messages", "add_generation_prompt", "return_token_strs", *chats.OF_IMAGES, "tools", "tool_choice")
 OF_TOKENS = ("model", "tokens")
 OWN = ("prompt", "echo", "suffix")
 

@@ -10,6 +10,7 @@ from typing import Any
 
 from fastvl_lab.sampling import MAX_STOP_LENGTH, MAX_STOPS, MAX_TOP_LOGPROBS
 from fastvl_lab.serve.choosing import MAX_ANSWERS
+from fastvl_lab.tools import CHOICES, MAX_TOOLS
 
 Schema = dict[str, Any]
 
@@ -36,10 +37,16 @@ _IMAGE_PART = _object(
     min_pixels=_maybe("integer", minimum=1),
     max_pixels=_maybe("integer", minimum=1),
 )
+_FUNCTION = _object(["name", "arguments"], name={"type": "string"}, arguments={"type": "string"})
+_CALL = _object(["id", "type", "function"], id={"type": "string"}, type={"const": "function"}, function=_FUNCTION)
+_CALLS = {"type": "array", "minItems": 1, "items": _CALL}
 _MESSAGE = _object(
-    ["role", "content"],
+    ["role"],
     role={"enum": ["system", "developer", "user", "assistant", "tool"]},
     content={"anyOf": [{"type": "string"}, {"type": "array", "items": {"anyOf": [_TEXT_PART, _IMAGE_PART]}}, {"type": "null"}]},
+    tool_calls={"anyOf": [_CALLS, {"type": "array", "maxItems": 0}, {"type": "null"}], "description": "an assistant's"},
+    tool_call_id=_maybe("string", description="of the call that a tool answers"),
+    reasoning_content=_maybe("string", description="a thinking assistant's"),
 )
 _MESSAGES = {"type": "array", "minItems": 1, "items": _MESSAGE}
 _PIXELS: Schema = {
@@ -50,6 +57,33 @@ _PIXELS: Schema = {
         properties={name: _maybe("integer", minimum=1) for name in ("min_pixels", "max_pixels")},
         additionalProperties=False,
     ),
+}
+_TOOL = _object(
+    ["type", "function"],
+    type={"const": "function"},
+    function=_object(
+        ["name"],
+        name={"type": "string", "pattern": "^[a-zA-Z0-9_-]{1,64}$"},
+        description=_maybe("string"),
+        parameters=_maybe("object", description="a JSON schema"),
+        strict=_maybe("boolean", description="hold the arguments of every call to the schema"),
+    ),
+)
+_NAMED = _object(["type", "function"], type={"const": "function"}, function=_object(["name"], name={"type": "string"}))
+_CHOICE: Schema = {"anyOf": [{"enum": [*CHOICES, None]}, _NAMED]}
+_TOOLS: Schema = {
+    "tools": _maybe("array", maxItems=MAX_TOOLS, items=_TOOL, description="where the chat template shows them to the model"),
+    "tool_choice": _CHOICE,
+    "parallel_tool_calls": _maybe("boolean", description="false: the answer ends with its first call"),
+}
+_SCHEMA = _object(["schema"], name=_maybe("string"), schema={"type": "object"}, strict=_maybe("boolean"))
+_FORMAT: Schema = {
+    "anyOf": [
+        _object(["type"], type={"enum": ["text", "json_object"]}),
+        _object(["type", "json_schema"], type={"const": "json_schema"}, json_schema=_SCHEMA),
+        {"type": "null"},
+    ],
+    "description": "what the answer must be; of a thinking model, behind the thought",
 }
 _ANY: Schema = {
     "model": _maybe("string", description="the name under which the model is served"),
@@ -83,13 +117,14 @@ _ANY: Schema = {
     "min_new_tokens": _maybe("integer", minimum=0, description="the same"),
     "do_sample": _maybe("boolean", description="false: greedy, whatever the temperature"),
     "n": _maybe("integer", minimum=1, maximum=MAX_ANSWERS, description="answers, each with its own draws"),
+    "response_format": _FORMAT,
 }
 _LOGPROBS: Schema = {
     "logprobs": _maybe("boolean"),
     "top_logprobs": _maybe("integer", minimum=0, maximum=MAX_TOP_LOGPROBS, description="beside logprobs"),
 }
 _LOGPROBS_OF_TEXT: Schema = {"logprobs": _maybe("integer", minimum=0, maximum=MAX_TOP_LOGPROBS)}
-CHAT = _object(["messages"], messages=_MESSAGES, **_PIXELS, **_ANY, **_LOGPROBS)
+CHAT = _object(["messages"], messages=_MESSAGES, **_PIXELS, **_TOOLS, **_ANY, **_LOGPROBS)
 COMPLETION = _object(
     ["prompt"],
     prompt={
@@ -111,7 +146,14 @@ TOKENIZE: Schema = {
             **_STRINGS,
         ),
         _object(
-            ["messages"], model=_ANY["model"], messages=_MESSAGES, add_generation_prompt=_maybe("boolean"), **_PIXELS, **_STRINGS
+            ["messages"],
+            model=_ANY["model"],
+            messages=_MESSAGES,
+            add_generation_prompt=_maybe("boolean"),
+            tools=_TOOLS["tools"],
+            tool_choice=_CHOICE,
+            **_PIXELS,
+            **_STRINGS,
         ),
     ]
 }
@@ -133,7 +175,7 @@ _USAGE = _object(
     completion_tokens={"type": "integer"},
     total_tokens={"type": "integer"},
 )
-_REASON = {"enum": ["stop", "length"]}
+_REASON = {"enum": ["stop", "length", "tool_calls"]}
 
 
 def _completion(kind: str, **choice: Schema) -> Schema:
@@ -149,7 +191,13 @@ def _completion(kind: str, **choice: Schema) -> Schema:
     )
 
 
-_ASSISTANT = _object(["role", "content"], role={"const": "assistant"}, content={"type": "string"})
+_ASSISTANT = _object(
+    ["role", "content"],
+    role={"const": "assistant"},
+    content=_maybe("string"),
+    tool_calls=_CALLS,
+    reasoning_content={"type": "string"},
+)
 CHAT_ANSWER = _completion("chat.completion", message=_ASSISTANT)
 TEXT_ANSWER = _completion("text_completion", text={"type": "string"})
 TOKENS = _object(

@@ -19,6 +19,7 @@ STAGE_COLOURS = {
     "decode_image": "#E69F00",
     "preprocess": "#E69F00",
     "tokenize": "#8C8C8C",
+    "grammar": "#8C8C8C",
     "admit": "#8C8C8C",
     "await_image": "#F7E2B5",
     "upload": "#8C8C8C",

@@ -16,7 +16,8 @@ from fastvl_lab.processes import keeper
 
 Alive = Callable[[], list[int]]
 KEEPER = [sys.executable, "-I", "-S", keeper.__file__]
-STUBBORN = "trap '' TERM INT HUP; sleep 1000 & setsid sleep 1000 & (setsid sleep 1000 &) ; wait"
+FAMILY = "sleep 1000 & setsid sleep 1000 & (setsid sleep 1000 &) ; wait"
+STUBBORN = f"trap '' TERM INT HUP; {FAMILY}"
 
 
 def _kept(*arguments: str, parent: int | None = None) -> subprocess.Popen[bytes]:
@@ -24,7 +25,7 @@ def _kept(*arguments: str, parent: int | None = None) -> subprocess.Popen[bytes]
 
 
 def test_descendants_are_found_in_whichever_session(marked: Alive, until: Callable[..., None]) -> None:
-    kept = _kept("", "sh", "-c", STUBBORN)
+    kept = _kept("", "sh", "-c", FAMILY)
     until(lambda: len(keeper.descendants(kept.pid)) == 4)
     assert {os.getpgid(pid) for pid in keeper.descendants(kept.pid)} >= {os.getpgid(kept.pid)}
     assert len({os.getsid(pid) for pid in keeper.descendants(kept.pid)}) == 3
@@ -33,17 +34,18 @@ def test_descendants_are_found_in_whichever_session(marked: Alive, until: Callab
     assert not marked()
 
 
-@pytest.mark.parametrize("how", ["the pipe is closed", "a word comes", "SIGTERM"])
-def test_all_end_that_will_not(how: str, marked: Alive, until: Callable[..., None]) -> None:
-    kept = _kept("", "sh", "-c", STUBBORN)
-    until(lambda: len(marked()) == 5)
+def test_all_end_that_will_not(marked: Alive, until: Callable[..., None]) -> None:
+    """Whether the pipe is closed, a word comes, or SIGTERM: three keepers at once, each of which waits for its own."""
+    closed, told, signalled = kept = [_kept("", "sh", "-c", STUBBORN) for _ in range(3)]
+    until(lambda: len(marked()) == 15)
     began = time.monotonic()
-    if how == "SIGTERM":
-        kept.terminate()
-        kept.wait(20)
-    else:
-        kept.communicate(b"!" if how == "a word comes" else b"", timeout=20)
-    assert keeper.GRACE / 2 < time.monotonic() - began < keeper.GRACE + 10
+    closed.stdin.close()  # type: ignore[union-attr]
+    told.stdin.write(b"!")  # type: ignore[union-attr]
+    told.stdin.flush()  # type: ignore[union-attr]
+    signalled.terminate()
+    for each in kept:
+        each.wait(20)
+        assert keeper.GRACE / 2 < time.monotonic() - began < keeper.GRACE + 10
     assert not marked()
 
 

@@ -135,15 +135,17 @@ def threads() -> ThreadPoolExecutor:
 
 @pytest.mark.parametrize("seeds", SEEDS)
 @pytest.mark.parametrize("name", RECIPES)
-def test_random_schedules_change_no_token(lab: Lab, name: str, seeds: range, threads: ThreadPoolExecutor) -> None:
+def test_random_schedules_change_no_token(shallow: Lab, name: str, seeds: range, threads: ThreadPoolExecutor) -> None:
     """Arrivals, lengths, pictures, cancellations, budgets, orders and ways to encode drawn at random.
 
-    Over pools that cannot hold all prompts at once, or all of their answers.
+    Over pools that cannot hold all prompts at once, or all of their answers; of few layers, in each of which that is the same.
     """
-    short = 2 * tokenize(Request(prompt="Hi"), (), lab.checkpoint).n_tokens + 68  # two prompts, and the answer of one
-    wide, narrow = (_pipeline(lab, RECIPES[name], session_len) for session_len in (512, short))
+    short = 2 * tokenize(Request(prompt="Hi"), (), shallow.checkpoint).n_tokens + 68  # two prompts, and the answer of one
+    wide, narrow = (_pipeline(shallow, RECIPES[name], session_len) for session_len in (512, short))
     alike = {"schedule.batching": "one_at_a_time", "cache.image_reuse": "off", "cache.prefix_reuse": "off"}
-    plain = {pipeline: _pipeline(lab, RECIPES[name].replace(alike), pipeline.checkpoint.session_len) for pipeline in (wide, narrow)}
+    plain = {
+        pipeline: _pipeline(shallow, RECIPES[name].replace(alike), pipeline.checkpoint.session_len) for pipeline in (wide, narrow)
+    }
     alone: dict[object, tuple[int, ...]] = {}
     n_preempted = 0
     for seed in seeds:

@@ -32,7 +32,7 @@ def _draft(body: dict[str, Any], **settings: Any) -> Draft:
     [
         ({"stop_token_ids": [7, 8]}, "stop_token_ids is [7, 8]"),
         ({"min_tokens": 3, "ignore_eos": True}, "min_tokens is 3, over max_new_tokens, 2"),
-        ({"response_format": {"type": "json_object"}}, "response_format is"),
+        ({"response_format": {"type": "regex"}}, "response_format is"),
         ({"skip_special_tokens": False}, "skip_special_tokens is false"),
         ({"add_generation_prompt": False}, "add_generation_prompt is false"),
         ({"chat_template_kwargs": {"enable_thinking": False}}, "chat_template_kwargs is"),

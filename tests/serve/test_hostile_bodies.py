@@ -58,8 +58,26 @@ MESSAGE = _object(
     name=TEXTS,
 )
 MESSAGES = st.lists(st.one_of(st.just({"role": "user", "content": "hi"}), SAID, MESSAGE), min_size=1, max_size=2)
+SCHEMA = _object(
+    type=st.sampled_from(["object", "array", "string", "integer", "nothing"]),
+    properties=st.dictionaries(TEXTS, VALUES, max_size=2),
+    required=st.lists(TEXTS, max_size=2),
+    enum=st.lists(LEAVES, max_size=2),
+    pattern=TEXTS,
+    maxLength=NUMBERS,
+)
+FORMAT = _object(
+    type=st.sampled_from(["text", "json_object", "json_schema", "regex"]),
+    json_schema=_object(name=TEXTS, schema=SCHEMA, strict=st.booleans()),
+)
+TOOL = _object(
+    type=st.just("function"), function=_object(name=st.sampled_from(["f", "g"]), parameters=SCHEMA, strict=st.booleans())
+)
+TOOLS = {"tools": st.lists(TOOL, max_size=2), "tool_choice": st.sampled_from(["auto", "none", "required"])}
 FIELDS = (*chat.READ, "response_format", "tools", "echo", "top_logprobs", "suffix", "user")
-CHAT = _body((*FIELDS, *chat.OF_IMAGES), messages=MESSAGES)
+PLAIN_CHAT = _body((*FIELDS, *chat.OF_IMAGES), messages=MESSAGES)
+FORMED_CHAT = _object(messages=st.just([{"role": "user", "content": "hi"}]), response_format=FORMAT, **TOOLS)
+CHAT = st.one_of(PLAIN_CHAT, FORMED_CHAT)
 TEXT = _body(FIELDS, prompt=TEXTS)
 TOKENIZE = st.one_of(_body(completions.OF_TEXT, prompt=TEXTS), _body(completions.OF_CHAT, messages=MESSAGES))
 DETOKENIZE = _body(completions.OF_TOKENS, tokens=st.lists(st.integers(-1, 400), max_size=5))

@@ -14,7 +14,6 @@ import re
 import signal
 import socket
 import statistics
-import subprocess
 import sys
 import threading
 import time
@@ -664,10 +663,20 @@ def test_a_size_to_warm_up_that_cannot_be_is_refused_at_the_start(labs: dict[str
         assert f"{size!r} is no size; it reads WIDTHxHEIGHT, such as 448x448" in capsys.readouterr().err
 
 
-def test_a_server_runs_a_recipe_that_can_run_here(labs: dict[str, Lab]) -> None:
+def test_a_server_runs_a_recipe_that_can_run_here(labs: dict[str, Lab], monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(RecipeError, match="is a peer, which has no toggles; give a recipe"):
         create_app(labs[MODEL], "transformers")
-    with pytest.raises(DeviceError, match="did not come up: recipe 'quickest'"), serving(MODEL, "quickest"):
+    monkeypatch.setattr("fastvl_lab.serve.__main__.Lab", lambda *_, **__: labs[MODEL])
+    with pytest.raises(SystemExit, match="recipe 'quickest'"):
+        main(["--checkpoint", MODEL, "--recipe", "quickest"])
+
+
+def test_a_server_that_does_not_come_up_is_told_of_by_its_last_words(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    program = tmp_path / "python"
+    program.write_text('#!/bin/sh\necho loading >&2\necho "no recipe $6 here" >&2\nexit 1\n')
+    program.chmod(0o755)
+    monkeypatch.setattr(sys, "executable", str(program))
+    with pytest.raises(DeviceError, match="did not come up: no recipe quickest here"), serving(MODEL, "quickest"):
         pass
 
 
@@ -754,29 +763,29 @@ async def _storm(server: Any, picture: bytes, expected: str, number: int, longes
     return outcomes
 
 
-def test_a_termination_finishes_what_is_running(labs: dict[str, Lab], tmp_path: Path) -> None:
+SERVER = 'import runpy; runpy.run_module("fastvl_lab.serve", run_name="__main__")'
+
+
+def test_a_termination_finishes_what_is_running(start_forked: Callable[..., Any], tmp_path: Path) -> None:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    command = [sys.executable, "-m", "fastvl_lab.serve", "--checkpoint", MODEL, "--port", str(port), "--warm-up", "168x140"]
-    with (tmp_path / "log").open("w") as log, subprocess.Popen(command, stdout=log, stderr=log) as process:
-        try:
-            _until(lambda: _healthy(port), 60)
-            body = {"model": MODEL, "messages": _messages(None), "max_tokens": 400, "ignore_eos": True, "stream": True}
-            with httpx.stream("POST", f"http://127.0.0.1:{port}/v1/chat/completions", json=body, timeout=60) as answer:
-                lines = answer.iter_lines()
-                next(lines)
-                process.send_signal(signal.SIGTERM)
-                rest = [line for line in lines if line]
-            assert rest[-1] == "data: [DONE]"
-            made = sum(len(json.loads(line[6:])["choices"]) for line in rest if line.startswith("data: {"))
-            assert made > 100
-            process.wait(30)
-            with pytest.raises(httpx.ConnectError):
-                httpx.get(f"http://127.0.0.1:{port}/health")
-        finally:
-            process.kill()
-    assert "Traceback" not in (tmp_path / "log").read_text()
+    (tmp_path / "server.py").write_text(SERVER)
+    server = start_forked(tmp_path / "server.py", "--checkpoint", MODEL, "--port", str(port), "--warm-up", "168x140")
+    _until(lambda: _healthy(port), 60)
+    body = {"model": MODEL, "messages": _messages(None), "max_tokens": 400, "ignore_eos": True, "stream": True}
+    with httpx.stream("POST", f"http://127.0.0.1:{port}/v1/chat/completions", json=body, timeout=60) as answer:
+        lines = answer.iter_lines()
+        next(lines)
+        os.kill(server.pid, signal.SIGTERM)
+        rest = [line for line in lines if line]
+    assert rest[-1] == "data: [DONE]"
+    made = sum(len(json.loads(line[6:])["choices"]) for line in rest if line.startswith("data: {"))
+    assert made > 100
+    assert server.wait(30) != "late"
+    with pytest.raises(httpx.ConnectError):
+        httpx.get(f"http://127.0.0.1:{port}/health")
+    assert "Traceback" not in server.said()
 
 
 def _healthy(port: int) -> bool:

@@ -83,8 +83,10 @@ def test_a_click_runs_the_recipe_against_transformers(bench: Workbench) -> None:
     assert bench.recipe == Recipe.baseline()
 
 
-def test_the_page_is_told_every_bar_and_the_headline_is_that_of_the_bars(bench: Workbench) -> None:
-    shown, run = bench.widget.shown, bench.result().shown
+def test_the_page_is_told_every_bar_and_the_headline_is_that_of_the_bars(looked_at: Workbench) -> None:
+    looked_at.look("waterfall")
+    assert looked_at.wait(60)
+    shown, run = looked_at.widget.shown, looked_at.result().shown
     for lane in ("host", "device"):
         spans = [[s.name, lane, s.start_ns / 1e6, s.duration_ns / 1e6] for s in run.trace.within_ttft(lane)]  # type: ignore[arg-type]
         assert [bar for bar in shown["recipe"]["bars"] if bar[1] == lane] == spans
@@ -95,20 +97,20 @@ def test_the_page_is_told_every_bar_and_the_headline_is_that_of_the_bars(bench: 
     assert shown["recipe"]["files"]["vit"] == "fastvl_lab/vit/"
 
 
-def test_every_toggle_has_its_control_and_greyed_options_say_why(bench: Workbench) -> None:
-    assert list(bench.controls) == [toggle.path for toggle in toggles()]
-    described = {toggle["path"]: toggle for toggle in bench.widget.choices["toggles"]}
+def test_every_toggle_has_its_control_and_greyed_options_say_why(looked_at: Workbench) -> None:
+    assert list(looked_at.controls) == [toggle.path for toggle in toggles()]
+    described = {toggle["path"]: toggle for toggle in looked_at.widget.choices["toggles"]}
     for toggle in toggles():
         for option, said in zip(toggle.options, described[toggle.path]["options"], strict=True):
-            reason = option.needs.unmet(Target(device=bench.device, dtype=torch.float32))
+            reason = option.needs.unmet(Target(device=looked_at.device, dtype=torch.float32))
             assert said == {"value": option.value, "does": option.does, "exact": option.exact, "unmet": reason}
-            assert bench.controls[toggle.path].unmet.get(option.value) == reason
+            assert looked_at.controls[toggle.path].unmet.get(option.value) == reason
     with pytest.raises(RecipeError, match="cannot run here: it needs a CUDA device"):
-        bench.controls["vit.attention"].value = "triton"
-    clicked(bench, "Choose", path="vit.attention", value="triton")
-    assert "cannot run here: it needs a CUDA device" in bench.widget.live["error"]
+        looked_at.controls["vit.attention"].value = "triton"
+    clicked(looked_at, "Choose", path="vit.attention", value="triton")
+    assert "cannot run here: it needs a CUDA device" in looked_at.widget.live["error"]
     with pytest.raises(RecipeError, match="the choices are 'per_window'"):
-        bench.controls["vit.attention"].value = "quick"
+        looked_at.controls["vit.attention"].value = "quick"
 
 
 def test_a_choice_brings_along_what_it_cannot_do_without(bench: Workbench) -> None:
@@ -300,8 +302,8 @@ def test_fastest_is_the_labs_once_there_is_a_lab(monkeypatch: pytest.MonkeyPatch
     linked.close()
 
 
-def test_a_cold_run_is_no_headline(bench: Workbench) -> None:
-    result = bench.result()
+def test_a_cold_run_is_no_headline(looked_at: Workbench) -> None:
+    result = looked_at.result()
     first = dataclasses.replace(result, comparison=None)
     pending = showing.shown(first, None, view="waterfall", against=0, pending=True)
     assert first.run.kind == "cold"
@@ -325,8 +327,8 @@ def test_no_ratio_is_printed_without_its_interval(ratio: Interval | None, says: 
     assert showing.as_fast(ratio, "it") == (says, state)
 
 
-def test_parity_is_said_in_three_plain_states(bench: Workbench) -> None:
-    result = bench.result()
+def test_parity_is_said_in_three_plain_states(looked_at: Workbench) -> None:
+    result = looked_at.result()
     assert result.comparison is not None
     checked = result.comparison.checks[RECIPE]
 
@@ -343,11 +345,11 @@ def test_parity_is_said_in_three_plain_states(bench: Workbench) -> None:
     assert said(holds=False, why="token 3 is another one") == "✗ other tokens: token 3 is another one"
 
 
-def test_a_busy_machine_is_said_as_such_and_gets_no_ratio(bench: Workbench) -> None:
+def test_a_busy_machine_is_said_as_such_and_gets_no_ratio(looked_at: Workbench) -> None:
     def ten_times_as_long(run: Run) -> Run:
         return dataclasses.replace(run, trace=dataclasses.replace(run.trace, first_chunk_ns=10 * run.trace.first_chunk_ns))
 
-    result = bench.result()
+    result = looked_at.result()
     assert result.comparison is not None
     slow = [
         dataclasses.replace(s, round=number, run=s.run if number else ten_times_as_long(s.run))
@@ -380,15 +382,15 @@ def test_a_cache_hit_is_labelled_and_shown() -> None:
     bench.close()
 
 
-def test_the_next_toggle_to_try_is_the_one_that_saves_most(bench: Workbench) -> None:
-    result = bench.result()
+def test_the_next_toggle_to_try_is_the_one_that_saves_most(looked_at: Workbench) -> None:
+    result = looked_at.result()
     savings = {
         "vit.attention": ("grouped", Interval(3.0, 1.0, 5.0)),
         "attention.prefill": ("sdpa", Interval(9.0, 7.0, 11.0)),
         "vit.rope": ("halves", Interval(20.0, -1.0, 30.0)),
     }
     advice = Advice(question=result.question, recipe=result.recipe, savings=savings)
-    say = partial(showing.advised, advice, result, question=result.question, target=bench._target, fastest=Recipe.fastest())
+    say = partial(showing.advised, advice, result, question=result.question, target=looked_at._target, fastest=Recipe.fastest())
     said = say(recipe=result.recipe)
     assert (said.path, said.value) == ("attention.prefill", "sdpa")
     assert said.sentence == "Next best: attention.prefill=sdpa saves about 9.00 ms here (7.0 to 11)."
@@ -397,7 +399,7 @@ def test_the_next_toggle_to_try_is_the_one_that_saves_most(bench: Workbench) -> 
     assert "measured before the last change" in later.sentence
     assert set(later.savings) == {"vit.attention", "vit.rope"}
     other = dataclasses.replace(result.question, prompt="Why?")
-    assert showing.advised(advice, result, result.recipe, other, bench._target, Recipe.fastest()).sentence == ""
+    assert showing.advised(advice, result, result.recipe, other, looked_at._target, Recipe.fastest()).sentence == ""
 
 
 def test_savings_are_measured_while_somebody_looks_on_and_give_way(bench: Workbench) -> None:
@@ -723,8 +725,8 @@ def test_the_page_says_nothing_that_is_no_wish() -> None:
     assert to_json(Interval(1.0, float("nan"), 2.0)) == [1.0, None, 2.0]
 
 
-def test_text_stands_in_where_no_kernel_lives(bench: Workbench) -> None:
-    text = bench.static()
+def test_text_stands_in_where_no_kernel_lives(looked_at: Workbench) -> None:
+    text = looked_at.static()
     assert "tiny-qwen3-vl" in text
     assert "prefill" in text
     assert "█" in text

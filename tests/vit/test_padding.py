@@ -120,8 +120,12 @@ def test_it_goes_with_every_other_option_and_format_of_patches(lab: Lab) -> None
 
 
 @torch.inference_mode()
+@pytest.mark.parametrize("inductor", [False, pytest.param(True, marks=pytest.mark.nightly)], ids=["as read", "inductor"])
 @pytest.mark.parametrize("name", [tiny.NAMES[0], pytest.param(tiny.NAMES[1], marks=pytest.mark.nightly)])
-def test_it_can_be_compiled(labs: dict[str, Lab], name: str) -> None:
+def test_it_can_be_compiled(labs: dict[str, Lab], name: str, inductor: bool, request: pytest.FixtureRequest) -> None:
+    """By day as torch has read it: what padding changes is the program, and a test of capture has Inductor compile towers."""
+    if not inductor:
+        request.getfixturevalue("without_inductor")
     recipe, checkpoint = LEAN.replace(BYTES).replace("vit.padding", "aligned"), _other(labs[name], SMALL)
     images = preprocessor.bind(recipe.preprocessor, checkpoint)
     encoder = bind(recipe.vit, checkpoint, images.patch_format, compiled=True)
