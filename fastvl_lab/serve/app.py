@@ -29,6 +29,7 @@ from fastvl_lab.serve.completions import prompt_of
 from fastvl_lab.serve.fetch import fetch_all
 from fastvl_lab.serve.metrics import Metrics
 from fastvl_lab.serve.openapi import of_body, of_look
+from fastvl_lab.serve.page import page
 from fastvl_lab.serve.request_queue import Events, Finished, HeldBytes, QueuedRequest, QueueFullError, RequestQueue, Share
 from fastvl_lab.serve.settings import Settings
 from fastvl_lab.tokenizer import check_text
@@ -70,6 +71,7 @@ def create_app(lab: Lab, recipe: Recipe | str, settings: Settings | None = None)
         title="fastvl_lab",
         version=version("fastvl-lab"),
         lifespan=lifespan,
+        docs_url=None,  # FastAPI's own pages fetch their scripts from a CDN
         redoc_url=None,
         exception_handlers={http_error: front.no_such_place, Exception: front.failed},
     )
@@ -78,6 +80,11 @@ def create_app(lab: Lab, recipe: Recipe | str, settings: Settings | None = None)
         app.add_api_route(path, _of_request(endpoint, fastapi.Request), methods=[method], response_model=None, **told)
         if method == "GET":
             app.add_route(path, endpoint, methods=["HEAD"], include_in_schema=False)
+
+    async def described(_: Any) -> Any:
+        return fastapi.responses.HTMLResponse(page(app.openapi()))
+
+    app.add_route("/docs", described, include_in_schema=False)
     app.add_middleware(
         require("starlette.middleware.cors", "serve").CORSMiddleware,
         allow_origins=settings.origins,
@@ -286,10 +293,12 @@ class _Front:
 
         def whole() -> Chat:
             chat = draft.chat(fetched).with_others()
-            check_text(chat.request, self._checkpoint)
+            for request in chat.first_of_each:
+                check_text(request, self._checkpoint)
             if not draft.asked.continuous_usage:
                 return chat
-            return dataclasses.replace(chat, n_prompt=prompt_of(chat.request, self._checkpoint).n_tokens)
+            n_prompt = sum(prompt_of(request, self._checkpoint).n_tokens for request in chat.first_of_each)
+            return dataclasses.replace(chat, n_prompt=n_prompt)
 
         return await self._on_reader(whole)
 

@@ -105,11 +105,11 @@ class Asked:
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Chat:
-    """A completion that a client has asked for: of a conversation, or, where the request is raw, of a text.
+    """A completion that a client has asked for: of a conversation, or, where the request is raw, of a text or of several.
 
     token_ids: whether chunks carry them. trace: whether the end of the answer carries the request's own trace. echo: whether a
-    raw prompt comes before its answer. n_prompt: its tokens, where every chunk is to carry the usage so far. others: the same
-    request with other draws, of whose answers the client wants one each.
+    raw prompt comes before its answer. n_prompt: tokens of all prompts, where every chunk is to carry the usage so far. others: the
+    requests of its other prompts, and `with_others` the same requests with other draws; the client wants one answer of each.
     """
 
     request: Request
@@ -120,9 +120,15 @@ class Chat:
     others: tuple[Request, ...] = ()
 
     def with_others(self) -> Chat:
-        """With as many as it has been asked for."""
-        _, *each = each_of(self.request.sampling, self.asked.n)
-        return replace(self, others=tuple(replace(self.request, sampling=sampling) for sampling in each))
+        """With as many answers to each prompt as it has been asked for, prompt by prompt: OpenAI's order of choices."""
+        prompts = (self.request, *self.others)
+        first, *others = (replace(one, sampling=s) for one in prompts for s in each_of(one.sampling, self.asked.n))
+        return replace(self, request=first, others=tuple(others))
+
+    @property
+    def first_of_each(self) -> tuple[Request, ...]:
+        """Of each prompt the first request, once all are there."""
+        return (self.request, *self.others)[:: self.asked.n]
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -345,7 +351,7 @@ class Reply:
         """A piece of an answer."""
         first = number not in self._n_sent
         self._n_made += len(chunk.tokens)
-        text = (self._echoed() if first else "") + chunk.text
+        text = (self._echoed(number) if first else "") + chunk.text
         before = self._n_sent.get(number, 0)
         self._n_sent[number] = before + len(text)
         said = {"text": text} if self._raw else {"delta": ({"role": "assistant"} if first else {}) | {"content": text}}
@@ -368,7 +374,7 @@ class Reply:
         return {**self._head, "object": self._kind(streamed=False), "choices": choices, **self._measured(runs)}
 
     def _whole_choice(self, number: int, run: Run) -> dict[str, Any]:
-        said = {"text": self._echoed() + run.text} if self._raw else {"message": {"role": "assistant", "content": run.text}}
+        said = {"text": self._echoed(number) + run.text} if self._raw else {"message": {"role": "assistant", "content": run.text}}
         told = self._logprobs([one for chunk in run.chunks for one in chunk.logprobs], 0)
         choice: dict[str, Any] = {"index": number, **said, "logprobs": told, "finish_reason": run.finish_reason}
         if self._chat.asked.token_ids:
@@ -381,8 +387,9 @@ class Reply:
             return "text_completion"
         return "chat.completion.chunk" if streamed else "chat.completion"
 
-    def _echoed(self) -> str:
-        return self._chat.request.prompt or "" if self._chat.echo else ""
+    def _echoed(self, number: int) -> str:
+        """What comes before an answer: its prompt, where that is wanted."""
+        return self._chat.first_of_each[number // self._chat.asked.n].prompt or "" if self._chat.echo else ""
 
     def _logprobs(self, told: Sequence[TokenLogprob], n_before: int) -> dict[str, Any] | None:
         """Of tokens behind so many characters of their choice; None where nobody asked."""
@@ -398,10 +405,11 @@ class Reply:
         return {**self._head, "object": self._kind(streamed=True), "choices": [choice], **usage}
 
     def _measured(self, runs: Sequence[Run]) -> dict[str, Any]:
-        """Usage of all answers; of the first, what kind of run it was, and on demand its own record, from when it was queued."""
-        first = runs[0]
-        usage: dict[str, Any] = _usage(first.n_prompt, sum(len(run.tokens) for run in runs))
-        usage["prompt_tokens_details"] = {"cached_tokens": first.trace.counts.get("cache: prefix tokens found", 0)}
+        """Usage of all answers, each prompt once; of the first, what kind of run it was, and on demand its own record."""
+        first, prompts = runs[0], runs[:: self._chat.asked.n]
+        usage: dict[str, Any] = _usage(sum(run.n_prompt for run in prompts), sum(len(run.tokens) for run in runs))
+        cached = sum(run.trace.counts.get("cache: prefix tokens found", 0) for run in prompts)
+        usage["prompt_tokens_details"] = {"cached_tokens": cached}
         ours: dict[str, Any] = {"kind": first.kind}
         if self._chat.asked.trace:
             ours["run"] = first.to_record()

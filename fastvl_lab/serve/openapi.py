@@ -93,7 +93,11 @@ CHAT = _object(["messages"], messages=_MESSAGES, **_PIXELS, **_ANY, **_LOGPROBS)
 COMPLETION = _object(
     ["prompt"],
     prompt={
-        "anyOf": [{"type": "string", "minLength": 1}, {"type": "array", "minItems": 1, "maxItems": 1, "items": {"type": "string"}}]
+        "anyOf": [
+            {"type": "string", "minLength": 1},
+            {"type": "array", "minItems": 1, "maxItems": MAX_ANSWERS, "items": {"type": "string", "minLength": 1}},
+        ],
+        "description": "of several texts each has its answers, prompt by prompt in the list of choices",
     },
     echo=_maybe("boolean", description="the prompt comes before the answer"),
     suffix={"type": ["string", "null"], "maxLength": 0},
