@@ -51,6 +51,8 @@ _IGNORED = (
     *("parallel_tool_calls", "prediction", "request_id", "rid", "session_id", "include_reasoning", "separate_reasoning"),
     *("stream_reasoning", "length_penalty", "spaces_between_special_tokens", "include_stop_str_in_output", "cache_salt"),
 )
+# Of a body, what passes beside that which is read: with these values alone, or, where there are none, whatever it is.
+PASSING: dict[str, tuple[Any, ...]] = {**_NEUTRAL, **dict.fromkeys(_IGNORED, ())}
 # What every completion has: OpenAI's fields, then vLLM's and this server's own.
 READ = (
     *("model", "max_tokens", "max_completion_tokens", "stream", "stream_options"),
@@ -155,14 +157,22 @@ def read(data: Mapping[str, Any], served: Served, settings: Settings) -> Draft:
 
 
 def json_object(body: bytes) -> dict[str, Any]:
-    """The object that a body is, without its nulls, which say nothing; raises `RequestError`."""
+    """The object that a body is, without its nulls, which say nothing, and a 16.0 as 16: JSON has one kind of number.
+
+    Raises `RequestError`.
+    """
     try:
         data = json.loads(body)
     except (ValueError, RecursionError) as error:
         raise RequestError(f"the body is no JSON: {shortened(str(error))}") from None
     if not isinstance(data, dict):
         raise RequestError(f"the body is a JSON {type(data).__name__}; it must be an object")
-    return {name: value for name, value in data.items() if value is not None}
+    return {name: _whole(value) for name, value in data.items() if value is not None}
+
+
+def _whole(value: Any) -> Any:
+    """A float that is a whole number as an int, and anything else as it is."""
+    return int(value) if isinstance(value, float) and value.is_integer() else value
 
 
 def check_model(data: Mapping[str, Any], served: Served) -> None:

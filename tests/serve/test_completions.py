@@ -102,6 +102,14 @@ def test_a_text_that_cannot_be_completed_is_refused_by_name(server: Any, change:
         raise RequestError(answer.json()["error"]["message"])
 
 
+def test_a_whole_number_may_be_written_as_a_float(server: Any) -> None:
+    """JSON has one kind of number, and its schemas call 3.0 an integer."""
+    whole, written = (_post(server, "/v1/completions", prompt="a", max_tokens=n, ignore_eos=True).json() for n in (3, 3.0))
+    assert whole["choices"] == written["choices"]
+    answer = _post(server, "/v1/completions", prompt="a", max_tokens=3.5)
+    assert answer.json()["error"]["message"].startswith("max_tokens is 3.5; it must be a whole number")
+
+
 def test_a_prompt_may_stand_in_a_list(server: Any) -> None:
     one, listed = (_post(server, "/v1/completions", prompt=prompt, max_tokens=3).json() for prompt in ("a", ["a"]))
     assert one["choices"] == listed["choices"]
@@ -214,8 +222,9 @@ def test_the_description_knows_the_fields_that_are_read(server: Any) -> None:
         for path, place in described["paths"].items()
         if "post" in place
     }
-    assert set(bodies["/v1/chat/completions"]["properties"]) == {*chat.OWN, *chat.READ}
-    assert set(bodies["/v1/completions"]["properties"]) == {*completions.OWN, *chat.READ}
+    assert set(bodies["/v1/chat/completions"]["properties"]) == {*chat.OWN, *chat.READ, *chat.PASSING}
+    assert set(bodies["/v1/completions"]["properties"]) == {*completions.OWN, *chat.READ, *chat.PASSING}
+    assert bodies["/v1/completions"]["properties"]["model"]["enum"] == [MODEL, None]
     text, of_chat = bodies["/tokenize"]["anyOf"]
     assert set(text["properties"]) == set(completions.OF_TEXT)
     assert set(of_chat["properties"]) == set(completions.OF_CHAT)

@@ -60,7 +60,7 @@ MESSAGE = _object(
 MESSAGES = st.lists(st.one_of(st.just({"role": "user", "content": "hi"}), SAID, MESSAGE), min_size=1, max_size=2)
 FIELDS = (*chat.READ, "response_format", "tools", "echo", "top_logprobs", "suffix", "user")
 CHAT = _body((*FIELDS, *chat.OF_IMAGES), messages=MESSAGES)
-TEXT = _body(FIELDS, prompt=st.one_of(TEXTS, st.lists(TEXTS, max_size=3)))
+TEXT = _body(FIELDS, prompt=st.one_of(TEXTS, st.lists(st.text(min_size=1, max_size=8), min_size=1, max_size=3)))
 TOKENIZE = st.one_of(_body(completions.OF_TEXT, prompt=TEXTS), _body(completions.OF_CHAT, messages=MESSAGES))
 DETOKENIZE = _body(completions.OF_TOKENS, tokens=st.lists(st.integers(-1, 400), max_size=5))
 BODIES = {"/v1/chat/completions": CHAT, "/v1/completions": TEXT, "/tokenize": TOKENIZE, "/detokenize": DETOKENIZE}
