@@ -266,7 +266,7 @@ def _limits(data: Mapping[str, Any]) -> dict[str, Any]:
 
 def flag(data: Mapping[str, Any], name: str) -> bool:
     """A field that is true or false, and false where it is not there; raises `RequestError`."""
-    value = data.get(name) or False
+    value = False if data.get(name) is None else data[name]
     if not isinstance(value, bool):
         raise RequestError(f"{name} is {json.dumps(value)[:80]}; it must be true or false")
     return value
