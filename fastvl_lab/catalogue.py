@@ -311,7 +311,7 @@ class Vit:
             value="packed",
             does=(
                 "they read a second copy, made once a checkpoint, in oneDNN's blocked layout, which torch.compile cannot be given; "
-                "vLLM on a CPU"
+                "small products stay as they are; vLLM on a CPU"
             ),
             needs=_ONEDNN,
             requires=("vit.padding=exact", "capture.vit=eager"),
@@ -480,7 +480,8 @@ class Attention:
             value="packed",
             does=(
                 "of two rows and more, they read a second copy, made once a checkpoint, in oneDNN's blocked layout, which "
-                "torch.compile cannot be given; vLLM on a CPU"
+                "torch.compile cannot be given; oneDNN's product of one row, and the LM head's, reads the first on all threads; "
+                "small products stay as they are; vLLM on a CPU"
             ),
             needs=_ONEDNN,
             requires=("capture.prefill=eager", "capture.decode=eager"),
@@ -710,6 +711,23 @@ class Schedule:
             does="as ahead, and the images of all requests that a step admits go through the tower in one call; SGLang (PR 24013), "
             "vLLM, LMDeploy",
             requires=_CONTINUOUS,
+        ),
+    )
+    tower: str = _toggle(
+        Option(
+            value="whole", does="images go through the vision tower in one step, which all answers under way wait for; vLLM, SGLang"
+        ),
+        Option(
+            value="by_blocks",
+            does="a step computes so many of the tower's blocks as its budget of tokens is worth; pieces of prompts, for images; "
+            "the lab's own",
+            requires=(
+                "schedule.prefill=chunked",
+                "schedule.vision=inline|ahead",
+                "vit.tower=lean",
+                "capture.vit=eager",
+                "capture.shapes=exact",
+            ),
         ),
     )
     order: str = _toggle(

@@ -516,6 +516,11 @@ ELSEWHERE: Mapping[str, Elsewhere] = {
             batched="default; of prompts that are computed together",
         ),
     ),
+    "schedule.tower": Elsewhere(
+        vllm=_has("vllm/v1/core/sched/scheduler.py (_try_schedule_encoder_inputs)", whole="default"),
+        sglang=_has("sglang/srt/managers/mm_schedule.py", whole="default"),
+        lmdeploy=_has(_L_QWEN, whole="default"),
+    ),
     "schedule.order": Elsewhere(
         vllm=_has(
             "vllm/v1/core/sched/request_queue.py", fifo="default", rest="--scheduling-policy priority takes its order from requests"

@@ -195,6 +195,7 @@ def _is_the_labs_own(node: ast.Attribute) -> bool:
         ("checkpoint", "image_token_id"),
         ("self.checkpoint", "image_token_id"),
         ("decoder.weights", "lm_head"),
+        ("weights", "lm_head"),
     }
 
 

@@ -14,7 +14,9 @@ from fastvl_lab.capture.graphs import Graphs, GraphStore
 from fastvl_lab.capture.shapes import Size, keys_of_a_step, size_of, sizes_up_to
 from fastvl_lab.capture.stages import (
     Encoder,
+    EncoderInParts,
     FirstTokenInputs,
+    InParts,
     Kv,
     PrefillInputs,
     SlotTable,
@@ -102,6 +104,12 @@ class Stages:
         n_visual = len(pixels.patches) // self._patches_of_one
         embeds, *deepstack = (part[:n_visual] for part in self._vit(inputs, tracer))
         return VisionTokens(embeds=embeds, deepstack=tuple(deepstack))
+
+    def encode_in_parts(self, pixels: Pixels, tracer: Tracer) -> InParts:
+        """Patches to visual tokens, some blocks at a time; of an eager tower on shapes as they are."""
+        assert self._size is None
+        assert isinstance(self._vit, Eager)
+        return cast(EncoderInParts, self._encoder).in_parts(self._encoder.inputs(pixels, tracer, None))
 
     def prefill(
         self, hidden: torch.Tensor, prompt: Prompt, vision: VisionTokens | None, kv: KvCache, tracer: Tracer

@@ -29,6 +29,25 @@ class Encoder(Protocol):
     def forward(self, inputs: Any, inner: Inner) -> VisionTokens: ...
 
 
+class InParts(Protocol):
+    """A forward of the tower that stops between blocks; n_left: blocks that are still to come, of n_blocks."""
+
+    @property
+    def n_blocks(self) -> int: ...
+
+    @property
+    def n_left(self) -> int: ...
+
+    def go_on(self, n: int, inner: Inner) -> VisionTokens | None:
+        """Through the next n blocks; with the last of them come the visual tokens."""
+
+
+class EncoderInParts(Encoder, Protocol):
+    """The lean tower, which alone can be stopped."""
+
+    def in_parts(self, inputs: Any) -> InParts: ...
+
+
 class Kv(Protocol):
     """Where a forward's keys and values are: a `KvTable`, or a cache itself."""
 

@@ -12,7 +12,6 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol, TypeVar
 
 import torch
-import torch.nn.functional as F
 from torch.nn.attention import SDPBackend
 
 from fastvl_lab.decoder.segments import Segments
@@ -162,4 +161,4 @@ def run_layers(
 def logits_of(hidden: torch.Tensor, decoder: Decoder) -> torch.Tensor:
     """Final norm and LM head on [B, hidden], one row a sequence: float32 [B, vocab]."""
     _, x = decoder.operations.add_norm(hidden, None, decoder.weights.norm)
-    return F.linear(x, decoder.weights.lm_head).float()
+    return product(x, decoder.weights.lm_head).float()

@@ -27,7 +27,7 @@ class Layer(StockLayer):
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class DecoderWeights:
-    """The decoder's parameters and what its geometry decides; embed, lm_head: [vocab, hidden], one tensor when tied.
+    """The decoder's parameters and what its geometry decides; embed, lm_head's weight: [vocab, hidden], one tensor when tied.
 
     packed: where packed copies of the checkpoint's weights are kept.
     """
@@ -35,7 +35,7 @@ class DecoderWeights:
     layers: tuple[Layer, ...]
     embed: torch.Tensor
     norm: torch.Tensor
-    lm_head: torch.Tensor
+    lm_head: Linear
     eps: float
     n_heads: int
     n_kv_heads: int
@@ -60,7 +60,7 @@ def decoder_weights(checkpoint: Checkpoint) -> DecoderWeights:
         layers=tuple(_layer(layer) for layer in text.layers),
         embed=text.embed,
         norm=text.norm,
-        lm_head=text.head.weight,
+        lm_head=Linear(text.head.weight, text.head.bias),
         eps=config.rms_norm_eps,
         n_heads=config.num_attention_heads,
         n_kv_heads=config.num_key_value_heads,
@@ -71,7 +71,10 @@ def decoder_weights(checkpoint: Checkpoint) -> DecoderWeights:
 
 
 def with_packed(weights: DecoderWeights, *names: str) -> DecoderWeights:
-    """The same with these projections of every layer packed too; of the LM head, which reads a row a sequence, there is no copy."""
+    """The same with these projections of every layer packed too.
+
+    The LM head has a row a sequence, which gains little by the layout: oneDNN reads the checkpoint's own.
+    """
 
     def packed(linear: Linear) -> Linear:
         return linear._replace(packed=weights.packed.of(linear.weight))
@@ -80,7 +83,8 @@ def with_packed(weights: DecoderWeights, *names: str) -> DecoderWeights:
         changes: dict[str, Any] = {name: packed(getattr(layer, name)) for name in names}
         return replace(layer, **changes)
 
-    return replace(weights, layers=tuple(map(of_layer, weights.layers)))
+    head = weights.lm_head._replace(packed=weights.lm_head.weight)
+    return replace(weights, layers=tuple(map(of_layer, weights.layers)), lm_head=head)
 
 
 def product(x: torch.Tensor, linear: Linear) -> torch.Tensor:

@@ -10,7 +10,7 @@ import torch
 
 
 class Linear(NamedTuple):
-    """A projection: weight [out, in], bias [out] or None, and the weight once more as `kernels.packed` has it, or None."""
+    """A projection: weight [out, in], bias [out] or None, and the weight as `kernels.packed` reads it, or None."""
 
     weight: torch.Tensor
     bias: torch.Tensor | None

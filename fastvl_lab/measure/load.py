@@ -194,8 +194,14 @@ def _values(run: Run, of: Measure) -> Iterator[float]:
 
 
 def _step(data: Mapping[str, Any]) -> Step:
-    pairs = {name: tuple((number, n) for number, n in data[name]) for name in ("admitted", "prefilled")}
-    numbers = {name: tuple(data.get(name, ())) for name in ("decoded", "preempted")}  # older records have none of the latter
+    if "encoded" not in data:  # older records have patches with who was admitted
+        data = {
+            **data,
+            "admitted": [number for number, _ in data["admitted"]],
+            "encoded": [pair for pair in data["admitted"] if pair[1]],
+        }
+    pairs = {name: tuple((number, n) for number, n in data[name]) for name in ("encoded", "prefilled")}
+    numbers = {name: tuple(data.get(name, ())) for name in ("admitted", "decoded", "preempted")}  # and nobody who gave way
     return Step(**{**data, **pairs, **numbers})
 
 

@@ -12,6 +12,7 @@ import torch
 from fastvl_lab.cache import BoundCache, Place
 from fastvl_lab.capture import Stages
 from fastvl_lab.capture.execute import Capture
+from fastvl_lab.capture.stages import InParts
 from fastvl_lab.checkpoint import Checkpoint
 from fastvl_lab.decoder.layers import Decoder
 from fastvl_lab.decoder.sampler import Sampler
@@ -40,7 +41,8 @@ class Bound(Protocol):
 class InFlight:
     """A request on its way. Each method is a stage or some; they are called in the order in which they stand.
 
-    pixels: of the images that are still to go through the vision tower. seen: what a loop had done for all requests when this one
+    pixels: of the images that are still to enter the vision tower. awaits_tower: whether they are to go through it by parts, or on
+    their way, so that its prompt is not there yet. seen: what a loop had done for all requests when this one
     had its last turn. number_admitted: how many it had admitted before this one came first.
     """
 
@@ -51,6 +53,8 @@ class InFlight:
         self._place: Place | None = None
         self._first_place: Place | None = None
         self.pixels: Pixels | None = None
+        self._in_tower: InParts | None = None
+        self.awaits_tower = False
         self._hidden: torch.Tensor | None = None
         self._merged: Prompt | None = None  # whose embeddings it is
         self._vision: VisionTokens | None = None
@@ -74,8 +78,11 @@ class InFlight:
 
     @property
     def n_left(self) -> int:
-        """Tokens of the prompt that are still to be computed."""
-        return self._rest.n_tokens - self._n_done
+        """Tokens that are still to be computed: of the prompt, or before it of its images, a share of them a block of the tower."""
+        if not self.awaits_tower:
+            return self._rest.n_tokens - self._n_done
+        tower = self._in_tower
+        return self._n_visual if tower is None else -(-self._n_visual * tower.n_left // tower.n_blocks)
 
     @property
     def place(self) -> Place:
@@ -155,15 +162,18 @@ class InFlight:
             self.pixels = self._bound.images.make(opened.only(to_make), self.tracer.span)
 
     def look_again(self) -> None:
-        """Others have made visual tokens since it was admitted, of images that it shows too."""
+        """Others may have made visual tokens since it was admitted, of images that it shows too."""
+        to_make = self.place.to_make
         self.place.look()
-        self._make_pixels()
+        if self.place.to_make != to_make:
+            self._make_pixels()
 
     def give_way(self) -> None:
         """Leave the caches in the middle of its way; it is to be admitted again, and goes on where it was."""
         self.place.keep(self.answer.tokens[self._n_told :])
         self.place.close()
-        self._place = self.pixels = None
+        self._place = self.pixels = self._in_tower = None
+        self.awaits_tower = False
         self._hidden = self._merged = self._vision = None
         self.tracer.count("schedule: preempted")
 
@@ -185,7 +195,44 @@ class InFlight:
             with span("vit"):
                 made = self._bound.stages.encode(self.pixels, self.tracer)
         self.pixels = None
-        with span("merge"):
+        self._merge(made, images, end)
+
+    def await_tower(self) -> None:
+        """Its images are to go through the tower by `encode_part`; without images its prompt is there already."""
+        if self.pixels is None:
+            self._merge(None)
+        else:
+            self.awaits_tower, self._n_visual = True, _visual_tokens(self.pixels)
+
+    def encode_part(self, n: int) -> int:
+        """So many of the tower's blocks as n tokens are worth, and one at least. Returns how many patches count for them."""
+        n_patches = 0
+        if self._in_tower is None:
+            self.look_again()
+            if self.pixels is not None:
+                self._enter_tower(self.pixels)
+        tower, made = self._in_tower, None
+        if tower is not None:
+            before = self._patches_to_come(tower)
+            n_blocks = min(max(n * tower.n_blocks // self._n_visual, 1), tower.n_left)
+            with self.tracer.span("vit"):
+                made = tower.go_on(n_blocks, self.tracer.inner)
+            n_patches = before - self._patches_to_come(tower)
+        if tower is None or made is not None:
+            self.awaits_tower, self._in_tower = False, None
+            self._merge(made)
+        return n_patches
+
+    def _patches_to_come(self, tower: InParts) -> int:
+        return self._n_visual * self._bound.checkpoint.merge_size**2 * tower.n_left // tower.n_blocks
+
+    def _enter_tower(self, pixels: Pixels) -> None:
+        with self.tracer.span("vit"):
+            self._in_tower = self._bound.stages.encode_in_parts(pixels, self.tracer)
+        self.pixels, self._n_visual = None, _visual_tokens(pixels)
+
+    def _merge(self, made: VisionTokens | None, images: range | None = None, end: int | None = None) -> None:
+        with self.tracer.span("merge"):
             self._vision = self.place.visual_tokens(made, images)
             self._merged = self._rows(self._n_done, self._rest.n_tokens if end is None else end)
             self._hidden = merge(self._merged, self._vision, self._bound.decoder.weights.embed)
@@ -325,3 +372,7 @@ class InFlight:
         """Give its place back, if it has one."""
         if self._place is not None:
             self._place.close()
+
+
+def _visual_tokens(pixels: Pixels) -> int:
+    return sum(shape.visual_tokens for shape in pixels.shapes)

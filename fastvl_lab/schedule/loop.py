@@ -37,14 +37,15 @@ _ANCHORED = 60
 class Step:
     """What a step did, and when (`time.perf_counter_ns`), by the numbers of jobs.
 
-    admitted: whose images and prompt it took in, and patches that went through the tower; prefilled: tokens of whose prompt;
-    decoded: whose answers it made longer; preempted: who gave way, for want of cache blocks, and is to be admitted again; waiting:
-    how many requests were not admitted yet, or not again.
+    admitted: whose images and prompt it took in; encoded: patches of whose images went through the tower, where some of its blocks
+    count as that share of the patches; prefilled: tokens of whose prompt; decoded: whose answers it made longer; preempted: who
+    gave way, for want of cache blocks, and is to be admitted again; waiting: how many requests were not admitted yet, or not again.
     """
 
     start_ns: int
     end_ns: int
-    admitted: tuple[tuple[int, int], ...] = ()
+    admitted: tuple[int, ...] = ()
+    encoded: tuple[tuple[int, int], ...] = ()
     prefilled: tuple[tuple[int, int], ...] = ()
     decoded: tuple[int, ...] = ()
     preempted: tuple[int, ...] = ()
@@ -68,7 +69,7 @@ def one_at_a_time(run: Callable[[Job], Outcome], device: torch.device, inbox: In
         except Exception as error:
             ended = error
         job.end(ended)
-        on_step(Step(start_ns=start_ns, end_ns=time.perf_counter_ns(), admitted=((job.number, 0),), waiting=len(waiting)))
+        on_step(Step(start_ns=start_ns, end_ns=time.perf_counter_ns(), admitted=(job.number,), waiting=len(waiting)))
         waiting += inbox.take(wait=lingers and not waiting)
 
 
@@ -129,14 +130,15 @@ class Loop:
         try:
             while self._arrive(inbox, lingers):
                 start_ns = time.perf_counter_ns()
-                admitted, prefilled = self._prompts()
+                admitted, encoded, prefilled = self._prompts()
                 preempted = self._make_room()
                 decoded = self._decode()
-                if admitted or prefilled or preempted or decoded:
+                if admitted or encoded or prefilled or preempted or decoded:
                     step = Step(
                         start_ns=start_ns,
                         end_ns=time.perf_counter_ns(),
                         admitted=tuple(admitted),
+                        encoded=tuple(encoded),
                         prefilled=tuple(prefilled),
                         decoded=tuple(decoded),
                         preempted=tuple(preempted),
@@ -175,14 +177,18 @@ class Loop:
             self._turn(flight, None, opened.result, then=self._waiting)
         return bool(busy or come or self._opening or self._waiting)
 
-    def _prompts(self) -> tuple[list[tuple[int, int]], list[tuple[int, int]]]:
-        """Admit whom there is room for, and compute as much of prompts as a step may."""
-        admitted: list[tuple[int, int]] = []
+    def _prompts(self) -> tuple[list[int], list[tuple[int, int]], list[tuple[int, int]]]:
+        """Admit whom there is room for, and compute as much of images and prompts as a step may."""
+        admitted: list[int] = []
+        encoded: list[tuple[int, int]] = []
         prefilled: list[tuple[int, int]] = []
-        n_decoding = len(self._decoding)
-        while (left := self._policy.left(n_decoding, sum(n for _, n in prefilled))) is None or left > 0:
+        n_decoding, n_taken = len(self._decoding), 0
+        while (left := self._policy.left(n_decoding, n_taken)) is None or left > 0:
             for flight, n in pieces(self._prefilling, left):
-                if self._turn(flight, "waiting", partial(flight.prefill, n)):
+                n_taken += n
+                if flight.awaits_tower:
+                    self._turn(flight, "waiting", partial(_encode_part, flight, n, encoded))
+                elif self._turn(flight, "waiting", partial(flight.prefill, n)):
                     flight.note_captures()
                     prefilled.append((flight.job.number, n))
                     if flight.n_left == 0:
@@ -190,11 +196,13 @@ class Loop:
                         self._first_token(flight)
             if self._prefilling:  # the step is full
                 break
-            come = self._admit(self._policy.left(n_decoding, sum(n for _, n in prefilled)))
+            come = self._admit(self._policy.left(n_decoding, n_taken))
             if not come:
                 break
-            admitted += [(flight.job.number, flight.n_patches) for flight in come]
-        return admitted, prefilled
+            admitted += [flight.job.number for flight in come]
+            if not self._policy.stops_in_tower:
+                encoded += [(flight.job.number, flight.n_patches) for flight in come if flight.n_patches > 0]
+        return admitted, encoded, prefilled
 
     def _admit(self, left: int | None) -> list[InFlight]:
         """The next to begin, if there is one, and room for it; where images are packed, as many as fill the rest of the step."""
@@ -228,7 +236,11 @@ class Loop:
         return self._turn(flight, waited, flight.admit, then=self._prefilling)
 
     def _encode(self, flights: Sequence[InFlight]) -> None:
-        """Images to visual tokens, of several requests in one call, and these into the prompts."""
+        """Images to visual tokens, of several requests in one call, and these into the prompts; or by parts later."""
+        if self._policy.stops_in_tower:
+            for flight in flights:
+                self._turn(flight, "waiting", flight.await_tower)
+            return
         made = self._encode_packed([flight for flight in flights if flight.pixels is not None and self._turn(flight, "waiting")])
         for flight in flights:
             if flight in self._prefilling and self._turn(flight, "waiting", partial(flight.encode, made.get(flight))):
@@ -366,6 +378,10 @@ class Loop:
                 group.remove(flight)
         flight.close()
         flight.job.end(error)
+
+
+def _encode_part(flight: InFlight, n: int, encoded: list[tuple[int, int]]) -> None:
+    encoded.append((flight.job.number, flight.encode_part(n)))
 
 
 def _open_and_unpack(flight: InFlight) -> None:

@@ -36,7 +36,7 @@ class Waits(Admitted, Protocol):
 
 
 class Prefills(Protocol):
-    """A request whose prompt is being computed, and how many tokens of it are left."""
+    """A request that is being computed up to its first token, and how many tokens are left, of its images or then of its prompt."""
 
     @property
     def n_left(self) -> int: ...
@@ -52,13 +52,15 @@ class Policy:
     """The slot's toggles as a step reads them.
 
     budget: tokens of a step, None where prompts are computed whole. packs_images: whether images of requests that are admitted in
-    one step go through the vision tower in one call.
+    one step go through the vision tower in one call. stops_in_tower: whether the tower's blocks count, and end a step that has its
+    budget.
     """
 
     max_batch: int
     budget: int | None
     order: Order
     packs_images: bool = False
+    stops_in_tower: bool = False
 
     @classmethod
     def of(cls, slot: Schedule) -> Policy:
@@ -67,7 +69,13 @@ class Policy:
         orders: dict[str, Order] = {"fifo": "fifo", "shortest_first": "shortest_first"}
         budget = {"whole": None, "chunked": slot.budget}[slot.prefill]
         packs_images = {"inline": False, "ahead": False, "batched": True}[slot.vision]
-        return cls(max_batch=slot.max_batch, budget=budget, order=orders[slot.order], packs_images=packs_images)
+        return cls(
+            max_batch=slot.max_batch,
+            budget=budget,
+            order=orders[slot.order],
+            packs_images=packs_images,
+            stops_in_tower={"whole": False, "by_blocks": True}[slot.tower],
+        )
 
     def next(self, waiting: Sequence[W], now: float) -> W:
         """Whom of those who wait, in the order in which they came, to admit; now: seconds. Who gave way is before all others."""
@@ -97,7 +105,7 @@ def _age(one: Admitted) -> int:
 
 
 def pieces(prefilling: Sequence[P], left: int | None) -> list[tuple[P, int]]:
-    """Which requests' prompts a step computes, and how many tokens of each: those admitted first, to their end if there is room."""
+    """Which requests a step computes, and how many tokens of each: those admitted first, to their end if there is room."""
     found: list[tuple[P, int]] = []
     for one in prefilling:
         n = one.n_left if left is None else min(one.n_left, left)

@@ -23,7 +23,7 @@ _MOST_BARS = 6_000  # a browser draws so many in about a second
 _PIXELS = 1_500  # of a figure's width
 _ROWS_PIXELS = 700  # of all requests, where that is not too little for one, unless a caller says so
 _FEW_STEPS = 150  # between which lines are drawn
-_ADMISSION = ("admit", "decode_image", "preprocess", "upload", "vit", "merge")
+_ADMISSION = ("admit", "decode_image", "preprocess", "upload")
 
 
 class _Bar(NamedTuple):
@@ -91,7 +91,7 @@ def _lanes(steps: Sequence[Step], x: Axis) -> Iterator[Panel]:
     lanes = {
         "prompt tokens of each step": ("prefill", [sum(n for _, n in step.prefilled) for step in steps]),
         "decode rows": ("decode", [len(step.decoded) for step in steps]),
-        "patches": ("vit", [sum(n for _, n in step.admitted) for step in steps]),
+        "patches": ("vit", [sum(n for _, n in step.encoded) for step in steps]),
     }
     for title, (stage, values) in lanes.items():
         if any(values):
@@ -170,7 +170,7 @@ class _Work:
     def meanwhile(self, number: int, step: Step, start: int, end: int) -> Step:
         """What of a step was done for others than this request between two times (ns); of one that failed, all that it did."""
         start, end = max(start, step.start_ns), min(end, step.end_ns)
-        whole = not step.prefilled and not step.decoded  # one at a time: a step is a whole answer
+        whole = not (step.encoded or step.prefilled or step.decoded)  # one at a time: a step is a whole answer
 
         def was(other: int, kind: str) -> bool:
             if other == number or whole or other in self._failed:
@@ -180,7 +180,8 @@ class _Work:
 
         return replace(
             step,
-            admitted=tuple(pair for pair in step.admitted if was(pair[0], "admitted")),
+            admitted=tuple(other for other in step.admitted if was(other, "admitted")),
+            encoded=tuple(pair for pair in step.encoded if was(pair[0], "vit")),
             prefilled=tuple(pair for pair in step.prefilled if was(pair[0], "prefill")),
             decoded=tuple(other for other in step.decoded if was(other, "decode")),
         )
@@ -188,7 +189,7 @@ class _Work:
 
 def _of_steps(steps: Mapping[int, Step]) -> str:
     """Which steps did what, by their numbers."""
-    busy = {number: step for number, step in steps.items() if step.admitted or step.prefilled or step.decoded}
+    busy = {number: step for number, step in steps.items() if step.admitted or step.encoded or step.prefilled or step.decoded}
     if not busy:
         return "meanwhile requests were taken in or tokens sent"
     first, last = min(busy), max(busy)
@@ -199,8 +200,8 @@ def _of_steps(steps: Mapping[int, Step]) -> str:
 
 def _in_words(*steps: Step) -> str:
     """What steps did together: whose prompts, how many tokens and patches, how many rows were decoded, and who gave way."""
-    prompts = [number for step in steps for number, _ in (*step.admitted, *step.prefilled)]
-    n_tokens, n_patches = sum(n for step in steps for _, n in step.prefilled), sum(n for step in steps for _, n in step.admitted)
+    prompts = [number for step in steps for number in (*step.admitted, *(one for one, _ in (*step.encoded, *step.prefilled)))]
+    n_tokens, n_patches = sum(n for step in steps for _, n in step.prefilled), sum(n for step in steps for _, n in step.encoded)
     n_rows = sum(len(step.decoded) for step in steps)
     found = [f"{'prompts' if n_tokens or n_rows else 'all'} of {_listed(prompts)}"] if prompts else []
     counted = ((n_tokens, "prompt tokens"), (n_patches, "patches"), (n_rows, "decode rows" if n_rows > 1 else "decode row"))

@@ -61,6 +61,40 @@ class LeanEncoder:
         with self.attention.on(inputs.patches.device):
             return lean.encode(inputs.patches, inputs.plan, self.tower, self.patch_embed, self.attention, inner)
 
+    def in_parts(self, inputs: TowerInputs) -> TowerInParts:
+        """The same forward, to be gone through some blocks at a time."""
+        return TowerInParts(self, inputs)
+
+
+class TowerInParts:
+    """A forward of the lean tower that stops between blocks, so that others are served before it goes on."""
+
+    def __init__(self, encoder: LeanEncoder, inputs: TowerInputs) -> None:
+        self._encoder, self._inputs = encoder, inputs
+        self._passage: lean.Passage | None = None
+        self._n_done = 0
+
+    @property
+    def n_blocks(self) -> int:
+        """Of the tower."""
+        return len(self._encoder.tower.blocks)
+
+    @property
+    def n_left(self) -> int:
+        """Blocks that are still to come."""
+        return self.n_blocks - self._n_done
+
+    def go_on(self, n: int, inner: Inner) -> VisionTokens | None:
+        """Through the next n blocks; with the last of them come the visual tokens."""
+        encoder, inputs = self._encoder, self._inputs
+        tower, plan = encoder.tower, inputs.plan
+        with encoder.attention.on(inputs.patches.device):
+            passage = self._passage or lean.enter(inputs.patches, plan, encoder.patch_embed, inner)
+            blocks = range(self._n_done, self._n_done + n)
+            self._passage = lean.go_on(passage, blocks, plan, tower, encoder.attention, inner)
+            self._n_done += n
+            return None if self.n_left > 0 else lean.leave(self._passage, plan, tower)
+
 
 def bind(
     slot: Vit, checkpoint: Checkpoint, patch_format: PatchFormat, *, compiled: bool = False

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -90,6 +91,14 @@ def _followed(order: torch.Tensor | None, n: int) -> torch.Tensor | None:
     return None if order is None else torch.cat([order, torch.arange(len(order), n, device=order.device)])
 
 
+class Passage(NamedTuple):
+    """Patches on their way through a tower: hidden [N, hidden], what the block before adds to it or None, DeepStack so far."""
+
+    hidden: torch.Tensor
+    added: torch.Tensor | None
+    deepstack: tuple[torch.Tensor, ...] = ()
+
+
 def encode(
     patches: torch.Tensor,
     plan: Plan,
@@ -99,26 +108,38 @@ def encode(
     inner: Inner,
 ) -> VisionTokens:
     """Patches to visual tokens (and DeepStack features), in the order of the prompt's placeholders; padding stays last."""
-    vision = tower.vision
+    passage = enter(patches, plan, patch_embed, inner)
+    return leave(go_on(passage, range(len(tower.blocks)), plan, tower, attention, inner), plan, tower)
+
+
+def enter(patches: torch.Tensor, plan: Plan, patch_embed: PatchEmbed, inner: Inner) -> Passage:
+    """Patches as the first block takes them."""
     with inner("vit.patch_embed"):
         hidden = patch_embed(patches if plan.order is None else patches.index_select(0, plan.order))  # [N, hidden]
-    added = plan.learned
+    return Passage(hidden, plan.learned)
 
-    deepstack = []
-    for index, (block, full) in enumerate(zip(tower.blocks, vision.full_attention, strict=True)):
+
+def go_on(passage: Passage, blocks: range, plan: Plan, tower: LeanTower, attention: SegmentAttention, inner: Inner) -> Passage:
+    """Through these blocks, which follow those that it has been through."""
+    hidden, added, deepstack = passage
+    for index in blocks:
+        block = tower.blocks[index]
         with inner(f"vit.block.{index}"):
             hidden, normed = block.norm1(hidden, added)
-            q, k, v = tower.rotate(block.qkv(normed), vision.n_heads, plan.cos, plan.sin)
-            attended = attention.attend(q, k, v, plan.frames if full else plan.windows)
+            q, k, v = tower.rotate(block.qkv(normed), tower.vision.n_heads, plan.cos, plan.sin)
+            attended = attention.attend(q, k, v, plan.frames if tower.vision.full_attention[index] else plan.windows)
             hidden, normed = block.norm2(hidden, block.proj(attended))
             added = block.mlp(normed)
         if index in tower.deepstack:
             hidden, added = hidden + added, None
-            deepstack.append(tower.deepstack[index](hidden))
+            deepstack += (tower.deepstack[index](hidden),)
+    return Passage(hidden, added, deepstack)
 
-    if added is not None:
-        hidden = hidden + added
+
+def leave(passage: Passage, plan: Plan, tower: LeanTower) -> VisionTokens:
+    """What the last block made, merged and in the prompt's order."""
+    hidden = passage.hidden if passage.added is None else passage.hidden + passage.added
     embeds = tower.merger(hidden)  # [n_visual, out_hidden]
     if plan.rank is not None:
         embeds = embeds.index_select(0, plan.rank)
-    return VisionTokens(embeds=embeds, deepstack=tuple(deepstack))
+    return VisionTokens(embeds=embeds, deepstack=passage.deepstack)

@@ -308,7 +308,7 @@ def test_what_remains_of_a_prompt_behind_some_tokens() -> None:
 
 def test_the_decoder_copies_no_parameter(lab: Lab) -> None:
     weights, model = decoder_weights(lab.checkpoint), lab.checkpoint.model
-    assert weights.embed is weights.lm_head is model.lm_head.weight
+    assert weights.embed is weights.lm_head.weight is model.lm_head.weight
     text, layer = model.model.language_model, weights.layers[0]
     fused = {id(layer.qkv.weight): text.layers[0].self_attn, id(layer.gate_up.weight): text.layers[0].mlp}
     assert len(fused) == 2

@@ -163,6 +163,8 @@ def test_random_schedules_change_no_token(lab: Lab, name: str, seeds: range, thr
             order=drawn.choice(("fifo", "shortest_first")),
             packs_images=drawn.choice((False, True)),
         )
+        if policy.budget is not None and not policy.packs_images and RECIPES[name].vit.tower == "lean":
+            policy = dataclasses.replace(policy, stops_in_tower=drawn.choice((False, True)))
         loop = _serve(pipeline, policy, ByTurns(arrivals, ends), drawn.choice((None, threads)))
         n_preempted += sum(len(step.preempted) for step in loop.steps)
         assert sorted(ended) == list(range(len(requests))), "every job ends"
@@ -201,9 +203,9 @@ def test_who_was_admitted_last_gives_way_and_goes_on_where_it_was(lab: Lab, reus
     jobs = [_job(number, request, ended, sent=sent) for number, request in enumerate([*requests, late])]
     loop = _serve(pipeline, Policy(max_batch=8, budget=None, order="shortest_first"), ByTurns({0: jobs[:2], 8: jobs[2:]}, {}))
     assert [number for step in loop.steps for number in step.preempted] == [1]
-    assert [number for step in loop.steps for number, _ in step.admitted] == [0, 1, 1, 2], "nobody new is before it"
-    patches = [n for step in loop.steps for number, n in step.admitted if number == 1]
-    assert patches == ([0, 0] if reuse else [patches[0]] * 2), "visual tokens come from the tower, or from where they were kept"
+    assert [number for step in loop.steps for number in step.admitted] == [0, 1, 1, 2], "nobody new is before it"
+    patches = [n for step in loop.steps for number, n in step.encoded if number == 1]
+    assert patches == ([] if reuse else [patches[0]] * 2), "visual tokens come from the tower, or from where they were kept"
     for number in (0, 1):
         assert ended[number].tokens == alone
         assert sent[number] == list(alone), "each token was sent once"
@@ -285,7 +287,7 @@ def test_images_of_requests_that_a_step_admits_share_a_call_of_the_tower(lab: La
     policy = Policy(max_batch=8, budget=None, order="fifo", packs_images=True)
     loop = _serve(pipeline, policy, ByTurns({0: jobs}, {}))
     assert calls == [4]
-    assert [number for number, _ in loop.steps[0].admitted] == [0, 1, 2, 3]
+    assert loop.steps[0].admitted == (0, 1, 2, 3)
     assert [ended[number].tokens for number in range(4)] == alone
     vit = [(number, s, e) for number in range(4) for name, s, e in _on_clock(jobs[number]) if name == "vit"]
     assert [number for number, _, _ in vit] == [0, 2, 3]
@@ -311,7 +313,7 @@ def test_a_step_with_a_budget_packs_no_more_images_than_it_would_have_admitted(l
         jobs = [_job(number, _shows(number), ended) for number in range(3)]
         policy = Policy(max_batch=8, budget=100, order="fifo", packs_images=packs_images)
         loop = _serve(pipeline, policy, ByTurns({0: jobs}, {}))
-        admitted.append([[number for number, _ in step.admitted] for step in loop.steps if step.admitted])
+        admitted.append([list(step.admitted) for step in loop.steps if step.admitted])
     assert admitted[0] == admitted[1] == [[0, 1], [2]]
 
 
@@ -333,6 +335,36 @@ def test_pieces_of_a_prompt_wait_for_the_decode_steps_between_them(labs: dict[st
     pieces = names.count("prefill")
     assert pieces > 2
     assert names[: 2 * pieces - 1] == [("prefill", "waiting")[n % 2] for n in range(2 * pieces - 1)]
+
+
+def test_answers_under_way_go_on_between_blocks_of_the_tower(lab: Lab) -> None:
+    """So nobody waits for a whole image; a budget of less than a block is one block; without images there is nothing to stop."""
+    pipeline, ended = _pipeline(lab, RECIPES["fastest, paged"]), dict[int, Any]()
+    requests = [dataclasses.replace(_shows(), max_new_tokens=60), _shows(2, 0)]
+    alone = [_alone(pipeline, request) for request in requests]
+    jobs = [_job(number, request, ended) for number, request in enumerate(requests)]
+    policy = Policy(max_batch=8, budget=2, order="fifo", stops_in_tower=True)
+    loop = _serve(pipeline, policy, ByTurns({0: jobs[:1], 30: jobs[1:]}, {}))
+    assert [ended[number].tokens for number in range(2)] == alone
+    in_tower = [step for step in loop.steps if step.encoded]
+    n_blocks = len(lab.checkpoint.vision.blocks)
+    assert len(in_tower) == n_blocks
+    assert all(step.decoded == (0,) for step in in_tower)
+    assert not any(step.prefilled for step in in_tower), "a prompt follows its images"
+    grids = open_images(requests[1], lab.checkpoint).grids
+    assert sum(n for step in in_tower for _, n in step.encoded) == sum(grid.n_patches for grid in grids)
+    assert [name for name, _, _ in _on_clock(jobs[1]) if name in ("vit", "waiting")][:4] == ["vit", "vit", "waiting", "vit"]
+
+
+def test_an_image_that_is_in_the_tower_is_not_sent_there_again(lab: Lab) -> None:
+    """Who shows it too waits for it, also where he was admitted while it was on its way."""
+    pipeline, ended = _pipeline(lab, RECIPES["fastest, reuse"]), dict[int, Any]()
+    jobs = [_job(number, _shows(0), ended) for number in range(2)]
+    policy = Policy(max_batch=8, budget=30, order="fifo", stops_in_tower=True)
+    loop = _serve(pipeline, policy, ByTurns({0: jobs[:1], 1: jobs[1:]}, {}))
+    grids = open_images(_shows(0), lab.checkpoint).grids
+    assert sum(n for step in loop.steps for _, n in step.encoded) == grids[0].n_patches
+    assert ended[0].tokens == ended[1].tokens
 
 
 def test_requests_share_steps_and_leave_them_as_they_end(labs: dict[str, Lab]) -> None:

@@ -64,7 +64,7 @@ def test_the_lane_below_is_what_each_step_computed(small: Load) -> None:
     tokens, rows, patches = (trace for trace in view.load_timeline(small).data if trace.xaxis != "x")
     assert list(tokens.y) == [sum(n for _, n in step.prefilled) for step in small.steps]
     assert list(rows.y) == [len(step.decoded) for step in small.steps]
-    assert list(patches.y) == [sum(n for _, n in step.admitted) for step in small.steps]
+    assert list(patches.y) == [sum(n for _, n in step.encoded) for step in small.steps]
     assert sum(rows.y) == sum(len(run.tokens) - 1 for run in small.finished)
     assert sum(tokens.y) == sum(run.n_prompt for run in small.finished)
     for trace in (tokens, rows, patches):
@@ -83,7 +83,8 @@ def test_a_wait_names_the_steps_it_waited_for_and_what_they_did_for_others(run_o
         Step(
             start_ns=0,
             end_ns=50 * MS,
-            admitted=((0, 0), (1, 1600), (2, 4)),
+            admitted=(0, 1, 2),
+            encoded=((1, 1600), (2, 4)),
             prefilled=((0, 9), (1, 400), (2, 7)),
             decoded=(0, 1, 2),
             waiting=1,
@@ -114,7 +115,7 @@ def test_a_wait_names_the_steps_it_waited_for_and_what_they_did_for_others(run_o
 
 def test_one_at_a_time_a_wait_names_the_requests_before_it_and_there_is_no_lane(run_of: Callable[..., Run]) -> None:
     runs = (run_of(("vit", 0, 10)), run_of(("queued", 0, 10), ("vit", 10, 20)), run_of(("queued", 0, 20), ("vit", 20, 30)))
-    steps = [Step(start_ns=10 * n * MS, end_ns=10 * (n + 1) * MS, admitted=((n, 0),)) for n in range(3)]
+    steps = [Step(start_ns=10 * n * MS, end_ns=10 * (n + 1) * MS, admitted=(n,)) for n in range(3)]
     figure = view.load_timeline(_load(*runs, steps=steps))
     assert [data[3] for data in figure.data[0].customdata] == [
         "<br>step 0: all of request 0",

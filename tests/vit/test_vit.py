@@ -237,6 +237,23 @@ def test_segments_see_only_themselves(option: Callable[[torch.dtype], SegmentAtt
     assert changed.tolist() == [8 <= patch < 13 for patch in range(19)]
 
 
+@torch.inference_mode()
+def test_the_lean_tower_may_stop_between_blocks(lab: Lab) -> None:
+    """Beside another image that goes through it too: visual tokens and DeepStack features are those of one go, bit for bit."""
+    encoder = bind(Recipe.fastest().vit, lab.checkpoint, stock_format(lab.checkpoint))
+    several = [_pixels(grids, _patch_dim(lab.checkpoint.model.model.visual)) for grids in ([Grid(1, 4, 6)], [Grid(1, 8, 8)] * 2)]
+    whole = [encoder(pixels, OFF) for pixels in several]
+    parts = [encoder.in_parts(encoder.inputs(pixels, OFF, None)) for pixels in several]
+    n = parts[0].n_blocks
+    assert n == len(lab.checkpoint.vision.blocks) > 1
+    for turn in range(n):
+        made = [part.go_on(1, OFF.inner) for part in parts]
+        assert [part.n_left for part in parts] == [n - turn - 1] * 2
+        assert all((tokens is None) == (turn < n - 1) for tokens in made)
+    for ours, tokens in zip(made, whole, strict=True):
+        assert all(torch.equal(*pair) for pair in zip(ours.parts, tokens.parts, strict=True))
+
+
 def test_the_lean_tower_copies_no_parameter(lab: Lab) -> None:
     visual = lab.checkpoint.model.model.visual
     tower = lean.tower_of(lab.checkpoint, OPERATIONS)
