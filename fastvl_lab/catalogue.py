@@ -13,12 +13,12 @@ import os
 import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, cached_property
 from typing import Any, Literal
 
 import torch
 
-from fastvl_lab.errors import RecipeError
+from fastvl_lab.errors import RecipeError, meant
 from fastvl_lab.kernels.packed import takes
 
 OptionValue = str | int
@@ -764,7 +764,7 @@ class Toggle:
     name: str
     options: tuple[Option, ...]
 
-    @property
+    @cached_property  # every look-up of a toggle compares it
     def path(self) -> str:
         return f"{self.slot}.{self.name}"
 
@@ -813,7 +813,8 @@ def toggle_at(path: str) -> Toggle:
     for toggle in toggles():
         if toggle.path == path:
             return toggle
-    raise RecipeError(f"toggle {path!r} is unknown; the choices are {', '.join(t.path for t in toggles())}")
+    known = [toggle.path for toggle in toggles()]
+    raise RecipeError(f"toggle {path!r} is unknown{meant(path, known)}; the choices are {', '.join(known)}")
 
 
 _PAGE = """\

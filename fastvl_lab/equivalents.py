@@ -88,7 +88,7 @@ def flags(recipe: Recipe | str, engine: str, device: torch.device | str | None =
     """
     if engine not in RELEASES:
         raise RecipeError(f"flags are known of no engine {engine!r}; the choices are {', '.join(RELEASES)}")
-    chosen = Recipe.parse(recipe, device) if isinstance(recipe, str) else recipe
+    chosen = recipe if isinstance(recipe, Recipe) else Recipe.parse(recipe, device)
     rows: list[Flag] = []
     taken: dict[str, tuple[str, Flag]] = {}  # a flag or variable -> its value, and for which toggle
     for toggle in toggles():

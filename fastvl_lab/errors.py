@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import difflib
 import importlib
+import math
 import operator
 import reprlib
-from typing import Any
+from collections.abc import Iterable
+from numbers import Real
+from typing import Any, TypeGuard
 
 
 class FastvlError(ValueError):
@@ -73,6 +77,17 @@ def quoted(value: object, most: int = 80) -> str:
         return shortened(short.repr(value), most)
     except ValueError:  # Python writes no integer of more than some thousand digits
         return f"a {type(value).__name__} that is too long to write"
+
+
+def meant(name: object, known: Iterable[str]) -> str:
+    """The known name that is nearest to one that is not, as an error asks for it; nothing where none is near."""
+    near = difflib.get_close_matches(str(name), known, n=1)
+    return f" (did you mean {near[0]!r}?)" if near else ""
+
+
+def is_number(value: Any) -> TypeGuard[float]:
+    """Whether it is a finite real number, of any type; a bool is none."""
+    return isinstance(value, Real) and not isinstance(value, bool) and -math.inf < value < math.inf  # type: ignore[operator]
 
 
 def check_whole_number(name: str, value: Any, *, least: int = 1) -> None:

@@ -31,7 +31,7 @@ from fastvl_lab.families import FAMILIES, Family
 from fastvl_lab.pipeline import Outcome, Pipeline
 from fastvl_lab.processes.server import Servers
 from fastvl_lab.recipe import Recipe
-from fastvl_lab.request import Chunk, Request, TokenLogprob, check_whole_number
+from fastvl_lab.request import Chunk, Request, TokenLogprob, check_request, check_whole_number
 from fastvl_lab.run import ELSEWHERE, Kind, Run
 from fastvl_lab.schedule.inbox import Inbox, Job
 from fastvl_lab.schedule.loop import OnStep, one_at_a_time, side_by_side
@@ -405,8 +405,7 @@ class Lab:
 
     def _admitted(self, request: Request, engine: EngineLike | None) -> Engine:
         """The engine, where it can be given a request at all."""
-        if not isinstance(request, Request):
-            raise RequestError(f"the request is a {type(request).__name__}; give a fastvl_lab.Request")
+        check_request(request)
         key = self.engine(engine)
         self._check_turn(key)
         return key

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from fastvl_lab import shown
-from fastvl_lab.errors import MissingExtraError, RequestError, require, sentence
+from fastvl_lab.errors import MissingExtraError, RequestError, quoted, require, sentence
 from fastvl_lab.trace import Trace
 from fastvl_lab.whole import write_folder
 
@@ -81,7 +81,7 @@ class Lasting:
 
         Raises `RequestError` where the folder is there, or cannot be written.
         """
-        target = Path(folder).expanduser().absolute()
+        target = _place(folder).absolute()
         if target.exists() and not (replace and (target / RECORD).is_file()):
             raise RequestError(f"{target} is there already; name a new folder{'' if replace else ', or pass replace=True'}")
         try:
@@ -160,7 +160,7 @@ def open(folder: str | Path) -> Any:
 
     Logits are not kept. Raises `RequestError` for a folder that holds no record, one that is not whole, or another version's.
     """
-    path = Path(folder).expanduser()
+    path = _place(folder)
     try:
         entry = _told(path)
         made = getattr(importlib.import_module(_CLASSES[entry.kind]), entry.kind)
@@ -174,7 +174,7 @@ def records(folder: str | Path) -> Records:
 
     One that is damaged, not whole or another program's is skipped with a sentence. Raises `RequestError` where there is no folder.
     """
-    top = Path(folder).expanduser()
+    top = _place(folder)
     if not top.is_dir():
         raise RequestError(f"there is no folder {top}")
     found, skipped = [], []
@@ -186,6 +186,12 @@ def records(folder: str | Path) -> Records:
             except _DAMAGED as error:
                 skipped.append(f"{place} ({sentence(error)})")
     return Records(found=tuple(sorted(found, key=lambda entry: -entry.when)), skipped=tuple(sorted(skipped)))
+
+
+def _place(folder: str | Path) -> Path:
+    if not isinstance(folder, str | Path):
+        raise RequestError(f"the folder is {quoted(folder)}; give its path")
+    return Path(folder).expanduser()
 
 
 def _told(folder: Path) -> Entry:

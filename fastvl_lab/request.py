@@ -127,6 +127,12 @@ class Grid(NamedTuple):
         return self.n_patches // merge_size**2
 
 
+def check_request(request: object) -> None:
+    """Raise `RequestError` for what is none."""
+    if not isinstance(request, Request):
+        raise RequestError(f"the request is a {type(request).__name__}; give a fastvl_lab.Request")
+
+
 @dataclass(frozen=True, kw_only=True)
 class ImageShape:
     """What became of one image's size: unpacked, resized (pixels), its patch grid, and its visual tokens."""

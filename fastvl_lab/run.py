@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -118,6 +118,10 @@ class Run(Lasting):
     def own_spans(self) -> tuple[Span, ...]:
         """`wait`, split as far as the engine tells (`Account.spans`)."""
         return () if self.account is None else self.account.spans(self.trace)
+
+    def without_logits(self, **changes: Any) -> Run:
+        """For whoever holds many: logits may be half a megabyte, of which a slice holds all. changes: of other fields."""
+        return replace(self, logits=self.logits.new_empty(0), **changes)
 
     def waterfall(self) -> go.Figure:
         """The TTFT waterfall as a plotly figure; needs the extra "notebooks"."""

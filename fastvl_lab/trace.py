@@ -21,7 +21,7 @@ from typing import Any, Literal, NamedTuple
 
 import torch
 
-from fastvl_lab.errors import RequestCancelledError
+from fastvl_lab.errors import RequestCancelledError, RequestError
 
 # What times a block or a layer inside a stage, by its name.
 Inner = Callable[[str], AbstractContextManager[None]]
@@ -228,7 +228,7 @@ class Tracer:
         on_stage: Callable[[Span], object] | None = None,
     ) -> None:
         if level not in LEVELS:
-            raise ValueError(f"trace is {level!r}; the choices are {', '.join(LEVELS)}")
+            raise RequestError(f"trace is {level!r}; the choices are {', '.join(LEVELS)}")
         self.level = level
         self.stop = stop or threading.Event()
         self._on_begin, self._on_stage = on_begin, on_stage

@@ -29,7 +29,7 @@ def write_whole(path: Path, data: bytes, *, replace: bool = True) -> bool:
         else:
             os.link(aside, path)
     except FileExistsError:
-        return False
+        return os.stat(aside).st_nlink == 2  # NFS may make the link, lose its answer and refuse the second try (open(2), O_EXCL)
     finally:
         with suppress(OSError):  # gone where it was renamed
             os.unlink(aside)

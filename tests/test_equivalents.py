@@ -104,6 +104,8 @@ def test_an_unknown_engine_and_an_unknown_recipe_name_the_choices() -> None:
         fl.flags("baseline", "trt")
     with pytest.raises(RecipeError, match="the choices are baseline, fastest"):
         fl.flags("quickest", "vllm")
+    with pytest.raises(RecipeError, match="a recipe is given as None"):
+        fl.flags(None, "vllm")  # type: ignore[arg-type]
 
 
 def test_the_page_of_flags_is_what_is_known(repository: Path) -> None:

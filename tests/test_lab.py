@@ -81,6 +81,8 @@ def test_what_no_request_is_is_refused(lab: Lab) -> None:
     for asked in (lab.run, lambda what: next(lab.stream(what))):
         with pytest.raises(RequestError, match=r"the request is a str; give a fastvl_lab.Request"):
             asked("What is this?")
+    with pytest.raises(RequestError, match="trace is 'layer'; the choices are off, stages, layers"):
+        lab.run(Request(prompt="x"), trace="layer")  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("engine", ["fastest", "fastest, streaming.steps_per_round=16, streaming.gate=round"])

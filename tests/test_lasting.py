@@ -191,6 +191,9 @@ def test_a_record_of_options_that_are_no_more_is_one_sentence(folder: Path, tmp_
         fl.open(tmp_path / "none")
     with pytest.raises(RequestError, match="there is no folder"):
         fl.records(tmp_path / "none")
+    for reads in (fl.open, fl.records):
+        with pytest.raises(RequestError, match="the folder is None; give its path"):
+            reads(None)  # type: ignore[arg-type]
 
 
 def _changed(path: Path, **changes: Any) -> None:

@@ -75,7 +75,7 @@ def test_several_toggles_change_at_once_where_one_alone_would_mean_nothing() -> 
     ("data", "says"),
     [
         ({"vision": {}}, r"slot 'vision' is unknown; the choices are preprocessor, vit, attention"),
-        ({"vit": {"towr": "lean"}}, r"toggle 'vit.towr' is unknown; the choices are .*vit.tower"),
+        ({"vit": {"towr": "lean"}}, r"toggle 'vit.towr' is unknown \(did you mean 'vit.tower'\?\); the choices are .*vit.tower"),
         ({"vit": {"tower": "fast"}}, r"vit.tower is 'fast'; the choices are 'transformers', 'lean'"),
         ({"streaming": {"steps_per_round": "1"}}, r"streaming.steps_per_round is '1'; the choices are 1, 2, 16"),
         ({"streaming": {"steps_per_round": True}}, r"streaming.steps_per_round is True; the choices are 1, 2, 16"),

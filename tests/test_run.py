@@ -60,6 +60,13 @@ def test_a_run_survives_its_record(run: Run) -> None:
     assert again.recipe == run.recipe
 
 
+def test_of_runs_without_logits_many_can_be_kept(run: Run) -> None:
+    assert run.logits.untyped_storage().nbytes() > 0
+    kept = run.without_logits()
+    assert kept.logits.untyped_storage().nbytes() == 0
+    assert kept.tokens == run.tokens
+
+
 def test_tpot_counts_the_tokens_after_the_first_chunk(run: Run) -> None:
     import dataclasses
 

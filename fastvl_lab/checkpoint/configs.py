@@ -6,7 +6,6 @@ form in which a request would run, and refused in words in all others.
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 import torch
@@ -15,7 +14,7 @@ from transformers import GenerationConfig, ProcessorMixin
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from fastvl_lab.checkpoint.reading import DTYPES, File, read_json
-from fastvl_lab.errors import CheckpointError, quoted, shortened
+from fastvl_lab.errors import CheckpointError, is_number, quoted, shortened
 from fastvl_lab.families.family import Family, whole_number
 from fastvl_lab.families.text import head_dim
 
@@ -46,7 +45,7 @@ def check_config(config: Any, family: Family, file: File) -> None:
     if (kind := rope.get("rope_type", "default")) not in kinds:
         raise file.refused("rope_type", kind, f"one of {', '.join(kinds)}")
     theta = rope.get("rope_theta")
-    if isinstance(theta, bool) or not isinstance(theta, int | float) or not 0 < theta < math.inf:
+    if not is_number(theta) or theta <= 0:
         raise file.refused("rope_theta", theta, "a number over 0")
     for fault in family.config_faults(config):
         raise file.refused(*fault)

@@ -6,7 +6,6 @@ value is read in every form that Transformers can use, or refused in words when 
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -15,7 +14,7 @@ import torch
 from PIL import Image
 
 from fastvl_lab.checkpoint.reading import File
-from fastvl_lab.errors import quoted, shortened
+from fastvl_lab.errors import is_number, quoted, shortened
 from fastvl_lab.families.family import whole_number
 
 CHANNELS = 3
@@ -65,7 +64,7 @@ def read_image_settings(processor: Any, file: File) -> ImageSettings:
     rescale, mean, std = 1.0, (0.0,) * CHANNELS, (1.0,) * CHANNELS
     if processor.do_rescale:
         rescale = processor.rescale_factor
-        if not _is_number(rescale) or rescale == 0:
+        if not is_number(rescale) or rescale == 0:
             raise file.refused("rescale_factor", rescale, "a number other than zero")
     if processor.do_normalize:
         mean, std = (_channels(getattr(processor, key), file, key) for key in ("image_mean", "image_std"))
@@ -105,13 +104,9 @@ def _limits(size: Any, file: File) -> tuple[int, int]:
 def _channels(value: Any, file: File, key: str) -> tuple[float, ...]:
     """One number for all channels, or one each."""
     values = list(value) if isinstance(value, list | tuple) else [value] * CHANNELS
-    if len(values) != CHANNELS or not all(map(_is_number, values)):
+    if len(values) != CHANNELS or not all(map(is_number, values)):
         raise file.refused(key, value, f"a number, or a list of {CHANNELS}")
     return tuple(map(float, values))
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
 
 
 def _unlike(processor: Any) -> list[str]:

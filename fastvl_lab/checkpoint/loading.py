@@ -325,12 +325,12 @@ def resolve_device(device: str | torch.device | None) -> torch.device:
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
         resolved = torch.device(device)
-    except RuntimeError:
+    except (RuntimeError, TypeError):
         raise DeviceError(f"device {device!r} is unknown; the choices are 'cpu' and 'cuda' (or 'cuda:1', …)") from None
     if resolved.type not in ("cpu", "cuda"):
         raise DeviceError(f"device {device!r} is not supported; the choices are 'cpu' and 'cuda'")
     if resolved.type == "cuda" and not torch.cuda.is_available():
-        raise DeviceError("device 'cuda' was asked for, and torch sees no CUDA device; choose device='cpu'")
+        raise DeviceError(f"device {str(resolved)!r} was asked for, and torch sees no CUDA device; choose device='cpu'")
     if resolved.type == "cuda" and (resolved.index or 0) >= torch.cuda.device_count():
         raise DeviceError(f"device {device!r} was asked for, and torch sees {torch.cuda.device_count()} CUDA device(s)")
     return resolved

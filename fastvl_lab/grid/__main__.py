@@ -11,7 +11,7 @@ from fastvl_lab.errors import FastvlError, sentence
 from fastvl_lab.grid.merge import GridResult
 from fastvl_lab.grid.plan import Plan, estimate, read, runs
 from fastvl_lab.grid.run import check, merger_of, run
-from fastvl_lab.measure.sweep import LAUNCHERS
+from fastvl_lab.measure.sweep import LAUNCHERS, told_failure
 
 # As a shell has it after a Ctrl-C.
 _INTERRUPTED = 130
@@ -73,11 +73,8 @@ def described(plan: Plan) -> str:
 
 
 def _summary(result: GridResult) -> str:
-    lines = [
-        f"failed: {' · '.join(v for k, v in error.items() if v and k != 'error')}: {error['error']}" for error in result.errors
-    ]
     done = sum(row["state"] == "done" for row in result.cells)
-    return "\n".join([*lines, *result.notes, f"{done} of {len(result.cells)} cells are done"])
+    return "\n".join([*map(told_failure, result.errors), *result.notes, f"{done} of {len(result.cells)} cells are done"])
 
 
 if __name__ == "__main__":

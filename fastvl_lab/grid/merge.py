@@ -36,7 +36,7 @@ class Host:
         return f"{self.host} ({self.card}{f', {self.card_id}' if self.card_id else ''})"
 
 
-@dataclass(frozen=True, kw_only=True, eq=False)
+@dataclass(frozen=True, kw_only=True, eq=False, repr=False)
 class GridResult(SweepResult):
     """A grid's points, as far as its cells are done. cells: a row each, of those without a result too.
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import hashlib
 import itertools
 import json
@@ -19,7 +18,7 @@ import yaml
 from fastvl_lab.catalogue import toggle_at
 from fastvl_lab.checkpoint import resolve_device
 from fastvl_lab.engine import find
-from fastvl_lab.errors import FastvlError, RecipeError, RequestError, quoted
+from fastvl_lab.errors import FastvlError, RecipeError, RequestError, is_number, meant, quoted
 from fastvl_lab.measure.publish import PHOTOGRAPHS, photo
 from fastvl_lab.measure.sweep import LAUNCHERS, SweepSettings, place, size_label
 
@@ -306,9 +305,7 @@ def _check_keys(where: str, given: Mapping[Any, Any], known: Sequence[str]) -> N
         if isinstance(key, str) and "." in key:
             toggle_at(key)
             raise RequestError(f"{where or 'plan'} has the toggle {key!r}; put it under grid or under zip")
-        close = difflib.get_close_matches(str(key), known, n=1)
-        hint = f" (did you mean {close[0]!r}?)" if close else ""
-        raise RequestError(f"{where or 'plan'}: key {key!r} is unknown{hint}; the choices are {', '.join(known)}")
+        raise RequestError(f"{where or 'plan'}: key {key!r} is unknown{meant(key, known)}; the choices are {', '.join(known)}")
 
 
 def _mapping(name: str, given: Any, *, empty: bool = True) -> dict[str, Any]:
@@ -320,7 +317,7 @@ def _mapping(name: str, given: Any, *, empty: bool = True) -> dict[str, Any]:
 
 
 def _check_seconds(name: str, value: Any) -> None:
-    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < math.inf:
+    if not is_number(value) or value <= 0:
         raise RequestError(f"{name} is {quoted(value)}; it must be a number of seconds above 0")
 
 

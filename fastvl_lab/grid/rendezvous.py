@@ -28,8 +28,8 @@ from fastvl_lab.whole import write_whole
 
 PLAN = "plan.json"
 
-# Times a cell is claimed at most: one that takes its worker down each time would take all of them.
-MOST_CLAIMS = 5
+# Workers that may vanish over a cell: one that takes its worker down each time would take all of them.
+MOST_VANISHED = 5
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -81,6 +81,12 @@ class Rendezvous:
         if self._seen.get(worker, (None, 0.0))[0] != count:
             self._seen[worker] = count, time.monotonic()
         return time.monotonic() - self._seen[worker][1] > self.stale
+
+    def vanished(self, cell: str, last: int) -> int:
+        """How many of a cell's claims, up to the number `last`, are of workers that never told that they ended."""
+        claims = (_json(self._claim_file(cell, number)) for number in range(1, last + 1))
+        beats = [self.beat(str(claim.get("worker", ""))) for claim in claims]
+        return sum(beat is None or not beat.ended for beat in beats)
 
     def holds(self, cell: str, number: int) -> bool:
         """Whether a claim is still the last one of its cell, which has no result yet."""

@@ -46,6 +46,8 @@ def sweep(
     given what there is after each cell of a launcher's workers. What fails is recorded in `errors`, and the sweep goes on. Raises
     `FastvlError`s for what can be known before any work, and where all workers ended early.
     """
+    if not isinstance(settings, SweepSettings):
+        raise RequestError(f"the settings are a {type(settings).__name__}; give fastvl_lab.SweepSettings")
     if launcher is not None or workers is not None:
         wanted = settings.workers if workers is None else workers
         settings = dataclasses.replace(settings, launcher=launcher or settings.launcher, workers=wanted)

@@ -26,7 +26,7 @@ from typing import Any
 
 import fastvl_lab
 from fastvl_lab.errors import shortened
-from fastvl_lab.grid.rendezvous import MOST_CLAIMS, Beat, Rendezvous, read_plan, this_process
+from fastvl_lab.grid.rendezvous import MOST_VANISHED, Beat, Rendezvous, read_plan, this_process
 from fastvl_lab.processes.kept import Kept
 
 CELL = (sys.executable, "-m", "fastvl_lab.grid.cell")
@@ -77,8 +77,8 @@ class Worker:
             if number is None or self.rendezvous.result(cell) is not None:  # faster ones had it
                 continue
             began = time.monotonic()
-            if number > MOST_CLAIMS:
-                found: dict[str, Any] | None = {"error": f"each of {MOST_CLAIMS} workers that measured it vanished"}
+            if self.rendezvous.vanished(cell, last) >= MOST_VANISHED:
+                found: dict[str, Any] | None = {"error": f"{MOST_VANISHED} workers that measured it vanished"}
             else:
                 found = self._measured(cell, number)
             if found is not None:

@@ -10,7 +10,6 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from itertools import pairwise
-from numbers import Real
 from statistics import median
 from typing import Any, Literal, NamedTuple, get_args
 
@@ -18,7 +17,7 @@ from fastvl_lab.account import Begins, PartName
 from fastvl_lab.checkpoint import Checkpoint
 from fastvl_lab.checkpoint.memory import gigabytes
 from fastvl_lab.checkpoint.shape import without_weights
-from fastvl_lab.errors import FastvlError
+from fastvl_lab.errors import FastvlError, is_number
 from fastvl_lab.lab import dtype_name
 from fastvl_lab.measure.floors import decode_bytes, prefill_flops, vit_flops
 from fastvl_lab.measure.hardware import find_hardware
@@ -237,8 +236,7 @@ def audit(
     given: dict[str, Any] = {"ttft": ttft, "tokens_per_second": tokens_per_second, "output_tokens": output_tokens, "total": total}
     beside = {"queued": queued, "concurrency": concurrency}
     for name, value in {**given, **beside, "memory_bandwidth": memory_bandwidth, "peak_flops": peak_flops}.items():
-        good = isinstance(value, Real) and not isinstance(value, bool) and math.isfinite(value) and float(value) > 0
-        if value is not None and not good:
+        if value is not None and not (is_number(value) and value > 0):
             raise FastvlError(f"{name} is {value!r}; it must be a finite number above 0")
     device = _device(hardware, memory_bandwidth, peak_flops)
     if run is not None:
@@ -445,7 +443,13 @@ def _by_memory(seen: Seen, made: str) -> str:
 def decode_faster_than_memory(seen: Seen) -> Finding:
     rate, bandwidth, model, weights, limit = seen.rate, seen.device.memory_bandwidth, seen.model, seen.weights, seen.fastest
     if rate is None or bandwidth is None or model is None or weights is None:
-        return _needs({"tokens_per_second": rate, "model": model, "hardware or memory_bandwidth": bandwidth})
+        return _needs(
+            {
+                f"tokens_per_second{' of one request alone' if seen.loaded else ''}": rate,
+                "model": model,
+                "hardware or memory_bandwidth": bandwidth,
+            }
+        )
     if limit is None:
         return _needs(f"weights that no cache holds; these are {gigabytes(weights)}")
     made = f"; up to {limit * seen.ttft:.0f} tokens can be made within the TTFT of {seconds(seen.ttft)}" if seen.ttft else ""

@@ -362,7 +362,7 @@ def compare(
                 for run, use in measured:
                     if label not in logits or not run.finite:
                         logits[label] = run.logits
-                    made.append(RunSample(engine=label, round=number, run=_without_logits(run, label), use=use))
+                    made.append(RunSample(engine=label, round=number, run=run.without_logits(engine=label), use=use))
                     if on_sample is not None:
                         on_sample(made[-1])
                 if on_run is not None:
@@ -398,11 +398,6 @@ def _computing(lab: Lab, engine: Engine) -> tuple[int, ...] | None:
 
 def _by_label(made: Sequence[RunSample], engines: Iterable[str]) -> tuple[RunSample, ...]:
     return tuple(sample for label in engines for sample in made if sample.engine == label)
-
-
-def _without_logits(run: Run, label: str) -> Run:
-    """Under its label, and without its logits, which may be half a megabyte: a comparison holds many runs."""
-    return dataclasses.replace(run, engine=label, logits=run.logits[:0])
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -578,7 +573,7 @@ def converse(
         for label in order:
             once = partial(labs[label].run, requests[turn], keys[label])
             ((run, use),) = watch.measured(once, _computing(labs[label], keys[label]), again=False)
-            made.append(RunSample(engine=label, round=number, turn=turn, run=_without_logits(run, label), use=use))
+            made.append(RunSample(engine=label, round=number, turn=turn, run=run.without_logits(engine=label), use=use))
             if label == reference and turn + 1 == len(requests) < len(texts):
                 messages += [{"role": "assistant", "content": run.text}, {"role": "user", "content": texts[turn + 1]}]
                 requests.append(Request(messages=messages, max_new_tokens=max_new_tokens))

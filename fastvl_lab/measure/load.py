@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import accumulate, cycle, islice, pairwise
-from math import isfinite, log, log1p, nan
+from math import log, log1p, nan
 from typing import Any, Literal, get_args
 
 import numpy as np
@@ -19,13 +19,13 @@ from PIL import Image
 
 from fastvl_lab import shown
 from fastvl_lab.engine import EngineLike
-from fastvl_lab.errors import FastvlError, RequestError, check_whole_number, require, sentence
+from fastvl_lab.errors import FastvlError, RequestError, check_whole_number, is_number, quoted, require, sentence
 from fastvl_lab.lab import Lab
 from fastvl_lab.lasting import About, Lasting
 from fastvl_lab.measure.environment import environment
 from fastvl_lab.measure.samples import Interval, json_row
 from fastvl_lab.preprocessor.decode_image import rgb_of
-from fastvl_lab.request import ImageInput, Request
+from fastvl_lab.request import ImageInput, Request, check_request
 from fastvl_lab.run import Run
 from fastvl_lab.schedule.inbox import Inbox
 from fastvl_lab.schedule.loop import Step
@@ -97,7 +97,12 @@ class Load(Lasting):
         return [value for run in self.finished for value in _values(run, of)]
 
     def percentile(self, of: Measure, percent: float) -> Interval | None:
-        """Seconds, with the 95% interval of requests that came and went independently; None where there is no such time."""
+        """Seconds, with the 95% interval of requests that came and went independently; None where there is no such time.
+
+        percent: from 0 to 100; raises `RequestError` for another.
+        """
+        if not is_number(percent) or not 0 <= percent <= 100:
+            raise RequestError(f"percent is {percent!r}; it must be a number from 0 to 100")
         values = self.values(of)
         return quantile_interval(values, percent / 100) if values else None
 
@@ -274,9 +279,10 @@ def load(
     """
     check_arrivals(concurrency=concurrency, rate=rate, arrivals=arrivals, n=n)
     check_whole_number("warm_up", warm_up, least=0)
-    single = isinstance(requests, Request)
-    several = () if isinstance(requests, Request) else tuple(requests)
-    if not single and not several:
+    several = () if isinstance(requests, Request) else tuple(requests) if isinstance(requests, Iterable) else (requests,)
+    for request in several:
+        check_request(request)
+    if not several and not isinstance(requests, Request):
         raise RequestError("requests is empty; give at least one")
     count = n or (len(arrivals) if arrivals is not None else len(several) or usual_number(concurrency))
     if arrivals is not None and count > len(arrivals):
@@ -309,14 +315,17 @@ def check_arrivals(
         name: value for name, value in (("concurrency", concurrency), ("rate", rate), ("arrivals", arrivals)) if value is not None
     }
     if len(given) != 1:
-        raise RequestError(f"{' and '.join(given) or 'nothing'} says when requests arrive; give one of concurrency, rate, arrivals")
+        says = f"{' and '.join(given)} say" if given else "nothing says"
+        raise RequestError(f"{says} when requests arrive; give one of concurrency, rate, arrivals")
     for name, value in (("concurrency", concurrency), ("n", n)):
         if value is not None:
             check_whole_number(name, value)
-    if rate is not None and not (isfinite(rate) and rate > 0):
-        raise RequestError(f"rate is {rate!r}; it must be a finite number of requests a second above 0")
-    if arrivals is not None and (not arrivals or list(arrivals) != sorted(arrivals) or arrivals[0] < 0):
-        raise RequestError("arrivals must be seconds from 0 on, in order, at least one")
+    if rate is not None and not (is_number(rate) and rate > 0):
+        raise RequestError(f"rate is {quoted(rate)}; it must be a finite number of requests a second above 0")
+    if arrivals is not None:
+        times = list(arrivals) if isinstance(arrivals, Iterable) else []
+        if not times or not all(map(is_number, times)) or times != sorted(times) or times[0] < 0:
+            raise RequestError(f"arrivals is {quoted(arrivals)}; it must be seconds from 0 on, in order, at least one")
 
 
 def usual_number(concurrency: int | None) -> int:
@@ -414,7 +423,7 @@ class _Sent:
         self._inbox.put(job)
 
     def _end(self, number: int, run: Run | Exception) -> None:
-        self._ended[number], self._last_ns = run, time.perf_counter_ns()
+        self._ended[number], self._last_ns = run.without_logits() if isinstance(run, Run) else run, time.perf_counter_ns()
         if self._on_run is not None:
             self._on_run(number, run)
         self._next()
@@ -431,7 +440,7 @@ class _Sent:
         return Load(
             engine=self._engine_name,
             begun=tuple((self._began_ns[number] - first_ns) / 1e9 for number in sent),
-            runs=tuple(dataclasses.replace(run, logits=run.logits[:0]) if isinstance(run, Run) else None for run in runs),
+            runs=tuple(run if isinstance(run, Run) else None for run in runs),
             failures=failures,
             steps=tuple(
                 dataclasses.replace(step, start_ns=step.start_ns - first_ns, end_ns=step.end_ns - first_ns) for step in steps

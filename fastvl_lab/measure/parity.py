@@ -36,7 +36,7 @@ from fastvl_lab.measure.tasks import (
 from fastvl_lab.preprocessor.layout import own_settings
 from fastvl_lab.preprocessor.patchify import to_picture
 from fastvl_lab.recipe import Recipe
-from fastvl_lab.request import UNNAMED, Prompt, Request
+from fastvl_lab.request import UNNAMED, Prompt, Request, check_request
 from fastvl_lab.run import Run
 from fastvl_lab.trace import Tracer
 
@@ -161,10 +161,11 @@ def truth_along(lab: Lab, request: Request, oracle: str, tokens: Sequence[int]) 
 
 
 def check_greedy(request: Request) -> None:
-    """Raise `RequestError` for one whose tokens are not its logits' likeliest: they prove nothing of an engine.
+    """Raise `RequestError` for what is no request, or one whose tokens are not its logits' likeliest: they prove nothing.
 
     One that draws makes others by right; penalties and biases choose by logits that no engine tells.
     """
+    check_request(request)
     if not request.sampling.is_greedy:
         what = "draws its tokens" if request.sampling.draws else "chooses by changed logits"
         raise RequestError(

@@ -7,13 +7,14 @@ import difflib
 import importlib.util
 import io
 from collections.abc import Mapping, Sequence
+from numbers import Integral
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from PIL import Image
 
-from fastvl_lab.errors import ImageError, MissingExtraError, RequestError, require
+from fastvl_lab.errors import ImageError, MissingExtraError, RequestError, quoted, require
 from fastvl_lab.measure.compare import Comparison
 from fastvl_lab.measure.samples import json_value
 from fastvl_lab.preprocessor.decode_image import rgb_of
@@ -57,9 +58,9 @@ def photo(image: str | Path | bytes, size: tuple[int, int] | None = None) -> byt
     assert isinstance(data, bytes)
     if size is None:
         return data
+    if not isinstance(size, Sequence) or len(size) != 2 or not all(isinstance(side, Integral) and side > 0 for side in size):
+        raise ImageError(f"size is {quoted(size)}; it must be (width, height) in whole pixels from 1 up")
     width, height = size
-    if width < 1 or height < 1:
-        raise ImageError(f"size is {width}x{height}; both sides must be at least 1 pixel")
     picture, encoded = rgb_of(ImageInput(data=data, label=str(image)[:80])), io.BytesIO()
     picture.resize((width, height), Image.Resampling.LANCZOS).save(encoded, "JPEG", quality=92)
     return encoded.getvalue()

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Container, Mapping
+from collections.abc import Container, Mapping, Sequence
 
 from fastvl_lab.catalogue import OptionValue, Target, toggles
 from fastvl_lab.engine import EngineLike, find
-from fastvl_lab.errors import RecipeError, sentence
+from fastvl_lab.errors import RecipeError, RequestError, quoted, sentence
 from fastvl_lab.families import Family
 from fastvl_lab.recipe import Recipe
 
@@ -21,6 +21,14 @@ def changed(recipe: Recipe, changes: Changes) -> Recipe:
     for path, value in changes.items():
         recipe = recipe.choose(path, value)
     return recipe
+
+
+def named(only: Sequence[str]) -> frozenset[str]:
+    """The toggles that are named or whose slots are, of all where none is; raises `RequestError`."""
+    known = {name for toggle in toggles() for name in (toggle.slot, toggle.path)}
+    if not isinstance(only, Sequence) or isinstance(only, str) or not set(only) <= known:
+        raise RequestError(f"only is {quoted(only)}; give a list of slots such as 'vit', or of toggles such as 'vit.rope'")
+    return frozenset(toggle.path for toggle in toggles() if not only or {toggle.slot, toggle.path} & set(only))
 
 
 def choices_of(recipe: Recipe, slot: str) -> dict[str, OptionValue]:

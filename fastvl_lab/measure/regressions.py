@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from fastvl_lab import lasting, shown
-from fastvl_lab.errors import FastvlError, RequestError
+from fastvl_lab.errors import FastvlError, RequestError, is_number
 from fastvl_lab.measure.compare import Attribution, Comparison, by_size, stage_seconds, telling_lane
 from fastvl_lab.measure.samples import Interval, json_row, median_interval, unpaired_difference, unpaired_ratio
 from fastvl_lab.measure.sweep import SweepResult, size_label, sweep
@@ -129,8 +129,7 @@ def regressions(before: Any, after: Any, *, bound: float = BOUND) -> Regressions
     so a ratio is of all pairs (`unpaired_ratio`); disturbed ones are left out. What fails parity is not compared. Raises
     `RequestError` for what is neither, or a folder that cannot be read.
     """
-    if isinstance(bound, bool) or not isinstance(bound, int | float) or not 1 <= bound < float("inf"):
-        raise RequestError(f"bound is {bound!r}; it must be a number from 1 up")
+    _check_bound(bound)
     before, after = _opened(before), _opened(after)
     there, here = dict(_timed(before)), dict(_timed(after))
     apart = tuple(_apart(_environment(before), _environment(after)))
@@ -139,6 +138,11 @@ def regressions(before: Any, after: Any, *, bound: float = BOUND) -> Regressions
     return Regressions(
         changes=tuple(changes), bound=bound, apart=apart, notes=(*notes, *_other(_environment(before), _environment(after)))
     )
+
+
+def _check_bound(bound: object) -> None:
+    if not is_number(bound) or bound < 1:
+        raise RequestError(f"bound is {bound!r}; it must be a number from 1 up")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -246,6 +250,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--bound", type=float, default=BOUND, help=f"times as slow that is no regression yet (default {BOUND})")
     given = parser.parse_args(arguments)
     try:
+        _check_bound(given.bound)  # before what may take hours
         base = _opened(given.base)
         head = given.head if given.head is not None and given.head.exists() else _again(base, given.head)
         found = regressions(base, head, bound=given.bound)

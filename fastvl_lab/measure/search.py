@@ -19,7 +19,7 @@ from typing import Literal, NamedTuple, Protocol
 
 from fastvl_lab.catalogue import OptionValue
 from fastvl_lab.errors import FastvlError, RecipeError
-from fastvl_lab.measure.recipes import Changes
+from fastvl_lab.measure.recipes import Changes, changed
 from fastvl_lab.measure.samples import Interval, Samples, StageSample, gains
 from fastvl_lab.recipe import Recipe
 
@@ -310,10 +310,8 @@ class _Search:
         """The best with these changes, where they can be made at once, and what they require."""
         found = {}
         for changes in several:
-            recipe = self._best
             try:
-                for path, value in changes.items():
-                    recipe = recipe.choose(path, value)
+                recipe = changed(self._best, changes)
             except RecipeError:  # a combination without meaning
                 continue
             if recipe != self._best and all(recipe.value(path) == value for path, value in changes.items()):
@@ -451,6 +449,7 @@ class _Search:
                     except CastOutError as error:
                         if name == _BEST:
                             raise EndOfSearchError(f"the start itself failed: {error}") from None
+                        self._bests = self._bests[:1]
                         self._blame(label, best, start, error)
                         return None
         self._write_down(made)

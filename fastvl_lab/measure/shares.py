@@ -23,7 +23,7 @@ from fastvl_lab.lab import Lab
 from fastvl_lab.lasting import About, Lasting
 from fastvl_lab.measure.compare import Comparison, compare
 from fastvl_lab.measure.quiet import QUIET, Quiet
-from fastvl_lab.measure.recipes import START, Changes
+from fastvl_lab.measure.recipes import START, Changes, named
 from fastvl_lab.measure.samples import FOR_AN_INTERVAL, Interval, RunSample, json_row, json_value, median_interval
 from fastvl_lab.recipe import Recipe
 from fastvl_lab.request import Request
@@ -342,14 +342,11 @@ def _choices(start: Recipe, end: Recipe, of: str, only: Sequence[str]) -> dict[s
     """Name -> what is changed by that choice; raises `RequestError`."""
     if of not in ("slots", "toggles"):
         raise RequestError(f"of is {of!r}; the choices are slots, toggles")
-    known = {name for toggle in toggles() for name in (toggle.slot, toggle.path)}
-    if isinstance(only, str) or not set(only) <= known:
-        raise RequestError(f"only is {only!r}; give a list of slots such as 'vit', or of toggles such as 'vit.rope'")
     found: dict[str, dict[str, Any]] = {}
-    for path in _changed_paths(start, end):
+    wanted = named(only)
+    for path in [path for path in _changed_paths(start, end) if path in wanted]:
         slot, value = path.partition(".")[0], end.value(path)
-        if not only or {slot, path} & set(only):
-            found.setdefault(slot if of == "slots" else f"{path}={value}", {})[path] = value
+        found.setdefault(slot if of == "slots" else f"{path}={value}", {})[path] = value
     if not found:
         raise RequestError(f"the recipe changes nothing{' of these' if only else ''} beyond the start, so there are no shares")
     return dict(found)

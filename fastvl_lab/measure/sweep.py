@@ -18,7 +18,16 @@ from fastvl_lab import shown
 from fastvl_lab.checkpoint import tiny
 from fastvl_lab.checkpoint.loading import resolve_device, resolve_dtype
 from fastvl_lab.engine import find
-from fastvl_lab.errors import CheckpointError, FastvlError, RecipeError, RequestError, check_whole_number, require, sentence
+from fastvl_lab.errors import (
+    CheckpointError,
+    FastvlError,
+    RecipeError,
+    RequestError,
+    check_whole_number,
+    is_number,
+    require,
+    sentence,
+)
 from fastvl_lab.lab import Lab
 from fastvl_lab.lasting import About, Lasting
 from fastvl_lab.measure.compare import Comparison, compare
@@ -83,7 +92,7 @@ class SweepSettings:
         _refuse_twice("image_sizes", self.image_sizes, tuple, RequestError)
         for name, least in (("repeats", 1), ("warm_up", 0), ("max_new_tokens", 1), ("seed", 0), ("workers", 0)):
             check_whole_number(name, getattr(self, name), least=least)
-        if isinstance(self.quiet, bool) or not isinstance(self.quiet, int | float) or not 0 <= self.quiet < float("inf"):
+        if not is_number(self.quiet) or self.quiet < 0:
             raise RequestError(f"quiet is {self.quiet!r}; it must be a number of seconds from 0 up")
         for name in ("image", "prompt", "device", "dtype", "output_dir", "launcher"):
             if not isinstance(getattr(self, name), str):
@@ -132,6 +141,11 @@ class SweptPoint:
         return f"{self.checkpoint} · {size_label(self.size)}"
 
 
+def told_failure(error: Mapping[str, str]) -> str:
+    """A row of a sweep's `errors` as a line."""
+    return f"failed: {' · '.join(v for k, v in error.items() if v and k != 'error')}: {error['error']}"
+
+
 @dataclass(frozen=True, kw_only=True, eq=False)
 class SweepResult(Lasting):
     """Every point of a sweep; `errors` has a row {checkpoint, image, engine, error} for each point or engine that failed."""
@@ -167,6 +181,9 @@ class SweepResult(Lasting):
     def findings(self) -> list[str]:
         """What was learnt on this machine, one sentence a point and engine."""
         return [f"{point.label}: {line}" for point in self.points for line in point.comparison.findings()]
+
+    def __repr__(self) -> str:
+        return "\n".join([f"{len(self.points)} points", *self.findings(), *map(told_failure, self.errors)])
 
     def to_record(self) -> dict[str, Any]:
         """As JSON-ready data; `from_record` reads it back."""

@@ -23,7 +23,7 @@ from fastvl_lab.measure.quiet import QUIET, Quiet
 from fastvl_lab.measure.recipes import cannot_run
 from fastvl_lab.measure.samples import Samples, StageSample, Timed, now, time_rounds
 from fastvl_lab.recipe import Recipe
-from fastvl_lab.request import Grid, Prompt, Request
+from fastvl_lab.request import Grid, Prompt, Request, check_request
 from fastvl_lab.trace import Tracer, no_inner
 
 T = TypeVar("T")
@@ -142,7 +142,8 @@ def bound_preprocessor(lab: Lab, request: Request, engine: EngineLike) -> prepro
 
 
 def grids_of(lab: Lab, request: Request) -> tuple[Grid, ...]:
-    """The patch grids that the request's images become, from their headers."""
+    """The patch grids that the request's images become, from their headers; raises `RequestError`."""
+    check_request(request)
     return preprocessor.open_images(request, lab.checkpoint).grids
 
 

@@ -31,6 +31,7 @@ from fastvl_lab.errors import (
     RequestError,
     TimeLimitError,
     check_whole_number,
+    is_number,
     sentence,
     shortened,
 )
@@ -42,7 +43,7 @@ from fastvl_lab.measure.journal import Journalled
 from fastvl_lab.measure.parity import Oracles, Parity, check
 from fastvl_lab.measure.publish import photo, picture
 from fastvl_lab.measure.quiet import QUIET, Quiet, Watch
-from fastvl_lab.measure.recipes import START, of_a_request, stages_of
+from fastvl_lab.measure.recipes import START, named, of_a_request, stages_of
 from fastvl_lab.measure.samples import Interval, StageSample, as_row, json_row, json_value
 from fastvl_lab.measure.search import (
     COST,
@@ -270,9 +271,9 @@ def tune(
     not even the baseline passes; `RequestCancelledError` where it was stopped before any recipe had passed.
     """
     requests, weights = _read(workload), _weights(goal)
-    if isinstance(seconds, bool) or not isinstance(seconds, int | float) or not 0 < seconds < math.inf:
+    if not _is_above_zero(seconds):
         raise RequestError(f"seconds is {seconds!r}; it must be a number above 0")
-    if limit is not None and (isinstance(limit, bool) or not isinstance(limit, int | float) or not 0 < limit < math.inf):
+    if limit is not None and not _is_above_zero(limit):
         raise RequestError(f"limit is {limit!r}; it must be a number of seconds above 0, or None")
     check_whole_number("seed", seed, least=0)
     if weights.get("tpot"):
@@ -280,7 +281,7 @@ def tune(
             if request.max_new_tokens < 2:
                 raise RequestError(f"max_new_tokens is {request.max_new_tokens}; a goal with tpot takes at least 2")
     bench = _Bench(lab, requests, weights, seconds=seconds, limit=limit, quiet=quiet, stop=stop)
-    space, fallen = _space(lab, requests, weights, _named(only))
+    space, fallen = _space(lab, requests, weights, named(only))
     starts = {"fastest": lab.fastest, "the hand-chosen fastest": Recipe.fastest(lab.checkpoint.target), START: Recipe.baseline()}
     starts = {label: recipe for label, recipe in starts.items() if space.allowed(recipe) is None}
     seeds = {label: engine for label, engine in of_a_request(lab.checkpoint.target).items() if label.startswith("all: ")}
@@ -332,7 +333,11 @@ def _digest(request: Request) -> str:
     digest = hashlib.sha256(repr([request.conversation, request.settings()]).encode())
     for image in request.image_inputs:
         digest.update(repr((image.min_pixels, image.max_pixels, image.asked)).encode())
-        digest.update(image.data if isinstance(image.data, bytes) else np.asarray(rgb_of(image)).tobytes())
+        if isinstance(image.data, bytes):
+            digest.update(image.data)
+        else:
+            rgb = np.asarray(rgb_of(image))
+            digest.update(repr(rgb.shape).encode() + rgb.tobytes())
     return digest.hexdigest()
 
 
@@ -404,7 +409,7 @@ def _read(workload: Workload) -> tuple[tuple[Request, float], ...]:
     if isinstance(workload, str | bytes) or not isinstance(workload, Sequence) or not workload:
         raise RequestError(f"workload is {type(workload).__name__}; give a Request, or a list of (Request, weight)")
     for pair in workload:
-        if not isinstance(pair, Sequence) or len(pair) != 2 or not isinstance(pair[0], Request) or not _is_weight(pair[1]):
+        if not isinstance(pair, Sequence) or len(pair) != 2 or not isinstance(pair[0], Request) or not _is_above_zero(pair[1]):
             raise RequestError("workload has what is no (Request, weight); a weight is a number above 0")
     total = sum(weight for _, weight in workload)
     return tuple((request, weight / total) for request, weight in workload)
@@ -412,26 +417,18 @@ def _read(workload: Workload) -> tuple[tuple[Request, float], ...]:
 
 def _weights(goal: Goal) -> dict[str, float]:
     given = {goal: 1.0} if isinstance(goal, str) else goal
-    known = isinstance(given, Mapping) and given and all(name in GOALS and _is_weight(weight) for name, weight in given.items())
+    known = isinstance(given, Mapping) and given and all(name in GOALS and _is_above_zero(weight) for name, weight in given.items())
     if not known:
         raise RequestError(f"goal is {goal!r}; the choices are {', '.join(GOALS)}, or a mapping from them to weights above 0")
     return {name: float(weight) for name, weight in given.items()}
 
 
-def _is_weight(value: object) -> bool:
-    return not isinstance(value, bool) and isinstance(value, int | float) and 0 < value < math.inf
-
-
-def _named(only: Sequence[str]) -> frozenset[str]:
-    """The toggles that are named, or whose slots are."""
-    known = {name for toggle in toggles() for name in (toggle.slot, toggle.path)}
-    if isinstance(only, str) or not set(only) <= known:
-        raise RequestError(f"only is {only!r}; give a list of slots such as 'vit', or of toggles such as 'vit.rope'")
-    return frozenset(toggle.path for toggle in toggles() if not only or {toggle.slot, toggle.path} & set(only))
+def _is_above_zero(value: object) -> bool:
+    return is_number(value) and value > 0
 
 
 def _space(
-    lab: Lab, requests: Sequence[tuple[Request, float]], weights: Mapping[str, float], named: frozenset[str]
+    lab: Lab, requests: Sequence[tuple[Request, float]], weights: Mapping[str, float], searched: frozenset[str]
 ) -> tuple[Space, list[CastOut]]:
     """What there is to choose for these requests on this lab, and what falls away, with the reason."""
     target = lab.checkpoint.target
@@ -445,7 +442,7 @@ def _space(
             return sentence(error)
         return None if recipe.exact else "it is approximate"
 
-    for toggle in [toggle for toggle in toggles() if toggle.path in named]:
+    for toggle in [toggle for toggle in toggles() if toggle.path in searched]:
         if (why := _out_of_scope(toggle, requests, weights)) is not None:
             fallen.append(CastOut(label=toggle.path, why=why))
             continue
@@ -616,6 +613,7 @@ class _Bench:
 
     def order(self, recipe: Recipe) -> Sequence[str]:
         """Toggles by the share that their stages have of the goal, the largest first."""
+        self.know(recipe)
         spent: dict[str, float] = {}
         for run, (_, weight) in zip(self._runs[recipe], self._requests, strict=True):
             host, device = run.trace.stages(), run.trace.stages("device")

@@ -303,7 +303,7 @@ class Loop:
                 step = partial(self._bound.stages.decode, kv=kv, tracer=tracer)
                 made = (step if self._forced is None else self._forced.steps(step))(tokens, positions)
             with _all(flights, "sample"):
-                token = self._chosen(flights, made)
+                token, failed = self._chosen(flights, made)
                 ids = token.tolist()  # the host waits for the device
         except Exception as error:
             for flight in flights:
@@ -311,19 +311,33 @@ class Loop:
             return []
         flights[0].note_captures()
         for row, flight in enumerate(flights):
+            if flight in failed:
+                self._fail(flight, failed[flight])
+                continue
             flight.token = token[row : row + 1]
             self._turn(flight, None, partial(self._take, flight, ids[row]))
         for flight in flights:
             flight.seen = self._turns  # of a step that they share, nobody waits for another
         return [flight.job.number for flight in flights]
 
-    def _chosen(self, flights: Sequence[InFlight], made: Made) -> torch.Tensor:
-        """The next token of each, int64 [B] on the device: the likeliest all at once, or each row by its own request."""
+    def _chosen(self, flights: Sequence[InFlight], made: Made) -> tuple[torch.Tensor, dict[InFlight, Exception]]:
+        """The next token of each, int64 [B] on the device: the likeliest all at once, or each row by its own request.
+
+        Then what went wrong for those of which some other token stands in the place of theirs.
+        """
         if not any(flight.has_sampler for flight in flights):
-            return likeliest(made, self._bound.decoder)
-        rows = [slice(row, row + 1) for row in range(len(flights))]
-        steps = [Made(made.logits[row], None if made.token is None else made.token[row]) for row in rows]
-        return _joined([flight.choose(step) for flight, step in zip(flights, steps, strict=True)])
+            return likeliest(made, self._bound.decoder), {}
+        chosen: list[torch.Tensor] = []
+        failed: dict[InFlight, Exception] = {}
+        for number, flight in enumerate(flights):
+            row = slice(number, number + 1)
+            step = Made(made.logits[row], None if made.token is None else made.token[row])
+            try:
+                chosen.append(flight.choose(step))
+            except Exception as error:
+                failed[flight] = error
+                chosen.append(flight.token)
+        return _joined(chosen), failed
 
     def _take(self, flight: InFlight, token: int) -> None:
         if flight.take(token):

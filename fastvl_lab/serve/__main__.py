@@ -61,8 +61,8 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--max-connections", type=int, default=defaults.max_connections, help=f"open at once ({defaults.max_connections})"
     )
-    parser.add_argument("--ssl-certfile", metavar="FILE", help="serve https with this certificate")
-    parser.add_argument("--ssl-keyfile", metavar="FILE", help="and its key, where the certificate's file has none")
+    parser.add_argument("--ssl-certfile", type=_file, metavar="FILE", help="serve https with this certificate")
+    parser.add_argument("--ssl-keyfile", type=_file, metavar="FILE", help="and its key, where the certificate's file has none")
     parser.add_argument("--served-model-name", metavar="NAME", help="what clients call the model (default: the checkpoint's name)")
     parser.add_argument("--api-key", help="what clients must send as a bearer token; also FASTVL_LAB_API_KEY")
     parser.add_argument(
@@ -75,6 +75,12 @@ def _parser() -> argparse.ArgumentParser:
         "--warm-up", nargs="*", default=[], type=_size, metavar="WIDTHxHEIGHT", help="sizes to serve before the first"
     )
     return parser
+
+
+def _file(text: str) -> str:
+    if not os.path.isfile(text):
+        raise argparse.ArgumentTypeError(f"there is no file {text!r}")
+    return text
 
 
 def _port(text: str) -> int:

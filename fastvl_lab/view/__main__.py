@@ -9,8 +9,11 @@ import argparse
 import json
 import sys
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
+from fastvl_lab.measure.sweep import told_failure
 from fastvl_lab.measure.tables import text
 from fastvl_lab.view import gpu_report
 from fastvl_lab.view.tables import summary_frame
@@ -26,11 +29,19 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if not path.is_file() and not (path / "result.json").is_file():
         sys.exit(f"{path} is neither the folder of a sweep, which has a result.json, nor the rows of a GPU report")
     if path.is_file():
-        rows, page = json.loads(path.read_text(encoding="utf-8")), path.with_suffix(".html")
+        rows, page = _rows(path), path.with_suffix(".html")
         page.write_text(gpu_report.report_html(rows), encoding="utf-8")
         print(f"{text(rows)}\n\nreport: {page}")
     else:
         _sweep(path)
+
+
+def _rows(path: Path) -> list[dict[str, Any]]:
+    with suppress(ValueError):
+        rows = json.loads(path.read_bytes())
+        if isinstance(rows, list) and all(isinstance(row, dict) and "checkpoint" in row for row in rows):
+            return rows
+    sys.exit(f"{path} has no rows of a GPU report, which measure.report writes with --out")
 
 
 def _sweep(folder: Path) -> None:
@@ -41,7 +52,7 @@ def _sweep(folder: Path) -> None:
         for engine, row in point["engines"].items()
     ]
     for error in result["errors"]:
-        print(f"failed: {' · '.join(v for k, v in error.items() if v and k != 'error')}: {error['error']}")
+        print(told_failure(error))
     if rows:
         print(" · ".join(f"{name} {value}" for name, value in result["environment"].items()))
         print(summary_frame(rows).to_string(index=False))

@@ -280,7 +280,8 @@ def step_down(found: Attribution) -> go.Figure:
             text = "never warm, or the machine was busy" if comparison.parity(step) else "no parity: not compared"
         look: dict[str, Any] = {"colour": style.SERIES_COLOURS[4 if lost else 2], "pattern": "x" if lost else ""}
         look["strength"] = 1.0 if saves(saved) or (saved is not None and saved.high < 0) else 0.35
-        drawn.append(_Bar(label=step, start=min(reached, reached - amount), length=abs(amount), text=text, **look))
+        start = min(reached, reached - amount) if saved else 0.0  # a sentence has room from there
+        drawn.append(_Bar(label=step, start=start, length=abs(amount), text=text, **look))
         reached -= amount
     last = comparison.representative(found.steps[-1]).ttft * 1e3
     drawn.append(_Bar(label="in the end", length=last, colour=style.SERIES_COLOURS[0], text=f"{last:.1f} ms"))

@@ -262,6 +262,38 @@ def test_axe_finds_no_serious_barrier_whatever_the_page_shows(
     assert {state: lines for state, lines in found.items() if lines} == {}
 
 
+FOCUSED = """() => {
+  const at = document.activeElement;
+  const name = at.getAttribute("aria-label") ?? at.textContent.trim();
+  return at === document.body ? null : [at.getAttribute("role") ?? at.localName, name];
+}"""
+
+
+def test_few_stops_of_tab_lead_through_the_whole_page(page: Any, show: Callable[..., Any]) -> None:
+    show()
+    stops: list[tuple[str, str]] = []
+    for _ in range(100):
+        page.keyboard.press("Tab")
+        if (at := page.evaluate(FOCUSED)) is None:
+            break
+        stops.append(tuple(at))
+    else:
+        raise AssertionError("Tab does not leave the page")
+    assert all(name for _, name in stops)
+    assert stops.index(("button", "run")) < 16
+    assert [role for role, _ in stops].count("radio") == 1  # arrows lead to the other options and toggles
+    assert [name for role, name in stops if role == "tab"] == ["waterfall"]
+    assert sum("of TTFT" in name for role, name in stops if role == "button") == 1  # and to the other stages
+    for named in (
+        ("select", "checkpoint"),
+        ("button", "try it"),
+        ("button", "replay slowly"),
+        ("region", "the answer"),
+        ("button", "delete 1"),
+    ):
+        assert named in stops
+
+
 def test_a_click_is_seen_before_the_kernel_has_answered(page: Any, show: Callable[..., Any]) -> None:
     show()
     page.locator("[data-path='vit.rope']").get_by_role("radio", name="halves").click()
@@ -375,6 +407,32 @@ def test_a_load_says_how_it_arrives_and_what_it_cannot_be_held_against(page: Any
     assert go.is_disabled()
     assert page.locator(".fl-reason").inner_text() == "This cannot be put under load: it needs another device"
     assert page.evaluate(NAMELESS) == []
+
+
+def test_rows_of_a_load_come_while_it_runs(page: Any, show: Callable[..., Any]) -> None:
+    records, tell = show(), "([name, record]) => window.tell(name, record)"
+    number = records["shown"]["number"]
+    page.evaluate(tell, ["shown", records["shown"] | {"view": "load", "lacks": "press load"}])
+    page.evaluate(tell, ["live", messages.to_json(messages.Live(state="under load", busy=True, progress="request 1 of 3"))])
+    rows: list[tuple[int, tuple[tuple[str, float, float], ...]]] = [
+        (0, (("queued", 0.0, 2.0), ("vit", 2.0, 3.0), ("decode", 5.0, 5.0))),
+        (2, (("queued", 0.0, 6.0), ("vit", 6.0, 3.0), ("decode", 9.0, 11.0))),
+    ]
+    drawn = page.locator("svg.fl-arrived")
+    for result, n, seen in ((number + 1, 2, 0), (number, 1, 1), (number, 2, 2)):  # those of another result are not shown
+        page.evaluate(tell, ["arrived", messages.to_json(messages.Arrived(result=result, label="it", rows=tuple(rows[:n])))])
+        assert drawn.locator("[data-request]").count() == seen
+    assert drawn.locator("text", has_text="request").all_text_contents() == ["request 0", "request 2"]
+    assert drawn.get_attribute("aria-label") == "it: 2 requests have ended"
+    (start, end), (_, last) = (
+        (box["x"], box["x"] + box["width"])
+        for row in drawn.locator("[data-request]").all()
+        if (box := row.locator("rect").last.bounding_box())
+    )
+    assert (last - start) / (end - start) == pytest.approx(3, abs=0.05)  # (20 - 5) / 5 ms: one axis
+    page.evaluate(tell, ["live", messages.to_json(messages.Live(state="stopped", busy=False))])
+    assert drawn.count() == 0
+    assert "press load" in page.locator(".fl-plot").inner_text()
 
 
 LEGEND = """() => {

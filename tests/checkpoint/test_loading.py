@@ -9,6 +9,7 @@ import shutil
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -361,7 +362,7 @@ def test_cuda_asked_for_and_absent_is_refused() -> None:
         Lab("tiny-qwen3-vl", device="cuda")
 
 
-@pytest.mark.parametrize("device", ["gpu", "mps", "meta"])
-def test_devices_the_lab_has_no_code_for_are_refused(device: str) -> None:
+@pytest.mark.parametrize("device", ["gpu", "mps", "meta", 0.5])
+def test_devices_the_lab_has_no_code_for_are_refused(device: Any) -> None:
     with pytest.raises(DeviceError, match=r"the choices are 'cpu' and 'cuda'"):
         Lab("tiny-qwen3-vl", device=device)

@@ -109,6 +109,7 @@ def test_a_host_that_is_slower_in_the_reference_by_more_than_its_interval_is_nam
     assert result.notes[0].startswith("two (H, GPU-2) is slow: the reference takes 20.40 ms there (95% CI ")
     assert "10.40 ms on one (H, GPU-1)" in result.notes[0]  # and "three", which has another card, is compared with nobody
     assert result.findings()[0] == result.notes[0]
+    assert repr(result).splitlines()[1] == result.notes[0]
 
 
 def test_a_host_within_the_interval_is_not_named_and_too_few_runs_name_nobody(merged: Callable[..., GridResult]) -> None:

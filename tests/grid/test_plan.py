@@ -96,7 +96,10 @@ def test_a_sweeps_settings_are_a_plan(sweep_settings: Callable[..., SweepSetting
         ("repeat: 3", r"plan: key 'repeat' is unknown \(did you mean 'repeats'\?\); the choices are checkpoints, recipes"),
         ("recipe: [fastest]", "key 'recipe' is unknown"),
         ("grid: {vit.attention: [tritn]}", "vit.attention is 'tritn'; the choices are "),
-        ("grid: {vit.attentoin: [grouped]}", "toggle 'vit.attentoin' is unknown; the choices are "),
+        (
+            "grid: {vit.attentoin: [grouped]}",
+            r"toggle 'vit.attentoin' is unknown \(did you mean 'vit.attention'\?\); the choices are ",
+        ),
         ("vit.attention: [grouped]", "plan has the toggle 'vit.attention'; put it under grid or under zip"),
         ("grid: {vit.attention: []}", "grid: vit.attention is empty; give a list of at least one"),
         ("grid: {vit.attention: grouped}", "grid: vit.attention is 'grouped'; give a list"),

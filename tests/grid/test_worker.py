@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 import time
@@ -14,7 +15,7 @@ from typing import Any
 import pytest
 
 from fastvl_lab.errors import RequestError
-from fastvl_lab.grid.rendezvous import MOST_CLAIMS, Beat, Rendezvous, gone, prepare, read_plan, this_process
+from fastvl_lab.grid.rendezvous import MOST_VANISHED, Beat, Rendezvous, gone, prepare, read_plan, this_process
 from fastvl_lab.grid.worker import Worker
 
 HERE = Path(__file__).parent
@@ -130,13 +131,39 @@ def test_a_worker_whose_cell_was_taken_lets_go_of_it(folder_of: Callable[..., Pa
 def test_a_cell_that_takes_every_worker_down_is_given_up(folder_of: Callable[..., Path]) -> None:
     folder = folder_of("a")
     rendezvous = Rendezvous(folder=folder, stale=60.0)
-    for number in range(MOST_CLAIMS):
+    no_more = f"{this_process().rpartition(' ')[0]} 1"  # what had the id of this process before
+    for number in range(MOST_VANISHED):
         assert rendezvous.claim("a", f"lost-{number}", number)
-        rendezvous.tell(Beat(worker=f"lost-{number}", count=1, process="far", ended=True))
+        rendezvous.tell(Beat(worker=f"lost-{number}", count=1, process=no_more))
     Worker(folder, "last", _program(a="hangs")).work()
     found = rendezvous.result("a")
     assert found is not None
-    assert found["error"] == f"each of {MOST_CLAIMS} workers that measured it vanished"
+    assert found["error"] == f"{MOST_VANISHED} workers that measured it vanished"
+
+
+def test_a_cell_whose_workers_were_stopped_time_and_again_is_measured_all_the_same(folder_of: Callable[..., Path]) -> None:
+    """As on a cluster that takes its machines back."""
+    folder = folder_of("a")
+    rendezvous = Rendezvous(folder=folder, stale=60.0)
+    for number in range(2 * MOST_VANISHED):
+        assert rendezvous.claim("a", f"stopped-{number}", number)
+        rendezvous.tell(Beat(worker=f"stopped-{number}", count=1, process="far", ended=True))
+    Worker(folder, "last", _program()).work()
+    assert "error" not in (rendezvous.result("a") or {"error": "none"})
+
+
+def test_of_two_claims_one_is_made_also_where_nfs_loses_its_answer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    link = os.link
+
+    def refused_the_second_time(*names: Any) -> None:
+        link(*names)
+        link(*names)
+
+    monkeypatch.setattr(os, "link", refused_the_second_time)
+    rendezvous = Rendezvous(folder=tmp_path, stale=60.0)
+    assert rendezvous.claim("a", "mine", 0) == 1
+    assert rendezvous.claim("a", "other", 0) is None
+    assert [path.name for path in (tmp_path / "claims").iterdir()] == ["a.1"]
 
 
 def test_a_folder_that_cannot_be_written_or_is_no_grid_is_refused(tmp_path: Path) -> None:

@@ -367,7 +367,7 @@ def test_tokens_a_second_of_several_at_once_as_users_write_them() -> None:
     of_one = {"ttft": 1.0, "output_tokens": 101, "concurrency": 8, "tokens_per_second": 624, **known}
     assert audit(**of_one, total=2.0).ok
     assert _found(audit(**of_one, total=1.5)) == {"decode_faster_than_memory": "impossible"}
-    assert "decode_faster_than_memory: needs tokens_per_second" in audit(**of_one).text
+    assert "decode_faster_than_memory: needs tokens_per_second of one request alone" in audit(**of_one).text
 
 
 def test_a_ttft_is_no_shorter_than_the_wait_in_its_queue(drawn: Callable[..., Run]) -> None:

@@ -59,6 +59,7 @@ def test_engines_run_interleaved_and_cold_runs_are_kept_apart(picture: bytes) ->
         assert row["cold_ttft_ms"] > 0
         assert row["tokens_equal"]
     assert [run.engine for run in comparison.runs("ours")] == ["ours"] * 4
+    assert all(run.logits.untyped_storage().nbytes() == 0 for run in comparison.runs("ours"))
 
 
 def test_cache_hits_are_shown_apart_and_compared_with_nothing(picture: bytes) -> None:
@@ -179,6 +180,8 @@ def test_senseless_comparisons_are_refused(labs: dict[str, Lab]) -> None:
     assert len(compare(lab, request, {"a": "baseline"}, repeats=np.int64(1), warm_up=0).samples) == 1  # type: ignore[arg-type]
     with pytest.raises(RequestError, match="repeats is 0 and warm_up 0"):
         compare(lab, request, {"a": "baseline"}, repeats=0, warm_up=0)
+    with pytest.raises(RequestError, match=r"the request is a NoneType; give a fastvl_lab.Request"):
+        compare(lab, None, {"a": "baseline"})  # type: ignore[arg-type]
     for text, says in (("nothing", "the choices are baseline"), ("fastest, capture.vit=graph", "it needs a CUDA device")):
         with pytest.raises(RecipeError, match=says):
             compare(lab, request, {"a": text}, repeats=1)

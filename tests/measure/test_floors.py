@@ -12,7 +12,7 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from fastvl_lab import DeviceError, Lab, Request, floor, photo
+from fastvl_lab import DeviceError, Lab, Request, RequestError, floor, photo
 from fastvl_lab.checkpoint import Checkpoint, tiny
 from fastvl_lab.checkpoint.shape import without_weights
 from fastvl_lab.measure import floors
@@ -186,6 +186,8 @@ def test_a_gpu_that_is_not_here_has_the_floor_that_its_vendor_publishes(labs: di
         floor(labs["tiny-qwen3-vl"], request, hardware="H100 SXM")
     with pytest.raises(DeviceError, match="unknown"):
         floor(half, request, hardware="abacus")
+    with pytest.raises(RequestError, match="the request is a NoneType"):
+        floor(half, None)  # type: ignore[arg-type]
     with pytest.raises(DeviceError, match="give one of them"):
         floor(half, request, hardware="H100 SXM", ceilings=found.ceilings)
 

@@ -39,6 +39,7 @@ def test_each_request_has_a_run_of_its_own_with_the_tokens_that_it_has_alone(tin
     for number, run in enumerate(made.finished):
         assert run.tokens == tiny.run(varied(request, number), "fastest").tokens, number
         assert run.trace.stages()["queued"] > 0
+        assert run.logits.untyped_storage().nbytes() == 0
         assert sum(run.trace.stages().values()) + run.trace.unaccounted_ns == run.trace.first_chunk_ns
     assert made.tokens_per_second == pytest.approx(5 * 6 / made.seconds)
     # Three are there at the start, the fourth comes when one of them has ended.
@@ -107,6 +108,8 @@ def test_what_is_counted(timed: Callable[..., Run]) -> None:
     assert "request 1 failed: no room" in repr(made)
     with pytest.raises(RequestError, match="no 'latency' is measured of a load; the choices are ttft, tpot"):
         made.values("latency")  # type: ignore[arg-type]
+    with pytest.raises(RequestError, match="percent is 101; it must be a number from 0 to 100"):
+        made.percentile("ttft", 101)
 
 
 def test_a_finding_calls_longer_only_what_is_shown_to_be(timed: Callable[..., Run]) -> None:
@@ -185,10 +188,14 @@ def test_what_interrupts_a_load_does_not_wait_for_requests_that_were_to_come(tin
     ("given", "said"),
     [
         ({}, "nothing says when requests arrive; give one of concurrency, rate, arrivals"),
-        ({"concurrency": 2, "rate": 1.0}, "concurrency and rate says when"),
+        ({"concurrency": 2, "rate": 1.0}, "concurrency and rate say when"),
         ({"concurrency": 0}, "concurrency is 0; it must be a whole number of at least 1"),
         ({"rate": math.inf}, "rate is inf; it must be a finite number"),
-        ({"arrivals": [1.0, 0.5]}, "arrivals must be seconds from 0 on, in order"),
+        ({"rate": "fast"}, "rate is 'fast'; it must be a finite number"),
+        ({"arrivals": [1.0, 0.5]}, "it must be seconds from 0 on, in order"),
+        ({"arrivals": [0.0, math.nan]}, r"arrivals is \[0.0, nan\]; it must be seconds from 0 on, in order"),
+        ({"arrivals": 3}, "arrivals is 3; it must be seconds"),
+        ({"arrivals": np.array([-1.0, 2.0])}, "it must be seconds from 0 on"),
         ({"arrivals": [0.0], "n": 2}, "n is 2, and arrivals has 1"),
         ({"concurrency": 1, "warm_up": -1}, "warm_up is -1"),
     ],
@@ -196,3 +203,6 @@ def test_what_interrupts_a_load_does_not_wait_for_requests_that_were_to_come(tin
 def test_what_makes_no_load_is_refused_in_a_sentence(tiny: Lab, given: dict[str, Any], said: str) -> None:
     with pytest.raises(RequestError, match=said):
         load(tiny, TEXT, TOGETHER, **given)
+    for none, what in ((None, "NoneType"), ([TEXT, "x"], "str"), ("x", "str")):
+        with pytest.raises(RequestError, match=f"the request is a {what}; give a fastvl_lab.Request"):
+            load(tiny, none, TOGETHER, concurrency=1)  # type: ignore[arg-type]

@@ -169,6 +169,8 @@ def test_without_a_second_record_the_sweep_is_measured_again(
         return swept([_slow(comparison_of, vit=36)])
 
     monkeypatch.setattr("fastvl_lab.measure.regressions.sweep", again)
+    assert main([str(tmp_path / "run"), "--bound", "0.5"]) == 2
+    assert not asked, "what is wrong is said before hours of measuring"
     assert main([str(tmp_path / "run")]) == 1
     assert asked == [dataclasses.replace(settings, output_dir="")]
     assert main([str(tmp_path / "run"), str(tmp_path / "head"), "--bound", "1.2"]) == 0

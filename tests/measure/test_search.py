@@ -277,6 +277,19 @@ def test_the_last_meeting_has_rounds_of_its_own() -> None:
     assert median([bench.cost(LEAN)]) / bench.cost(found.recipe) == pytest.approx(found.ratio.median, rel=0.03)
 
 
+def test_a_best_that_hangs_when_it_meets_the_start_is_not_what_was_found() -> None:
+    class Hangs(Bench):
+        def measure(self, recipe: Recipe, label: str, number: int) -> Iterator[StageSample]:
+            if phases[-1] == "against the start" and recipe == BEST:
+                raise CastOutError("it hangs", ends=True)
+            return super().measure(recipe, label, number)
+
+    phases: list[str] = []
+    found = _run(Hangs(_saves(COSTS)), on_progress=lambda now: phases.append(now.phase))
+    assert found.cast_out[-1].recipe == BEST
+    assert (found.recipe, found.confirmed, found.cut_off) == (LEAN, False, True)
+
+
 # A search that is killed.
 
 

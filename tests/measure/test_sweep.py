@@ -50,6 +50,9 @@ def test_failures_are_recorded_and_the_sweep_goes_on(
         assert json.loads(path.read_text())["traceEvents"]
     assert len(list((tmp_path / "traces").iterdir())) == 8  # one a run
     assert json.loads((tmp_path / "result.json").read_text())["schema"] == 1
+    first, *lines = repr(result).splitlines()
+    assert (first, lines[:4]) == ("2 points", result.findings())
+    assert lines[4].startswith("failed: no-such: checkpoint 'no-such' is unknown")
 
     print_table([str(tmp_path)])
     printed = capsys.readouterr().out
@@ -182,6 +185,11 @@ def test_notebook_parameters_know_what_papermill_injected(settings_of: Callable[
         notebook_parameters({k: v for k, v in settings.items() if k != "seed"}, list(settings))
 
 
+def test_settings_are_settings() -> None:
+    with pytest.raises(RequestError, match=r"the settings are a dict; give fastvl_lab.SweepSettings"):
+        sweep({"recipes": ["baseline"]})  # type: ignore[arg-type]
+
+
 @pytest.mark.parametrize("name", PHOTOGRAPHS)
 def test_built_in_photographs_have_the_size_asked_for(decode: Callable[[list[bytes]], list[Image.Image]], name: str) -> None:
     data = photo(name, (123, 45))
@@ -189,5 +197,6 @@ def test_built_in_photographs_have_the_size_asked_for(decode: Callable[[list[byt
     assert decode([data])[0].size == (123, 45)
     assert decode([photo(name)])[0].width > 123
     assert photo(data) == data
-    with pytest.raises(ImageError, match="size is 0x5"):
-        photo(name, (0, 5))
+    for wrong in ((0, 5), 5, (1, 2, 3), (1.5, 2)):
+        with pytest.raises(ImageError, match=r"size is .*; it must be \(width, height\) in whole pixels from 1 up"):
+            photo(name, wrong)  # type: ignore[arg-type]

@@ -25,7 +25,7 @@ from fastvl_lab import Lab, Recipe, RecipeError, Request, RequestCancelledError,
 from fastvl_lab.measure.parity import Parity
 from fastvl_lab.measure.samples import gains
 from fastvl_lab.measure.search import COST, CastOutError, Progress
-from fastvl_lab.measure.tune import _key, costs, main
+from fastvl_lab.measure.tune import _Bench, _key, costs, main
 from fastvl_lab.vit import operations
 
 ROPE = {"only": ["vit.rope"], "quiet": None, "progress": False}
@@ -304,6 +304,20 @@ def test_a_tune_that_was_stopped_goes_on_and_one_that_is_over_leaves_nothing(lab
     assert list(unfinished.iterdir()) == []
 
 
+def test_a_tune_that_was_killed_before_it_knew_its_order_goes_on(
+    lab: Lab, request_: Request, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def killed(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    only: dict[str, Any] = {"only": ["vit.rope"], "quiet": None, "progress": False}
+    with monkeypatch.context() as patched:
+        patched.setattr(_Bench, "order", killed)
+        with pytest.raises(KeyboardInterrupt):
+            tune(lab, request_, 10, **only)
+    assert tune(lab, request_, 10, **only).notes[0].startswith("it went on with an earlier search")
+
+
 def test_another_workload_is_another_tune(lab: Lab, request_: Request, picture: bytes) -> None:
     starts = {"fastest": lab.fastest}
 
@@ -313,6 +327,7 @@ def test_another_workload_is_another_tune(lab: Lab, request_: Request, picture: 
     asked: dict[str, Any] = {"prompt": "What is this?", "max_new_tokens": 3, "ignore_eos": True}
     others = [dataclasses.replace(request_, prompt="And this?"), dataclasses.replace(request_, max_new_tokens=4)]
     others += [Request(images=[image], **asked) for image in _two_pictures(picture)]
+    others += [Request(images=[np.zeros((*sides, 3), np.uint8)], **asked) for sides in ((56, 84), (84, 56))]
     others += [dataclasses.replace(request_, sampling=Sampling(stop=["."]))]
     others += [Request(prompt="What is this?", max_new_tokens=3, raw=raw) for raw in (False, True)]
     found = [key(request) for request in (request_, *others)] + [key(request_, seed=1), key(request_, only=["vit"])]
@@ -429,6 +444,7 @@ def _record(site: learnt.Site, recipe: Recipe) -> learnt.Record:
         ({"goal": "tpot"}, "max_new_tokens is 1"),
         ({"only": ["vit.colour"]}, "only is"),
         ({"only": "vit"}, "only is"),
+        ({"only": None}, "only is None; give a list"),
         ({"limit": 0}, "limit is 0"),
     ],
 )

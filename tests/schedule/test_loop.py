@@ -18,6 +18,7 @@ import torch
 from fastvl_lab import Lab, Recipe, Request, RequestCancelledError, RequestError, Sampling, photo
 from fastvl_lab.cache.blocks import BlockPool
 from fastvl_lab.cache.memory import Memory
+from fastvl_lab.decoder.sampler import Sampler
 from fastvl_lab.outcome import Outcome
 from fastvl_lab.pipeline import Pipeline
 from fastvl_lab.preprocessor import open_images
@@ -470,3 +471,25 @@ def test_a_loop_waits_for_requests_and_ends_when_no_more_will_come(labs: dict[st
     _serve(pipeline, Policy(max_batch=8, budget=None, order="fifo"), inbox, None)
     sender.join()
     assert sorted(ended) == [0, 1, 2]
+
+
+def test_a_sampler_that_fails_ends_its_own_request_alone(labs: dict[str, Lab], monkeypatch: pytest.MonkeyPatch) -> None:
+    pipeline, ended = _pipeline(labs["tiny-qwen2.5-vl"], RECIPES["fastest, paged"]), dict[int, Any]()
+    greedy = Request(prompt="Hi", max_new_tokens=6, ignore_eos=True)
+    drawing = [dataclasses.replace(greedy, sampling=Sampling(temperature=1.0, seed=seed)) for seed in (1, 2)]
+    alone = [_alone(pipeline, request) for request in (greedy, drawing[1])]
+    chosen = Sampler.__call__
+
+    def fails_at_its_third(self: Sampler, logits: torch.Tensor) -> torch.Tensor:
+        if self._n_made == 2 and self._generator is not None and self._generator.initial_seed() == 1:
+            raise RuntimeError("a grammar ended")
+        return chosen(self, logits)
+
+    monkeypatch.setattr(Sampler, "__call__", fails_at_its_third)
+    inbox = Inbox()
+    for number, request in enumerate((greedy, *drawing)):
+        inbox.put(_job(number, request, ended))
+    inbox.close()
+    _serve(pipeline, Policy(max_batch=8, budget=None, order="fifo"), inbox)
+    assert isinstance(ended[1], RuntimeError)
+    assert [ended[number].tokens for number in (0, 2)] == alone

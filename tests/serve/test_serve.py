@@ -170,11 +170,14 @@ def test_limits_that_no_request_could_keep_are_refused(settings: dict, says: str
         Settings(**settings)
 
 
-def test_a_port_that_cannot_be_is_refused_before_anything_is_loaded(capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_port_and_a_certificate_that_cannot_be_are_refused_before_anything_is_loaded(capsys: pytest.CaptureFixture[str]) -> None:
     for port in ("99999", "-1", "http"):
         with pytest.raises(SystemExit, match="2"):
             main(["--checkpoint", MODEL, f"--port={port}"])
         assert f"{port!r} is no port; it must be from 0 to 65535" in capsys.readouterr().err
+    with pytest.raises(SystemExit, match="2"):
+        main(["--checkpoint", MODEL, "--ssl-certfile=none.pem"])
+    assert "there is no file 'none.pem'" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

@@ -130,6 +130,10 @@ def test_the_command_draws_a_page_from_the_records(
     assert single[-5:] == ["2.000", "64.000", "no", "41", "1.0e-02"]  # s, MB, for an earlier size, requests until it pays, error
     with pytest.raises(SystemExit, match="is neither the folder of a sweep"):
         main([str(tmp_path)])
+    for other in (b"{}", b'["row"]', b"\xff\xd8"):
+        (tmp_path / "other").write_bytes(other)
+        with pytest.raises(SystemExit, match="other has no rows of a GPU report"):
+            main([str(tmp_path / "other")])
     assert "parity failed: error 5.0e-01; not timed" in printed
     assert f"longest: name {'k' * 100}…, times 32, ms 4.125" in printed
     assert "some_kernel\n        tuned_for: dtype bfloat16, head_dim 80\n        launch: block_k 64, num_warps 8" in printed

@@ -258,7 +258,7 @@ def test_of_pictures_only_names_and_digests_are_kept(before: Workbench, picture:
     with pytest.raises(
         RequestError, match=r"mine\.jpg is not what it was, or was given as a file, of which only the name was kept"
     ):
-        again().question.request()
+        again().question.images()
     (tmp_path / "a.jpg").write_bytes(picture + b"x")
     assert again().question != question  # another picture under the same path
     kept.write(file, again(), pinned=False, note="")  # and again, as when it is noted

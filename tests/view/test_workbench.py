@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
+import gc
 import json
 import re
 import time
+import weakref
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
@@ -22,7 +24,7 @@ from fastvl_lab.measure.recipes import STOCK
 from fastvl_lab.measure.samples import Interval, RunSample
 from fastvl_lab.view.workbench import Workbench, reading, showing
 from fastvl_lab.view.workbench.messages import from_json, to_json
-from fastvl_lab.view.workbench.session import BEFORE, RECIPE, Advice
+from fastvl_lab.view.workbench.session import BEFORE, RECIPE, Advice, Question, Served
 from fastvl_lab.view.workbench.views import views
 from fastvl_lab.vit import attention
 from fastvl_lab.vit.attention import Prepared, SegmentAttention
@@ -592,14 +594,98 @@ def test_a_load_that_cannot_be_says_why(bench: Workbench, monkeypatch: pytest.Mo
 def test_a_load_is_stopped_and_nothing_of_it_is_kept(bench: Workbench) -> None:
     bench.load(concurrency=2, n=200)
     deadline = time.monotonic() + 30
-    while " of 200 · " not in bench.widget.live["progress"]:
+    while not (rows := bench.widget.arrived["rows"]):  # a row a request comes while others are served
         assert time.monotonic() < deadline
         time.sleep(0.01)
+    assert " of 200 · " in bench.widget.live["progress"]
+    assert bench.widget.arrived["label"] == RECIPE
+    assert [number for number, _ in rows] == list(range(len(rows)))
     clicked(bench, "Press", button="stop")
     assert bench.wait(10)
     assert bench.widget.live["state"] == "stopped"
     assert bench.result().loads is None
     assert bench.widget.shown["view"] == "load"
+
+
+def test_a_second_panel_has_the_weights_of_the_first_and_the_cell_again_closes_its_own(
+    bench: Workbench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    panels = [bench]
+    monkeypatch.setattr("fastvl_lab.view.workbench.panel._siblings", lambda: [one for one in panels if not one._closed])
+    monkeypatch.setattr("fastvl_lab.view.workbench.panel._this_cell", lambda: "another cell")
+    monkeypatch.setattr("fastvl_lab.view.workbench.session.Lab", None)  # nothing is loaded any more
+    panels.append(opened())
+    first, second = (one._session.lab for one in panels)
+    assert first is not None
+    assert second is not None
+    assert first is not second
+    assert first.checkpoint.model is second.checkpoint.model
+    panels.append(opened())
+    assert [one._closed for one in panels] == [False, True, False]
+    assert panels[1]._session.lab is None  # it holds no weights
+    panels[-1].close()
+
+
+def test_the_history_and_the_kernels_memory_end_somewhere(bench: Workbench, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("fastvl_lab.view.workbench.kept.MOST", 3)
+    bench.mark(1, pinned=True)
+    clicked(bench, "Fill", field="repeats", text="0")
+    assert bench.wait(60)
+    made = []
+    for _ in range(4):
+        bench.run()
+        assert bench.wait(60)
+        made.append(weakref.ref(bench.history[-1]))
+    assert [result.number for result in bench.history] == [1, 5, 6]
+    assert [row["number"] for row in bench.widget.history] == [1, 5, 6]
+    gc.collect()
+    assert [one() is None for one in made] == [True, True, False, False]  # 3 to 6
+
+
+def test_a_history_holds_no_logits(looked_at: Workbench) -> None:
+    looked_at.look("ViT blocks")
+    looked_at.load(concurrency=2, n=2)
+    assert looked_at.wait(90)
+    result = looked_at.result()
+    assert result.comparison is not None
+    assert result.layers is not None
+    assert result.loads is not None
+    runs = [result.run, *(sample.run for sample in result.comparison.samples), *result.layers.values()]
+    runs += [run for load in result.loads.values() for run in load.finished]
+    assert len(runs) > 8
+    assert {run.logits.untyped_storage().nbytes() for run in runs} == {0}
+
+
+def test_pictures_are_read_once_and_again_when_their_file_has_changed(
+    tmp_path: Path, picture: bytes, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "a.jpg").write_bytes(picture)
+    read: list[Question] = []
+    images = Question.images
+    monkeypatch.setattr(Question, "images", lambda question: (read.append(question), images(question))[1])
+    bench = workbench("tiny-qwen3-vl", str(tmp_path / "a.jpg"), max_new_tokens=2, repeats=0, device="cpu")
+    assert bench.wait(60)
+    bench.choose("vit.tower", "lean")
+    bench.ask(prompt="Why?")
+    assert bench.wait(60)
+    assert len(read) == 1
+    (tmp_path / "a.jpg").write_bytes(photo("cat", (300, 100)))
+    bench.run()
+    assert bench.wait(60)
+    assert len(read) == 2
+    assert bench.result().run.shapes[0].width == 300
+    bench.close()
+
+
+def test_requests_of_a_load_that_have_ended_are_told_from_the_first_arrival_on(looked_at: Workbench) -> None:
+    trace = looked_at.result().shown.trace
+    served = [Served(label="it", number=number, begun=10**9 + number * 10**6, trace=trace) for number in (1, 0)]
+    told = to_json(showing.arrived(3, served))
+    (first, bars), (second, later) = told["rows"]
+    assert (told["result"], told["label"], first, second) == (3, "it", 0, 1)
+    assert [name for name, *_ in bars] == [*(span.name for span in trace.within_ttft()), "decode"]
+    assert bars[-1][1:] == pytest.approx([trace.first_chunk_ns / 1e6, (trace.end_ns - trace.first_chunk_ns) / 1e6], abs=1e-3)
+    assert [after[1] - before[1] for before, after in zip(bars, later, strict=True)] == pytest.approx([1.0] * len(bars), abs=2e-3)
 
 
 def test_the_history_says_what_changed_and_keeps_pins_and_notes(bench: Workbench) -> None:

@@ -34,6 +34,7 @@ const HUES = {
 };
 const HUE_OF = { decode_image: "orange", preprocess: "orange", vit: "blue", wait: "blue", first_token: "blue", merge: "sky",
   prefill: "green", sample: "pink", emit: "pink", decode: "red" };
+const WAITS = ["queued", "waiting", "await_image"];
 // Light colours of waits, pale on dark paper: they must not be the brightest there.
 const PALE = { "#CFCFCF": "#4d545c", "#E8E2D0": "#3d3b32", "#F7E2B5": "#574a2c" };
 const OPENS = { vit: "ViT blocks", prefill: "decoder layers" };
@@ -311,7 +312,7 @@ function mount(model, el, libraries) {
       if (!known) continue;
       const [option, saved, low, high] = known;
       const sure = low > 0 ? "fl-saves" : high < 0 ? "fl-costs" : "fl-unsure";
-      saving.append(h("i", { class: sure, style: `width:${Math.max(2, 26 * Math.abs(saved) / most)}px` }), `${saved > 0 ? "−" : "+"}${Math.abs(saved).toFixed(Math.abs(saved) < 9.95 ? 1 : 0)}`);
+      saving.append(h("i", { class: sure, style: `width:${Math.max(2, 14 * Math.abs(saved) / most)}px` }), `${saved > 0 ? "−" : "+"}${Math.abs(saved).toFixed(Math.abs(saved) < 9.95 ? 1 : 0)}`);
       saving.dataset.tip = `${at}=${option} would ${saved > 0 ? "save" : "cost"} ${ms(Math.abs(saved))} of TTFT here (${low?.toFixed(2)} to ${high?.toFixed(2)} ms)${low > 0 || high < 0 ? "" : ": no difference shown"}`;
     }
     advice.replaceChildren(sentence);
@@ -329,10 +330,11 @@ function mount(model, el, libraries) {
     root.classList.toggle("fl-busy", Boolean(live.busy || live.starting));
     stop.disabled = !live.busy && !live.starting;
     said(live.error);
-    answer.textContent = live.busy && live.text ? live.text : (model.get("shown").answer ?? "");
+    answer.textContent = live.state === "running" && live.text ? live.text : (model.get("shown").answer ?? "");
     showStrip();
     load.show();
     cancelAnimationFrame(ui.frame);
+    if (ui.arrived && !arriving()) drawView();
     if (watched()) grow();
     else if (ui.grew) { ui.grew = false; showResult(); }
   }
@@ -390,7 +392,7 @@ function mount(model, el, libraries) {
     pills.replaceChildren(...result.pills.map(({ text, state, about }) => h("span", { class: `fl-pill fl-${state}`, "data-tip": about, tabindex: "0" }, text)));
     learnt.textContent = result.learnt;
     heading.replaceChildren(h("div", {}, result.heading), h("div", {}, result.detail), h("div", { class: "fl-no-before", hidden: !result.no_before }, result.no_before), h("div", { class: "fl-of-earlier", hidden: !result.earlier }, result.earlier),
-      h("div", { class: "fl-tools" }, button("replay slowly", replay, "the run again, as long as two seconds"), button("PNG", png, "this waterfall as a picture"),
+      h("div", { class: "fl-tools" }, result.view === "waterfall" && [button("replay slowly", replay, "the run again, as long as two seconds"), button("PNG", png, "this waterfall as a picture")],
         button("Perfetto", perfetto, "this run's trace in ui.perfetto.dev, in a window of its own"),
         button(result.link ? "copy link" : "copy as Python line", () => copied(result.link ? location.origin + location.pathname + result.link : result.line, result.link ? "link" : "Python line"), `what opens this question, recipe and result again${result.link ? "" : " in a notebook"}, where it is kept`, { class: "fl-link-again" }),
         button("export all", () => press("export"), "page, records, Perfetto traces and PNG, into a new folder beside the notebook")));
@@ -450,6 +452,12 @@ function mount(model, el, libraries) {
       return showTable(["stage", ...series(result).map(({ label }) => `${label}, ms`), ...others.map(({ label }) => `this recipe against ${label}`)],
         rowsOf(result).map((stage) => [stage, ...series(result).map((run) => stageText(run, stage)), ...others.map((run) => changeText(result.recipe, run, stage))]));
     }
+    ui.arrived = arriving();
+    if (ui.arrived) {
+      purge(0);
+      plot.replaceChildren(...drawArrived(model.get("arrived")));
+      return showTable([], []);
+    }
     const figure = model.get("figure");
     if (result.lacks || figure.view !== result.view || figure.about !== `${result.view} of ${result.number}`) {
       purge(0);
@@ -479,6 +487,25 @@ function mount(model, el, libraries) {
     plot.firstChild.removeAllListeners("plotly_click");
     if (Object.values(OPENS).includes(result.view)) plot.firstChild.on("plotly_click", ({ points }) => open(points[0].y));
     return undefined;
+  }
+  // Requests of a load under way, a row each, as they end; plotly's figure of all comes in their place.
+  const arriving = () => {
+    const [result, { result: of, rows = [] }] = [model.get("shown"), model.get("arrived") ?? {}];
+    return result.view === "load" && of === result.number && rows.length > 0 && model.get("live").state === "under load";
+  };
+  function drawArrived({ label, rows }) {
+    const [width, colours] = [roomOf(), HUES[ui.dark ? "dark" : "light"]];
+    const [until, tall] = [1.02 * Math.max(...rows.flatMap(([, bars]) => bars.map(([, start, length]) => start + length))), Math.max(3, Math.min(16, Math.floor(330 / rows.length)))];
+    const [room, height] = [width - LABEL - 12, AXIS + rows.length * tall + 4];
+    const x = (value) => LABEL + room * value / until;
+    const looks = (stage) => WAITS.includes(stage) ? { fill: colours.grid } : { fill: colours[HUE_OF[stage] ?? "grey"], "fill-opacity": stage === "decode" ? 0.55 : 1 };
+    const about = `${label}: ${rows.length} ${rows.length === 1 ? "request has" : "requests have"} ended`;
+    return [h("p", { class: "fl-grey" }, `${about}; a row each, from its arrival: waits are grey, the answer after its first text is pale red`),
+      s("svg", { width, height, role: "img", "aria-label": about, style: `font:${FONT}`, class: "fl-arrived" },
+        timeAxis(0, until, room, x, height, colours),
+        rows.map(([number, bars], row) => s("g", { "data-request": number },
+          tall > 10 ? s("text", { x: LABEL - 8, y: AXIS + row * tall + tall - 4, "text-anchor": "end", fill: colours.ink }, `request ${number}`) : null,
+          bars.map(([stage, start, length]) => s("rect", { x: x(start), y: AXIS + row * tall, width: Math.max(x(start + length) - x(start), 0.5), height: tall > 5 ? tall - 2 : tall, ...looks(stage) })))))];
   }
   // Lets go of plotly's figures from that number on.
   function purge(first) {
@@ -572,15 +599,13 @@ function mount(model, el, libraries) {
       });
       return line;
     });
-    const [ticks, decimals] = ticksOf(from, to, Math.min(5, Math.max(1, room / 80)));
     const mark = (value, stroke, dash, name) => value < from || value > to ? [] : [s("line", { x1: x(value), x2: x(value), y1: AXIS - 4, y2: bottom, stroke, "stroke-width": 1.5, "stroke-dasharray": dash, class: name })];
     const title = result.recipe.open ? "a run under way" : `waterfall of #${result.number}: TTFT ${ms(result.recipe.ttft)}`;
     const focused = chart.contains(document.activeElement) ? document.activeElement.dataset?.stage : null;
     const drawing = s("svg", { width, height, viewBox: `0 0 ${width} ${height}`, role: "group", "aria-label": title, style: `font:${FONT}` },
       s("defs", {}, s("pattern", { id: "fl-hatch", width: 5, height: 5, patternUnits: "userSpaceOnUse", patternTransform: "rotate(45)" }, s("rect", { width: 2, height: 5, fill: colours.ink })),
         s("clipPath", { id: "fl-replay" }, s("rect", { x: 0, y: 0, width, height }))),
-      ...ticks.map((tick) => s("g", {}, s("line", { x1: x(tick), x2: x(tick), y1: AXIS - 4, y2: bottom, stroke: colours.grid }),
-        s("text", { x: x(tick), y: 12, "text-anchor": "middle", fill: colours.soft }, to >= 1000 ? `${(tick / 1000).toFixed(decimals + 2)} s` : `${tick.toFixed(decimals)} ms`))),
+      ...timeAxis(from, to, room, x, bottom, colours),
       ...lines, ...mark(result.recipe.ttft, colours.ink, "2 2", "fl-ttft-line"), ...(result.rival ? mark(result.rival.ttft, colours.rival, "2 2", "fl-rival-line") : []),
       ...marks);
     zoomable(drawing, from, to, room);
@@ -629,13 +654,16 @@ function mount(model, el, libraries) {
     if ((OPENS[stage] || recipe.files[stage]?.startsWith("fastvl_lab/")) && recipe.host[stage] !== undefined && !recipe.open) lines.push(`click: ${OPENS[stage] ?? "its operations"}`);
     return lines.join("\n");
   }
-  function ticksOf(from, to, most) {
-    const rough = (to - from) / most;
+  // Lines and numbers of a time axis, down to the bottom; at most 5, of which each has 80 pixels.
+  function timeAxis(from, to, room, x, bottom, colours) {
+    const rough = (to - from) / Math.min(5, Math.max(1, room / 80));
     const power = 10 ** Math.floor(Math.log10(rough));
     const step = [1, 2, 5, 10].map((times) => times * power).find((one) => one >= rough);
+    const decimals = Math.max(0, -Math.floor(Math.log10(step)));
     const ticks = [];
     for (let tick = Math.ceil(from / step) * step; tick <= to; tick += step) ticks.push(tick);
-    return [ticks, Math.max(0, -Math.floor(Math.log10(step)))];
+    return ticks.map((tick) => s("g", {}, s("line", { x1: x(tick), x2: x(tick), y1: AXIS - 4, y2: bottom, stroke: colours.grid }),
+      s("text", { x: x(tick), y: 12, "text-anchor": "middle", fill: colours.soft }, to >= 1000 ? `${(tick / 1000).toFixed(decimals + 2)} s` : `${tick.toFixed(decimals)} ms`)));
   }
   function zoomable(drawing, from, to, room) {
     const time = (event) => from + (to - from) * (event.clientX - drawing.getBoundingClientRect().left - LABEL) / room;
@@ -872,7 +900,7 @@ function mount(model, el, libraries) {
   sized.observe(root);
 
   const listeners = { "change:choices": showChoices, "change:asked": ask.show, "change:chosen": showChosen, "change:advised": showAdvised,
-    "change:live": showLive, "change:shown": () => { ui.zoom = null; showResult(); showHistory(); showEarlier(); }, "change:figure": () => { showTabs(); drawView(); }, "change:loaded": load.show, "change:history": showHistory, "change:earlier": showEarlier, "msg:custom": traced };
+    "change:live": showLive, "change:shown": () => { ui.zoom = null; showResult(); showHistory(); showEarlier(); }, "change:figure": () => { showTabs(); drawView(); }, "change:loaded": load.show, "change:arrived": () => { if (arriving()) drawView(); }, "change:history": showHistory, "change:earlier": showEarlier, "msg:custom": traced };
   for (const [name, listener] of Object.entries(listeners)) model.on(name, listener);
   themed();
   showChoices();

@@ -171,6 +171,15 @@ class Loaded:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Arrived:
+    """Requests of a load under way that have ended, of a result's. rows: number, and bars: stage, start, length."""
+
+    result: int = 0
+    label: str = ""
+    rows: tuple[tuple[int, tuple[tuple[str, float, float], ...]], ...] = ()
+
+
+@dataclass(frozen=True, kw_only=True)
 class Row:
     """A line of the history. when, spread, elsewhere: only of an earlier session's, the last being what is other here."""
 

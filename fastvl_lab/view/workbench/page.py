@@ -23,6 +23,7 @@ class Page(anywidget.AnyWidget):
     shown = traitlets.Dict().tag(sync=True)
     figure = traitlets.Dict().tag(sync=True)
     loaded = traitlets.Dict().tag(sync=True)
+    arrived = traitlets.Dict().tag(sync=True)
     history: traitlets.List[Any] = traitlets.List().tag(sync=True)
     earlier = traitlets.Dict().tag(sync=True)
     advised = traitlets.Dict().tag(sync=True)

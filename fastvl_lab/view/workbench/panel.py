@@ -27,12 +27,13 @@ from fastvl_lab.recipe import Recipe
 from fastvl_lab.view.workbench import kept, link, messages, reading, rivals, showing
 from fastvl_lab.view.workbench.controls import controls
 from fastvl_lab.view.workbench.export import export, page_of, static_text
-from fastvl_lab.view.workbench.session import BEFORE, Arrivals, News, Picture, Question, Result, Session
+from fastvl_lab.view.workbench.session import BEFORE, Arrivals, News, Picture, Question, Result, Served, Session
 from fastvl_lab.view.workbench.views import LOAD, View, views
 
 _OPEN_AGAIN = 4  # results of earlier sessions that are held in memory
 NOTHING = "nothing"  # that a load is held against
 _BETWEEN_NEWS = 0.08  # seconds: a page that is told more often draws no more
+_BETWEEN_ROWS = 0.5  # seconds between tellings of a load under way: all its rows are told each time
 
 
 def workbench(
@@ -135,6 +136,8 @@ class Workbench:
         self._telling = threading.RLock()  # a click is answered on another thread than the session
         self._live = messages.Live(state="starting", busy=True, error=error)
         self._began_ns: int | None = None  # when the run under way began, on this clock
+        self._served: list[Served] = []  # what has ended of the load under way, or of the last
+        self._loading = self._told_rows = 0  # the result that is under load; how many of them the page knows
         self._news, self._closed, self._static = threading.Event(), False, None
         self.cell, siblings = _this_cell(), _siblings()
         for sibling in siblings:
@@ -182,7 +185,7 @@ class Workbench:
 
     @property
     def history(self) -> list[Result]:
-        """Every result of this panel, in order."""
+        """The results of this panel, in order: the newest 200, and those that are pinned."""
         return self._session.history
 
     @property
@@ -298,6 +301,10 @@ class Workbench:
         self._arrivals = Arrivals(concurrency=concurrency, rate=rate, n=n or usual_number(concurrency))
         beside = {} if against is None else {self._named(against, result): against}
         self._session.load(result, self._arrivals, beside)
+        with self._telling:
+            self._loading = result.number
+            self._served.clear()
+        self._tell_arrived()
         self.look(LOAD, number=number)
 
     def look(self, view: str | None = None, *, number: int | None = None, against: int | None = None) -> None:
@@ -597,6 +604,11 @@ class Workbench:
             else:
                 changes |= {"stages": (), "rounds": {}, "error": news.error or self._live.error}
                 self._began_ns = None
+                self._served.clear()
+            if news.served is not None:
+                if self._served and self._served[-1].label != news.served.label:
+                    self._served.clear()
+                self._served.append(news.served)
             if news.text:
                 changes["text"] = news.text
             self._live = dataclasses.replace(self._live, progress=news.progress, **changes)
@@ -613,6 +625,7 @@ class Workbench:
                     self.recipe, self._meant = find_recipe(self._meant, self.device, fastest=self._fastest), ""
                     self._tell_chosen()
                 self._aim()
+                self._let_go()
                 self._tell_history()
                 if news.result.where != self._where:
                     self._tell_earlier()  # now it is known where this session measures
@@ -622,6 +635,14 @@ class Workbench:
             self._say()
         if news.result is not None and news.state == "idle":
             self._measure_for_view(self.result(self._shown))
+
+    def _let_go(self) -> None:
+        """Take the oldest results out of memory where there are more than are kept: none that is pinned or looked at."""
+        needed = {self._shown, self._against, *(number for number, (pinned, _) in self._marks.items() if pinned)}
+        can = [result.number for result in self.history[:-2] if result.number not in needed]
+        for number in can[: max(0, len(self.history) - kept.MOST)]:
+            self._session.delete(number)
+            self._rows.pop(number, None)
 
     def _hear_of_start(self, how_far: str, error: str) -> None:
         """On the thread that starts the bar to beat; one that fails is none."""
@@ -643,11 +664,15 @@ class Workbench:
         return tuple((span.name, span.start_ns / 1e6, span.end_ns / 1e6) for span in spans)
 
     def _pass_news_on(self) -> None:
+        told = 0.0
         while not self._closed:
             self._news.wait()
             time.sleep(_BETWEEN_NEWS)
             self._news.clear()
             self._say()
+            if len(self._served) != self._told_rows and time.monotonic() - told > _BETWEEN_ROWS:
+                told = time.monotonic()
+                self._tell_arrived()
 
     def _say(self, **changes: Any) -> None:
         """Tell the page what goes on."""
@@ -704,6 +729,12 @@ class Workbench:
         others = [rival for _, rival in self._besides(result).values()]
         against = self._against_load if any(one.text == self._against_load and one.unmet is None for one in others) else NOTHING
         self.widget.tell("loaded", showing.loaded(result, self._arrivals, against, others, self._no_load(result)))
+
+    def _tell_arrived(self) -> None:
+        with self._telling:
+            served = tuple(self._served)
+            self._told_rows = len(served)
+        self.widget.tell("arrived", showing.arrived(self._loading, served))
 
     def _tell_choices(self) -> None:
         unmet = sum(len(control.unmet) for control in self.controls.values())

@@ -5,9 +5,10 @@ from __future__ import annotations
 import gc
 import io
 import itertools
+import os
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
@@ -35,7 +36,7 @@ from fastvl_lab.preprocessor.decode_image import open_image, read_orientation, r
 from fastvl_lab.recipe import Recipe
 from fastvl_lab.request import Chunk, ImageInput, Request
 from fastvl_lab.run import Run
-from fastvl_lab.trace import Span
+from fastvl_lab.trace import Span, Trace
 from fastvl_lab.view.workbench import rivals
 
 BEFORE, RECIPE = "the run before", "this recipe"
@@ -91,10 +92,14 @@ class Question:
     within: bool = False
     max_pixels: int | None = None
 
-    def request(self) -> Request:
-        """Raises `ImageError` for a picture that is none, naming it."""
+    def images(self) -> tuple[ImageInput, ...]:
+        """The pictures as they are asked about; raises `ImageError` for one that is none, naming it."""
+        return tuple(self._image(picture) for picture in self.pictures)
+
+    def request(self, images: Sequence[ImageInput]) -> Request:
+        """With pictures that `images` has read."""
         return Request(
-            images=[self._image(picture) for picture in self.pictures],
+            images=list(images),
             prompt=self.prompt,
             max_new_tokens=self.max_new_tokens,
             max_pixels=self.max_pixels,
@@ -199,12 +204,22 @@ class Advice:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Served:
+    """A request of a load that has ended, by its number. label: of its engine; begun: when it arrived (ns of `perf_counter_ns`)."""
+
+    label: str
+    number: int
+    begun: int
+    trace: Trace
+
+
+@dataclass(frozen=True, kw_only=True)
 class News:
     """What a session tells while it works: its state, and with it any of these.
 
     progress: counts and seconds. text: the answer so far. began: a stage and its start (ns); ended: one that has ended. sample: a
-    round's run. previews: a small JPEG of each picture that is asked about. result: a new one, or one that knows more. starting:
-    how far the start of the bar to beat is, "" once it is over; told on a thread of its own. error: in a sentence.
+    round's run. served: a load's. previews: a small JPEG of each picture that is asked about. result: a new one, or one that knows
+    more. starting: how far the start of the bar to beat is, "" once it is over; told on a thread of its own. error: in a sentence.
     """
 
     state: str
@@ -213,6 +228,7 @@ class News:
     began: tuple[str, int] | None = None
     ended: Span | None = None
     sample: RunSample | None = None
+    served: Served | None = None
     previews: tuple[bytes, ...] = ()
     result: Result | None = None
     advice: Advice | None = None
@@ -268,6 +284,8 @@ class Session:
         self.advice: Advice | None = None
         self._tell, self._device, self._dtype, self._borrow, self._keep = tell, device, dtype, borrow, keep
         self._where: Mapping[str, str] = {}  # of the lab
+        # The pictures that were asked about last: by what they are known, as they were read, and small.
+        self._seen: tuple[object, tuple[ImageInput, ...], tuple[bytes, ...]] | None = None
         self._ceilings: Ceilings | None = None
         self._changed = threading.Condition()
         self._wishes: list[_Wish] = []
@@ -413,10 +431,19 @@ class Session:
             self.lab = borrowed or Lab(question.checkpoint, device=self._device, dtype=self._dtype)
             self._where = where(self.lab)
             self._ceilings = None
-        request = question.request()
+        images, previews = self._pictures(question)
         if not wish.background:
-            self._tell(News(state=wish.state, previews=tuple(map(_preview, request.image_inputs))))
-        return wish.work(self.lab, request, wish.stop)
+            self._tell(News(state=wish.state, previews=previews))
+        return wish.work(self.lab, question.request(images), wish.stop)
+
+    def _pictures(self, question: Question) -> tuple[tuple[ImageInput, ...], tuple[bytes, ...]]:
+        """Those of a question, and small ones of them; read again only where they are others, or a file has changed since."""
+        files = tuple(_state(picture) for picture in question.pictures)
+        of = (question.pictures, question.size, question.within, files)
+        if self._seen is None or self._seen[0] != of:
+            images = question.images()
+            self._seen = of, images, tuple(map(_preview, images))
+        return self._seen[1:]
 
     def _answer(
         self,
@@ -444,7 +471,7 @@ class Session:
                 self._tell(News(state="running", ended=stage))
 
         run = lab.run(request, recipe, on_chunk=on_chunk, on_begin=on_begin, on_stage=on_stage, stop=stop)
-        run = replace(run, logits=run.logits[:0])  # which may be half a megabyte: the history holds many runs
+        run = run.without_logits()
         result = Result(
             number=next(self._numbers),
             when=time.time(),
@@ -554,11 +581,15 @@ class Session:
         return self._know(number, loads=found)
 
     def _ended_of(self, label: str, n: int) -> Callable[[int, Run | Exception], None]:
-        """Tells of each request of a load that ends how many have, and how long all may take."""
+        """Tells of each request of a load that ends, how many have, and how long all may take."""
         began, ended = time.monotonic(), itertools.count(1)
 
-        def told(_: int, __: Run | Exception) -> None:
-            self._tell(News(state=UNDER_LOAD, progress=f"{label}: request {_so_far(next(ended), n, began)}"))
+        def told(number: int, run: Run | Exception) -> None:
+            served = None
+            if isinstance(run, Run):
+                served = Served(label=label, number=number, begun=time.perf_counter_ns() - run.trace.end_ns, trace=run.trace)
+            progress = f"{label}: request {_so_far(next(ended), n, began)}"
+            self._tell(News(state=UNDER_LOAD, progress=progress, served=served))
 
         return told
 
@@ -568,7 +599,7 @@ class Session:
         for label, engine in engines.items():
             for _ in range(2):  # the second is warm
                 run = lab.run(request, engine, trace="layers", stop=stop)
-            layers[label] = replace(run, engine=label)
+            layers[label] = run.without_logits(engine=label)
         return self._know(number, layers=layers)
 
     def _see_operations(self, number: int, lab: Lab, request: Request, _: threading.Event) -> Result:
@@ -665,6 +696,15 @@ def _held(lab: Lab, recipe: Recipe) -> dict[str, int]:
     held["weights, packed"] = lab.checkpoint.packed.n_bytes
     held["CUDA graphs"] = sum(capture.n_bytes for capture in lab.captures(recipe))
     return held
+
+
+def _state(picture: Picture) -> tuple[int, ...]:
+    """By what a file is seen to have changed; of bytes and photographs nothing."""
+    if isinstance(picture.source, str):
+        with suppress(OSError, ValueError):
+            file = os.stat(picture.source)
+            return file.st_mtime_ns, file.st_size, file.st_ino
+    return ()
 
 
 def _preview(image: ImageInput) -> bytes:

@@ -17,8 +17,8 @@ from fastvl_lab.recipe import Recipe
 from fastvl_lab.run import Run, in_words, milliseconds
 from fastvl_lab.trace import LANES, STAGES
 from fastvl_lab.view.tables import load_percentile_frame
-from fastvl_lab.view.workbench.messages import Advised, Dot, Loaded, Pill, Rival, Row, Series, Shown
-from fastvl_lab.view.workbench.session import BEFORE, RECIPE, Advice, Arrivals, Question, Result, candidates
+from fastvl_lab.view.workbench.messages import Advised, Arrived, Dot, Loaded, Pill, Rival, Row, Series, Shown
+from fastvl_lab.view.workbench.session import BEFORE, RECIPE, Advice, Arrivals, Question, Result, Served, candidates
 
 _BUSY = 3.0  # the slowest warm round over the fastest, from which a machine is busy with something else
 
@@ -263,13 +263,15 @@ def pills(result: Result) -> list[Pill]:
         pairs = [(reference, rival, result.speedup)]
         if BEFORE in comparison.engines:
             pairs.append((BEFORE, "before", result.against_before))
-        for label, name, ratio in pairs:
-            if (busy := _busy(comparison, RECIPE, label)) is not None:
-                text, state = f"machine busy: {busy}, no ratio to {name}", "bad"
-            else:
+        about = "the median of ratios paired by round, with its 95% confidence interval; below six rounds none is printed"
+        busy = {name: why for label, name, _ in pairs if (why := _busy(comparison, RECIPE, label)) is not None}
+        if busy:  # said once: it is one machine
+            text = f"machine busy: {next(iter(busy.values()))}, no ratio to {' or '.join(busy)}"
+            found.append(Pill(text=text, state="bad", about=about))
+        for _, name, ratio in pairs:
+            if name not in busy:
                 text, state = as_fast(ratio, name)
-            about = "the median of ratios paired by round, with its 95% confidence interval; below six rounds none is printed"
-            found.append(Pill(text=text, state=state, about=about))
+                found.append(Pill(text=text, state=state, about=about))
     return [*found, _audited(result)]
 
 
@@ -384,6 +386,19 @@ def loaded(result: Result, arrivals: Arrivals, against: str, others: Sequence[Ri
         columns=() if frame is None else tuple(frame.columns),
         rows=() if frame is None else tuple(tuple(map(str, row)) for row in frame.itertuples(index=False)),
     )
+
+
+def arrived(result: int, served: Sequence[Served]) -> Arrived:
+    """What has ended of a load under way: of each request its stages up to its first text, and a bar for the rest of its answer."""
+    first = min((one.begun for one in served), default=0)
+    rows = []
+    for one in served:
+        trace, since = one.trace, one.begun - first
+        spans = [(span.name, span.start_ns, span.end_ns) for span in trace.within_ttft()]
+        spans.append(("decode", trace.first_chunk_ns, trace.end_ns))
+        bars = tuple((name, round((since + start) / 1e6, 3), round((end - start) / 1e6, 3)) for name, start, end in spans)
+        rows.append((one.number, bars))
+    return Arrived(result=result, label=served[-1].label if served else "", rows=tuple(sorted(rows)))
 
 
 def _served(label: str, load: Load) -> str:

@@ -96,14 +96,19 @@ def _layers_of(name: str, stage: str, parts: str) -> View:
     )
 
 
-def _runs(result: Result, other: Result | None) -> dict[str, Run]:
-    """The bar to beat, the result's own, and the run before where it was asked the same."""
+def _runs(result: Result, other: Result | None, *, ours_first: bool = False) -> dict[str, Run]:
+    """The bar to beat, the result's own, and the run before where it was asked the same.
+
+    ours_first: where a figure colours runs in turn, this recipe is blue, as on the rest of the page.
+    """
     against = None
     if other is not None and (other.question, other.where) == (result.question, result.where):
         beside = result.comparison is not None and result.before == other.recipe
         against = result.comparison.representative(BEFORE) if result.comparison is not None and beside else other.shown
     reference = result.reference
     every = {reference.engine if reference else STOCK: reference, RECIPE: result.shown, BEFORE: against}
+    if ours_first:
+        every = {RECIPE: result.shown, **every}
     return {label: run for label, run in every.items() if run is not None}
 
 
@@ -148,12 +153,12 @@ def _attribution(result: Result, _: Result | None) -> tuple[go.Figure, Any]:
 
 def _floors(result: Result, _: Result | None) -> tuple[go.Figure, Any]:
     assert result.floors is not None
-    runs = _runs(result, None)
+    runs = _runs(result, None, ours_first=True)
     return figures.floor_bars(runs, result.floors), tables.floor_frame(runs, result.floors)
 
 
 def _tokens(result: Result, other: Result | None) -> tuple[go.Figure, Any]:
-    runs = _runs(result, other)
+    runs = _runs(result, other, ours_first=True)
     columns: dict[str, Callable[[Run], object]] = {
         "run": lambda run: next(label for label, one in runs.items() if one is run),
         "chunks": lambda run: len(run.chunks),
