@@ -205,7 +205,7 @@ def read_asked(data: Mapping[str, Any], served: Served, settings: Settings, *, o
         timeout=_timeout(data, settings),
         stream=flag(data, "stream"),
         include_usage=include,
-        continuous_usage=include and flag(options, "continuous_usage_stats"),
+        continuous_usage=flag(options, "continuous_usage_stats") and include,
         token_ids=flag(data, "return_token_ids"),
         trace=flag(data, "return_trace"),
     )

@@ -52,7 +52,7 @@ _IMAGE_PART = _object(
 _CONTENT: list[Schema] = [{"type": "string"}, {"type": "array", "items": {"anyOf": [_TEXT_PART, _IMAGE_PART]}}]
 _MESSAGE: Schema = {
     "anyOf": [
-        _object(["role", "content"], role={"enum": ["system", "developer", "user", "tool"]}, content={"anyOf": _CONTENT}),
+        _object(["role", "content"], role={"type": "string"}, content={"anyOf": _CONTENT}),
         _object(["role"], role={"const": "assistant"}, content={"anyOf": [*_CONTENT, {"type": "null"}]}),
     ]
 }

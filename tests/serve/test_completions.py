@@ -94,6 +94,7 @@ def test_the_lab_asks_an_endpoint_to_complete_a_text(server: Any, labs: dict[str
         ({"max_pixels": 3136}, "the field 'max_pixels' is unknown"),
         ({"echo": "yes"}, 'echo is "yes"'),
         ({"echo": ""}, 'echo is ""'),
+        ({"stream_options": {"continuous_usage_stats": ""}}, 'continuous_usage_stats is ""'),
     ],
 )
 def test_a_text_that_cannot_be_completed_is_refused_by_name(server: Any, change: dict[str, Any], says: str) -> None:
