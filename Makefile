@@ -7,7 +7,7 @@
 #   make test-nightly (those, and cases that take minutes beside one that `make test` runs)
 #   make test-oldest  (what rests on torch, triton and Transformers, on the oldest versions allowed; Python 3.11 or 3.12, 6 GB)
 #   make check-regression BASE=runs/before [HEAD=runs/after] [BOUND=1.05]  (fails on what became slower; without HEAD it is measured)
-#   make test-clients (the openai client, LiteLLM and LangChain ask the server and measure it, from an environment of their own)
+#   make test-clients (clients and load tools of other hands ask the server and measure it, from an environment of their own: 7 GB)
 #   make benchmark    (the bars that speed-ups are held to; on an idle machine)
 #   make workbench [WORKBENCH='--checkpoint tiny-qwen3-vl --image photo.jpg']  (the panel as a page of its own)
 #   make lab          (JupyterLab on the workbench)
@@ -77,7 +77,8 @@ CLIENTS := .venv-clients
 clients: $(CLIENTS)/.installed
 $(CLIENTS)/.installed: Makefile
 	$(PYTHON) -m venv $(CLIENTS)
-	$(CLIENTS)/bin/python -m pip install --quiet --disable-pip-version-check 'openai>=3.57,<4' 'litellm>=1.110,<2' 'langchain-openai>=1.7,<2'
+	$(CLIENTS)/bin/python -m pip install --quiet --disable-pip-version-check \
+		'openai>=3.57,<4' 'litellm>=1.110,<2' 'langchain-openai>=1.7,<2' 'aiperf>=0.13,<0.14' 'guidellm>=0.8.1,<0.9' 'schemathesis>=4.32,<5'
 	@touch $@
 
 test-clients: $(STAMP) $(CLIENTS)/.installed

@@ -7,6 +7,7 @@ import dataclasses
 import os
 import queue
 import threading
+import time
 from collections import Counter, OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
@@ -269,8 +270,9 @@ class Lab:
         on_begin: Callable[[], object] = lambda: None,
         on_chunk: Callable[[Chunk], object] | None = None,
         stop: threading.Event | None = None,
+        since_ns: int | None = None,
     ) -> Job:
-        """A request for `serve`, whose clock starts now.
+        """A request for `serve`, whose clock starts now, or has run since `since_ns` (`time.perf_counter_ns`).
 
         on_begin: called when it is admitted; on_end: given its run or its error; on_chunk, stop: as `run` has them.
         """
@@ -288,7 +290,8 @@ class Lab:
             finished, logits = tracer.finish(), outcome.logits.cpu()
             on_end(self._made(key, engine, outcome, finished, logits, self._kind(key, request, outcome), chunks))
 
-        return Job(number=number, request=request, tracer=tracer, deliver=deliver, begin=on_begin, end=end)
+        since = time.perf_counter_ns() if since_ns is None else since_ns
+        return Job(number=number, request=request, tracer=tracer, deliver=deliver, begin=on_begin, end=end, since_ns=since)
 
     def serve(self, engine: EngineLike, inbox: Inbox, on_step: OnStep, *, lingers: bool = True) -> None:
         """Serve jobs as they come, on the lab's thread, until the inbox is closed and all have ended.

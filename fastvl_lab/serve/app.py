@@ -7,6 +7,7 @@ import copy
 import dataclasses
 import hmac
 import json
+import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, asynccontextmanager
@@ -30,6 +31,7 @@ from fastvl_lab.serve.completions import prompt_of
 from fastvl_lab.serve.fetch import fetch_all
 from fastvl_lab.serve.metrics import Metrics
 from fastvl_lab.serve.openapi import of_body, of_look
+from fastvl_lab.serve.page import page
 from fastvl_lab.serve.request_queue import Events, Finished, HeldBytes, QueuedRequest, QueueFullError, RequestQueue, Share
 from fastvl_lab.serve.settings import Settings
 from fastvl_lab.tokenizer import check_text
@@ -71,6 +73,7 @@ def create_app(lab: Lab, recipe: Recipe | str, settings: Settings | None = None)
         title="fastvl_lab",
         version=version("fastvl-lab"),
         lifespan=lifespan,
+        docs_url=None,  # FastAPI's own pages fetch their scripts from a CDN
         redoc_url=None,
         exception_handlers={http_error: front.no_such_place, Exception: front.failed},
     )
@@ -79,6 +82,11 @@ def create_app(lab: Lab, recipe: Recipe | str, settings: Settings | None = None)
         app.add_api_route(path, _of_request(endpoint, fastapi.Request), methods=[method], response_model=None, **told)
         if method == "GET":
             app.add_route(path, endpoint, methods=["HEAD"], include_in_schema=False)
+
+    async def described(_: Any) -> Any:
+        return fastapi.responses.HTMLResponse(page(app.openapi()))
+
+    app.add_route("/docs", described, include_in_schema=False)
     app.add_middleware(
         require("starlette.middleware.cors", "serve").CORSMiddleware,
         allow_origins=settings.origins,
@@ -126,12 +134,14 @@ def _checked(request: Request, checkpoint: Checkpoint) -> Request:
 class _Body:
     """A body that was read.
 
-    arrived: when its request did, in seconds of the event loop. until: the end of its time. put: gives its request a place.
+    arrived: when its request did, in seconds of the event loop. read_ns: when all of it was there (`time.perf_counter_ns`), before
+    it was looked at. until: the end of its time. put: gives its request a place.
     share: of the bytes that the server holds; leaving: gives it back, unless an answer takes that over.
     """
 
     data: dict[str, Any]
     arrived: float
+    read_ns: int
     until: asyncio.Timeout
     put: Callable[[QueuedRequest], None]
     share: Share
@@ -165,10 +175,11 @@ class _Front:
 
     def places(self) -> Iterator[tuple[str, str, Callable[[Any], Awaitable[Any]], dict[str, Any]]]:
         """Paths, their methods, what is served there, and what FastAPI is told of it."""
-        yield "/v1/chat/completions", "POST", self.complete_chat, of_body(openapi.CHAT, openapi.CHAT_ANSWER, streams=True)
-        yield "/v1/completions", "POST", self.complete_text, of_body(openapi.COMPLETION, openapi.TEXT_ANSWER, streams=True)
-        yield "/tokenize", "POST", self.tokenize, of_body(openapi.TOKENIZE, openapi.TOKENS)
-        yield "/detokenize", "POST", self.detokenize, of_body(openapi.DETOKENIZE, openapi.TEXT)
+        model = self._served.model
+        yield "/v1/chat/completions", "POST", self.complete_chat, of_body(openapi.CHAT, openapi.CHAT_ANSWER, model, streams=True)
+        yield "/v1/completions", "POST", self.complete_text, of_body(openapi.COMPLETION, openapi.TEXT_ANSWER, model, streams=True)
+        yield "/tokenize", "POST", self.tokenize, of_body(openapi.TOKENIZE, openapi.TOKENS, model)
+        yield "/detokenize", "POST", self.detokenize, of_body(openapi.DETOKENIZE, openapi.TEXT, model)
         yield "/v1/models", "GET", self.models, of_look(openapi.MODELS, keyed=True)
         yield "/v1/models/{name:path}", "GET", self.model, of_look(openapi.MODEL, keyed=True) | openapi.NAME
         health = of_look(openapi.HEALTH, fails={500: "no later request can be served"})
@@ -244,8 +255,10 @@ class _Front:
                     body = await self._body(request, share)
                     if body is None:
                         return self._too_large()
+                    read_ns = time.perf_counter_ns()
                     data = await self._on_reader(json_object, body)
-                    return await answer(_Body(data=data, arrived=arrived, until=until, put=put, share=share, leaving=leaving))
+                    given = _Body(data=data, arrived=arrived, read_ns=read_ns, until=until, put=put, share=share, leaving=leaving)
+                    return await answer(given)
         except self._gone:
             return self._refused(CLIENT_LEFT, "the client left", "invalid_request_error")
         except UnknownModelError as error:
@@ -264,7 +277,8 @@ class _Front:
         with ExitStack() as places:  # one for each answer, or none for any
             put = [body.put, *(places.enter_context(self._queue.place()) for _ in chat.others)]
             events: Events = asyncio.Queue()
-            queued = [QueuedRequest(request, n, events) for n, request in enumerate((chat.request, *chat.others))]
+            requests = enumerate((chat.request, *chat.others))
+            queued = [QueuedRequest(request, n, events, body.read_ns) for n, request in requests]
             for place, one in zip(put, queued, strict=True):
                 place(one)
         return self._answer(chat, queued, self._queue, self._metrics, deadline, body.leaving.pop_all())
@@ -294,11 +308,13 @@ class _Front:
 
         def whole() -> Chat:
             chat = draft.chat(fetched).with_others()
-            check_text(chat.request, self._checkpoint)
-            self._grammars.of(chat.request)  # made here, and refused here, where no device waits for it
+            for request in chat.first_of_each:
+                check_text(request, self._checkpoint)
+                self._grammars.of(request)  # made here, and refused here, where no device waits for it
             if not draft.asked.continuous_usage:
                 return chat
-            return dataclasses.replace(chat, n_prompt=prompt_of(chat.request, self._checkpoint).n_tokens)
+            n_prompt = sum(prompt_of(request, self._checkpoint).n_tokens for request in chat.first_of_each)
+            return dataclasses.replace(chat, n_prompt=n_prompt)
 
         return await self._on_reader(whole)
 

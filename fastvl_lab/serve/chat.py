@@ -51,6 +51,8 @@ _IGNORED = (
     *("parallel_tool_calls", "prediction", "request_id", "rid", "session_id", "include_reasoning", "separate_reasoning"),
     *("stream_reasoning", "length_penalty", "spaces_between_special_tokens", "include_stop_str_in_output", "cache_salt"),
 )
+# Of a body, what passes beside that which is read: with these values alone, or, where there are none, whatever it is.
+PASSING: dict[str, tuple[Any, ...]] = {**_NEUTRAL, **dict.fromkeys(_IGNORED, ())}
 # What every completion has: OpenAI's fields, then vLLM's and this server's own.
 READ = (
     *("model", "max_tokens", "max_completion_tokens", "stream", "stream_options"),
@@ -110,11 +112,11 @@ class Asked:
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Chat:
-    """A completion that a client has asked for: of a conversation, or, where the request is raw, of a text.
+    """A completion that a client has asked for: of a conversation, or, where the request is raw, of a text or of several.
 
     token_ids: whether chunks carry them. trace: whether the end of the answer carries the request's own trace. echo: whether a
-    raw prompt comes before its answer. n_prompt: its tokens, where every chunk is to carry the usage so far. others: the same
-    request with other draws, of whose answers the client wants one each.
+    raw prompt comes before its answer. n_prompt: tokens of all prompts, where every chunk is to carry the usage so far. others: the
+    requests of its other prompts, and `with_others` the same requests with other draws; the client wants one answer of each.
     """
 
     request: Request
@@ -125,9 +127,15 @@ class Chat:
     others: tuple[Request, ...] = ()
 
     def with_others(self) -> Chat:
-        """With as many as it has been asked for."""
-        _, *each = each_of(self.request.sampling, self.asked.n)
-        return replace(self, others=tuple(replace(self.request, sampling=sampling) for sampling in each))
+        """With as many answers to each prompt as it has been asked for, prompt by prompt: OpenAI's order of choices."""
+        prompts = (self.request, *self.others)
+        first, *others = (replace(one, sampling=s) for one in prompts for s in each_of(one.sampling, self.asked.n))
+        return replace(self, request=first, others=tuple(others))
+
+    @property
+    def first_of_each(self) -> tuple[Request, ...]:
+        """Of each prompt the first request, once all are there."""
+        return (self.request, *self.others)[:: self.asked.n]
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -155,14 +163,22 @@ def read(data: Mapping[str, Any], served: Served, settings: Settings) -> Draft:
 
 
 def json_object(body: bytes) -> dict[str, Any]:
-    """The object that a body is, without its nulls, which say nothing; raises `RequestError`."""
+    """The object that a body is, without its nulls, which say nothing, and a 16.0 as 16: JSON has one kind of number.
+
+    Raises `RequestError`.
+    """
     try:
         data = json.loads(body)
     except (ValueError, RecursionError) as error:
         raise RequestError(f"the body is no JSON: {shortened(str(error))}") from None
     if not isinstance(data, dict):
         raise RequestError(f"the body is a JSON {type(data).__name__}; it must be an object")
-    return {name: value for name, value in data.items() if value is not None}
+    return {name: _whole(value) for name, value in data.items() if value is not None}
+
+
+def _whole(value: Any) -> Any:
+    """A float that is a whole number as an int, and anything else as it is."""
+    return int(value) if isinstance(value, float) and value.is_integer() else value
 
 
 def check_model(data: Mapping[str, Any], served: Served) -> None:
@@ -195,7 +211,7 @@ def read_asked(data: Mapping[str, Any], served: Served, settings: Settings, *, o
         timeout=_timeout(data, settings),
         stream=flag(data, "stream"),
         include_usage=include,
-        continuous_usage=include and flag(options, "continuous_usage_stats"),
+        continuous_usage=flag(options, "continuous_usage_stats") and include,
         token_ids=flag(data, "return_token_ids"),
         trace=flag(data, "return_trace"),
     )
@@ -256,7 +272,7 @@ def _limits(data: Mapping[str, Any]) -> dict[str, Any]:
 
 def flag(data: Mapping[str, Any], name: str) -> bool:
     """A field that is true or false, and false where it is not there; raises `RequestError`."""
-    value = data.get(name) or False
+    value = False if data.get(name) is None else data[name]
     if not isinstance(value, bool):
         raise RequestError(f"{name} is {json.dumps(value)[:80]}; it must be true or false")
     return value
@@ -369,7 +385,7 @@ class Reply:
         """A piece of an answer: an event, or none where all of it is held back and nothing else is told of it."""
         first = number not in self._n_sent
         self._n_made += len(chunk.tokens)
-        text = (self._echoed() if first else "") + chunk.text
+        text = (self._echoed(number) if first else "") + chunk.text
         before = self._n_sent.get(number, 0)
         if self._raw:
             said: dict[str, Any] = {"text": text}
@@ -411,7 +427,7 @@ class Reply:
         return {**self._head, "object": self._kind(streamed=False), "choices": choices, **self._measured(runs)}
 
     def _whole_choice(self, number: int, run: Run) -> dict[str, Any]:
-        said: dict[str, Any] = {"text": self._echoed() + run.text}
+        said: dict[str, Any] = {"text": self._echoed(number) + run.text}
         called = False
         if not self._raw:
             parts = Said(content=run.text)
@@ -430,8 +446,9 @@ class Reply:
             return "text_completion"
         return "chat.completion.chunk" if streamed else "chat.completion"
 
-    def _echoed(self) -> str:
-        return self._chat.request.prompt or "" if self._chat.echo else ""
+    def _echoed(self, number: int) -> str:
+        """What comes before an answer: its prompt, where that is wanted."""
+        return self._chat.first_of_each[number // self._chat.asked.n].prompt or "" if self._chat.echo else ""
 
     def _logprobs(self, told: Sequence[TokenLogprob], n_before: int) -> dict[str, Any] | None:
         """Of tokens behind so many characters of their choice; None where nobody asked."""
@@ -447,10 +464,11 @@ class Reply:
         return {**self._head, "object": self._kind(streamed=True), "choices": [choice], **usage}
 
     def _measured(self, runs: Sequence[Run]) -> dict[str, Any]:
-        """Usage of all answers; of the first, what kind of run it was, and on demand its own record, from when it was queued."""
-        first = runs[0]
-        usage: dict[str, Any] = _usage(first.n_prompt, sum(len(run.tokens) for run in runs))
-        usage["prompt_tokens_details"] = {"cached_tokens": first.trace.counts.get("cache: prefix tokens found", 0)}
+        """Usage of all answers, each prompt once; of the first, what kind of run it was, and on demand its own record."""
+        first, prompts = runs[0], runs[:: self._chat.asked.n]
+        usage: dict[str, Any] = _usage(sum(run.n_prompt for run in prompts), sum(len(run.tokens) for run in runs))
+        cached = sum(run.trace.counts.get("cache: prefix tokens found", 0) for run in prompts)
+        usage["prompt_tokens_details"] = {"cached_tokens": cached}
         ours: dict[str, Any] = {"kind": first.kind}
         if self._chat.asked.trace:
             ours["run"] = first.to_record()

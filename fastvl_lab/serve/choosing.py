@@ -101,10 +101,14 @@ def _logprobs(data: Mapping[str, Any], *, raw: bool) -> dict[str, Any]:
 def read_n(data: Mapping[str, Any], settings: Settings) -> int:
     """How many answers are wanted; raises `RequestError` for more than may wait at once."""
     check_whole_number("n", n := data.get("n", 1))
-    most = min(MAX_ANSWERS, settings.max_queue)
-    if n > most:
+    if n > (most := max_answers(settings)):
         raise RequestError(f"n is {n}; the limit is {most}, as each answer takes a place in the queue")
     return int(n)
+
+
+def max_answers(settings: Settings) -> int:
+    """How many answers a request may have."""
+    return min(MAX_ANSWERS, settings.max_queue)
 
 
 def each_of(sampling: Sampling, n: int) -> Iterator[Sampling]:

@@ -11,6 +11,7 @@ from fastvl_lab.preprocessor import open_images
 from fastvl_lab.request import Prompt, Request
 from fastvl_lab.serve import chat as chats
 from fastvl_lab.serve.chat import Chat, Draft, Served, check_model, flag, read_asked
+from fastvl_lab.serve.choosing import max_answers
 from fastvl_lab.serve.settings import Settings
 from fastvl_lab.tokenizer import tokenize
 
@@ -32,13 +33,19 @@ def read(data: Mapping[str, Any], served: Served, settings: Settings) -> Draft:
         raise RequestError(
             "echo is true, and logprobs are asked for; of a prompt's tokens there are none, so leave one of them out"
         )
-    if isinstance(prompt, list) and len(prompt) == 1:
-        prompt = prompt[0]
-    if not isinstance(prompt, str) or not prompt:
-        raise RequestError(f"prompt is {quoted(data.get('prompt'))}; it must be a text that is not empty, or a list of one")
+    prompts = prompt if isinstance(prompt, list) else [prompt]
+    if not prompts or not all(isinstance(one, str) and one for one in prompts):
+        raise RequestError(f"prompt is {quoted(prompt)}; it must be a text that is not empty, or a list of such texts")
+    if (n := len(prompts)) * asked.n > (most := max_answers(settings)):
+        raise RequestError(
+            f"{n} prompts with {asked.n} answers each are over {most}, the limit, as each takes a place in the queue"
+        )
+    if n > 1 and asked.trace:
+        raise RequestError(f"return_trace is true and there are {n} prompts; a trace is of one answer, so give one")
 
     def chat(_: Mapping[str, bytes]) -> Chat:
-        return Chat(request=Request(prompt=prompt, raw=True, **asked.limits), served=served, asked=asked, echo=echo)
+        first, *others = (Request(prompt=one, raw=True, **asked.limits) for one in prompts)
+        return Chat(request=first, others=tuple(others), served=served, asked=asked, echo=echo)
 
     return Draft(asked=asked, addresses=(), chat=chat)
 
@@ -50,6 +57,8 @@ def read_prompt(data: Mapping[str, Any], served: Served, settings: Settings) -> 
         flag(data, name)
     if data.get("add_generation_prompt") is False:
         raise RequestError("add_generation_prompt is false; a prompt ends where its answer begins, so it must be true or left out")
+    if isinstance(prompt := data.get("prompt"), list) and len(prompt) > 1:
+        raise RequestError(f"prompt is {quoted(prompt)}; tokens are told of one text at a time")
     asked = {name: value for name, value in data.items() if name not in _FLAGS} | {"max_tokens": 1}
     return chats.read(asked, served, settings) if "messages" in data else read(asked, served, settings)
 

@@ -32,11 +32,16 @@ class Metrics:
         self.running = metric("Gauge", "requests_running", "Requests under way, which share decode steps where the recipe says so")
         self._tokens = metric("Counter", "tokens", "Tokens, of prompts and answers", "of")
         self._runs = metric("Counter", "runs", "Finished runs, by kind: cold, warm or cache_hit", "kind")
-        self._queued = metric("Histogram", "queued_seconds", "Time in the queue", buckets=_SECONDS)
+        self._queued = metric(
+            "Histogram",
+            "queued_seconds",
+            "Time until admitted: while its body is read and it waits",
+            buckets=_SECONDS,
+        )
         self._ttft = metric(
             "Histogram",
             "ttft_seconds",
-            "From a request's arrival to the first chunk, its time in the queue included",
+            "From a request's whole body being there to the first chunk, its time in the queue included",
             buckets=_SECONDS,
         )
         self._tpot = metric("Histogram", "tpot_seconds", "Seconds a token after the first chunk", buckets=_SECONDS)

@@ -9,6 +9,7 @@ from __future__ import annotations
 from typing import Any
 
 from fastvl_lab.sampling import MAX_STOP_LENGTH, MAX_STOPS, MAX_TOP_LOGPROBS
+from fastvl_lab.serve.chat import PASSING
 from fastvl_lab.serve.choosing import MAX_ANSWERS
 from fastvl_lab.tools import CHOICES, MAX_TOOLS
 
@@ -21,6 +22,18 @@ def _maybe(kind: str, **more: Any) -> Schema:
 
 def _object(required: list[str], **properties: Schema) -> Schema:
     return {"type": "object", "required": required, "properties": properties}
+
+
+def _body(required: list[str], **properties: Schema) -> Schema:
+    """An object of which no other field is known; a null says nothing, whatever the field."""
+    return _object(required, **properties) | {"additionalProperties": {"type": "null"}}
+
+
+def _passing(name: str, values: tuple[Any, ...]) -> Schema:
+    """A field that is no more than let pass."""
+    if name in ("typical_p", "best_of", "stop_token_ids"):
+        return {"description": "passes where it changes no answer to what else is asked"}
+    return {"enum": [*values, None]} if values else {"description": "changes nothing"}
 
 
 _TEXT_PART = _object(["type", "text"], type={"const": "text"}, text={"type": "string"})
@@ -40,14 +53,24 @@ _IMAGE_PART = _object(
 _FUNCTION = _object(["name", "arguments"], name={"type": "string"}, arguments={"type": "string"})
 _CALL = _object(["id", "type", "function"], id={"type": "string"}, type={"const": "function"}, function=_FUNCTION)
 _CALLS = {"type": "array", "minItems": 1, "items": _CALL}
-_MESSAGE = _object(
-    ["role"],
-    role={"enum": ["system", "developer", "user", "assistant", "tool"]},
-    content={"anyOf": [{"type": "string"}, {"type": "array", "items": {"anyOf": [_TEXT_PART, _IMAGE_PART]}}, {"type": "null"}]},
-    tool_calls={"anyOf": [_CALLS, {"type": "array", "maxItems": 0}, {"type": "null"}], "description": "an assistant's"},
-    tool_call_id=_maybe("string", description="of the call that a tool answers"),
-    reasoning_content=_maybe("string", description="a thinking assistant's"),
-)
+_CONTENT: list[Schema] = [{"type": "string"}, {"type": "array", "items": {"anyOf": [_TEXT_PART, _IMAGE_PART]}}]
+_MESSAGE: Schema = {
+    "anyOf": [
+        _object(
+            ["role", "content"],
+            role={"type": "string"},
+            content={"anyOf": _CONTENT},
+            tool_call_id=_maybe("string", description="of the call that a tool answers"),
+        ),
+        _object(
+            ["role"],
+            role={"const": "assistant"},
+            content={"anyOf": [*_CONTENT, {"type": "null"}]},
+            tool_calls={"anyOf": [_CALLS, {"type": "array", "maxItems": 0}, {"type": "null"}]},
+            reasoning_content=_maybe("string", description="a thinking assistant's"),
+        ),
+    ]
+}
 _MESSAGES = {"type": "array", "minItems": 1, "items": _MESSAGE}
 _PIXELS: Schema = {
     "min_pixels": _maybe("integer", minimum=1),
@@ -86,7 +109,7 @@ _FORMAT: Schema = {
     "description": "what the answer must be; of a thinking model, behind the thought",
 }
 _ANY: Schema = {
-    "model": _maybe("string", description="the name under which the model is served"),
+    "model": _maybe("string", description="the name under which the model is served"),  # `of_body` says which
     "max_tokens": _maybe("integer", minimum=1, description="by default all that the session has room for"),
     "max_completion_tokens": _maybe("integer", minimum=1, description="the same"),
     "stream": _maybe("boolean"),
@@ -105,7 +128,11 @@ _ANY: Schema = {
     "repetition_penalty": _maybe("number", minimum=0.01, maximum=100),
     "frequency_penalty": _maybe("number", minimum=-2, maximum=2),
     "presence_penalty": _maybe("number", minimum=-2, maximum=2),
-    "logit_bias": _maybe("object", additionalProperties={"type": "number", "minimum": -100, "maximum": 100}),
+    "logit_bias": _maybe(
+        "object",
+        propertyNames={"pattern": "^[0-9]{1,19}$"},
+        additionalProperties={"type": "number", "minimum": -100, "maximum": 100},
+    ),
     "seed": _maybe("integer", minimum=-(2**63), maximum=2**63 - 1),
     "stop": {
         "anyOf": [
@@ -124,32 +151,36 @@ _LOGPROBS: Schema = {
     "top_logprobs": _maybe("integer", minimum=0, maximum=MAX_TOP_LOGPROBS, description="beside logprobs"),
 }
 _LOGPROBS_OF_TEXT: Schema = {"logprobs": _maybe("integer", minimum=0, maximum=MAX_TOP_LOGPROBS)}
-CHAT = _object(["messages"], messages=_MESSAGES, **_PIXELS, **_TOOLS, **_ANY, **_LOGPROBS)
-COMPLETION = _object(
+_PASSES = {name: _passing(name, values) for name, values in PASSING.items()}
+CHAT = _body(["messages"], **(_PASSES | {"messages": _MESSAGES} | _PIXELS | _TOOLS | _ANY | _LOGPROBS))
+_TEXT_OWN: Schema = _object(
     ["prompt"],
     prompt={
-        "anyOf": [{"type": "string", "minLength": 1}, {"type": "array", "minItems": 1, "maxItems": 1, "items": {"type": "string"}}]
+        "anyOf": [
+            {"type": "string", "minLength": 1},
+            {"type": "array", "minItems": 1, "maxItems": MAX_ANSWERS, "items": {"type": "string", "minLength": 1}},
+        ],
+        "description": "of several texts each has its answers, prompt by prompt in the list of choices",
     },
     echo=_maybe("boolean", description="the prompt comes before the answer"),
     suffix={"type": ["string", "null"], "maxLength": 0},
-    **_ANY,
-    **_LOGPROBS_OF_TEXT,
-)
+)["properties"]
+COMPLETION = _body(["prompt"], **(_PASSES | _TEXT_OWN | _ANY | _LOGPROBS_OF_TEXT))
 _STRINGS = {"return_token_strs": _maybe("boolean")}
 TOKENIZE: Schema = {
     "anyOf": [
-        _object(
+        _body(
             ["prompt"],
             model=_ANY["model"],
             prompt={"type": "string", "minLength": 1},
             add_special_tokens=_maybe("boolean"),
             **_STRINGS,
         ),
-        _object(
+        _body(
             ["messages"],
             model=_ANY["model"],
             messages=_MESSAGES,
-            add_generation_prompt=_maybe("boolean"),
+            add_generation_prompt={"enum": [True, None]},
             tools=_TOOLS["tools"],
             tool_choice=_CHOICE,
             **_PIXELS,
@@ -157,7 +188,7 @@ TOKENIZE: Schema = {
         ),
     ]
 }
-DETOKENIZE = _object(["tokens"], model=_ANY["model"], tokens={"type": "array", "items": {"type": "integer", "minimum": 0}})
+DETOKENIZE = _body(["tokens"], model=_ANY["model"], tokens={"type": "array", "items": {"type": "integer", "minimum": 0}})
 
 _ERROR = _object(
     ["error"],
@@ -176,10 +207,36 @@ _USAGE = _object(
     total_tokens={"type": "integer"},
 )
 _REASON = {"enum": ["stop", "length", "tool_calls"]}
+_NUMBERS: Schema = {"type": "array", "items": {"type": "number"}}
+_TEXTS: Schema = {"type": "array", "items": {"type": "string"}}
+_INTEGERS: Schema = {"type": "array", "items": {"type": "integer"}}
+_TOKEN = _object(["token", "logprob", "bytes"], token={"type": "string"}, logprob={"type": "number"}, bytes=_INTEGERS)
+_TOLD_IN_CHAT = _maybe(
+    "object",
+    required=["content", "refusal"],
+    properties={
+        "content": {
+            "type": "array",
+            "items": {"allOf": [_TOKEN, _object(["top_logprobs"], top_logprobs={"type": "array", "items": _TOKEN})]},
+        },
+        "refusal": {"type": "null"},
+    },
+)
+_TOLD_IN_TEXT = _maybe(
+    "object",
+    required=["tokens", "token_logprobs", "top_logprobs", "text_offset"],
+    properties={
+        "tokens": _TEXTS,
+        "token_logprobs": _NUMBERS,
+        "top_logprobs": {"type": "array", "items": _maybe("object", additionalProperties={"type": "number"})},
+        "text_offset": _INTEGERS,
+    },
+)
 
 
 def _completion(kind: str, **choice: Schema) -> Schema:
     one = _object(["index", "finish_reason", *choice], index={"type": "integer"}, finish_reason=_REASON, **choice)
+    one["properties"]["token_ids"] = _INTEGERS | {"description": "where return_token_ids is true"}
     return _object(
         ["id", "object", "created", "model", "choices", "usage"],
         id={"type": "string"},
@@ -198,8 +255,8 @@ _ASSISTANT = _object(
     tool_calls=_CALLS,
     reasoning_content={"type": "string"},
 )
-CHAT_ANSWER = _completion("chat.completion", message=_ASSISTANT)
-TEXT_ANSWER = _completion("text_completion", text={"type": "string"})
+CHAT_ANSWER = _completion("chat.completion", message=_ASSISTANT, logprobs=_TOLD_IN_CHAT)
+TEXT_ANSWER = _completion("text_completion", text={"type": "string"}, logprobs=_TOLD_IN_TEXT)
 TOKENS = _object(
     ["count", "max_model_len", "tokens", "token_strs"],
     count={"type": "integer"},
@@ -232,15 +289,28 @@ _OF_BODIES = {
 _KEYED = {401: "the key is missing or wrong"}
 
 
-def of_body(takes: Schema, gives: Schema, *, streams: bool = False) -> dict[str, Any]:
-    """What FastAPI is told of an endpoint that takes a JSON body; streams: whether it may answer with server-sent events."""
+def of_body(takes: Schema, gives: Schema, model: str, *, streams: bool = False) -> dict[str, Any]:
+    """What FastAPI is told of an endpoint that takes a JSON body.
+
+    model: the name that is served there. streams: whether it may answer with server-sent events.
+    """
     content: Schema = {"application/json": {"schema": gives}}
     if streams:
-        content["text/event-stream"] = {"schema": {"type": "string"}}
+        said = "an event is `data: ` and a JSON object, a chunk as OpenAI has it, or an error; the last is `data: [DONE]`"
+        content["text/event-stream"] = {"schema": {"type": "string", "description": said}}
+    takes = _of_model(takes, model)
     return {
         "openapi_extra": {"requestBody": {"required": True, "content": {"application/json": {"schema": takes}}}},
         "responses": {200: {"description": "the answer", "content": content}, **_errors(_ALWAYS | _OF_BODIES | _KEYED)},
     }
+
+
+def _of_model(takes: Schema, model: str) -> Schema:
+    """A body's schema that names the one model which is served."""
+    if "anyOf" in takes:
+        return takes | {"anyOf": [_of_model(one, model) for one in takes["anyOf"]]}
+    named = {"enum": [model, None], "description": _ANY["model"]["description"]}
+    return takes | {"properties": takes["properties"] | {"model": named}}
 
 
 def of_look(gives: Schema, *, keyed: bool = False, fails: dict[int, str] | None = None) -> dict[str, Any]:

@@ -54,7 +54,7 @@ class Share:
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Finished:
-    """A request's end: its run, whose clock began when it was queued."""
+    """A request's end: its run, whose clock began when its body was there."""
 
     run: Run
 
@@ -70,10 +70,11 @@ class QueuedRequest:
     """One request that waits or is being served. `events` is filled as the engine makes them, and never holds it up.
 
     number, events: where a client's one request is several here (`n`), its place among them, and the queue that they share.
+    since_ns: when its body was there, from when its time is counted (`time.perf_counter_ns`); by default now.
     """
 
-    def __init__(self, request: Request, number: int = 0, events: Events | None = None) -> None:
-        self.request, self.number = request, number
+    def __init__(self, request: Request, number: int = 0, events: Events | None = None, since_ns: int | None = None) -> None:
+        self.request, self.number, self.since_ns = request, number, since_ns
         self.stop = threading.Event()
         self.events: Events = asyncio.Queue() if events is None else events
         self._loop = asyncio.get_running_loop()
@@ -139,6 +140,7 @@ class RequestQueue:
                 on_chunk=queued.send,
                 on_end=partial(self._end, queued),
                 stop=queued.stop,
+                since_ns=queued.since_ns,
             )
             with self._changing:
                 taken, self._reserved = True, self._reserved - 1

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from typing import Any
 
 import pytest
@@ -80,8 +81,11 @@ def test_the_lab_asks_an_endpoint_to_complete_a_text(server: Any, labs: dict[str
 @pytest.mark.parametrize(
     ("change", "says"),
     [
-        ({"prompt": None}, "prompt is None; it must be a text that is not empty, or a list of one"),
-        ({"prompt": ["a", "b"]}, r"prompt is \['a', 'b'\]"),
+        ({"prompt": None}, "prompt is None; it must be a text that is not empty, or a list of such texts"),
+        ({"prompt": []}, r"prompt is \[\]"),
+        ({"prompt": ["a", ""]}, r"prompt is \['a', ''\]"),
+        ({"prompt": ["a"] * 5, "n": 2}, "5 prompts with 2 answers each are over 8, the limit"),
+        ({"prompt": ["a", "b"], "return_trace": True}, "return_trace is true and there are 2 prompts"),
         ({"prompt": [1, 2]}, r"prompt is \[1, 2\]"),
         ({"suffix": "end"}, "suffix is 'end'"),
         ({"logprobs": 21}, "top_logprobs is 21; the limit is 20"),
@@ -89,6 +93,8 @@ def test_the_lab_asks_an_endpoint_to_complete_a_text(server: Any, labs: dict[str
         ({"messages": []}, "the field 'messages' is unknown; the choices are prompt, echo, suffix, model"),
         ({"max_pixels": 3136}, "the field 'max_pixels' is unknown"),
         ({"echo": "yes"}, 'echo is "yes"'),
+        ({"echo": ""}, 'echo is ""'),
+        ({"stream_options": {"continuous_usage_stats": ""}}, 'continuous_usage_stats is ""'),
     ],
 )
 def test_a_text_that_cannot_be_completed_is_refused_by_name(server: Any, change: dict[str, Any], says: str) -> None:
@@ -98,9 +104,41 @@ def test_a_text_that_cannot_be_completed_is_refused_by_name(server: Any, change:
         raise RequestError(answer.json()["error"]["message"])
 
 
+def test_a_whole_number_may_be_written_as_a_float(server: Any) -> None:
+    """JSON has one kind of number, and its schemas call 3.0 an integer."""
+    whole, written = (_post(server, "/v1/completions", prompt="a", max_tokens=n, ignore_eos=True).json() for n in (3, 3.0))
+    assert whole["choices"] == written["choices"]
+    answer = _post(server, "/v1/completions", prompt="a", max_tokens=3.5)
+    assert answer.json()["error"]["message"].startswith("max_tokens is 3.5; it must be a whole number")
+
+
 def test_a_prompt_may_stand_in_a_list(server: Any) -> None:
     one, listed = (_post(server, "/v1/completions", prompt=prompt, max_tokens=3).json() for prompt in ("a", ["a"]))
     assert one["choices"] == listed["choices"]
+
+
+@pytest.mark.parametrize("n", [1, 2])
+def test_several_prompts_are_answered_each_as_alone(server: Any, n: int) -> None:
+    """OpenAI's order, choice prompt * n + i for a prompt's answer i, streamed and whole; usage counts each prompt once."""
+    prompts = ["Once upon a time,", "Tell me of whales. They are"]
+    more = {"max_tokens": 5, "ignore_eos": True, "echo": True, "n": n, "temperature": 0.8, "seed": 3}
+    alone = [_post(server, "/v1/completions", prompt=prompt, **more).json() for prompt in prompts]
+    expected = [choice["text"] for answer in alone for choice in answer["choices"]]
+    assert len(set(expected)) == 2 * n
+    whole = _post(server, "/v1/completions", prompt=prompts, **more).json()
+    assert [choice["index"] for choice in whole["choices"]] == list(range(2 * n))
+    assert [choice["text"] for choice in whole["choices"]] == expected
+    options = {"include_usage": True, "continuous_usage_stats": True}
+    events = _events(_post(server, "/v1/completions", prompt=prompts, **more, stream=True, stream_options=options))
+    texts = dict.fromkeys(range(2 * n), "")
+    for event in events:
+        for choice in event["choices"]:
+            texts[choice["index"]] += choice["text"]
+    assert list(texts.values()) == expected
+    for name in ("prompt_tokens", "completion_tokens"):
+        total = sum(answer["usage"][name] for answer in alone)
+        assert total == whole["usage"][name] == events[-1]["usage"][name]
+    assert events[0]["usage"]["prompt_tokens"] == whole["usage"]["prompt_tokens"]
 
 
 @pytest.mark.parametrize("path", ["/v1/chat/completions", "/v1/completions"])
@@ -140,6 +178,7 @@ def test_the_tokens_of_prompts_are_those_that_the_model_reads(server: Any, pictu
     ("path", "body", "status", "says"),
     [
         ("/tokenize", {}, 400, "prompt is None"),
+        ("/tokenize", {"prompt": ["a", "b"]}, 400, "tokens are told of one text at a time"),
         ("/tokenize", {"prompt": "a", "max_tokens": 3}, 400, "the field 'max_tokens' is unknown"),
         ("/tokenize", {"messages": [], "add_generation_prompt": False}, 400, "add_generation_prompt is false"),
         ("/tokenize", {"prompt": "a", "model": "other"}, 404, "model 'other' is not served here"),
@@ -165,16 +204,29 @@ def test_small_endpoints_say_what_they_are(server: Any) -> None:
     assert model["max_model_len"] == server.lab.checkpoint.session_len
 
 
+def test_the_page_of_the_description_loads_nothing(server: Any) -> None:
+    """It has all that is described, and no address from which a browser would fetch more than the description itself."""
+    described, answer = httpx.get(f"{server.url}/openapi.json").json(), httpx.get(f"{server.url}/docs")
+    assert answer.headers["content-type"].startswith("text/html")
+    assert re.findall(r"<script|<link|<img|@import|//[a-z]|url\(", answer.text) == []
+    assert re.findall(r'(?:src|href)="([^"]*)"', answer.text) == ["openapi.json"]
+    for path, methods in described["paths"].items():
+        for method in methods:
+            assert f"<code>{method.upper()} {path}</code>" in answer.text
+    for name in (*chat.OWN, *completions.OWN, *chat.READ):
+        assert f"<code>{name}</code>" in answer.text
+
+
 def test_the_description_knows_the_fields_that_are_read(server: Any) -> None:
     described = httpx.get(f"{server.url}/openapi.json").json()
-    assert "swagger" in httpx.get(f"{server.url}/docs").text
     bodies = {
         path: place["post"]["requestBody"]["content"]["application/json"]["schema"]
         for path, place in described["paths"].items()
         if "post" in place
     }
-    assert set(bodies["/v1/chat/completions"]["properties"]) == {*chat.OWN, *chat.READ}
-    assert set(bodies["/v1/completions"]["properties"]) == {*completions.OWN, *chat.READ}
+    assert set(bodies["/v1/chat/completions"]["properties"]) == {*chat.OWN, *chat.READ, *chat.PASSING}
+    assert set(bodies["/v1/completions"]["properties"]) == {*completions.OWN, *chat.READ, *chat.PASSING}
+    assert bodies["/v1/completions"]["properties"]["model"]["enum"] == [MODEL, None]
     text, of_chat = bodies["/tokenize"]["anyOf"]
     assert set(text["properties"]) == set(completions.OF_TEXT)
     assert set(of_chat["properties"]) == set(completions.OF_CHAT)

@@ -78,7 +78,7 @@ FIELDS = (*chat.READ, "response_format", "tools", "echo", "top_logprobs", "suffi
 PLAIN_CHAT = _body((*FIELDS, *chat.OF_IMAGES), messages=MESSAGES)
 FORMED_CHAT = _object(messages=st.just([{"role": "user", "content": "hi"}]), response_format=FORMAT, **TOOLS)
 CHAT = st.one_of(PLAIN_CHAT, FORMED_CHAT)
-TEXT = _body(FIELDS, prompt=TEXTS)
+TEXT = _body(FIELDS, prompt=st.one_of(TEXTS, st.lists(st.text(min_size=1, max_size=8), min_size=1, max_size=3)))
 TOKENIZE = st.one_of(_body(completions.OF_TEXT, prompt=TEXTS), _body(completions.OF_CHAT, messages=MESSAGES))
 DETOKENIZE = _body(completions.OF_TOKENS, tokens=st.lists(st.integers(-1, 400), max_size=5))
 BODIES = {"/v1/chat/completions": CHAT, "/v1/completions": TEXT, "/tokenize": TOKENIZE, "/detokenize": DETOKENIZE}
