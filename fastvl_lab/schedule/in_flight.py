@@ -44,8 +44,8 @@ class InFlight:
     """A request on its way. Each method is a stage or some; they are called in the order in which they stand.
 
     pixels: of the images that are still to enter the vision tower. awaits_tower: whether they are to go through it by parts, or on
-    their way, so that its prompt is not there yet. seen: what a loop had done for all requests when this one
-    had its last turn. number_admitted: how many it had admitted before this one came first.
+    their way, so that its prompt is not there yet. seen: what a loop had done for all requests when this one had its last turn.
+    number_admitted: how many it had admitted before this one came first.
     """
 
     def __init__(self, job: Job, bound: Bound) -> None:
@@ -143,10 +143,9 @@ class InFlight:
         self._visual_rows = (rest := self._admitted.after(self.place.reused)).visual_index  # on the host
         with self.tracer.span("upload"):
             self._rest = upload_prompt(rest, self._bound.images.copy)
-            sampling = self.job.request.sampling
-            if self._sampler is None and (
-                sampling.logprobs or not self.job.request.is_greedy
-            ):  # one that gave way goes on with its own
+            request, sampling = self.job.request, self.job.request.sampling
+            chooses = sampling.logprobs or not request.is_greedy
+            if chooses and self._sampler is None:  # one that gave way goes on with its own
                 prompt = self._bound.images.copy(self._prompt.input_ids)
                 self._sampler = Sampler(sampling, prompt, most=self._n_new, ends=self._ends, grammar=self._held)
 
