@@ -187,7 +187,7 @@ def test_a_port_and_a_certificate_that_cannot_be_are_refused_before_anything_is_
         ({"n": 9}, 400, "n is 9; the limit is 8, as each answer takes a place in the queue"),
         ({"n": 2, "return_trace": True}, 400, "return_trace is true and n is 2"),
         ({"logit_bias": {"100000": 1}}, 400, "logit_bias has token 100000, and the model has"),
-        ({"tools": [{"type": "function"}]}, 400, "tools is"),
+        ({"tools": [{"type": "function"}]}, 400, "tool 0 is"),
         ({"max_tokns": 5}, 400, "the field 'max_tokns' is unknown; the choices are messages, min_pixels"),
         ({"max_tokens": 0}, 400, "max_tokens is 0"),
         ({"max_completion_tokens": 3}, 400, "max_completion_tokens is 3 and max_tokens"),
@@ -619,7 +619,7 @@ def test_health_tells_of_what_no_later_request_recovers_from(labs: dict[str, Lab
 
     asyncio.run(served())
     assert (queue.failure is error) == lasting
-    front = _Front(labs[MODEL].checkpoint, queue, Metrics(), Settings())
+    front = _Front(labs[MODEL].checkpoint, labs[MODEL].grammars, queue, Metrics(), Settings())
     queue.ready.set()
     assert asyncio.run(front.health(None)).status_code == (500 if lasting else 200)
 
