@@ -106,7 +106,7 @@ class InFlight:
         with span("tokenize"):
             self._prompt = tokenize(request, self._opened.grids if self._opened else (), self._bound.checkpoint)
             self._n_new = tokens_to_make(self._prompt.n_tokens, request, self._bound.checkpoint)
-        if not request.is_greedy:
+        if request.sampling.format is not None or request.offered:
             with span("grammar"):
                 self._held = self._bound.grammars.of(request)
 
