@@ -577,7 +577,7 @@ def test_a_load_that_cannot_be_says_why(bench: Workbench, monkeypatch: pytest.Mo
     ):
         clicked(bench, "Send", **({"at_once": "2", "rate": "", "n": "2", "against": "nothing"} | fields))
         assert says in bench.widget.live["error"], fields
-    with pytest.raises(RequestError, match="concurrency and rate says when requests arrive"):
+    with pytest.raises(RequestError, match="concurrency and rate say when requests arrive"):
         bench.load(concurrency=2, rate=1.0)
     with pytest.raises(RecipeError, match="it has the recipe of #1: there is nothing to hold against it"):
         bench.load(against="baseline")
