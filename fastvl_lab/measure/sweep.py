@@ -63,7 +63,7 @@ class SweepSettings:
     recipes: Sequence[str]
     image: str = "coffee"
     image_sizes: Sequence[Sequence[int]] = ()
-    loads: Sequence[Mapping[str, Any] | None] = ()
+    loads: Sequence[Mapping[str, Any] | None] = field(default_factory=list)
     prompt: str = "What is in this picture?"
     max_new_tokens: int = 16
     repeats: int = 6

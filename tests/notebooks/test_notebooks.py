@@ -172,9 +172,10 @@ def test_a_load_says_whether_its_tokens_are_those_of_one_at_a_time(checkpoint: s
     _check(result)
     assert result["same_tokens"] == dict.fromkeys(("one at a time", "continuous", "inline", "ahead"), 4)
     loads = result["loads"]
-    assert list(loads) == ["one at a time", "continuous", "whole", "chunked, 512", "chunked, 128", "inline", "ahead"]
+    pieces = ["whole", "chunked, 512", "chunked, 128", "and by blocks"]
+    assert list(loads) == ["one at a time", "continuous", *pieces, "inline", "ahead"]
     assert {row["failed"] for row in loads.values()} == {0}
-    assert [row["requests"] for row in loads.values()] == [4, 4, 2, 2, 2, 4, 4]
+    assert [row["requests"] for row in loads.values()] == [4, 4, 2, 2, 2, 2, 4, 4]
     assert [row["arrivals"].endswith(" a second") for rows in result["rates"].values() for row in rows] == [True] * 4
 
 
