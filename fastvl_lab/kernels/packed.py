@@ -1,7 +1,8 @@
 """Linear layers on a CPU by oneDNN, where it is the faster: over weights in its own blocked layout, and over those of one row.
 
 Torch gives products of float32 to MKL, whose product of a matrix with a vector runs on one thread, and with few rows reads the
-matrix once a row. oneDNN takes some 40 us to be set up for a product, so small weights stay torch's.
+matrix once a row. oneDNN takes some 40 us to be set up for a product, and as long again to wake threads between the small
+operations of a decode step, so small weights stay torch's.
 """
 
 from __future__ import annotations
@@ -13,8 +14,8 @@ import torch.nn.functional as F
 
 # For how many rows oneDNN is to lay a weight out: it chooses the same for all that prefill and the tower have, from about 64 on.
 _ROWS = 1024
-# What weights and how many rows are so small that setting oneDNN up takes longer than it saves.
-_SMALL_WEIGHT, _FEW_ROWS = 2**17, 256
+# Weights so small that setting oneDNN up takes longer than it saves: with one row, and with few.
+_SMALL_FOR_ONE, _SMALL_FOR_FEW, _FEW_ROWS = 2**20, 2**17, 256
 
 _mkldnn: Any = torch.ops.mkldnn  # torch's operators; its inductor calls the same
 
@@ -44,7 +45,7 @@ def packed_linear(x: torch.Tensor, packed: torch.Tensor, weight: torch.Tensor, b
     One row gains nothing by the layout, and reads the weight where it has no gaps: memory bounds it, which takes all threads
     to be read.
     """
-    if weight.numel() < _SMALL_WEIGHT and len(x) < _FEW_ROWS:
+    if len(x) < _FEW_ROWS and weight.numel() < (_SMALL_FOR_ONE if len(x) == 1 else _SMALL_FOR_FEW):
         return F.linear(x, weight, bias)
     read = weight if len(x) == 1 and weight.is_contiguous() else packed
     product: torch.Tensor = _mkldnn._linear_pointwise(x, read, bias, "none", [], "")

@@ -62,7 +62,7 @@ class _Products(TorchDispatchMode):
 
 
 @pytest.mark.parametrize(
-    ("n_in", "rows", "onednn"), [(512, 1, True), (512, 8, True), (511, 1, False), (511, 255, False), (511, 256, True)]
+    ("n_in", "rows", "onednn"), [(4096, 1, True), (4095, 1, False), (512, 8, True), (511, 255, False), (511, 256, True)]
 )
 def test_small_products_are_torchs_and_large_ones_onednns(n_in: int, rows: int, onednn: bool) -> None:
     """Also that of one row, which torch would give to one thread. What is packed is a copy; one row reads the weight itself."""
