@@ -439,7 +439,7 @@ def test_a_neighbour_that_does_not_sleep_is_waited_for(neighbours: dict[str, str
     own: dict[str, str] = {"transformers": "transformers", "fastest": "fastest"}
     asleep: dict[str, list[float]] = {name: [] for name in own}
     ratios: dict[str, list[float]] = {name: [] for name in own}
-    for attempt in range(4):  # what one has too little of the next adds to
+    for attempt in range(6):  # what one has too little of the next adds to
         for number in range(3):
             found = {}
             for which in list(neighbours)[:: (-1) ** number]:  # in turns, and paired: a machine may be slower for a while
