@@ -719,8 +719,8 @@ class Schedule:
         ),
         Option(
             value="by_blocks",
-            does="a step computes so many of the tower's blocks as its budget of tokens is worth; pieces of prompts, for images; "
-            "the lab's own",
+            does="a step computes as many of the tower's blocks as its budget of tokens is worth, so images are cut as prompts "
+            "are; the lab's own",
             requires=(
                 "schedule.prefill=chunked",
                 "schedule.vision=inline|ahead",

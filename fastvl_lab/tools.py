@@ -44,7 +44,7 @@ def _read_tool(number: int, given: Any) -> Tool:
         raise RequestError(f"tool {number} has the name {quoted(name)}; it must be 1 to 64 letters, digits, _ and -")
     if parameters is not None:
         read_schema(parameters, f"parameters of tool {name!r}")
-    if function.get("strict") not in (None, True, False):
+    if not isinstance(function.get("strict"), bool | None):
         raise RequestError(f"strict of tool {name!r} is {quoted(function['strict'])}; it must be true or false")
     tool: Tool = plain({key: value for key, value in given.items() if value is not None}, f"tool {number} has")
     tool["function"] = {key: value for key, value in tool["function"].items() if value is not None}

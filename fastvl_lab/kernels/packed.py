@@ -1,7 +1,7 @@
 """Linear layers on a CPU by oneDNN, where it is the faster: over weights in its own blocked layout, and over those of one row.
 
 Torch gives products of float32 to MKL, whose product of a matrix with a vector runs on one thread, and with few rows reads the
-matrix once a row. oneDNN takes some 40 us to be set up for a product, and as long again to wake threads between the small
+matrix once a row. oneDNN takes some 40 µs to be set up for a product, and as long again to wake threads between the small
 operations of a decode step, so small weights stay torch's.
 """
 

@@ -63,7 +63,7 @@ def _format(given: Any) -> Any:
     about = given.get("json_schema")
     if not isinstance(about, Mapping) or about.get("schema") is None:
         raise RequestError(f'response_format is {quoted(given)}; it must have a {{"json_schema": {{"name": …, "schema": …}}}}')
-    if about.get("strict") not in (None, True, False):
+    if not isinstance(about.get("strict"), bool | None):
         raise RequestError(f"strict of response_format is {quoted(about['strict'])}; it must be true or false")
     return read_schema(about["schema"], "the schema of response_format")
 
