@@ -11,6 +11,7 @@ import torch
 
 from fastvl_lab.catalogue import OptionValue, Toggle, toggles
 from fastvl_lab.elsewhere import ELSEWHERE, RELEASES, Counterpart, Kind, Release, Way
+from fastvl_lab.engine import find_recipe
 from fastvl_lab.errors import RecipeError, require
 from fastvl_lab.recipe import Recipe
 
@@ -88,7 +89,7 @@ def flags(recipe: Recipe | str, engine: str, device: torch.device | str | None =
     """
     if engine not in RELEASES:
         raise RecipeError(f"flags are known of no engine {engine!r}; the choices are {', '.join(RELEASES)}")
-    chosen = recipe if isinstance(recipe, Recipe) else Recipe.parse(recipe, device)
+    chosen = find_recipe(recipe, device)
     rows: list[Flag] = []
     taken: dict[str, tuple[str, Flag]] = {}  # a flag or variable -> its value, and for which toggle
     for toggle in toggles():

@@ -43,13 +43,13 @@ LAYERS = (
         "engine_thread",
         "whole",
     ),
-    ("recipe", "equivalents", "families"),
+    ("recipe", "families"),
     ("checkpoint",),
     ("decoder",),
     ("tokenizer", "grammars", "processes", *SLOTS),
     ("outcome", "schedule", "learnt", "lasting"),
     ("pipeline",),
-    ("engine", "peer", "run"),  # a peer registers with the engine, which knows of `peer` its folder alone
+    ("engine", "equivalents", "peer", "run"),  # a peer registers with the engine, which knows of `peer` its folder alone
     ("lab",),
     ("measure",),
     ("grid",),
@@ -201,6 +201,21 @@ def _is_the_labs_own(node: ast.Attribute) -> bool:
         ("decoder.weights", "lm_head"),
         ("weights", "lm_head"),
     }
+
+
+def test_what_a_text_or_a_recipe_means_is_asked_of_engine_alone() -> None:
+    """Elsewhere nobody tells a recipe from a text: `engine.find` and `engine.find_recipe` take both."""
+    asks = {
+        path.relative_to(PACKAGE).as_posix()
+        for path, _ in _modules()
+        for node in ast.walk(ast.parse(path.read_text()))
+        if isinstance(node, ast.Call) and ast.unparse(node.func) == "isinstance" and "Recipe" in _names(node.args[1])
+    }
+    assert asks == {"engine.py"}
+
+
+def _names(node: ast.expr) -> set[str]:
+    return {inside.id for inside in ast.walk(node) if isinstance(inside, ast.Name)}
 
 
 def test_options_of_a_slot_do_not_import_each_other() -> None:

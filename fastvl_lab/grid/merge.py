@@ -73,7 +73,7 @@ class GridResult(SweepResult):
         )
 
     def write(self) -> list[Path]:
-        """Write results.parquet, result.json, report.html and record/ into the settings' `output_dir`; needs the extra "notebooks".
+        """Write the raw samples, result.json, report.html and record/ into the settings' `output_dir`; needs the extra "notebooks".
 
         Traces are in record/ and in the cells' results (results/ID.json there).
         """
@@ -82,7 +82,7 @@ class GridResult(SweepResult):
         result.write_text(json.dumps(self.published(), indent=1), encoding="utf-8")
         report.write_text(shown.page(self), encoding="utf-8")
         record = self.save(folder / "record", replace=True)
-        return [*([self.write_samples()] if self.points else []), *record.iterdir(), result, report]
+        return [*self.write_samples(), *record.iterdir(), result, report]
 
 
 @dataclass(eq=False)

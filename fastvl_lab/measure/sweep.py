@@ -38,6 +38,7 @@ from fastvl_lab.measure.quiet import QUIET
 from fastvl_lab.measure.samples import json_value
 from fastvl_lab.measure.under_load import Arrivals, UnderLoad, requests_of, under_load
 from fastvl_lab.request import Request
+from fastvl_lab.whole import write_whole
 
 # JPEG has no larger.
 _LARGEST_SIDE = 65500
@@ -204,6 +205,22 @@ class SweepResult(Lasting):
             for row in point.comparison.sample_rows()
         ]
 
+    def load_samples(self) -> list[dict[str, Any]]:
+        """One row a round of a load, and where it was measured; `ttft_s` and its like have the seconds of each request."""
+        return [
+            {
+                "checkpoint": point.checkpoint,
+                "image": size_label(point.size),
+                "load": point.load,
+                **{name: value for name, value in vars(made).items() if name != "values"},
+                **{f"{of}_s": list(values) for of, values in made.values.items()},
+                **self.environment,
+                **point.environment,
+            }
+            for point in self.loaded
+            for made in point.found.rounds
+        ]
+
     def published(self) -> dict[str, Any]:
         """The result as one JSON document, for programs that read an executed notebook."""
         points = [
@@ -280,17 +297,26 @@ class SweepResult(Lasting):
             ],
         )
 
-    def write_samples(self) -> Path:
-        """Write results.parquet, the raw samples, into the settings' `output_dir`; needs the extra "notebooks"."""
-        path = Path(self.settings.output_dir) / "results.parquet"
-        require("pandas", "notebooks").DataFrame(self.samples()).to_parquet(path)
-        return path
+    def write_samples(self) -> list[Path]:
+        """Write results.parquet and loads.parquet, the raw samples, into the settings' `output_dir`; needs the extra "notebooks".
+
+        A file that would have no sample is not written, and an older one of its name is removed.
+        """
+        pandas, written = require("pandas", "notebooks"), []
+        for name, rows in (("results.parquet", self.samples()), ("loads.parquet", self.load_samples())):
+            path = Path(self.settings.output_dir) / name
+            if rows:
+                write_whole(path, pandas.DataFrame(rows).to_parquet())  # a sweep that dies while it writes keeps what was there
+                written.append(path)
+            else:
+                path.unlink(missing_ok=True)
+        return written
 
     def write(self) -> list[Path]:
-        """Write results.parquet, result.json, report.html and a Perfetto trace a run into the settings' `output_dir`.
+        """Write the raw samples, result.json, report.html and a Perfetto trace a run into the settings' `output_dir`.
 
-        results.parquet has the raw samples, result.json what is published; `record/` is what `fl.open` reads. Needs the extra
-        "notebooks".
+        The samples are in the files of `write_samples`; result.json has what is published, and `record/` is what `fl.open` reads.
+        Needs the extra "notebooks".
         """
         if not self.settings.output_dir:
             raise RequestError("output_dir is empty; name the folder to write into")
@@ -299,7 +325,7 @@ class SweepResult(Lasting):
         result, report = folder / "result.json", folder / "report.html"
         result.write_text(json.dumps(self.published(), indent=1), encoding="utf-8")
         report.write_text(shown.page(self), encoding="utf-8")
-        written = [self.write_samples(), result, report, *self.save(folder / "record", replace=True).iterdir()]
+        written = [*self.write_samples(), result, report, *self.save(folder / "record", replace=True).iterdir()]
         runs = [(point, sample) for point in self.points for sample in point.comparison.samples]
         for number, (point, sample) in enumerate(runs):
             title = f"{point.label} · {sample.engine} · round {sample.round} · {sample.run.kind}"
@@ -359,8 +385,10 @@ def sweep(settings: SweepSettings, *, progress: bool = True, on_run: Callable[[]
                     elif isinstance(found, Comparison) and found.samples:
                         points.append(SweptPoint(checkpoint=name, size=size, comparison=found))
                 bar.update(done_before + runs_of(settings, load) - bar.n)
-                if settings.output_dir and points:  # so that a sweep that dies keeps what it measured
-                    so_far = SweepResult(settings=settings, environment=where, points=tuple(points), errors=())
+                if settings.output_dir:  # so that a sweep that dies keeps what it measured
+                    so_far = SweepResult(
+                        settings=settings, environment=where, points=tuple(points), errors=(), loaded=tuple(loaded)
+                    )
                     try:
                         so_far.write_samples()
                     except OSError as error:  # a full disk now may have room at the end

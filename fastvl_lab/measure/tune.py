@@ -24,6 +24,7 @@ from tqdm.auto import tqdm
 
 from fastvl_lab import shown
 from fastvl_lab.catalogue import Option, OptionValue, Toggle, toggles
+from fastvl_lab.engine import find_recipe
 from fastvl_lab.errors import (
     FastvlError,
     RecipeError,
@@ -284,7 +285,8 @@ def tune(
     space, fallen = _space(lab, requests, weights, named(only))
     starts = {"fastest": lab.fastest, "the hand-chosen fastest": Recipe.fastest(lab.checkpoint.target), START: Recipe.baseline()}
     starts = {label: recipe for label, recipe in starts.items() if space.allowed(recipe) is None}
-    seeds = {label: engine for label, engine in of_a_request(lab.checkpoint.target).items() if label.startswith("all: ")}
+    listed = of_a_request(lab.checkpoint.target).items()
+    seeds = {label: find_recipe(engine) for label, engine in listed if label.startswith("all: ")}
     seeds = {} if only else {**seeds, **starts}
     bar = tqdm(total=round(seconds), unit="s", disable=not progress or on_progress is not None)
 
@@ -292,13 +294,12 @@ def tune(
         bar.n = min(round(bench.spent), bar.total or 0)
         bar.set_description(f"{now.ratio:.2f}× {now.phase}: {now.trying}"[:80])
 
-    recipes = {label: recipe for label, recipe in seeds.items() if isinstance(recipe, Recipe)}
     key = _key(lab, requests, weights, seconds=seconds, only=only, seed=seed, starts=starts)
     journal = Journalled(bench, _unfinished(key), key) if keep else None
     order = bench.order if journal is None else journal.ordered(bench.order)
     with bar:
         try:
-            found = search(starts, space, journal or bench, seeds=recipes, order=order, seed=seed, on_progress=on_progress or show)
+            found = search(starts, space, journal or bench, seeds=seeds, order=order, seed=seed, on_progress=on_progress or show)
             bench.know(found.start, found.recipe)
         except EndOfSearchError as error:
             raise RequestCancelledError(f"{error} before any recipe had passed") from None

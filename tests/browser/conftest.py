@@ -95,10 +95,13 @@ class JupyterLab:
         """
         for session in self.ask("sessions"):
             kernel = self.home / "jupyter_runtime_dir" / f"kernel-{session['kernel']['id']}.json"
-            with ThreadPoolExecutor(1) as thread:  # playwright's loop runs in this one
-                cleared = session["path"] == "bench.ipynb" and thread.submit(_cleared, kernel).result()
-            if not cleared:
-                self.ask(f"sessions/{session['id']}", "DELETE")
+            try:
+                if session["path"] == "bench.ipynb":
+                    executed(kernel, CLEAR, seconds=20)
+                    continue
+            except (RuntimeError, TimeoutError):
+                pass
+            self.ask(f"sessions/{session['id']}", "DELETE")
 
 
 CLEAR = """
@@ -108,18 +111,34 @@ get_ipython().run_line_magic("reset", "-f")
 """
 
 
-def _cleared(connection_file: Path) -> bool:
-    client = BlockingKernelClient(connection_file=str(connection_file))
-    client.load_connection_file()
-    client.start_channels()
-    try:
-        client.wait_for_ready(timeout=20)
-        answer = client.execute_interactive(CLEAR, store_history=False, timeout=20, output_hook=lambda _: None)
-    except (RuntimeError, TimeoutError):
-        return False
-    finally:
-        client.stop_channels()
-    return bool(answer["content"]["status"] == "ok")
+def executed(connection_file: Path, source: str, seconds: float) -> str:
+    """What a running kernel prints as it executes the source. Raises RuntimeError where it fails, TimeoutError where it is late."""
+    printed: list[str] = []
+
+    def hear(message: Any) -> None:
+        if message["msg_type"] == "stream":
+            printed.append(message["content"]["text"])
+
+    def ask() -> Any:
+        client = BlockingKernelClient(connection_file=str(connection_file))
+        client.load_connection_file()
+        client.start_channels()
+        try:
+            client.wait_for_ready(timeout=seconds)
+            return client.execute_interactive(source, store_history=False, timeout=seconds, output_hook=hear)["content"]
+        finally:
+            client.stop_channels()
+
+    with ThreadPoolExecutor(1) as thread:  # playwright's loop runs in this one
+        answer = thread.submit(ask).result()
+    if answer["status"] != "ok":
+        raise RuntimeError(f"{answer['ename']}: {answer['evalue']}")
+    return "".join(printed)
+
+
+@pytest.fixture
+def in_kernel() -> Callable[..., str]:
+    return executed
 
 
 @pytest.fixture

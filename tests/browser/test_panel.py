@@ -146,6 +146,19 @@ class Panel:
             self.page.wait_for_timeout(20)
         assert self.view(name).get_attribute("aria-selected") == "true"
 
+    def shows_each_after_each(self, made: dict[str, dict[str, Any]]) -> None:
+        """Every view has what the kernel made of it, whichever was seen before. The kernel looked at each, at the last one last."""
+        assert set(made) == set(VIEWS)
+        at = list(made)[-1]
+        self.shows(made[at], at)
+        for one, other in itertools.combinations(VIEWS, 2):  # from each to each, and back
+            for name in (one, other, one):
+                if name != at:
+                    self.view(name).click()
+                    self.shows(made[name], name)
+                    assert self.box.locator(".fl-table td").count() > 2, name
+                    at = name
+
     def tells_of_every_stage(self) -> None:
         """Pointing at a row tells how long its stage took, the thinnest too."""
         for row in self.box.locator(".fl-stage").all():
@@ -270,16 +283,7 @@ def test_the_panel_in_jupyterlab(jupyterlab: Any, page: Any, errors: list[str], 
     assert "cannot run here: it needs a CUDA device" in panel.box.locator(".fl-tip").inner_text()
 
     made = json.loads(run_cell(page, 1, seconds=120))  # every view, and what each must be measured for
-    assert set(made) == set(VIEWS)
-    at = list(made)[-1]
-    panel.shows(made[at], at)  # a cell chose it
-    for one, other in itertools.combinations(VIEWS, 2):  # from each to each, and back
-        for name in (one, other, one):
-            if name != at:
-                panel.view(name).click()
-                panel.shows(made[name], name)
-                assert panel.box.locator(".fl-table td").count() > 2, name
-                at = name
+    panel.shows_each_after_each(made)
     panel.view("waterfall").click()
     panel.shows(made["waterfall"], "waterfall")
     panel.tells_of_every_stage()
@@ -554,7 +558,13 @@ def test_a_newcomer_sees_flips_and_reads_what_it_saved(jupyterlab: Any, page: An
 
 @pytest.mark.parametrize("flips", [2, pytest.param(len(FLIPS), marks=pytest.mark.nightly)])
 def test_the_panel_as_a_page_of_its_own(
-    page_of_its_own: Callable[..., str], page: Any, errors: list[str], picture: bytes, tmp_path: Path, flips: int
+    page_of_its_own: Callable[..., str],
+    in_kernel: Callable[..., str],
+    page: Any,
+    errors: list[str],
+    picture: bytes,
+    tmp_path: Path,
+    flips: int,
 ) -> None:
     (tmp_path / "photo.jpg").write_bytes(picture)  # a path is meant from where the command is given
     asked: list[str] = []
@@ -570,6 +580,9 @@ def test_the_panel_as_a_page_of_its_own(
     panel.state("idle")
     panel.fits()
     page.screenshot(path=tmp_path / "voila.png")
+    if flips == len(FLIPS):
+        (kernel,) = (tmp_path / "jupyter_runtime_dir").glob("kernel-*.json")
+        panel.shows_each_after_each(json.loads(in_kernel(kernel, f"bench = Out[1]\n{MADE}", seconds=180)))
     panel.fill("tokens", "4000")
     panel.state("running")
     panel.button("stop").click()

@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import json
 from pathlib import Path
 from typing import Any
 
+import pandas
 import pytest
 
 import fastvl_lab as fl
 from fastvl_lab import Lab, Request, RequestError, SweepSettings
 from fastvl_lab.measure import under_load as module
 from fastvl_lab.measure.load import MEASURES, load
-from fastvl_lab.measure.sweep import LoadedPoint, SweepResult
+from fastvl_lab.measure.sweep import LoadedPoint, SweepResult, sweep
 from fastvl_lab.measure.under_load import Arrivals, LoadRound, UnderLoad, requests_of, under_load
 from fastvl_lab.view import loaded_frame, report_html
 
@@ -159,3 +161,34 @@ def test_a_sweep_measures_each_size_alone_and_under_each_load(labs: dict[str, La
     assert result.errors == ()
     assert [point.label for point in result.points] == ["tiny-qwen3-vl · 56×56"]
     assert [point.label for point in result.loaded] == ["tiny-qwen3-vl · 56×56 · 50 a second, 2 requests"]
+
+
+def test_a_sweep_that_dies_keeps_the_loads_that_it_measured(
+    labs: dict[str, Lab], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr("fastvl_lab.measure.sweep.Lab", lambda name, **_: labs[name])
+    settings = SweepSettings(
+        checkpoints=["tiny-qwen3-vl"],
+        recipes=["baseline"],
+        image_sizes=[[56, 56]],
+        loads=[{"concurrency": 2, "n": 3}, {"concurrency": 1, "n": 3}],
+        max_new_tokens=2,
+        repeats=2,
+        quiet=0,
+        output_dir=str(tmp_path),
+    )
+    (tmp_path / "results.parquet").write_text("of another sweep")
+    ran = itertools.count(1)
+
+    def dies() -> None:
+        if next(ran) > requests_of(1, Arrivals(concurrency=2, n=3), repeats=2, warm_up=1):
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        sweep(settings, progress=False, on_run=dies)
+    kept = pandas.read_parquet(tmp_path / "loads.parquet")
+    assert list(zip(kept["load"], kept["engine"], kept["round"], strict=True)) == [
+        ("2 at once, 3 requests", "baseline", n) for n in (0, 1)
+    ]
+    assert all(len(times) == 3 and min(times) > 0 for times in kept["ttft_s"])
+    assert not (tmp_path / "results.parquet").exists()  # no request alone was measured
