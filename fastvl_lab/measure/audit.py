@@ -315,7 +315,8 @@ def _arrivals(chunks: Iterable[tuple[float, int]]) -> tuple[tuple[float, int], .
     except (TypeError, ValueError):
         raise FastvlError("chunks must be (seconds since the request, number of tokens) each") from None
     times, counts = [time for time, _ in arrivals], [n for _, n in arrivals]
-    if not arrivals or times != sorted(times) or not 0 < times[0] <= times[-1] < math.inf or min(counts) < 0 or sum(counts) == 0:
+    in_order = all(one <= other for one, other in pairwise(times))  # which NaN is not
+    if not arrivals or not in_order or not 0 < times[0] <= times[-1] < math.inf or min(counts) < 0 or sum(counts) == 0:
         raise FastvlError("chunks must have times above 0 in order, and some tokens, none of them fewer than 0")
     return arrivals
 
