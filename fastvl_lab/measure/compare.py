@@ -70,7 +70,8 @@ class Comparison(Lasting):
 
     def compared(self, engine: str) -> Kind:
         """The kind of the engine's runs that are compared: warm, or unknown where an endpoint does not say it of any."""
-        return "unknown" if self.runs(engine, "unknown") and not self.runs(engine) else "warm"
+        kinds = {sample.kind for sample in self.samples if sample.engine == engine and sample.round >= 0}
+        return "unknown" if "unknown" in kinds and "warm" not in kinds else "warm"
 
     def representative(self, engine: str) -> Run:
         """The run whose TTFT is the (lower) median of those compared; of the disturbed ones, or of all, where there are none."""
