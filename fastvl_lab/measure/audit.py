@@ -357,6 +357,8 @@ def _finding(judge: Callable[[Any], Finding], about: Any) -> Finding:
 
 def _verdicts_on_load(load: Load, device: Device) -> list[Finding]:
     runs = load.finished
+    if not runs:
+        raise FastvlError("no request of the load was answered, so it has no numbers")
     found = _verdicts_on_runs(runs, device, loaded=True)
     under_way = sum(run.chunks[-1].time - (_queued(run) or 0) for run in runs) / load.seconds
     seen = Seen(

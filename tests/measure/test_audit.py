@@ -341,6 +341,8 @@ def test_a_load_makes_no_more_tokens_than_memory_allows_all_its_requests(drawn: 
             engine="x", begun=(0.0,) * len(runs), runs=tuple(runs), failures=failures, steps=(), seconds=seconds, concurrency=2
         )
 
+    with pytest.raises(FastvlError, match="no request of the load was answered, so it has no numbers"):
+        audit(of(2.0, [None, None]))
     audited = audit(of(2.0, [run, run, None]))
     assert audited.ok
     assert "124 steps/s at most, times 1 requests under way = 124 tokens/s; 40 is 32% of that" in audited.text
