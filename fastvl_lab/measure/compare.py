@@ -562,6 +562,8 @@ def converse(
     """
     if not engines or not texts:
         raise RequestError("engines or texts is empty; a conversation takes at least one of each")
+    if not isinstance(engines, Mapping) or isinstance(texts, str):
+        raise RequestError(f"engines is {engines!r} and texts {texts!r}; give label -> engine, and a list of what the user says")
     check_rounds(repeats, warm_up)
     keys = {label: lab.engine(engine) for label, engine in engines.items()}
     labs, reference = {label: lab.apart() for label in keys}, next(iter(engines))
