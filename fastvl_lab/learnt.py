@@ -113,8 +113,9 @@ class Record:
             raise ValueError(f"its schema is not {SCHEMA}")
         try:
             data |= {"site": Site(**data["site"]), "ratio": tuple(map(float, data["ratio"])), "versions": dict(data["versions"])}
+            data |= {"goal": {name: float(weight) for name, weight in data["goal"].items()}}
             record = cls(**data | {name: Recipe.from_dict(data[name]) for name in ("recipe", "over")})
-        except (KeyError, TypeError) as error:
+        except (KeyError, TypeError, AttributeError) as error:
             raise ValueError(f"it is incomplete or has what is unknown ({sentence(error)})") from None
         if len(record.ratio) != 3 or not record.recipe.exact:
             raise ValueError("its ratio has no interval" if record.recipe.exact else "its recipe is not exact")

@@ -13,7 +13,7 @@ from fastvl_lab import shown
 from fastvl_lab.grid.plan import Cell, Plan
 from fastvl_lab.grid.rendezvous import Rendezvous
 from fastvl_lab.measure.compare import Comparison
-from fastvl_lab.measure.samples import Interval, median_interval
+from fastvl_lab.measure.samples import Interval, interval_of, median_interval
 from fastvl_lab.measure.sweep import LoadedPoint, SweepResult, SweptPoint, size_label
 from fastvl_lab.measure.under_load import UnderLoad
 
@@ -68,7 +68,7 @@ class GridResult(SweepResult):
         return cls(
             **{own.name: getattr(swept, own.name) for own in dataclasses.fields(SweepResult)},
             cells=tuple(record["cells"]),
-            hosts=tuple(Host(**host | {"reference": Interval(*host["reference"])}) for host in record["hosts"]),
+            hosts=tuple(Host(**host | {"reference": interval_of(host["reference"])}) for host in record["hosts"]),
             notes=tuple(record["notes"]),
         )
 

@@ -109,8 +109,15 @@ class Rendezvous:
         return write_whole(self._result_file(cell), json.dumps(result).encode(), replace=False)
 
     def result(self, cell: str) -> dict[str, Any] | None:
-        """What came of a cell, None as yet."""
-        return _json(self._result_file(cell)) or None
+        """What came of a cell, None as yet; raises `RequestError` for a file that is damaged."""
+        path = self._result_file(cell)
+        try:
+            found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        except FileNotFoundError:
+            return None
+        except ValueError:
+            raise RequestError(f"{path} is damaged; remove it, and its cell is measured again") from None
+        return found
 
     def forget(self, cell: str) -> None:
         """Have a cell measured again: its result and its claims go. Only while no worker is here."""
@@ -178,7 +185,8 @@ def _files(folder: Path, suffix: str = "") -> list[Path]:
 
 
 def _json(path: Path) -> dict[str, Any]:
-    with suppress(FileNotFoundError):
+    """Nothing of a file that is not there, or damaged, as a host that loses its power may leave it."""
+    with suppress(FileNotFoundError, ValueError):
         found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
         return found
     return {}

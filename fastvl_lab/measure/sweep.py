@@ -127,7 +127,8 @@ class SweepSettings:
         """Those of a sweep that was made elsewhere, perhaps: what they name need not be here, and no folder is made."""
         made = object.__new__(cls)
         for own in dataclasses.fields(cls):
-            object.__setattr__(made, own.name, record.get(own.name, own.default))  # an older record lacks what is newer
+            default = [] if own.default is dataclasses.MISSING else own.default
+            object.__setattr__(made, own.name, record.get(own.name, default))  # an older record lacks what is newer
         return made
 
 
@@ -302,7 +303,7 @@ class SweepResult(Lasting):
 
         A file that would have no sample is not written, and an older one of its name is removed.
         """
-        pandas, written = require("pandas", "notebooks"), []
+        pandas, written = _pandas(), []
         for name, rows in (("results.parquet", self.samples()), ("loads.parquet", self.load_samples())):
             path = Path(self.settings.output_dir) / name
             if rows:
@@ -340,8 +341,10 @@ class SweepResult(Lasting):
 def sweep(settings: SweepSettings, *, progress: bool = True, on_run: Callable[[], object] | None = None) -> SweepResult:
     """Run the grid in this process. A checkpoint, image or engine that fails is recorded in `errors`, and the sweep goes on.
 
-    on_run: called after each run.
+    on_run: called after each run. Raises `MissingExtraError` where there is an `output_dir` and no pandas or pyarrow.
     """
+    if settings.output_dir:
+        _pandas()  # rather than after the first point
     sizes: list[tuple[int, int] | None] = [(size[0], size[1]) for size in settings.image_sizes] or [None]
     loads = [Arrivals.of(load) for load in settings.loads or [None]]
     per_size = sum(runs_of(settings, load) for load in loads)
@@ -391,10 +394,16 @@ def sweep(settings: SweepSettings, *, progress: bool = True, on_run: Callable[[]
                     )
                     try:
                         so_far.write_samples()
-                    except OSError as error:  # a full disk now may have room at the end
-                        failed(error, name, image)
+                    except Exception as error:  # a full disk now may have room at the end
+                        failed(error, name, at)
             del lab
     return SweepResult(settings=settings, environment=where, points=tuple(points), errors=tuple(errors), loaded=tuple(loaded))
+
+
+def _pandas() -> Any:
+    """The package that writes samples, by pyarrow."""
+    require("pyarrow", "notebooks")
+    return require("pandas", "notebooks")
 
 
 def runs_of(settings: SweepSettings, load: Arrivals | None) -> int:

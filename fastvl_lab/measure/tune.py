@@ -45,7 +45,7 @@ from fastvl_lab.measure.parity import Oracles, Parity, check
 from fastvl_lab.measure.publish import photo, picture
 from fastvl_lab.measure.quiet import QUIET, Quiet, Watch
 from fastvl_lab.measure.recipes import START, named, of_a_request, stages_of
-from fastvl_lab.measure.samples import Interval, StageSample, as_row, json_row, json_value
+from fastvl_lab.measure.samples import Interval, StageSample, as_row, interval_of, json_row, json_value
 from fastvl_lab.measure.search import (
     COST,
     CastOut,
@@ -179,14 +179,14 @@ class Tuned(Lasting):
         tried = [
             Tried(**{**one, "recipe": Recipe.from_dict(one["recipe"]), "over": Recipe.from_dict(one["over"]), "ratio": ratio})
             for one in record["tried"]
-            for ratio in [one["ratio"] and _interval(one["ratio"])]
+            for ratio in [one["ratio"] and interval_of(one["ratio"])]
         ]
         cast_out = [CastOut(**{**one, "recipe": one["recipe"] and Recipe.from_dict(one["recipe"])}) for one in record["cast_out"]]
         return cls(
             recipe=dataclasses.replace(Recipe.from_dict(record["recipe"]), origin=record["origin"]),
             start=Recipe.from_dict(record["start"]),
             over=record["over"],
-            ratio=_interval([record[name] for name in ("ratio", "ratio_low", "ratio_high")]),
+            ratio=interval_of([record[name] for name in ("ratio", "ratio_low", "ratio_high")]),
             confirmed=record["confirmed"],
             goal=record["goal"],
             workload=tuple(record["workload"]),
@@ -228,11 +228,6 @@ class Tuned(Lasting):
 def _tried_record(tried: Tried) -> dict[str, Any]:
     ratio = None if tried.ratio is None else [json_value(end) for end in tried.ratio]
     return {**vars(tried), "recipe": tried.recipe.to_dict(), "over": tried.over.to_dict(), "ratio": ratio}
-
-
-def _interval(ends: Sequence[float | None]) -> Interval:
-    """What JSON has null for is NaN."""
-    return Interval(*(math.nan if end is None else end for end in ends))
 
 
 def tune(

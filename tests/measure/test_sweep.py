@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -12,7 +13,9 @@ import pytest
 from PIL import Image
 
 from fastvl_lab import CheckpointError, DeviceError, FastvlError, ImageError, RecipeError, RequestError, SweepSettings, photo, sweep
+from fastvl_lab.errors import MissingExtraError
 from fastvl_lab.measure.publish import PHOTOGRAPHS, notebook_parameters
+from fastvl_lab.measure.sweep import SweepResult, sweep as alone
 from fastvl_lab.view.__main__ import main as print_table
 
 
@@ -200,3 +203,25 @@ def test_built_in_photographs_have_the_size_asked_for(decode: Callable[[list[byt
     for wrong in ((0, 5), 5, (1, 2, 3), (1.5, 2)):
         with pytest.raises(ImageError, match=r"size is .*; it must be \(width, height\) in whole pixels from 1 up"):
             photo(name, wrong)  # type: ignore[arg-type]
+
+
+def test_what_is_kept_on_disk_needs_its_packages_before_any_work(
+    tmp_path: Path, settings_of: Callable[..., SweepSettings], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "pyarrow", None)
+    ran: list[None] = []
+    with pytest.raises(MissingExtraError, match=r"needs the package pyarrow"):
+        alone(settings_of(output_dir=str(tmp_path)), progress=False, on_run=lambda: ran.append(None))
+    assert ran == []
+
+
+def test_samples_that_cannot_be_written_cost_no_point(
+    tmp_path: Path, settings_of: Callable[..., SweepSettings], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fails(_: SweepResult) -> None:
+        raise ValueError("planted")
+
+    monkeypatch.setattr(SweepResult, "write_samples", fails)
+    result = sweep(settings_of(image_sizes=[[96, 64], [64, 96]], output_dir=str(tmp_path)), progress=False)
+    assert [point.size for point in result.points] == [(96, 64), (64, 96)]
+    assert ["planted" in error["error"] for error in result.errors] == [True, True]

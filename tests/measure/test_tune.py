@@ -166,6 +166,7 @@ def test_a_damaged_a_foreign_and_an_approximate_record_are_ignored_with_a_word(l
     ignored("[]", "its schema is not 1")
     ignored(json.dumps({**whole, "schema": 2}), "its schema is not 1")
     ignored(json.dumps({key: value for key, value in whole.items() if key != "recipe"}), "it is incomplete")
+    ignored(json.dumps({**whole, "goal": "ttft"}), "it is incomplete")
     ignored(json.dumps({**whole, "site": {**whole["site"], "processor": "Z80"}}), "its processor is 'Z80', and here it is")
     ignored(json.dumps({**whole, "recipe": {"vit": {"rope": "no_more"}}}), "the choices are")
     on_cuda = {"preprocessor": {"upload": "pinned"}}
