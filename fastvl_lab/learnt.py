@@ -158,8 +158,7 @@ def fastest(checkpoint: Checkpoint) -> Recipe:
     """
     site = Site.of(checkpoint)
     guess = otherwise(checkpoint, site)
-    if not (path := site.path).is_file():
-        return guess
+    path = site.path
     try:
         record = Record.read(path)
         if record.site != site:
@@ -171,7 +170,9 @@ def fastest(checkpoint: Checkpoint) -> Recipe:
                 why = f"what was tuned here on {record.date} is of {package} {old or 'absent'}, and here is {new or 'none'}"
                 return dataclasses.replace(guess, origin=f"{guess.origin}; {why}")
         record.recipe.check(checkpoint.target)
-    except (OSError, ValueError, RecipeError) as error:
+    except (FileNotFoundError, NotADirectoryError):
+        return guess
+    except (OSError, ValueError) as error:
         warnings.warn(f"{path} is ignored: {sentence(error)}", stacklevel=2)
         return guess
     return dataclasses.replace(record.recipe, origin=record.origin)

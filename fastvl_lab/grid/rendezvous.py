@@ -99,11 +99,6 @@ class Rendezvous:
         told = _json(self.folder / "workers" / f"{worker}.json")
         return Beat(**told) if told else None
 
-    def beats(self) -> list[Beat]:
-        """Those of all workers that ever were here, by name."""
-        names = sorted(path.stem for path in _files(self.folder / "workers", ".json"))
-        return [beat for beat in map(self.beat, names) if beat is not None]
-
     def publish(self, cell: str, result: Mapping[str, Any]) -> bool:
         """Keep what came of a cell; whether it is the first."""
         return write_whole(self._result_file(cell), json.dumps(result).encode(), replace=False)

@@ -21,7 +21,7 @@ from fastvl_lab import lasting, shown
 from fastvl_lab.errors import FastvlError, RequestError, is_number
 from fastvl_lab.measure.compare import Attribution, Comparison, by_size, stage_seconds, telling_lane
 from fastvl_lab.measure.samples import Interval, json_row, median_interval, unpaired_difference, unpaired_ratio
-from fastvl_lab.measure.sweep import SweepResult, size_label, sweep
+from fastvl_lab.measure.sweep import SweepResult, size_label, sweep, told_failure
 from fastvl_lab.run import Run
 
 BOUND = 1.05  # times: what two sessions on one machine may differ by, though nothing was changed
@@ -268,7 +268,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _again(base: Comparison | Attribution | SweepResult) -> SweepResult:
     if not isinstance(base, SweepResult):
         raise RequestError(f"a {type(base).__name__} does not say what was asked, so it cannot be measured again; give HEAD too")
-    return sweep(dataclasses.replace(base.settings, output_dir=""))
+    made = sweep(dataclasses.replace(base.settings, output_dir=""))
+    for error in made.errors:
+        print(told_failure(error), file=sys.stderr)
+    return made
 
 
 if __name__ == "__main__":

@@ -93,10 +93,10 @@ class SweepSettings:
             whole = isinstance(size, Sequence) and all(isinstance(side, int) and 0 < side <= _LARGEST_SIDE for side in size)
             if not whole or len(size) != 2:
                 raise RequestError(f"image_sizes has {size!r}; each is [width, height] in whole pixels from 1 to {_LARGEST_SIDE}")
-        _refuse_twice("recipes", self.recipes, lambda recipe: "".join(recipe.split()), RecipeError)
-        _refuse_twice("checkpoints", self.checkpoints, place, CheckpointError)
-        _refuse_twice("image_sizes", self.image_sizes, tuple, RequestError)
-        _refuse_twice("loads", self.loads, lambda load: load_label(Arrivals.of(load)), RequestError)
+        _refuse_twice("recipes", self.recipes, RecipeError)
+        _refuse_twice("checkpoints", self.checkpoints, CheckpointError)
+        _refuse_twice("image_sizes", self.image_sizes, RequestError)
+        _refuse_twice("loads", self.loads, RequestError)
         for name, least in (("repeats", 1), ("warm_up", 0), ("max_new_tokens", 1), ("seed", 0), ("workers", 0)):
             check_whole_number(name, getattr(self, name), least=least)
         if not is_number(self.quiet) or self.quiet < 0:
@@ -328,6 +328,8 @@ class SweepResult(Lasting):
         report.write_text(shown.page(self), encoding="utf-8")
         written = [*self.write_samples(), result, report, *self.save(folder / "record", replace=True).iterdir()]
         runs = [(point, sample) for point in self.points for sample in point.comparison.samples]
+        for old in (folder / "traces").glob("[0-9][0-9][0-9][0-9]-*.json"):  # of an earlier sweep
+            old.unlink()
         for number, (point, sample) in enumerate(runs):
             title = f"{point.label} · {sample.engine} · round {sample.round} · {sample.run.kind}"
             title += " · disturbed" if sample.disturbed else ""
@@ -427,11 +429,20 @@ def _measured_at(
     return compare(lab, request, engines, **rounds, on_run=on_run, keep_going=True)
 
 
-def _refuse_twice(name: str, given: Sequence[Any], identity: Callable[[Any], Any], error: type[FastvlError]) -> None:
-    """Raise for a list that has one thing twice, also where it is spelled in two ways; identity: what two spellings share."""
+def identity(name: str, value: Any) -> Any:
+    """What two spellings of one thing share; name: the list of the settings that has it."""
+    if name == "recipes":
+        return "".join(value.split())
+    if name == "checkpoints":
+        return place(value)
+    return tuple(value) if name == "image_sizes" else load_label(Arrivals.of(value))
+
+
+def _refuse_twice(name: str, given: Sequence[Any], error: type[FastvlError]) -> None:
+    """Raise for a list that has one thing twice, also where it is spelled in two ways."""
     met: dict[Any, Any] = {}
     for value in given:
-        key = identity(value)
+        key = identity(name, value)
         if key in met:
             raise error(f"{name} names one twice: {met[key]!r} and {value!r}")
         met[key] = value

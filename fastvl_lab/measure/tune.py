@@ -264,7 +264,8 @@ def tune(
     oracle's, whose runs differ, or that takes too long is cast out and named, and raises nothing.
 
     Raises `RequestError` for a workload, goal or time that cannot be, and what a request's own fault raises; `RecipeError` where
-    not even the baseline passes; `RequestCancelledError` where it was stopped before any recipe had passed.
+    not even the baseline passes, or what an earlier call found fails now; `RequestCancelledError` where it was stopped before any
+    recipe had passed.
     """
     requests, weights = _read(workload), _weights(goal)
     if not _is_above_zero(seconds):
@@ -298,6 +299,10 @@ def tune(
             bench.know(found.start, found.recipe)
         except EndOfSearchError as error:
             raise RequestCancelledError(f"{error} before any recipe had passed") from None
+        except CastOutError as error:
+            if journal is not None and not error.ends:
+                journal.finish()  # nobody can go on with it
+            raise RecipeError(f"what an earlier process found does not pass in this one: {error}") from None
     made = _result(lab, bench, found, fallen, weights, starts, journal=journal)
     if journal is not None and not found.cut_off:
         journal.finish()

@@ -120,7 +120,8 @@ def test_a_host_within_the_interval_is_not_named_and_too_few_runs_name_nobody(me
 
 def test_what_should_be_the_same_everywhere_and_who_else_was_on_a_card_is_named(merged: Callable[..., GridResult]) -> None:
     others = {"others_on_card": "4711, python"}
-    notes = merged(({}, FAST), ({"code": "def-dirty", "torch": "3"}, FAST), (others, FAST)).notes
+    without_gpu = {"card": "A", "card_id": "", "driver": None}
+    notes = merged(({}, FAST), ({"code": "def-dirty", "torch": "3"}, FAST), (others, FAST), (without_gpu, FAST)).notes
     assert notes == (
         "one: other processes were on the card GPU-1: 4711, python",
         "the cells were measured with 2 values of code: abc, def-dirty",

@@ -101,7 +101,8 @@ def test_a_worker_measures_what_is_left_and_a_failed_cell_is_a_result_with_its_s
     assert failed is not None
     assert failed["error"].startswith("its process ended with exit code 1: ZeroDivisionError: surprise; its log is ")
     assert "Traceback" in Path(failed["error"].partition("its log is ")[2]).read_text()
-    (beat,) = rendezvous.beats()
+    beat = rendezvous.beat("first")
+    assert beat is not None
     assert beat.ended
     rendezvous.forget("b")
     Worker(folder, "second", _program()).work()
@@ -301,9 +302,26 @@ def test_a_damaged_claim_or_heartbeat_is_nobodys_and_a_damaged_result_is_named(f
     rendezvous = Rendezvous(folder=folder, stale=0.0)
     (folder / "claims" / "a.1").touch()
     (folder / "workers" / "far.json").write_text('{"worker"')
-    assert rendezvous.beats() == []
+    assert rendezvous.beat("far") is None
     time.sleep(0.01)
     assert rendezvous.is_stale("a", 1) or rendezvous.is_stale("a", 1)
     (folder / "results" / "a.json").touch()
     with pytest.raises(RequestError, match=r"results/a\.json is damaged; remove it, and its cell is measured again"):
         rendezvous.result("a")
+
+
+def test_a_worker_that_is_told_to_end_is_not_kept_from_saying_so() -> None:
+    """By a second signal: SLURM sends one to each process, and the keeper another."""
+    script = """
+import os, signal
+from fastvl_lab.grid import worker
+signal.signal(signal.SIGTERM, worker._stop)
+try:
+    os.kill(os.getpid(), signal.SIGTERM)
+    signal.pause()
+except worker._Stopped:
+    os.kill(os.getpid(), signal.SIGTERM)
+    print("told")
+"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
+    assert (done.stdout, done.stderr) == ("told\n", "")

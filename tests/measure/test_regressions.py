@@ -206,8 +206,10 @@ def test_what_was_measured_again_is_told_also_where_it_cannot_be_kept(
 ) -> None:
     swept([before]).save(tmp_path / "base")
     (tmp_path / "file").touch()
-    monkeypatch.setattr("fastvl_lab.measure.regressions.sweep", lambda _: swept([before]))
+    error = {"checkpoint": "gone", "image": "", "engine": "", "error": "there is none"}
+    monkeypatch.setattr("fastvl_lab.measure.regressions.sweep", lambda _: dataclasses.replace(swept([before]), errors=(error,)))
     assert main([str(tmp_path / "base"), str(tmp_path / "file" / "head")]) == 2
     said = capsys.readouterr()
     assert "nothing is shown to be more than 1.05 times as slow" in said.out
+    assert "failed: gone: there is none" in said.err
     assert "cannot be written" in said.err

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import sys
 from collections.abc import Callable
@@ -52,6 +53,9 @@ def test_failures_are_recorded_and_the_sweep_goes_on(
     for path in (tmp_path / "traces").iterdir():
         assert json.loads(path.read_text())["traceEvents"]
     assert len(list((tmp_path / "traces").iterdir())) == 8  # one a run
+    dataclasses.replace(result, points=result.points[1:]).write()
+    assert len(list((tmp_path / "traces").iterdir())) == 4, "none of an earlier sweep"
+    result.write()
     assert json.loads((tmp_path / "result.json").read_text())["schema"] == 1
     first, *lines = repr(result).splitlines()
     assert (first, lines[:4]) == ("2 points", result.findings())

@@ -22,6 +22,7 @@ from PIL import Image
 
 import fastvl_lab as fl
 from fastvl_lab import Lab, Recipe, RecipeError, Request, RequestCancelledError, RequestError, Sampling, Tuned, learnt, tune, view
+from fastvl_lab.measure.journal import Journalled
 from fastvl_lab.measure.parity import Parity
 from fastvl_lab.measure.samples import gains
 from fastvl_lab.measure.search import COST, CastOutError, Progress
@@ -175,6 +176,12 @@ def test_a_damaged_a_foreign_and_an_approximate_record_are_ignored_with_a_word(l
     ignored(json.dumps({**whole, "recipe": approximate}), "its recipe is not exact")
 
 
+def test_a_cache_that_cannot_be_read_costs_no_lab(lab: Lab, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", f"/{'x' * 300}")
+    with pytest.warns(UserWarning, match="is ignored: OSError: .*File name too long"):
+        assert learnt.fastest(lab.checkpoint) == Recipe.fastest("cpu")
+
+
 def test_sites_differ_by_dtype_geometry_and_threads(labs: dict[str, Lab], shallow_labs: dict[str, Lab]) -> None:
     checkpoint = labs["tiny-qwen3-vl"].checkpoint
     site = learnt.Site.of(checkpoint)
@@ -317,6 +324,23 @@ def test_a_tune_that_was_killed_before_it_knew_its_order_goes_on(
         with pytest.raises(KeyboardInterrupt):
             tune(lab, request_, 10, **only)
     assert tune(lab, request_, 10, **only).notes[0].startswith("it went on with an earlier search")
+
+
+def test_what_an_earlier_process_found_and_fails_in_this_one_is_not_gone_on_with(
+    lab: Lab, request_: Request, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fails(*_: Any) -> None:
+        raise CastOutError("planted")
+
+    asked: dict[str, Any] = {"only": ["vit.rope"], "quiet": None, "progress": False}
+    with monkeypatch.context() as patch:
+        patch.setattr(Journalled, "finish", lambda _: None)  # it was killed before it was over
+        tune(lab, request_, 20, **asked)
+    (unfinished,) = (learnt.folder() / "unfinished").iterdir()
+    monkeypatch.setattr("fastvl_lab.measure.tune._Bench.know", fails)
+    with pytest.raises(RecipeError, match="what an earlier process found does not pass in this one: planted"):
+        tune(lab, request_, 20, **asked)
+    assert not unfinished.exists()
 
 
 def test_another_workload_is_another_tune(lab: Lab, request_: Request, picture: bytes) -> None:
