@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from fastvl_lab import shown
 from fastvl_lab.grid.plan import Cell, Plan
 from fastvl_lab.grid.rendezvous import Rendezvous
 from fastvl_lab.measure.compare import Comparison
@@ -77,12 +75,7 @@ class GridResult(SweepResult):
 
         Traces are in record/ and in the cells' results (results/ID.json there).
         """
-        folder = Path(self.settings.output_dir)
-        result, report = folder / "result.json", folder / "report.html"
-        result.write_text(json.dumps(self.published(), indent=1), encoding="utf-8")
-        report.write_text(shown.page(self), encoding="utf-8")
-        record = self.save(folder / "record", replace=True)
-        return [*self.write_samples(), *record.iterdir(), result, report]
+        return self._write_all_but_traces()
 
 
 @dataclass(eq=False)

@@ -321,23 +321,29 @@ class SweepResult(Lasting):
         """
         if not self.settings.output_dir:
             raise RequestError("output_dir is empty; name the folder to write into")
-        folder = Path(self.settings.output_dir)
-        (folder / "traces").mkdir(parents=True, exist_ok=True)
-        result, report = folder / "result.json", folder / "report.html"
-        result.write_text(json.dumps(self.published(), indent=1), encoding="utf-8")
-        report.write_text(shown.page(self), encoding="utf-8")
-        written = [*self.write_samples(), result, report, *self.save(folder / "record", replace=True).iterdir()]
+        traces, written = Path(self.settings.output_dir) / "traces", self._write_all_but_traces()
+        traces.mkdir(exist_ok=True)
         runs = [(point, sample) for point in self.points for sample in point.comparison.samples]
-        for old in (folder / "traces").glob("[0-9][0-9][0-9][0-9]-*.json"):  # of an earlier sweep
+        for old in traces.glob("[0-9][0-9][0-9][0-9]-*.json"):  # of an earlier sweep
             old.unlink()
         for number, (point, sample) in enumerate(runs):
             title = f"{point.label} · {sample.engine} · round {sample.round} · {sample.run.kind}"
             title += " · disturbed" if sample.disturbed else ""
-            path = folder / "traces" / f"{number:04d}-{_file_name(title)}.json"
+            path = traces / f"{number:04d}-{_file_name(title)}.json"
             events = sample.run.trace.to_chrome(title, ours=sample.run.recipe is not None)
             path.write_text(json.dumps(events), encoding="utf-8")
             written.append(path)
         return written
+
+    def _write_all_but_traces(self) -> list[Path]:
+        """The report comes last."""
+        folder = Path(self.settings.output_dir)
+        folder.mkdir(parents=True, exist_ok=True)  # a sweep that was kept may be from elsewhere
+        result, report = folder / "result.json", folder / "report.html"
+        result.write_text(json.dumps(self.published(), indent=1), encoding="utf-8")
+        report.write_text(shown.page(self), encoding="utf-8")
+        record = self.save(folder / "record", replace=True)
+        return [*self.write_samples(), *record.iterdir(), result, report]
 
 
 def sweep(settings: SweepSettings, *, progress: bool = True, on_run: Callable[[], object] | None = None) -> SweepResult:

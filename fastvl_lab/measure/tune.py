@@ -8,6 +8,7 @@ import dataclasses
 import hashlib
 import json
 import math
+import signal
 import sys
 import threading
 import time
@@ -648,6 +649,22 @@ def _size(text: str) -> tuple[int, int]:
     return int(width), int(height)
 
 
+@contextlib.contextmanager
+def _interruption() -> Iterator[threading.Event]:
+    """Set by the first Ctrl-C; a second one interrupts as ever."""
+    stop, before = threading.Event(), signal.getsignal(signal.SIGINT)
+
+    def first(*_: object) -> None:
+        stop.set()
+        signal.signal(signal.SIGINT, before)
+
+    signal.signal(signal.SIGINT, first)
+    try:
+        yield stop
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
 def main(arguments: Sequence[str] | None = None) -> None:
     """Progress and the table to the terminal, all of it to a file; arguments: by default the process's."""
     parser = argparse.ArgumentParser(prog="python -m fastvl_lab.measure.tune", description=__doc__)
@@ -677,9 +694,17 @@ def main(arguments: Sequence[str] | None = None) -> None:
         images = [photo(given.image, size) if given.image else picture(*size) for size in given.image_size]
         asked = {"prompt": given.prompt, "max_new_tokens": given.max_new_tokens, "ignore_eos": True}
         workload = [(Request(images=[image], **asked), 1.0) for image in images]
-        found = tune(
-            lab, workload, given.seconds, goal=read_goal(given.goal), seed=given.seed, keep=not given.no_keep, on_progress=say
-        )
+        with _interruption() as stop:
+            found = tune(
+                lab,
+                workload,
+                given.seconds,
+                goal=read_goal(given.goal),
+                seed=given.seed,
+                keep=not given.no_keep,
+                on_progress=say,
+                stop=stop,
+            )
     except FastvlError as error:
         sys.exit(str(error))
     print(f"\n{found!r}")

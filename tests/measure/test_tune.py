@@ -7,6 +7,7 @@ import io
 import json
 import os
 import random
+import signal
 import subprocess
 import sys
 import threading
@@ -509,6 +510,22 @@ def test_the_command_line_writes_what_it_found(tmp_path: Path, monkeypatch: pyte
         main(["--checkpoint", "tiny-qwen3-vl", "--device", "cpu", "--max-new-tokens", "1", "--goal", "tpot"])
     with pytest.raises(SystemExit):
         main(["--checkpoint", "tiny-qwen3-vl", "--image-size", "448"])
+
+
+def test_an_interrupted_command_gives_the_best_so_far(monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
+    def interrupted(lab: Lab, workload: Any, seconds: float, *, on_progress: Callable[[Progress], object], **more: Any) -> Any:
+        def tell(now: Progress) -> None:
+            on_progress(now)
+            if now.phase != "start":
+                os.kill(os.getpid(), signal.SIGINT)
+
+        return tune(lab, workload, seconds, **more, only=["vit.rope"], quiet=None, on_progress=tell)
+
+    monkeypatch.setattr("fastvl_lab.measure.tune.tune", interrupted)
+    before = signal.getsignal(signal.SIGINT)
+    main(["--checkpoint", "tiny-qwen3-vl", "--device", "cpu", "--image-size", "56x56", "--max-new-tokens", "2", "--no-keep"])
+    assert "it was stopped, after " in capsys.readouterr().out
+    assert signal.getsignal(signal.SIGINT) == before
 
 
 def test_it_is_public() -> None:
