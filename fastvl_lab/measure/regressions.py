@@ -162,7 +162,7 @@ def _opened(given: Any) -> Any:
         given = lasting.open(inside if inside.is_dir() else given)
     if not isinstance(given, Comparison | Attribution | SweepResult):
         raise RequestError(f"a {type(given).__name__} is not compared; the choices are Comparison, Attribution, SweepResult")
-    if isinstance(given, SweepResult) and any(point.environment for point in (*given.points, *given.loaded)):
+    if isinstance(given, SweepResult) and any([*(p.environment for p in given.points), *(p.environment for p in given.loaded)]):
         raise RequestError("a grid's points were measured in many places; compare sweeps of one machine")
     return given
 
