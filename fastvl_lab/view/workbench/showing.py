@@ -352,7 +352,9 @@ def advised(
         sentence = f"Next best: {best}={value} saves about {milliseconds(saved)} here ({_range(low, high)}{beside})."
     elif likely is not None:
         value, saved, low, high = savings[likely]
-        sentence = f"No saving is sure on this machine now; {likely}={value} may save {milliseconds(saved)} ({_range(low, high)})."
+        sentence = (
+            f"No saving is sure on this machine now; {likely}={value} may save {milliseconds(saved)} ({_range(low, high)}{beside})."
+        )
     else:
         return Advised(savings=savings, sentence="Nothing known would save more here.")
     return Advised(savings=savings, sentence=sentence, path=best or likely or "", value=value)
@@ -423,7 +425,8 @@ def row(result: Result, before: Result | None, *, pinned: bool, note: str) -> Ro
     ratio, parity = "", "not checked"
     if comparison is not None and checked is not None:
         parity = "✗ other tokens" if not checked.holds else "✓ on its pixels" if checked.moved is not None else "✓ same tokens"
-        if result.speedup is not None and result.speedup.low == result.speedup.low and run.kind != "cache_hit":
+        known = result.speedup is not None and result.speedup.low == result.speedup.low and run.kind != "cache_hit"
+        if result.speedup is not None and known and not _busy(comparison, RECIPE, comparison.reference):
             ratio = f"{result.speedup.median:.2f}× ({result.speedup.low:.2f}–{result.speedup.high:.2f})"
     return Row(
         number=result.number,
