@@ -793,7 +793,7 @@ class Workbench:
             self.widget.tell("history", self._listed())
 
     def _listed(self) -> tuple[messages.Row, ...]:
-        """A line for each result of the history, made anew only where it changes: one takes milliseconds, and there may be hundreds."""
+        """A line for each result of the history, made anew only where it changes: one takes milliseconds, of maybe hundreds."""
         with self._telling:
             history, known, self._rows = list(self.history), self._rows, {}
             for before, result in zip([None, *history], history, strict=False):
