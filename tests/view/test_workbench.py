@@ -20,7 +20,7 @@ from huggingface_hub import scan_cache_dir
 from fastvl_lab import Recipe, RecipeError, RequestError, Run, SweepSettings, photo, sweep, view, workbench
 from fastvl_lab.catalogue import Option, Target, catalogue_markdown, toggles
 from fastvl_lab.measure.quiet import Use
-from fastvl_lab.measure.recipes import STOCK
+from fastvl_lab.measure.recipes import STOCK, stages_of
 from fastvl_lab.measure.samples import Interval, RunSample
 from fastvl_lab.view.workbench import Workbench, reading, showing
 from fastvl_lab.view.workbench.messages import from_json, to_json
@@ -438,6 +438,18 @@ def test_the_next_toggle_to_try_is_the_one_that_saves_most(looked_at: Workbench)
     assert set(later.savings) == {"vit.attention", "vit.rope"}
     other = dataclasses.replace(result.question, prompt="Why?")
     assert showing.advised(advice, result, result.recipe, other, looked_at._target, Recipe.fastest()).sentence == ""
+
+
+def test_the_first_toggle_to_try_is_named_with_a_stage_that_it_works_in(looked_at: Workbench) -> None:
+    result, plain = looked_at.result(), Recipe.baseline()
+    warm = dataclasses.replace(result, comparison=None, run=dataclasses.replace(result.shown, kind="warm"))
+    named = set()
+    for path in ("preprocessor.resize", "vit.attention", "attention.prefill", "streaming.gate"):
+        fastest = plain.choose(path, looked_at.controls[path].toggle.values[1])
+        said = showing.advised(None, warm, plain, result.question, looked_at._target, fastest)
+        assert not said.sentence or said.sentence.split()[0] in stages_of(said.path)
+        named.add(said.sentence.partition(" takes")[0])
+    assert len(named - {""}) > 1
 
 
 def test_savings_are_measured_while_somebody_looks_on_and_give_way(bench: Workbench) -> None:

@@ -11,7 +11,7 @@ from fastvl_lab.catalogue import Target, toggles
 from fastvl_lab.measure.audit import audit
 from fastvl_lab.measure.compare import Comparison
 from fastvl_lab.measure.load import Load, findings
-from fastvl_lab.measure.recipes import STOCK
+from fastvl_lab.measure.recipes import STOCK, stages_of
 from fastvl_lab.measure.samples import Interval, RunSample
 from fastvl_lab.recipe import Recipe
 from fastvl_lab.run import Run, in_words, milliseconds
@@ -361,16 +361,16 @@ def advised(
 
 
 def _first_advice(last: Result, target: Target, fastest: Recipe) -> Advised:
-    """Before anything is measured: the longest stage, and what the fastest known recipe does about it."""
+    """Before anything is measured: what the fastest known recipe has elsewhere, by the longest stage that it works in."""
     if last.shown.kind == "cold" or not (known := candidates(last, target, fastest)):
         return Advised()
     path, (value, _) = known[0]
     stages = last.shown.trace.stages()
-    longest = max(stages, key=lambda stage: stages[stage])
-    share = stages[longest] / 1e9 / last.shown.ttft
-    return Advised(
-        savings={}, sentence=f"{longest} takes longest, {share:.0%} of TTFT. Try {path}={value}.", path=path, value=value
-    )
+    stage = max(stages_of(path), key=lambda stage: stages.get(stage, 0), default="")
+    if stage not in stages:  # nothing that the request spends time in
+        return Advised()
+    share = stages[stage] / 1e9 / last.shown.ttft
+    return Advised(savings={}, sentence=f"{stage} takes {share:.0%} of TTFT. Try {path}={value}.", path=path, value=value)
 
 
 def loaded(result: Result, arrivals: Arrivals, against: str, others: Sequence[Rival], unmet: str) -> Loaded:
