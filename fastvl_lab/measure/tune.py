@@ -678,6 +678,8 @@ class _Bench:
             warm_up=0,
             stop=self._stop,
         )
+        if len(made.runs) < goal.count:
+            raise RequestCancelledError("the load was stopped before all of it was sent")
         if made.failures:
             raise FastvlError(f"under load, {next(iter(made.failures.values()))}")
         return sent, made
