@@ -28,7 +28,7 @@ from fastvl_lab.preprocessor import open_images
 from fastvl_lab.request import Pixels, VisionTokens
 from fastvl_lab.schedule.in_flight import InFlight
 from fastvl_lab.schedule.inbox import Inbox, Job
-from fastvl_lab.schedule.loop import Loop, unpackers
+from fastvl_lab.schedule.loop import Loop, one_at_a_time, unpackers
 from fastvl_lab.schedule.policy import Policy
 from fastvl_lab.tokenizer import tokenize
 from fastvl_lab.trace import Tracer
@@ -648,3 +648,16 @@ def test_what_is_known_of_an_image_stays_known_while_others_push_it_out(lab: Lab
     )
     assert [ended[number].tokens for number in range(2)] == alone
     assert [len(step.admitted) for step in loop.steps if step.admitted] == [2]
+
+
+def test_a_fault_of_one_at_a_time_ends_who_waits() -> None:
+    ended, inbox = dict[int, Any](), Inbox()
+    for number in range(3):
+        inbox.put(_job(number, HI, ended))
+
+    def fails(_: object) -> None:
+        raise RuntimeError("a fault")
+
+    with pytest.raises(RuntimeError, match="a fault"):
+        one_at_a_time(lambda _: "made", torch.device("cpu"), inbox, fails, lingers=False)  # type: ignore[arg-type,return-value]
+    assert [str(ended[number]) for number in range(3)] == ["made", "a fault", "a fault"]
