@@ -9,6 +9,7 @@ import queue
 import threading
 import time
 import traceback
+import weakref
 from collections import Counter, OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
@@ -405,7 +406,8 @@ class Lab:
             yield
         finally:
             self._held.subtract(keys)
-            self._thread.submit(self._let_go)  # not waited for: who held them may have left work behind that never ends
+            # Not waited for: who held them may have left work behind that never ends. Nor is a lab kept for it.
+            self._thread.submit(partial(_let_go, weakref.ref(self)))
 
     def engine(self, engine: EngineLike | None) -> Engine:
         """What `run` would run; raises `RecipeError` for what is no engine."""
@@ -537,6 +539,11 @@ class Lab:
 def _is_want_of_memory(error: Exception) -> bool:
     known = isinstance(error, torch.OutOfMemoryError | MemoryError)
     return known or (isinstance(error, RuntimeError) and any(words in str(error) for words in _OUT_OF_MEMORY))
+
+
+def _let_go(lab: weakref.ref[Lab]) -> None:
+    if (held := lab()) is not None:
+        held._let_go()
 
 
 def _graph_store(device: torch.device, max_bytes: int) -> GraphStore | None:
