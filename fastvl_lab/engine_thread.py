@@ -91,13 +91,13 @@ class Job(Generic[T]):
             self.interrupt()
             self._done.wait()
             raise
-        (value, error), (self._value, self._error) = (self._value, self._error), (None, None)
+        (value, failure), (self._value, self._error) = (self._value, self._error), (None, None)
         try:
-            if error is not None:
-                raise error
+            if failure is not None:
+                raise failure
             return cast(T, value)
         finally:
-            del error  # its traceback has this frame
+            del failure  # its traceback has this frame
 
     def wait(self) -> None:
         """Until it has ended, however."""
