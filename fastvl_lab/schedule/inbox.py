@@ -56,6 +56,16 @@ class Inbox:
             taken, self._jobs = self._jobs, []
             return taken
 
+    def wait_for(self, done: Callable[[], bool]) -> None:
+        """Wait until somebody is there, or it is done; whoever does it has this `look_up`."""
+        with self._changed:
+            self._changed.wait_for(lambda: self._jobs or done())
+
+    def look_up(self) -> None:
+        """Who waits looks again."""
+        with self._changed:
+            self._changed.notify_all()
+
     def is_over(self) -> bool:
         """Wait until somebody is there, or no more will come: whether it is that."""
         with self._changed:
