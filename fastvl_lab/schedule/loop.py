@@ -58,9 +58,8 @@ OnStep = Callable[[Step], object]
 
 def one_at_a_time(run: Callable[[Job], Outcome], device: torch.device, inbox: Inbox, on_step: OnStep, *, lingers: bool) -> None:
     """Serve each job to its end, in the order in which they come, until the inbox is closed, or empty where nothing `lingers`."""
-    waiting = inbox.take(wait=lingers)
-    while waiting:
-        job, start_ns = waiting.pop(0), time.perf_counter_ns()
+    while taken := inbox.take(wait=lingers, most=1):  # the others stay, where who gives one up finds it
+        (job,), start_ns = taken, time.perf_counter_ns()
         try:
             job.tracer.start_at(job.since_ns, Anchor.now(device))
             job.tracer.fill("queued")
@@ -69,8 +68,7 @@ def one_at_a_time(run: Callable[[Job], Outcome], device: torch.device, inbox: In
         except Exception as error:
             ended = error
         job.end(ended)
-        on_step(Step(start_ns=start_ns, end_ns=time.perf_counter_ns(), admitted=(job.number,), waiting=len(waiting)))
-        waiting += inbox.take(wait=lingers and not waiting)
+        on_step(Step(start_ns=start_ns, end_ns=time.perf_counter_ns(), admitted=(job.number,), waiting=len(inbox)))
 
 
 def side_by_side(run: Callable[[Job], Outcome], inbox: Inbox, *, lingers: bool) -> None:

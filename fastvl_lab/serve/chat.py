@@ -11,7 +11,7 @@ from typing import Any, TypeGuard
 
 from fastvl_lab.channels import Call, Channels, Said, as_message, as_tool_calls, said_in
 from fastvl_lab.errors import FastvlError, RequestCancelledError, RequestError, quoted, sentence, shortened
-from fastvl_lab.request import MAX_IMAGES, Chunk, Request, TokenLogprob, check_whole_number
+from fastvl_lab.request import MAX_IMAGES, Chunk, ImageInput, Request, TokenLogprob, check_whole_number
 from fastvl_lab.run import Run
 from fastvl_lab.sampling import Sampling
 from fastvl_lab.serve import choosing
@@ -331,7 +331,10 @@ def _with_object(call: Any) -> Any:
 
 
 def _part(number: int, part: Any, fetched: Mapping[str, bytes]) -> Any:
-    """A part of a message: an image is bytes or a data URI, since what a client names must not be read from the server's disk."""
+    """A part of a message, with its image read: all answers to it share those bytes.
+
+    It comes from a data URI or from an address, since what a client names must not be read from the server's disk.
+    """
     kind = part.get("type") if isinstance(part, dict) else part
     if kind == "text":
         return part
@@ -346,7 +349,7 @@ def _part(number: int, part: Any, fetched: Mapping[str, bytes]) -> Any:
             where["detail"] = "auto"
             if said.get("max_pixels") is None and beside.get("max_pixels") is None:
                 said["max_pixels"] = LOW_DETAIL
-    return {"type": "image", "image": {**said, "url": url if _is_data(url) else fetched[url]}, **beside}
+    return {"type": "image", "image": {**said, "url": ImageInput.of(url if _is_data(url) else fetched[url])}, **beside}
 
 
 def _url(number: int, part: Mapping[str, Any]) -> str:

@@ -157,6 +157,7 @@ class RequestQueue:
     def give_up(self, queued: QueuedRequest) -> None:
         """Nobody wants its answer any more: it leaves the queue, or the engine at its next stage or step."""
         queued.stop.set()
+        self._inbox.drop(queued.request)
         if queued in self._waiting:
             self._move(queued, None)
 

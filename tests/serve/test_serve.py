@@ -17,6 +17,7 @@ import statistics
 import sys
 import threading
 import time
+import weakref
 from collections import Counter
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -27,7 +28,7 @@ import pytest
 import torch
 
 from fastvl_lab import EndpointError, Lab, Recipe, RecipeError, Request, RequestError, Run, photo
-from fastvl_lab.errors import DeviceError, FastvlError
+from fastvl_lab.errors import DeviceError, FastvlError, RequestCancelledError
 from fastvl_lab.measure.compare import compare
 from fastvl_lab.measure.load import load, varied
 from fastvl_lab.pipeline import Pipeline
@@ -622,6 +623,45 @@ def test_health_tells_of_what_no_later_request_recovers_from(labs: dict[str, Lab
     front = _Front(labs[MODEL].checkpoint, labs[MODEL].grammars, queue, Metrics(), Settings())
     queue.ready.set()
     assert asyncio.run(front.health(None)).status_code == (500 if lasting else 200)
+
+
+def test_a_request_that_waits_and_is_given_up_is_held_no_longer(labs: dict[str, Lab]) -> None:
+    """Its place is free, and so is its memory: clients that send images and leave would fill it while one long answer is made."""
+    queue = RequestQueue(labs[MODEL], Recipe.parse("fastest"), Metrics(), max_queue=2, warm_up=())
+    running, over = threading.Event(), threading.Event()
+
+    def run(*_: object) -> None:
+        running.set()
+        over.wait(10)
+        raise RequestCancelledError("enough")
+
+    async def served() -> None:
+        left: list[weakref.ref[Request]] = []
+
+        def leave(n: int) -> None:
+            for _ in range(n):
+                with queue.place() as put:
+                    put(queued := QueuedRequest(Request(prompt="?")))
+                left.append(weakref.ref(queued.request))
+                if running.is_set():
+                    queue.give_up(queued)
+                else:
+                    early.append(queued)
+
+        early: list[QueuedRequest] = []
+        leave(2)  # there before anything is served
+        queue.start()
+        assert await asyncio.to_thread(running.wait, 10)
+        leave(3)  # while something is: more than may wait at once
+        queue.give_up(early.pop())
+        gc.collect()
+        assert [one() is None for one in left] == [False, True, True, True, True]
+        over.set()
+        await asyncio.to_thread(queue.close)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Pipeline, "run", run)
+        asyncio.run(served())
 
 
 def test_a_fault_of_the_servers_own_is_not_taken_for_a_client_that_left(serve: Callable[..., Any]) -> None:
