@@ -720,6 +720,20 @@ def test_a_server_that_does_not_come_up_is_told_of_by_its_last_words(tmp_path: P
         pass
 
 
+def test_a_server_that_says_much_is_not_held_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A pipe that nobody reads takes 64 KiB, and then whoever writes to it waits for good."""
+    program = tmp_path / "python"
+    program.write_text(
+        f"#!{sys.executable}\nimport sys\nfrom http.server import HTTPServer, SimpleHTTPRequestHandler as Handler\n"
+        "sys.stderr.write('x' * 200_000)\nHandler.do_GET = lambda self: self.send_error(204)\n"
+        "HTTPServer(('127.0.0.1', int(sys.argv[-1])), Handler).serve_forever()\n"
+    )
+    program.chmod(0o755)
+    monkeypatch.setattr(sys, "executable", str(program))
+    with serving(MODEL, "fastest", patience=10) as url:
+        assert httpx.get(url).status_code == 204
+
+
 STORM = 200
 
 
