@@ -386,10 +386,10 @@ class Reply:
 
     def piece(self, chunk: Chunk, number: int = 0) -> list[dict[str, Any]]:
         """A piece of an answer: an event, or none where all of it is held back and nothing else is told of it."""
-        first = number not in self._n_sent
+        first, before = number not in self._n_sent, self._n_sent.get(number, 0)
         self._n_made += len(chunk.tokens)
         text = (self._echoed(number) if first else "") + chunk.text
-        before = self._n_sent.get(number, 0)
+        self._n_sent[number] = before + len(text)
         if self._raw:
             said: dict[str, Any] = {"text": text}
         elif self._thinks or self._calls:
@@ -397,15 +397,10 @@ class Reply:
                 self._channels[number] = Channels(thinks=self._thinks, calls=self._calls)
             made = self._channels[number].push(text)
             if not (made or chunk.logprobs or self._chat.asked.token_ids or self._chat.n_prompt is not None):
-                self._n_sent.setdefault(number, 0)
                 return []
-            said = {"delta": _delta(made)}
+            said = self._adds(number, _delta(made))
         else:
-            said = {"delta": {"content": text}}
-        if number not in self._begun and not self._raw:
-            self._begun.add(number)
-            said["delta"] = {"role": "assistant", "content": "", **said["delta"]}
-        self._n_sent[number] = before + len(text)
+            said = self._adds(number, {"content": text})
         return [self._choice(number, {**said, "logprobs": self._logprobs(chunk.logprobs, before)}, None, chunk.tokens)]
 
     def end(self, run: Run, number: int = 0) -> list[dict[str, Any]]:
@@ -413,10 +408,17 @@ class Reply:
         rest = Said()
         if (channels := self._channels.get(number)) is not None:
             rest = channels.end(cut=run.finish_reason == "length")
-        events = [self._choice(number, {"delta": _delta(rest), "logprobs": None}, None, ())] if rest else []
-        said: dict[str, Any] = {"text": ""} if self._raw else {"delta": {}}
+        events = [self._choice(number, {**self._adds(number, _delta(rest)), "logprobs": None}, None, ())] if rest else []
+        said: dict[str, Any] = {"text": ""} if self._raw else self._adds(number, {})
         called = channels is not None and channels.n_calls > 0
         return [*events, self._choice(number, {**said, "logprobs": None}, _reason(run, called=called), ())]
+
+    def _adds(self, number: int, delta: dict[str, Any]) -> dict[str, Any]:
+        """What is added to the message of an answer; the first of it says who speaks."""
+        if number in self._begun:
+            return {"delta": delta}
+        self._begun.add(number)
+        return {"delta": {"role": "assistant", "content": "", **delta}}
 
     def measured(self, runs: Sequence[Run]) -> list[dict[str, Any]]:
         """After the ends of all answers, if asked for: usage and trace."""

@@ -294,6 +294,14 @@ def test_what_is_held_back_comes_with_the_end_and_tokens_with_their_chunk(run_of
     assert [choice.get("token_ids") for choice in choices] == [[1], [1], [1], None, None]
 
 
+@pytest.mark.parametrize("text", ["", "<tool"])
+def test_the_first_delta_says_who_speaks_though_all_was_held_back(run_of: Callable[..., Run], text: str) -> None:
+    draft = _draft({"messages": HI, "tools": [TIME], "stream": True})
+    deltas = [choice["delta"] for choice in _streamed(draft, _run(run_of, text, "stop"), [text])]
+    assert [delta.get("role") for delta in deltas] == ["assistant"] + [None] * (len(deltas) - 1)
+    assert "".join(delta.get("content", "") for delta in deltas) == text
+
+
 def test_the_first_call_alone_ends_an_answer_that_may_have_one(run_of: Callable[..., Run]) -> None:
     body = {"messages": HI, "tools": [WEATHER], "parallel_tool_calls": False}
     request = _draft(body).chat({}).request
