@@ -188,9 +188,12 @@ def test_what_cannot_be_made_is_a_400_in_a_sentence(calling: Any, asked: dict[st
     assert calling.queue.failure is None
 
 
-def test_a_template_that_shows_no_tools_is_not_given_any(server: Any) -> None:
+@pytest.mark.parametrize("said", ["How is the weather in Oslo?", "Ask get_weather for Oslo's."])
+def test_a_template_that_shows_no_tools_is_not_given_any(server: Any, said: str) -> None:
+    """Also where the conversation itself has their names."""
+    messages = [{"role": "user", "content": said}]
     with pytest.raises(openai.BadRequestError, match=r"the chat template of 'tiny-qwen2\.5-vl' does not show tools to the model"):
-        _ask(server, model="tiny-qwen2.5-vl", tools=[WEATHER])
+        _ask(server, model="tiny-qwen2.5-vl", messages=messages, tools=[WEATHER])
 
 
 @pytest.mark.parametrize("stream", [False, True])
