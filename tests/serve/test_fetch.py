@@ -42,10 +42,14 @@ class _Images(BaseHTTPRequestHandler):
                     time.sleep(0.1)
             return
         self.send_response(404 if self.path == "/absent" else 200)
+        if self.path == "/short":
+            self.send_header("Content-Length", "5")
         self.end_headers()
         try:
             if self.path == "/headers":
                 self.wfile.write(json.dumps([self.path, *self.headers.items()]).encode())
+            elif self.path == "/short":
+                self.wfile.write(b"yy")
             elif self.path == "/slow":
                 for _ in range(40):
                     self.wfile.write(b"x")
@@ -86,6 +90,7 @@ def test_an_allowed_address_is_fetched_under_its_own_name(images: Callable[[str,
         ("http://images.example/elsewhere", "status 302; redirects are not followed"),
         ("http://images.example/absent", "status 404"),
         ("http://images.example/large", "more than 100000 bytes"),
+        ("http://images.example/short", "cannot be fetched: it ended 3 bytes early"),
         ("http://images.example/slow", "longer than 1 s"),
         ("http://images.example/dripping", "longer than 1 s"),
         ("http://images.example:22/", "not at an allowed host"),
