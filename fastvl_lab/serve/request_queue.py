@@ -88,7 +88,7 @@ class RequestQueue:
     """Requests for one recipe of a lab, and the thread that has it serve them as they come.
 
     max_queue: how many may wait or be read. warm_up: requests to serve first.
-    `failure` is why no later request can be served, if that is so.
+    `failure`: of the warm-up, or what no later request recovers from, where there was such an error.
     """
 
     def __init__(
