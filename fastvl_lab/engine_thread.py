@@ -13,7 +13,7 @@ import threading
 import time
 import weakref
 from collections.abc import Callable
-from typing import Any, Generic, TypeVar
+from typing import Any, Generic, TypeVar, cast
 
 import torch
 
@@ -72,10 +72,11 @@ class Job(Generic[T]):
             self._done.set()
 
     def result(self, *, limit: float | None = None) -> T:
-        """Wait for the end: the value, or the error. An interruption interrupts the work too, and waits for its end.
+        """Wait for the end: the value, or the error; once, for the job keeps neither.
 
-        limit: seconds after which work that has begun is interrupted at its next step of Python, and a `TimeLimitError` raised. No
-        Python stops a call into a library that never returns: after `GRACE` more it is left behind, and the thread is `stuck`.
+        An interruption interrupts the work too, and waits for its end. limit: seconds after which work that has begun is stopped
+        at its next step of Python, and a `TimeLimitError` raised. No Python stops a call into a library that never returns: after
+        `GRACE` more it is left behind, and the thread is `stuck`.
         """
         try:
             while not self._done.wait(_LOOK_UP):
@@ -90,10 +91,13 @@ class Job(Generic[T]):
             self.interrupt()
             self._done.wait()
             raise
-        if self._error is not None:
-            raise self._error
-        value: T = self._value
-        return value
+        (value, failure), (self._value, self._error) = (self._value, self._error), (None, None)
+        try:
+            if failure is not None:
+                raise failure
+            return cast(T, value)
+        finally:
+            del failure  # its traceback has this frame
 
     def wait(self) -> None:
         """Until it has ended, however."""

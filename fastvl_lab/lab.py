@@ -8,6 +8,7 @@ import os
 import queue
 import threading
 import time
+import weakref
 from collections import Counter, OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
@@ -394,7 +395,8 @@ class Lab:
             yield
         finally:
             self._held.subtract(keys)
-            self._thread.submit(self._let_go)  # not waited for: who held them may have left work behind that never ends
+            # Not waited for: who held them may have left work behind that never ends. Nor is a lab kept for it.
+            self._thread.submit(partial(_let_go, weakref.ref(self)))
 
     def engine(self, engine: EngineLike | None) -> Engine:
         """What `run` would run; raises `RecipeError` for what is no engine."""
@@ -519,6 +521,11 @@ class Lab:
         if len(seen) > MAX_SHAPES:
             del seen[next(iter(seen))]
         return "cold" if made > known or outcome.captures else "warm"
+
+
+def _let_go(lab: weakref.ref[Lab]) -> None:
+    if (held := lab()) is not None:
+        held._let_go()
 
 
 def _graph_store(device: torch.device, max_bytes: int) -> GraphStore | None:

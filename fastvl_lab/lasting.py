@@ -177,8 +177,8 @@ def records(folder: str | Path) -> Records:
     top = _place(folder)
     if not top.is_dir():
         raise RequestError(f"there is no folder {top}")
-    found, skipped = [], []
-    for place, inside, files in os.walk(top):
+    found, skipped = list[Entry](), list[str]()
+    for place, inside, files in os.walk(top, onerror=lambda error: skipped.append(f"{error.filename} ({sentence(error)})")):
         inside[:] = [name for name in inside if not name.startswith(".")] if RECORD not in files else []  # those are not whole
         if RECORD in files:
             try:

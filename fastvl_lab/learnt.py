@@ -113,8 +113,9 @@ class Record:
             raise ValueError(f"its schema is not {SCHEMA}")
         try:
             data |= {"site": Site(**data["site"]), "ratio": tuple(map(float, data["ratio"])), "versions": dict(data["versions"])}
+            data |= {"goal": {name: float(weight) for name, weight in data["goal"].items()}}
             record = cls(**data | {name: Recipe.from_dict(data[name]) for name in ("recipe", "over")})
-        except (KeyError, TypeError) as error:
+        except (KeyError, TypeError, AttributeError) as error:
             raise ValueError(f"it is incomplete or has what is unknown ({sentence(error)})") from None
         if len(record.ratio) != 3 or not record.recipe.exact:
             raise ValueError("its ratio has no interval" if record.recipe.exact else "its recipe is not exact")
@@ -157,8 +158,7 @@ def fastest(checkpoint: Checkpoint) -> Recipe:
     """
     site = Site.of(checkpoint)
     guess = otherwise(checkpoint, site)
-    if not (path := site.path).is_file():
-        return guess
+    path = site.path
     try:
         record = Record.read(path)
         if record.site != site:
@@ -170,7 +170,9 @@ def fastest(checkpoint: Checkpoint) -> Recipe:
                 why = f"what was tuned here on {record.date} is of {package} {old or 'absent'}, and here is {new or 'none'}"
                 return dataclasses.replace(guess, origin=f"{guess.origin}; {why}")
         record.recipe.check(checkpoint.target)
-    except (OSError, ValueError, RecipeError) as error:
+    except (FileNotFoundError, NotADirectoryError):
+        return guess
+    except (OSError, ValueError) as error:
         warnings.warn(f"{path} is ignored: {sentence(error)}", stacklevel=2)
         return guess
     return dataclasses.replace(record.recipe, origin=record.origin)

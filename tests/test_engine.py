@@ -73,12 +73,17 @@ def test_what_is_wrong_with_a_recipe_is_told_without_peers(text: str) -> None:
     [
         ("transformers, vit.tower=lean", "changes vit.tower, which a peer does not have; the choices are preprocessor.decode"),
         ("http://127.0.0.1:8000/v1, modle=x", "what may follow its address is model=<name>"),
+        ("http://127.0.0.1:8000/v1, model=x, model=y", "has an option twice"),
         ("http://:8000/v1", "is no address; it reads http://host:port/v1"),
+        ("http://127.0.0.1:8000/v1?api-version=1", "is no address; it reads http://host:port/v1"),
+        ("http://127.0.0.1:8000/v1#there", "is no address; it reads http://host:port/v1"),
+        ("https://me:secret@host/v1", "endpoint at host has a name or password in its address, which is sent to nobody"),
     ],
 )
 def test_a_peers_text_is_read_strictly(text: str, says: str) -> None:
-    with pytest.raises(RecipeError, match=says):
+    with pytest.raises(RecipeError, match=says) as raised:
         find(text)
+    assert "secret" not in str(raised.value)
 
 
 @pytest.mark.parametrize("text", ["transformers", "transformers, preprocessor.resize=torch", "http://127.0.0.1:8000/v1"])

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import gc
 import threading
 import time
+import weakref
 from collections.abc import Callable
 from pathlib import Path
 
@@ -12,6 +14,7 @@ import pytest
 import torch
 
 from fastvl_lab import DeviceError, ImageError, Lab, Recipe, RecipeError, Request, RequestError, Sampling
+from fastvl_lab.engine_thread import EngineThread
 from fastvl_lab.lab import MAX_ENGINES
 
 
@@ -65,6 +68,19 @@ def test_engines_unused_for_longest_are_let_go_and_cold_when_they_come_back(pict
     for recipe in recipes:
         lab.run(request, recipe)
     assert lab.run(request, "baseline").kind == "cold"  # no longer held
+
+
+def test_a_lab_is_gone_when_its_last_user_is_whatever_the_device_computes(labs: dict[str, Lab]) -> None:
+    """So that a checkpoint has left the memory before the next is loaded."""
+    lab, go = labs["tiny-qwen2.5-vl"].apart(), threading.Event()
+    busy = EngineThread.of(lab.device).submit(go.wait)
+    with lab.hold(["baseline"]):
+        seen = weakref.ref(lab)
+    del lab
+    gc.collect()
+    assert seen() is None
+    go.set()
+    busy.result()
 
 
 def test_an_engine_may_be_a_recipe_its_text_or_a_peer(labs: dict[str, Lab], request_: Request) -> None:

@@ -227,3 +227,21 @@ def test_a_runs_logits_are_not_kept(folder: Path, results: dict[str, Lasting]) -
     assert isinstance(again, Run)
     assert again.logits.numel() == 0
     assert again.tokens == results["run"].tokens  # type: ignore[attr-defined]
+
+
+def test_a_folder_that_cannot_be_read_is_told(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    shutil.copytree(folder / "run", tmp_path / "mine")
+    (tmp_path / "secret").mkdir()
+    scandir = os.scandir
+
+    def refused(path: Any) -> Any:
+        if str(path).endswith("secret"):
+            raise PermissionError(13, "Permission denied", str(path))
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", refused)
+    found = fl.records(tmp_path)
+    assert len(found) == 1
+    (skipped,) = found.skipped
+    assert skipped.startswith(str(tmp_path / "secret"))
+    assert "Permission denied" in skipped

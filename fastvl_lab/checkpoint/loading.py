@@ -187,7 +187,7 @@ def _settle_vector_math() -> None:
 def _from_pretrained(
     name: str, source: str, device: torch.device, dtype: torch.dtype | None, families: Sequence[Family]
 ) -> Checkpoint:
-    with _as_checkpoint_error(name):
+    with as_checkpoint_error(name):
         file = File(checkpoint=name, name="config.json")
         check_files(name, source)
         with file.unread():
@@ -234,7 +234,7 @@ def _random(name: str, device: torch.device, dtype: torch.dtype | None, families
     if hub_id not in published(families):
         raise CheckpointError(f"no geometry is published here for {hub_id!r}; the choices are {', '.join(published(families))}")
     dtype = dtype or (torch.float32 if device.type == "cpu" else torch.bfloat16)
-    with _quiet(), _as_checkpoint_error(name):
+    with _quiet(), as_checkpoint_error(name):
         source = str(write_published_folder(hub_id, families))
         config = AutoConfig.from_pretrained(source)
         family = _family(name, config, families)
@@ -362,7 +362,7 @@ def _check_memory(name: str, config: Any, devices: set[torch.device], dtype: tor
 
 
 @contextmanager
-def _as_checkpoint_error(name: str) -> Iterator[None]:
+def as_checkpoint_error(name: str) -> Iterator[None]:
     """Turn whatever the loading libraries raise for files that are missing, broken or at odds into one sentence."""
     try:
         yield

@@ -11,9 +11,17 @@ from fastvl_lab.whole import write_folder
 
 
 def cache_root() -> Path:
-    """`$XDG_CACHE_HOME/fastvl_lab`, by default `~/.cache/fastvl_lab` (XDG Base Directory Specification)."""
+    """`$XDG_CACHE_HOME/fastvl_lab`, by default `~/.cache/fastvl_lab` (XDG Base Directory Specification).
+
+    Raises `CheckpointError` where nobody knows that home.
+    """
     base = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
-    return Path(base).expanduser() / "fastvl_lab"
+    try:
+        return Path(base).expanduser() / "fastvl_lab"
+    except RuntimeError:
+        raise CheckpointError(
+            f"no home is known for the cache folder {base}; set XDG_CACHE_HOME to a folder that can be written"
+        ) from None
 
 
 def whole_folder(name: str, write: Callable[[Path], None]) -> Path:

@@ -11,6 +11,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -29,15 +30,20 @@ from fastvl_lab.measure.sweep import SweepSettings, sweep
 from fastvl_lab.request import Request
 from fastvl_lab.whole import write_whole
 
+# Seconds between two words of progress. The thread that serves a load writes them while the load is timed, perhaps to a slow disk.
+_TELL = 1.0
+
 
 def measured(given: dict[str, Any], reference: Reference, progress: Path) -> dict[str, Any]:
     """A cell's result, JSON-ready: its comparison as a record, what failed, where it was, and the reference's runs."""
-    settings, done, total = SweepSettings(**given), 0, runs(given)
+    settings, done, total, told_at = SweepSettings(**given), 0, runs(given), time.monotonic()
 
     def ran() -> None:
-        nonlocal done
+        nonlocal done, told_at
         done += 1
-        write_whole(progress, f"{done} {total}".encode())
+        if time.monotonic() - told_at > _TELL:
+            write_whole(progress, f"{done} {total}".encode())
+            told_at = time.monotonic()
 
     write_whole(progress, f"0 {total}".encode())
     of_reference = _reference(reference, settings)

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shutil
-from collections.abc import Callable, Mapping, Sequence
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
@@ -16,8 +18,9 @@ from fastvl_lab.grid.worker import command, environment, work
 from fastvl_lab.measure.sweep import LAUNCHERS
 from fastvl_lab.processes.kept import Kept
 
-# Seconds that workers may take to end: the keeper of a cell waits for three before it kills.
+# Seconds that workers may take to end: the keeper of a cell waits for three before it kills; and between two looks at that.
 _ENDING = 15.0
+_LOOK_UP = 0.2
 
 # Minutes that SLURM allows a worker, unless launcher_options says otherwise; submitit's own five are for functions, not for grids.
 _MINUTES = 24 * 60
@@ -44,7 +47,7 @@ class Launched(Protocol):
         """How many have not ended."""
 
     def stop(self) -> None:
-        """End them all, with their cells, and wait until they have."""
+        """End them all, with their cells, and wait until they have, for some seconds at most."""
 
 
 class _Local:
@@ -76,14 +79,15 @@ class _Ray:
 
     def __init__(self, order: Order) -> None:
         self._ray = require("ray", "ray")
+        wanted = {"num_cpus": 1, "num_gpus": int(order.cuda), "scheduling_strategy": "SPREAD", "max_retries": 0}
+        with _of_options():
+            task = self._ray.remote(work).options(**(wanted | dict(order.options)))
         self._started = not self._ray.is_initialized()
         if self._started:
             try:
                 self._ray.init(log_to_driver=False, include_dashboard=None if "RAY_ADDRESS" in os.environ else False)
             except Exception as error:  # of many kinds, and none of Ray's own
                 raise FastvlError(f"Ray neither has a cluster that can be joined nor starts one: {sentence(error)}") from error
-        wanted = {"num_cpus": 1, "num_gpus": int(order.cuda), "scheduling_strategy": "SPREAD", "max_retries": 0}
-        task = self._ray.remote(work).options(**(wanted | dict(order.options)))
         self._tasks = [task.remote(str(order.folder), name, tuple(order.program)) for name in order.names]
 
     def alive(self) -> int:
@@ -111,8 +115,9 @@ class _Submitit:
                 "launcher 'submitit' needs SLURM's sbatch, which is not found; start it where it is, or give launcher_options: "
                 "{cluster: local} for processes of this machine"
             )
-        executor = submitit.AutoExecutor(folder=order.folder / "logs" / "submitit", cluster=cluster)
-        executor.update_parameters(**options)
+        with _of_options():
+            executor = submitit.AutoExecutor(folder=order.folder / "logs" / "submitit", cluster=cluster)
+            executor.update_parameters(**options)
         folders, programs = [str(order.folder)] * len(order.names), [tuple(order.program)] * len(order.names)
         self._jobs = executor.map_array(work, folders, list(order.names), programs)
 
@@ -122,7 +127,10 @@ class _Submitit:
     def stop(self) -> None:
         for job in self._jobs:
             if not job.done():
-                job.cancel()
+                job.cancel(check=False)  # one that cannot be cancelled keeps no other
+        deadline = time.monotonic() + _ENDING
+        while self.alive() and time.monotonic() < deadline:
+            time.sleep(_LOOK_UP)
 
 
 _START: dict[str, Callable[[Order], Launched]] = dict(zip(LAUNCHERS, (_Local, _Ray, _Submitit), strict=True))
@@ -158,3 +166,12 @@ def _cards() -> tuple[str, ...]:
 def _no_options(launcher: str, options: Mapping[str, Any]) -> None:
     if options:
         raise RequestError(f"launcher_options has {', '.join(map(str, options))}, and launcher {launcher!r} takes none")
+
+
+@contextlib.contextmanager
+def _of_options() -> Iterator[None]:
+    """What a launcher's package says of options that it does not take, as one sentence."""
+    try:
+        yield
+    except Exception as error:  # of many kinds
+        raise RequestError(f"launcher_options: {sentence(error)}") from error

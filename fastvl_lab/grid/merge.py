@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from fastvl_lab import shown
 from fastvl_lab.grid.plan import Cell, Plan
 from fastvl_lab.grid.rendezvous import Rendezvous
 from fastvl_lab.measure.compare import Comparison
-from fastvl_lab.measure.samples import Interval, median_interval
+from fastvl_lab.measure.samples import Interval, interval_of, median_interval
 from fastvl_lab.measure.sweep import LoadedPoint, SweepResult, SweptPoint, size_label
 from fastvl_lab.measure.under_load import UnderLoad
 
@@ -68,7 +66,7 @@ class GridResult(SweepResult):
         return cls(
             **{own.name: getattr(swept, own.name) for own in dataclasses.fields(SweepResult)},
             cells=tuple(record["cells"]),
-            hosts=tuple(Host(**host | {"reference": Interval(*host["reference"])}) for host in record["hosts"]),
+            hosts=tuple(Host(**host | {"reference": interval_of(host["reference"])}) for host in record["hosts"]),
             notes=tuple(record["notes"]),
         )
 
@@ -77,12 +75,7 @@ class GridResult(SweepResult):
 
         Traces are in record/ and in the cells' results (results/ID.json there).
         """
-        folder = Path(self.settings.output_dir)
-        result, report = folder / "result.json", folder / "report.html"
-        result.write_text(json.dumps(self.published(), indent=1), encoding="utf-8")
-        report.write_text(shown.page(self), encoding="utf-8")
-        record = self.save(folder / "record", replace=True)
-        return [*self.write_samples(), *record.iterdir(), result, report]
+        return self._write_all_but_traces()
 
 
 @dataclass(eq=False)
@@ -198,7 +191,7 @@ def _notes(hosts: Sequence[Host], results: Sequence[Mapping[str, Any]]) -> list[
         if why := result.get("reference", {}).get("error"):
             notes.append(f"{result['host']}: the reference could not be measured: {why}")
     for name in ("code", "torch", "transformers", "driver"):
-        values = dict.fromkeys(str(result["environment"].get(name)) for result in measured)
+        values = dict.fromkeys(str(known) for result in measured if (known := result["environment"].get(name)) is not None)
         if len(values) > 1:
             notes.append(f"the cells were measured with {len(values)} values of {name}: {', '.join(values)}")
     return list(dict.fromkeys(notes))

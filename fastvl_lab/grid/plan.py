@@ -20,7 +20,7 @@ from fastvl_lab.checkpoint import resolve_device
 from fastvl_lab.engine import find
 from fastvl_lab.errors import FastvlError, RecipeError, RequestError, is_number, meant, quoted
 from fastvl_lab.measure.publish import PHOTOGRAPHS, photo
-from fastvl_lab.measure.sweep import LAUNCHERS, SweepSettings, load_label, place, runs_of, size_label
+from fastvl_lab.measure.sweep import LAUNCHERS, SweepSettings, identity, load_label, place, runs_of, size_label
 from fastvl_lab.measure.under_load import Arrivals
 
 # Keys of a plan by what they are of. A scenario may have those of cells.
@@ -341,7 +341,11 @@ def _unique(values: Sequence[Any]) -> list[Any]:
 
 
 def _union(settings: Sequence[SweepSettings], name: str) -> list[Any]:
-    return _unique([value for mine in settings for value in getattr(mine, name)])
+    """What any of them has in that list, once however often it is spelled."""
+    met: dict[Any, Any] = {}
+    for value in (value for mine in settings for value in getattr(mine, name)):
+        met.setdefault(identity(name, value), value)
+    return list(met.values())
 
 
 def _megapixels(cell: Cell) -> float:

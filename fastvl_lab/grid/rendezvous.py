@@ -99,18 +99,20 @@ class Rendezvous:
         told = _json(self.folder / "workers" / f"{worker}.json")
         return Beat(**told) if told else None
 
-    def beats(self) -> list[Beat]:
-        """Those of all workers that ever were here, by name."""
-        names = sorted(path.stem for path in _files(self.folder / "workers", ".json"))
-        return [beat for beat in map(self.beat, names) if beat is not None]
-
     def publish(self, cell: str, result: Mapping[str, Any]) -> bool:
         """Keep what came of a cell; whether it is the first."""
         return write_whole(self._result_file(cell), json.dumps(result).encode(), replace=False)
 
     def result(self, cell: str) -> dict[str, Any] | None:
-        """What came of a cell, None as yet."""
-        return _json(self._result_file(cell)) or None
+        """What came of a cell, None as yet; raises `RequestError` for a file that is damaged."""
+        path = self._result_file(cell)
+        try:
+            found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        except FileNotFoundError:
+            return None
+        except ValueError:
+            raise RequestError(f"{path} is damaged; remove it, and its cell is measured again") from None
+        return found
 
     def forget(self, cell: str) -> None:
         """Have a cell measured again: its result and its claims go. Only while no worker is here."""
@@ -178,7 +180,8 @@ def _files(folder: Path, suffix: str = "") -> list[Path]:
 
 
 def _json(path: Path) -> dict[str, Any]:
-    with suppress(FileNotFoundError):
+    """Nothing of a file that is not there, or damaged, as a host that loses its power may leave it."""
+    with suppress(FileNotFoundError, ValueError):
         found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
         return found
     return {}

@@ -7,6 +7,7 @@ import dataclasses
 import math
 import os
 import secrets
+import shutil
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -43,7 +44,8 @@ def sweep(
     """Run the grid: in this process, or where a launcher is named, cell by cell in fresh processes of its workers (docs/grids.md).
 
     launcher, workers: in place of the settings' own. With one, cells that are done in `output_dir` are not measured again. on_cell:
-    given what there is after each cell of a launcher's workers. What fails is recorded in `errors`, and the sweep goes on. Raises
+    given what there is after each cell of a launcher's workers. What fails is recorded in `errors`, and the sweep goes on; without
+    an `output_dir`, workers meet in a folder for temporary files, which stays only where something failed, with its logs. Raises
     `FastvlError`s for what can be known before any work, and where all workers ended early.
     """
     if not isinstance(settings, SweepSettings):
@@ -57,10 +59,17 @@ def sweep(
         return run(of_settings(settings), progress=progress, on_cell=on_cell)
     if settings.launcher != "local":
         raise RequestError(f"output_dir is empty; launcher {settings.launcher!r} needs a folder that all hosts share")
-    with tempfile.TemporaryDirectory(prefix="fastvl-lab-grid-", ignore_cleanup_errors=True) as folder:
-        shared = dataclasses.replace(settings, output_dir=folder)
-        made = run(of_settings(shared), progress=progress, on_cell=on_cell)
+    folder, named = tempfile.mkdtemp(prefix="fastvl-lab-grid-"), False  # whether an error names a log in it
+    try:
+        made = run(of_settings(dataclasses.replace(settings, output_dir=folder)), progress=progress, on_cell=on_cell)
+        named = bool(made.errors)
         return dataclasses.replace(made, settings=settings)
+    except FastvlError:
+        named = True
+        raise
+    finally:
+        if not named:
+            shutil.rmtree(folder, ignore_errors=True)
 
 
 def run(
@@ -78,10 +87,10 @@ def run(
             if row["state"] not in ("done", "not measured"):
                 merger.rendezvous.forget(row["cell"])
         merger = merger_of(plan)
-    missing = [cell for cell in plan.cells if cell.id not in merger.rendezvous.results()]
-    if missing:
+    n_missing = len({cell.id for cell in plan.cells} - merger.rendezvous.results())
+    if n_missing:
         cuda = _cuda(settings)
-        count = launchers.how_many(settings.launcher, settings.workers, cuda, len(missing))
+        count = launchers.how_many(settings.launcher, settings.workers, cuda, n_missing)
         names = [f"{settings.launcher}-{secrets.token_hex(3)}-{number}" for number in range(count)]
         order = launchers.Order(folder=folder, names=names, cuda=cuda, program=program, options=plan.options)
         launched = launchers.start(settings.launcher, order)

@@ -52,8 +52,9 @@ def _of_gpu(device: torch.device) -> dict[str, Any]:
 
 def code_state() -> str:
     """The commit of the package's working tree, "-dirty" after it where files differ; its version where there is no tree."""
-    folder = Path(fastvl_lab.__file__).parent
-    told = _lines("git", "-C", str(folder), "describe", "--always", "--dirty", "--abbrev=12", "--exclude=*")
+    git = ("git", "-C", str(Path(fastvl_lab.__file__).parent))
+    its_own = _lines(*git, "ls-files", "__init__.py")  # an environment may lie in a repository of something else
+    told = _lines(*git, "describe", "--always", "--dirty", "--abbrev=12", "--exclude=*") if its_own else []
     return told[0] if told else _version("fastvl-lab") or "unknown"
 
 

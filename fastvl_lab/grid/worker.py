@@ -204,6 +204,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 def _stop(*_: object) -> None:
+    for number in (signal.SIGTERM, signal.SIGINT):  # another, such as a keeper's, would keep it from saying that it has ended
+        signal.signal(number, signal.SIG_IGN)
     raise _Stopped
 
 

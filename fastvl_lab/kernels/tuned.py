@@ -10,7 +10,6 @@ import contextlib
 import hashlib
 import inspect
 import json
-import os
 from collections.abc import Callable, Iterable, Mapping
 from functools import partial
 from pathlib import Path
@@ -22,6 +21,8 @@ from triton import knobs
 from triton.compiler.errors import CompileTimeAssertionFailure
 from triton.runtime.errors import OutOfResources, PTXASError
 from triton.testing import do_bench
+
+from fastvl_lab.whole import write_whole
 
 _LEAST_LENGTH = 64
 
@@ -181,10 +182,6 @@ def _recorded(asked: Mapping[str, Any], candidates: Iterable[Launch]) -> Launch 
 
 def _record(asked: Mapping[str, Any], launch: Launch, times: Mapping[Launch, float]) -> None:
     """Keep it, whole or not at all; where the folder cannot be written, this process alone knows it."""
-    path = _path(asked)
-    made_whole = path.with_name(f".{path.name}-{os.getpid()}")
     tried = [each._asdict() | {"milliseconds": time} for each, time in times.items()]
     with contextlib.suppress(OSError):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        made_whole.write_text(json.dumps({"asked": asked, "launch": launch._asdict(), "tried": tried}, indent=1))
-        made_whole.replace(path)
+        write_whole(_path(asked), json.dumps({"asked": asked, "launch": launch._asdict(), "tried": tried}, indent=1).encode())

@@ -315,7 +315,8 @@ def _arrivals(chunks: Iterable[tuple[float, int]]) -> tuple[tuple[float, int], .
     except (TypeError, ValueError):
         raise FastvlError("chunks must be (seconds since the request, number of tokens) each") from None
     times, counts = [time for time, _ in arrivals], [n for _, n in arrivals]
-    if not arrivals or times != sorted(times) or not 0 < times[0] <= times[-1] < math.inf or min(counts) < 0 or sum(counts) == 0:
+    in_order = all(one <= other for one, other in pairwise(times))  # which NaN is not
+    if not arrivals or not in_order or not 0 < times[0] <= times[-1] < math.inf or min(counts) < 0 or sum(counts) == 0:
         raise FastvlError("chunks must have times above 0 in order, and some tokens, none of them fewer than 0")
     return arrivals
 
@@ -356,6 +357,8 @@ def _finding(judge: Callable[[Any], Finding], about: Any) -> Finding:
 
 def _verdicts_on_load(load: Load, device: Device) -> list[Finding]:
     runs = load.finished
+    if not runs:
+        raise FastvlError("no request of the load was answered, so it has no numbers")
     found = _verdicts_on_runs(runs, device, loaded=True)
     under_way = sum(run.chunks[-1].time - (_queued(run) or 0) for run in runs) / load.seconds
     seen = Seen(

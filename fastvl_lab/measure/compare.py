@@ -70,7 +70,8 @@ class Comparison(Lasting):
 
     def compared(self, engine: str) -> Kind:
         """The kind of the engine's runs that are compared: warm, or unknown where an endpoint does not say it of any."""
-        return "unknown" if self.runs(engine, "unknown") and not self.runs(engine) else "warm"
+        kinds = {sample.kind for sample in self.samples if sample.engine == engine and sample.round >= 0}
+        return "unknown" if "unknown" in kinds and "warm" not in kinds else "warm"
 
     def representative(self, engine: str) -> Run:
         """The run whose TTFT is the (lower) median of those compared; of the disturbed ones, or of all, where there are none."""
@@ -561,6 +562,8 @@ def converse(
     """
     if not engines or not texts:
         raise RequestError("engines or texts is empty; a conversation takes at least one of each")
+    if not isinstance(engines, Mapping) or isinstance(texts, str):
+        raise RequestError(f"engines is {engines!r} and texts {texts!r}; give label -> engine, and a list of what the user says")
     check_rounds(repeats, warm_up)
     keys = {label: lab.engine(engine) for label, engine in engines.items()}
     labs, reference = {label: lab.apart() for label in keys}, next(iter(engines))

@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -20,14 +20,16 @@ from fastvl_lab.measure.search import Bench, CastOutError
 from fastvl_lab.recipe import Recipe
 from fastvl_lab.whole import write_whole
 
+MOST_UNFINISHED = 20  # files beside one another, of which the newest stay
+
 _FORMAT = "fastvl_lab unfinished tune 1"
 
 
 class Journalled:
     """A bench whose answers are kept: `search.Bench`.
 
-    path: of the file, which is gone on with where it is of the same `key`, and begun anew where it is not. Where it cannot be
-    written, the search goes on without, and `notes` say so.
+    path: of the file, which is gone on with where it is of the same `key`, and begun anew where it is not; of others of its suffix
+    beside it, the newest stay. Where it cannot be written, the search goes on without, and `notes` say so.
     """
 
     def __init__(self, bench: Bench, path: Path, key: Mapping[str, Any]) -> None:
@@ -37,6 +39,8 @@ class Journalled:
         self._left: float = self._head["left"]
         self.found = len(self._answers)  # answers of an earlier search
         self._write_all()
+        with suppress(OSError):  # another process tidies too
+            self._tidy()
 
     def notes(self) -> tuple[str, ...]:
         """How much of an earlier search was there, and what could not be kept, in sentences."""
@@ -127,6 +131,12 @@ class Journalled:
         """Begin the file, or leave of it what is gone on with."""
         lines = [self._head, *self._answers]
         self._trying(lambda: write_whole(self._path, "".join(f"{json.dumps(line)}\n" for line in lines).encode()))
+
+    def _tidy(self) -> None:
+        """Remove the files of searches that nobody has gone on with, but for the newest."""
+        others = sorted(self._path.parent.glob(f"*{self._path.suffix}"), key=lambda path: path.stat().st_mtime)
+        for old in others[:-MOST_UNFINISHED]:
+            old.unlink(missing_ok=True)
 
     def _keep(self, answer: dict[str, Any]) -> None:
         self._answers.append(answer)

@@ -177,13 +177,16 @@ def others_on_gpu(device: torch.device, processes: Sequence[int] = ()) -> float 
 class Watch:
     """Over one comparison: waits for quiet before each run, judges it, and has a disturbed one measured again.
 
-    quiet: None watches nothing, as does "off" in the environment variable `VARIABLE`; raises `RequestError` for another text there.
+    quiet: None watches nothing, as does "off" in the environment variable `VARIABLE`. Raises `RequestError` for another text there,
+    and for what is no `Quiet`.
     """
 
     def __init__(self, quiet: Quiet | None, device: torch.device | None = None) -> None:
         said = os.environ.get(VARIABLE, "").strip() or "on"
         if said not in ("on", "off"):
             raise RequestError(f"{VARIABLE} is {said!r}; the choices are on, off")
+        if quiet is not None and not isinstance(quiet, Quiet):
+            raise RequestError(f"quiet is {quiet!r}; give a fastvl_lab.Quiet, such as Quiet(total=60), or None")
         self._quiet = quiet if said == "on" else None
         self._device = device if device is not None and device.type == "cuda" else None
         self._left = self._quiet.total if self._quiet else 0.0

@@ -21,7 +21,7 @@ from fastvl_lab import lasting, shown
 from fastvl_lab.errors import FastvlError, RequestError, is_number
 from fastvl_lab.measure.compare import Attribution, Comparison, by_size, stage_seconds, telling_lane
 from fastvl_lab.measure.samples import Interval, json_row, median_interval, unpaired_difference, unpaired_ratio
-from fastvl_lab.measure.sweep import SweepResult, size_label, sweep
+from fastvl_lab.measure.sweep import SweepResult, size_label, sweep, told_failure
 from fastvl_lab.run import Run
 
 BOUND = 1.05  # times: what two sessions on one machine may differ by, though nothing was changed
@@ -135,6 +135,8 @@ def regressions(before: Any, after: Any, *, bound: float = BOUND) -> Regressions
     apart = tuple(_apart(_environment(before), _environment(after)))
     changes = [] if apart else [_change(key, timed, here.get(key)) for key, timed in there.items()]
     notes = [f"{' · '.join(key)} is new, and is held against nothing" for key in here if key not in there]
+    if isinstance(before, SweepResult):
+        notes += [f"{point.label}: what is under a load is not compared" for point in before.loaded]
     return Regressions(
         changes=tuple(changes), bound=bound, apart=apart, notes=(*notes, *_other(_environment(before), _environment(after)))
     )
@@ -160,7 +162,7 @@ def _opened(given: Any) -> Any:
         given = lasting.open(inside if inside.is_dir() else given)
     if not isinstance(given, Comparison | Attribution | SweepResult):
         raise RequestError(f"a {type(given).__name__} is not compared; the choices are Comparison, Attribution, SweepResult")
-    if isinstance(given, SweepResult) and any(point.environment for point in given.points):
+    if isinstance(given, SweepResult) and any([*(p.environment for p in given.points), *(p.environment for p in given.loaded)]):
         raise RequestError("a grid's points were measured in many places; compare sweeps of one machine")
     return given
 
@@ -252,21 +254,23 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         _check_bound(given.bound)  # before what may take hours
         base = _opened(given.base)
-        head = given.head if given.head is not None and given.head.exists() else _again(base, given.head)
+        head = given.head if given.head is not None and given.head.exists() else _again(base)
         found = regressions(base, head, bound=given.bound)
+        print(found)
+        if isinstance(head, SweepResult) and given.head is not None:
+            head.save(given.head)
     except FastvlError as error:
         print(error, file=sys.stderr)
         return 2
-    print(found)
     return found.status
 
 
-def _again(base: Comparison | Attribution | SweepResult, keep: Path | None) -> SweepResult:
+def _again(base: Comparison | Attribution | SweepResult) -> SweepResult:
     if not isinstance(base, SweepResult):
         raise RequestError(f"a {type(base).__name__} does not say what was asked, so it cannot be measured again; give HEAD too")
     made = sweep(dataclasses.replace(base.settings, output_dir=""))
-    if keep is not None:
-        made.save(keep)
+    for error in made.errors:
+        print(told_failure(error), file=sys.stderr)
     return made
 
 

@@ -40,7 +40,7 @@ from fastvl_lab.measure.profile import device_idle, kernels_of_request, memory_o
 from fastvl_lab.measure.publish import picture
 from fastvl_lab.measure.quiet import Quiet
 from fastvl_lab.measure.recipes import STOCK, cannot_run
-from fastvl_lab.measure.samples import as_row, json_value, median_interval, since_upload
+from fastvl_lab.measure.samples import FOR_AN_INTERVAL, as_row, json_value, median_interval, since_upload
 from fastvl_lab.measure.tables import Row, text
 from fastvl_lab.measure.tasks import Decoding, Tower, grids_of, text_tokens, time_task
 from fastvl_lab.recipe import Recipe
@@ -80,7 +80,7 @@ _SESSION_LEN, _GRAPH_BUDGET = 8192, 20 * 2**30
 _QUIET = Quiet(window=0.02, wait=2.0, total=10.0)
 
 # Rounds: with fewer for TTFT there is no interval; each for TPOT is a mean of many steps already.
-_WARM_UP, _LEAST_ROUNDS, _DECODE_ROUNDS = 2, 5, 3
+_WARM_UP, _LEAST_ROUNDS, _DECODE_ROUNDS = 2, FOR_AN_INTERVAL, 3
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -235,6 +235,8 @@ def _stage_rows(
 ) -> list[Row]:
     """A row an engine: its error, and where that is within twice the first engine's, times, ratios to that one, and floors.
 
+    Where others disturbed all of its runs, it has what they did in place of its error, and no time.
+
     floors: by step, "" where there is one, the seconds that the device's ceilings allow a recipe.
     """
     reference = next(iter(engines))
@@ -245,7 +247,10 @@ def _stage_rows(
     for label, engine in engines.items():
         known = bench.lab.engine(engine)
         row = place | {"settings": str(known), "parity": label in good, **vars(found[label])}
-        for step, least in floors(known.recipe).items() if label in good else ():
+        timed = bool(samples.seconds(label))
+        if label in good and not timed:
+            row["error"] = samples.busy
+        for step, least in floors(known.recipe).items() if timed else ():
             name, steps = (f"{step}_", [step]) if step else ("", [])
             seconds, ratio = samples.median(label, *steps).median, samples.ratio(label, reference, *steps)
             row |= {f"{name}ms": seconds * 1e3, **as_row(f"{name}ratio", ratio)}
@@ -520,6 +525,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     own = {name: getattr(given, name) for name in ("part", "recipe", "minutes") if getattr(given, name) is not None}
     if own and given.task != "request":
         parser.error(f"--{next(iter(own))} is of --task request, and the task is {given.task}")
+    if given.repeats is not None and given.repeats < 1:
+        parser.error(f"--repeats is {given.repeats}; it must be at least 1")
     if given.out is not None and not given.out.parent.is_dir():
         parser.error(f"--out is {given.out}, and there is no folder {given.out.parent}")
 

@@ -127,6 +127,11 @@ def json_row(name: str, interval: Interval | None) -> dict[str, object]:
     return {key: json_value(value) for key, value in as_row(name, interval).items()}
 
 
+def interval_of(ends: Sequence[float | None]) -> Interval:
+    """An interval as JSON has it, with null for NaN."""
+    return Interval(*(nan if end is None else end for end in ends))
+
+
 def gains(ratio: Interval | None) -> bool:
     """Whether a ratio is shown to be above 1: the whole of its interval, which takes six rounds."""
     return ratio is not None and ratio.low > 1

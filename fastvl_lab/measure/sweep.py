@@ -93,10 +93,10 @@ class SweepSettings:
             whole = isinstance(size, Sequence) and all(isinstance(side, int) and 0 < side <= _LARGEST_SIDE for side in size)
             if not whole or len(size) != 2:
                 raise RequestError(f"image_sizes has {size!r}; each is [width, height] in whole pixels from 1 to {_LARGEST_SIDE}")
-        _refuse_twice("recipes", self.recipes, lambda recipe: "".join(recipe.split()), RecipeError)
-        _refuse_twice("checkpoints", self.checkpoints, place, CheckpointError)
-        _refuse_twice("image_sizes", self.image_sizes, tuple, RequestError)
-        _refuse_twice("loads", self.loads, lambda load: load_label(Arrivals.of(load)), RequestError)
+        _refuse_twice("recipes", self.recipes, RecipeError)
+        _refuse_twice("checkpoints", self.checkpoints, CheckpointError)
+        _refuse_twice("image_sizes", self.image_sizes, RequestError)
+        _refuse_twice("loads", self.loads, RequestError)
         for name, least in (("repeats", 1), ("warm_up", 0), ("max_new_tokens", 1), ("seed", 0), ("workers", 0)):
             check_whole_number(name, getattr(self, name), least=least)
         if not is_number(self.quiet) or self.quiet < 0:
@@ -127,7 +127,8 @@ class SweepSettings:
         """Those of a sweep that was made elsewhere, perhaps: what they name need not be here, and no folder is made."""
         made = object.__new__(cls)
         for own in dataclasses.fields(cls):
-            object.__setattr__(made, own.name, record.get(own.name, own.default))  # an older record lacks what is newer
+            default = [] if own.default is dataclasses.MISSING else own.default
+            object.__setattr__(made, own.name, record.get(own.name, default))  # an older record lacks what is newer
         return made
 
 
@@ -302,7 +303,7 @@ class SweepResult(Lasting):
 
         A file that would have no sample is not written, and an older one of its name is removed.
         """
-        pandas, written = require("pandas", "notebooks"), []
+        pandas, written = _pandas(), []
         for name, rows in (("results.parquet", self.samples()), ("loads.parquet", self.load_samples())):
             path = Path(self.settings.output_dir) / name
             if rows:
@@ -320,28 +321,38 @@ class SweepResult(Lasting):
         """
         if not self.settings.output_dir:
             raise RequestError("output_dir is empty; name the folder to write into")
-        folder = Path(self.settings.output_dir)
-        (folder / "traces").mkdir(parents=True, exist_ok=True)
-        result, report = folder / "result.json", folder / "report.html"
-        result.write_text(json.dumps(self.published(), indent=1), encoding="utf-8")
-        report.write_text(shown.page(self), encoding="utf-8")
-        written = [*self.write_samples(), result, report, *self.save(folder / "record", replace=True).iterdir()]
+        traces, written = Path(self.settings.output_dir) / "traces", self._write_all_but_traces()
+        traces.mkdir(exist_ok=True)
         runs = [(point, sample) for point in self.points for sample in point.comparison.samples]
+        for old in traces.glob("[0-9][0-9][0-9][0-9]-*.json"):  # of an earlier sweep
+            old.unlink()
         for number, (point, sample) in enumerate(runs):
             title = f"{point.label} · {sample.engine} · round {sample.round} · {sample.run.kind}"
             title += " · disturbed" if sample.disturbed else ""
-            path = folder / "traces" / f"{number:04d}-{_file_name(title)}.json"
+            path = traces / f"{number:04d}-{_file_name(title)}.json"
             events = sample.run.trace.to_chrome(title, ours=sample.run.recipe is not None)
             path.write_text(json.dumps(events), encoding="utf-8")
             written.append(path)
         return written
 
+    def _write_all_but_traces(self) -> list[Path]:
+        """The report comes last."""
+        folder = Path(self.settings.output_dir)
+        folder.mkdir(parents=True, exist_ok=True)  # a sweep that was kept may be from elsewhere
+        result, report = folder / "result.json", folder / "report.html"
+        result.write_text(json.dumps(self.published(), indent=1), encoding="utf-8")
+        report.write_text(shown.page(self), encoding="utf-8")
+        record = self.save(folder / "record", replace=True)
+        return [*self.write_samples(), *record.iterdir(), result, report]
+
 
 def sweep(settings: SweepSettings, *, progress: bool = True, on_run: Callable[[], object] | None = None) -> SweepResult:
     """Run the grid in this process. A checkpoint, image or engine that fails is recorded in `errors`, and the sweep goes on.
 
-    on_run: called after each run.
+    on_run: called after each run. Raises `MissingExtraError` where there is an `output_dir` and no pandas or pyarrow.
     """
+    if settings.output_dir:
+        _pandas()  # rather than after the first point
     sizes: list[tuple[int, int] | None] = [(size[0], size[1]) for size in settings.image_sizes] or [None]
     loads = [Arrivals.of(load) for load in settings.loads or [None]]
     per_size = sum(runs_of(settings, load) for load in loads)
@@ -391,10 +402,16 @@ def sweep(settings: SweepSettings, *, progress: bool = True, on_run: Callable[[]
                     )
                     try:
                         so_far.write_samples()
-                    except OSError as error:  # a full disk now may have room at the end
-                        failed(error, name, image)
+                    except Exception as error:  # a full disk now may have room at the end
+                        failed(error, name, at)
             del lab
     return SweepResult(settings=settings, environment=where, points=tuple(points), errors=tuple(errors), loaded=tuple(loaded))
+
+
+def _pandas() -> Any:
+    """The package that writes samples, by pyarrow."""
+    require("pyarrow", "notebooks")
+    return require("pandas", "notebooks")
 
 
 def runs_of(settings: SweepSettings, load: Arrivals | None) -> int:
@@ -418,11 +435,20 @@ def _measured_at(
     return compare(lab, request, engines, **rounds, on_run=on_run, keep_going=True)
 
 
-def _refuse_twice(name: str, given: Sequence[Any], identity: Callable[[Any], Any], error: type[FastvlError]) -> None:
-    """Raise for a list that has one thing twice, also where it is spelled in two ways; identity: what two spellings share."""
+def identity(name: str, value: Any) -> Any:
+    """What two spellings of one thing share; name: the list of the settings that has it."""
+    if name == "recipes":
+        return "".join(value.split())
+    if name == "checkpoints":
+        return place(value)
+    return tuple(value) if name == "image_sizes" else load_label(Arrivals.of(value))
+
+
+def _refuse_twice(name: str, given: Sequence[Any], error: type[FastvlError]) -> None:
+    """Raise for a list that has one thing twice, also where it is spelled in two ways."""
     met: dict[Any, Any] = {}
     for value in given:
-        key = identity(value)
+        key = identity(name, value)
         if key in met:
             raise error(f"{name} names one twice: {met[key]!r} and {value!r}")
         met[key] = value

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from itertools import groupby
 from typing import Any
@@ -104,4 +105,5 @@ def _left_out(reasons: Mapping[str, Mapping[str, Sequence[str]]]) -> str:
 def _why(row: Row) -> str:
     if isinstance(row["error"], str):
         return f"failed: {row['error']}" if row["parity"] is False else row["error"]
-    return f"parity failed: error {row['error']:.1e}" if row["parity"] is False else ""
+    error = math.nan if row["error"] is None else row["error"]  # a file has null for what is no number
+    return f"parity failed: error {error:.1e}" if row["parity"] is False else ""

@@ -8,6 +8,7 @@ import dataclasses
 import hashlib
 import json
 import math
+import signal
 import sys
 import threading
 import time
@@ -45,7 +46,7 @@ from fastvl_lab.measure.parity import Oracles, Parity, check
 from fastvl_lab.measure.publish import photo, picture
 from fastvl_lab.measure.quiet import QUIET, Quiet, Watch
 from fastvl_lab.measure.recipes import START, named, of_a_request, stages_of
-from fastvl_lab.measure.samples import Interval, StageSample, as_row, json_row, json_value
+from fastvl_lab.measure.samples import Interval, StageSample, as_row, interval_of, json_row, json_value
 from fastvl_lab.measure.search import (
     COST,
     CastOut,
@@ -179,14 +180,14 @@ class Tuned(Lasting):
         tried = [
             Tried(**{**one, "recipe": Recipe.from_dict(one["recipe"]), "over": Recipe.from_dict(one["over"]), "ratio": ratio})
             for one in record["tried"]
-            for ratio in [one["ratio"] and _interval(one["ratio"])]
+            for ratio in [one["ratio"] and interval_of(one["ratio"])]
         ]
         cast_out = [CastOut(**{**one, "recipe": one["recipe"] and Recipe.from_dict(one["recipe"])}) for one in record["cast_out"]]
         return cls(
             recipe=dataclasses.replace(Recipe.from_dict(record["recipe"]), origin=record["origin"]),
             start=Recipe.from_dict(record["start"]),
             over=record["over"],
-            ratio=_interval([record[name] for name in ("ratio", "ratio_low", "ratio_high")]),
+            ratio=interval_of([record[name] for name in ("ratio", "ratio_low", "ratio_high")]),
             confirmed=record["confirmed"],
             goal=record["goal"],
             workload=tuple(record["workload"]),
@@ -230,11 +231,6 @@ def _tried_record(tried: Tried) -> dict[str, Any]:
     return {**vars(tried), "recipe": tried.recipe.to_dict(), "over": tried.over.to_dict(), "ratio": ratio}
 
 
-def _interval(ends: Sequence[float | None]) -> Interval:
-    """What JSON has null for is NaN."""
-    return Interval(*(math.nan if end is None else end for end in ends))
-
-
 def tune(
     lab: Lab,
     workload: Workload,
@@ -269,7 +265,8 @@ def tune(
     oracle's, whose runs differ, or that takes too long is cast out and named, and raises nothing.
 
     Raises `RequestError` for a workload, goal or time that cannot be, and what a request's own fault raises; `RecipeError` where
-    not even the baseline passes; `RequestCancelledError` where it was stopped before any recipe had passed.
+    not even the baseline passes, or what an earlier call found fails now; `RequestCancelledError` where it was stopped before any
+    recipe had passed.
     """
     requests, weights = _read(workload), _weights(goal)
     if not _is_above_zero(seconds):
@@ -303,6 +300,10 @@ def tune(
             bench.know(found.start, found.recipe)
         except EndOfSearchError as error:
             raise RequestCancelledError(f"{error} before any recipe had passed") from None
+        except CastOutError as error:
+            if journal is not None and not error.ends:
+                journal.finish()  # nobody can go on with it
+            raise RecipeError(f"what an earlier process found does not pass in this one: {error}") from None
     made = _result(lab, bench, found, fallen, weights, starts, journal=journal)
     if journal is not None and not found.cut_off:
         journal.finish()
@@ -648,6 +649,22 @@ def _size(text: str) -> tuple[int, int]:
     return int(width), int(height)
 
 
+@contextlib.contextmanager
+def _interruption() -> Iterator[threading.Event]:
+    """Set by the first Ctrl-C; a second one interrupts as ever."""
+    stop, before = threading.Event(), signal.getsignal(signal.SIGINT)
+
+    def first(*_: object) -> None:
+        stop.set()
+        signal.signal(signal.SIGINT, before)
+
+    signal.signal(signal.SIGINT, first)
+    try:
+        yield stop
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
 def main(arguments: Sequence[str] | None = None) -> None:
     """Progress and the table to the terminal, all of it to a file; arguments: by default the process's."""
     parser = argparse.ArgumentParser(prog="python -m fastvl_lab.measure.tune", description=__doc__)
@@ -677,9 +694,17 @@ def main(arguments: Sequence[str] | None = None) -> None:
         images = [photo(given.image, size) if given.image else picture(*size) for size in given.image_size]
         asked = {"prompt": given.prompt, "max_new_tokens": given.max_new_tokens, "ignore_eos": True}
         workload = [(Request(images=[image], **asked), 1.0) for image in images]
-        found = tune(
-            lab, workload, given.seconds, goal=read_goal(given.goal), seed=given.seed, keep=not given.no_keep, on_progress=say
-        )
+        with _interruption() as stop:
+            found = tune(
+                lab,
+                workload,
+                given.seconds,
+                goal=read_goal(given.goal),
+                seed=given.seed,
+                keep=not given.no_keep,
+                on_progress=say,
+                stop=stop,
+            )
     except FastvlError as error:
         sys.exit(str(error))
     print(f"\n{found!r}")

@@ -17,6 +17,7 @@ from fastvl_lab.peer.accounts import in_answer
 from fastvl_lab.request import Kind
 
 MAX_EVENT = 16_000_000  # bytes
+_MOST_TOKENS = 10_000_000  # that are counted; a number above it is none
 
 # How an answer ends that is none.
 _GIVEN_UP = ("abort", "error")
@@ -213,6 +214,6 @@ def _text_of_part(part: Mapping[str, Any]) -> str:
 
 
 def _count(value: Any) -> int | None:
-    """A whole number that is not negative, also where it is written as a float."""
-    good = isinstance(value, int | float) and not isinstance(value, bool) and value >= 0 and value == value // 1
+    """A whole number of tokens that there can be, also where it is written as a float."""
+    good = isinstance(value, int | float) and not isinstance(value, bool) and 0 <= value <= _MOST_TOKENS and value == value // 1
     return int(value) if good else None

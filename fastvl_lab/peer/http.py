@@ -54,12 +54,18 @@ def endpoint(text: str) -> Engine:
     account=off: the engine is not asked for its own account, and its metrics are not read.
     """
     address, rest = (part.strip() for part in text.partition(",")[::2])  # a model's name may have commas
+    _, at, host = address.partition("://")[2].partition("/")[0].rpartition("@")
+    if at:  # not quoted, since it is no business of those who read the error
+        why = f"which is sent to nobody and would stand in every record; give a key as {KEY}"
+        raise RecipeError(f"endpoint at {host} has a name or password in its address, {why}")
     options = [part.strip() for part in re.split(r",(?=\s*(?:model|account)=)", rest)] if rest else []
     for option in options:
         if not re.fullmatch("model=.+|account=(on|off)", option):
             choices = "model=<name>, account=on and account=off"
             raise RecipeError(f"endpoint {text!r} has {option!r}; what may follow its address is {choices}")
     told = dict(option.split("=", 1) for option in options)
+    if len(told) < len(options):
+        raise RecipeError(f"endpoint {text!r} has an option twice")
     if not _is_address(address):
         raise RecipeError(f"endpoint {text!r} is no address; it reads http://host:port/v1, or https")
     address, name, account = address.rstrip("/"), told.get("model"), told.get("account") != "off"
@@ -305,10 +311,10 @@ def _joined(tokens: Iterable[tuple[int, ...]]) -> tuple[int, ...]:
 
 
 def _is_address(text: str) -> bool:
-    """Whether a URL has a host, and a port that there can be, if any."""
+    """Whether a URL has a host, a port that there can be, if any, and nothing behind its path, which would not be sent."""
     try:
         parts = urlsplit(text)
-        return bool(parts.hostname) and (parts.port is None or parts.port > 0)
+        return bool(parts.hostname) and (parts.port is None or parts.port > 0) and not (parts.query or parts.fragment)
     except ValueError:
         return False
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-from fastvl_lab.peer.programs import MAX_BATCH, Option, Program, Value, Wanted, register, switch
+from fastvl_lab.peer.programs import MAX_BATCH, Option, Program, Value, Wanted, register
 
 
 def arguments(wanted: Wanted) -> Sequence[str]:
@@ -40,7 +40,11 @@ LMDEPLOY = Program(
             does="the engine: in PyTorch and Triton, or in C++",
             values=tuple(Value(name=name, flags=("--backend", name)) for name in ("pytorch", "turbomind")),
         ),
-        switch("graphs", "CUDA graphs of the decoder, which the PyTorch engine can do without", "on", "off", off=("--eager-mode",)),
+        Option(
+            name="graphs",
+            does="CUDA graphs of the decoder, which the PyTorch engine can do without",
+            values=(Value(name="on"), Value(name="off", flags=("--eager-mode",), needs="backend=pytorch")),
+        ),
         Option(
             name="prefill_tokens",
             does="tokens of a prefill at most, which is how long a chunk can be",

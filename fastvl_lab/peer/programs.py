@@ -66,11 +66,15 @@ class Wanted:
 
 @dataclass(frozen=True, kw_only=True)
 class Value:
-    """What an option's value adds to the command line, and to the environment as NAME=value."""
+    """What an option's value adds to the command line, and to the environment as NAME=value.
+
+    needs: another option's value, as "option=value", without which the engine would pass this one over.
+    """
 
     name: str
     flags: tuple[str, ...] = ()
     env: tuple[str, ...] = ()
+    needs: str = ""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -201,6 +205,9 @@ class Program:
             else:
                 chosen[name] = known[name].read(value, repr(text))
         values = {name: chosen.get(name, option.default) for name, option in known.items()}
+        for name, chosen_value in chosen.items():
+            if chosen_value.needs and chosen_value.needs not in [f"{other}={value.name}" for other, value in values.items()]:
+                raise RecipeError(f"{text!r} has {name}={chosen_value.name}, which means nothing without {chosen_value.needs}")
         changed = [f"{name}={value.name}" for name, value in values.items() if value.name != known[name].default.name]
         name = ", ".join([word, *changed, *flags])
         return Engine(

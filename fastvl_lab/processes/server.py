@@ -207,8 +207,9 @@ def _new_log(name: str) -> Path:
     folder = cache_root() / "logs"
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        for old in sorted(folder.glob("*.log"), key=lambda path: path.stat().st_mtime)[: 1 - MAX_LOGS]:
-            old.unlink(missing_ok=True)
+        with contextlib.suppress(FileNotFoundError):  # another process tidies too
+            for old in sorted(folder.glob("*.log"), key=lambda path: path.stat().st_mtime)[: 1 - MAX_LOGS]:
+                old.unlink(missing_ok=True)
         handle, path = tempfile.mkstemp(
             prefix=f"{re.split(r'[^a-z]', name)[0]}-{time.strftime('%H%M%S')}-", suffix=".log", dir=folder
         )

@@ -96,7 +96,7 @@ def decode_speed(rows: Sequence[Row], checkpoint: str) -> go.Figure:
 
 def _timed(rows: Sequence[Row], part: str, checkpoint: str | None = None) -> list[Row]:
     """The rows of a part that have times, which are those whose parity held."""
-    return [row for row in rows if row["part"] == part and row["parity"] and checkpoint in (None, row["checkpoint"])]
+    return [row for row in rows if row.get("part") == part and row["parity"] and checkpoint in (None, row["checkpoint"])]
 
 
 def _by(rows: Sequence[Row], key: str) -> dict[str, list[Row]]:

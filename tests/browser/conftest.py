@@ -152,7 +152,8 @@ def page_of_its_own(tmp_path: Path) -> Iterator[Callable[..., str]]:
         names = ("JUPYTER_CONFIG_DIR", "JUPYTER_DATA_DIR", "JUPYTER_RUNTIME_DIR", "IPYTHONDIR")
         environment = os.environ | {name: str(tmp_path / name.lower()) for name in names}
         with (tmp_path / "voila.log").open("w") as log:
-            command = [sys.executable, "-m", "fastvl_lab.view.workbench", f"--port={port}", "--no-browser", *options]
+            command = [sys.executable, "-m", "fastvl_lab.view.workbench", f"--port={port}", "--no-browser"]
+            command += [f"--Voila.connection_dir_root={tmp_path}", *options]
             servers.append(subprocess.Popen(command, env=environment, stdout=log, stderr=log, cwd=tmp_path))
         _wait_for(f"http://127.0.0.1:{port}/voila/static/voila.js")
         return f"http://127.0.0.1:{port}/"

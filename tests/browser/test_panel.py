@@ -158,6 +158,8 @@ class Panel:
                     self.shows(made[name], name)
                     assert self.box.locator(".fl-table td").count() > 2, name
                     at = name
+        self.view("waterfall").click()
+        self.shows(made["waterfall"], "waterfall")
 
     def tells_of_every_stage(self) -> None:
         """Pointing at a row tells how long its stage took, the thinnest too."""
@@ -284,8 +286,6 @@ def test_the_panel_in_jupyterlab(jupyterlab: Any, page: Any, errors: list[str], 
 
     made = json.loads(run_cell(page, 1, seconds=120))  # every view, and what each must be measured for
     panel.shows_each_after_each(made)
-    panel.view("waterfall").click()
-    panel.shows(made["waterfall"], "waterfall")
     panel.tells_of_every_stage()
     panel.box.locator(".fl-stage[data-stage='vit']").click()
     panel.shows(made["ViT blocks"], "ViT blocks")
@@ -581,7 +581,7 @@ def test_the_panel_as_a_page_of_its_own(
     panel.fits()
     page.screenshot(path=tmp_path / "voila.png")
     if flips == len(FLIPS):
-        (kernel,) = (tmp_path / "jupyter_runtime_dir").glob("kernel-*.json")
+        (kernel,) = tmp_path.glob("voila_*/kernel-*.json")
         panel.shows_each_after_each(json.loads(in_kernel(kernel, f"bench = Out[1]\n{MADE}", seconds=180)))
     panel.fill("tokens", "4000")
     panel.state("running")

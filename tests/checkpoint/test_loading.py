@@ -136,6 +136,12 @@ def test_a_cache_that_cannot_be_written_is_one_sentence(tmp_path: Path, monkeypa
         Lab("tiny-qwen3-vl")
 
 
+def test_a_home_that_nobody_knows_is_one_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", "~nobody-of-this-name/cache")  # as where HOME is not set and the user has no entry
+    with pytest.raises(CheckpointError, match="set XDG_CACHE_HOME to a folder that can be written"):
+        user_cache.cache_root()
+
+
 def test_random_weights_of_a_geometry_run_like_any_checkpoint(own_cache: Path, picture: bytes) -> None:
     """A published geometry, with fewer and narrower layers, under a name of its own."""
     whole = qwen3_vl.FAMILY.published["Qwen/Qwen3-VL-2B-Instruct"]

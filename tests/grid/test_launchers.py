@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import math
 import os
 import signal
 import subprocess
@@ -127,7 +128,70 @@ def test_ray_is_asked_for_a_task_a_worker(plan_of: Callable[..., Plan], monkeypa
     plan = plan_of(launcher="ray", image_sizes=SIZES[:2], launcher_options={"num_cpus": 2})
     assert {row["state"] for row in run(plan, program=_program(), progress=False).cells} == {"done"}
     tasks = ["num_cpus=2 num_gpus=0 max_retries=0"]
-    assert ray.asked == ["init", *tasks, *["cancel"] * WORKERS, "shutdown"]
+    assert ray.asked == [*tasks, "init", *["cancel"] * WORKERS, "shutdown"]
+
+
+def test_options_that_a_launcher_does_not_know_are_one_sentence_and_start_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuses(**given: Any) -> Any:
+        raise NameError(f"no option is called {', '.join(given)}")
+
+    ray = _StandIn()
+    ray.remote = lambda _: SimpleNamespace(options=refuses)  # type: ignore[method-assign]
+    submitit = SimpleNamespace(AutoExecutor=lambda **_: SimpleNamespace(update_parameters=refuses))
+    for launcher, package in (("ray", ray), ("submitit", submitit)):
+        monkeypatch.setattr("fastvl_lab.grid.launchers.require", lambda *_, package=package: package)
+        options = OPTIONS.get(launcher, {}) | {"num_cpu": 2}
+        with pytest.raises(RequestError, match=r"launcher_options: NameError: no option is called .*num_cpu"):
+            start(launcher, Order(folder=tmp_path, names=["a"], cuda=False, options=options))
+    assert ray.asked == []
+
+
+class _Job:
+    """A job of SLURM that ends some time after it was cancelled."""
+
+    def __init__(self) -> None:
+        self.cancelled_at = math.inf
+
+    def cancel(self, check: bool = True) -> None:
+        assert not check, "one that cannot be cancelled would leave the others"
+        self.cancelled_at = time.monotonic()
+
+    def done(self) -> bool:
+        return time.monotonic() - self.cancelled_at > 0.3
+
+
+def test_jobs_are_waited_for_once_they_are_cancelled(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    jobs = [_Job(), _Job()]
+    executor = SimpleNamespace(update_parameters=lambda **_: None, map_array=lambda *_: jobs)
+    submitit = SimpleNamespace(AutoExecutor=lambda **_: executor)
+    monkeypatch.setattr("fastvl_lab.grid.launchers.require", lambda *_: submitit)
+    launched = start("submitit", Order(folder=tmp_path, names=["a", "b"], cuda=False, options={"cluster": "local"}))
+    assert launched.alive() == 2
+    launched.stop()
+    assert launched.alive() == 0
+
+
+def test_without_an_output_dir_the_logs_that_an_error_names_stay(
+    sweep_settings: Callable[..., SweepSettings], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folders: list[Path] = []
+
+    def fails(plan: Plan, **_: Any) -> GridResult:
+        folders.append(Path(plan.settings.output_dir))
+        if len(folders) == 2:
+            raise KeyboardInterrupt
+        raise FastvlError(f"all workers ended; what they said is in {folders[-1]}")
+
+    monkeypatch.setattr("fastvl_lab.grid.run.run", fails)
+    with pytest.raises(FastvlError, match="what they said is in"):
+        sweep(sweep_settings(), launcher="local")
+    assert folders[0].is_dir()
+    folders[0].rmdir()
+    with pytest.raises(KeyboardInterrupt):
+        sweep(sweep_settings(), launcher="local")
+    assert not folders[1].exists()
 
 
 def test_a_failed_cell_is_a_row_and_is_measured_again_only_when_asked_for(plan_of: Callable[..., Plan]) -> None:

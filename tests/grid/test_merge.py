@@ -95,21 +95,18 @@ def test_a_grid_lasts_as_other_results_do(merged: Callable[..., GridResult], tmp
     assert isinstance(opened, GridResult)
     assert json.dumps(opened.to_record()) == json.dumps(result.to_record())
     assert opened.hosts == result.hosts
-    assert opened.findings() == result.findings()
-    assert [row["host"] for row in opened.samples()] == [row["host"] for row in result.samples()]
+
+
+def test_a_host_whose_reference_has_no_interval_lasts_too(merged: Callable[..., GridResult], tmp_path: Path) -> None:
+    result = merged(({}, [0.01] * 3))
+    opened = fl.open(result.save(tmp_path / "kept"))
+    assert opened.hosts[0].reference.known == result.hosts[0].reference.known == "too few rounds for an interval"
 
 
 def test_a_host_that_is_slower_in_the_reference_by_more_than_its_interval_is_named(merged: Callable[..., GridResult]) -> None:
     other = {"host": "two", "card_id": "GPU-2"}
     result = merged(({}, FAST), (other, SLOW), ({}, FAST), ({"host": "three", "card": "A"}, SLOW))
-    assert (
-        result.notes
-        == (
-            "two (H, GPU-2) is slow: the reference takes 20.40 ms there (95% CI 20.10 to 20.70), and 10.40 ms on one (H, GPU-1) "
-            "(95% CI 10.20 to 10.60)",
-        )
-        or len(result.notes) == 1
-    )
+    assert len(result.notes) == 1
     assert result.notes[0].startswith("two (H, GPU-2) is slow: the reference takes 20.40 ms there (95% CI ")
     assert "10.40 ms on one (H, GPU-1)" in result.notes[0]  # and "three", which has another card, is compared with nobody
     assert result.findings()[0] == result.notes[0]
@@ -123,7 +120,8 @@ def test_a_host_within_the_interval_is_not_named_and_too_few_runs_name_nobody(me
 
 def test_what_should_be_the_same_everywhere_and_who_else_was_on_a_card_is_named(merged: Callable[..., GridResult]) -> None:
     others = {"others_on_card": "4711, python"}
-    notes = merged(({}, FAST), ({"code": "def-dirty", "torch": "3"}, FAST), (others, FAST)).notes
+    without_gpu = {"card": "A", "card_id": "", "driver": None}
+    notes = merged(({}, FAST), ({"code": "def-dirty", "torch": "3"}, FAST), (others, FAST), (without_gpu, FAST)).notes
     assert notes == (
         "one: other processes were on the card GPU-1: 4711, python",
         "the cells were measured with 2 values of code: abc, def-dirty",

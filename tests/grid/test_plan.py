@@ -83,6 +83,15 @@ def test_scenarios_are_named_and_take_the_rest_from_the_plan(plan_of: Callable[.
     assert [cell.label for cell in paired.cells] == ["tiny-qwen3-vl · 64×64", "tiny-qwen2.5-vl · 32×32", "tiny-qwen3-vl · 96×96"]
 
 
+def test_scenarios_may_spell_one_thing_in_two_ways(plan_of: Callable[..., Plan]) -> None:
+    plan = plan_of(
+        "scenarios:\n  short: {loads: [{rate: 2}], max_new_tokens: 1}\n"
+        "  long: {loads: [{rate: 2.0, n: 32}], recipes: ['baseline ']}\n"
+    )
+    assert [cell.scenario for cell in plan.cells] == ["short"] * 4 + ["long"] * 4
+    assert (plan.settings.recipes, plan.settings.loads) == (["transformers", "baseline"], [{"rate": 2}])
+
+
 def test_a_load_is_an_axis_of_cells_and_those_without_one_keep_their_ids(plan_of: Callable[..., Plan]) -> None:
     alone = plan_of()
     plan = plan_of("loads: [none, {concurrency: 2}, {rate: 2.5, n: 10, seed: 1}]")

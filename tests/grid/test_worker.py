@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import subprocess
@@ -9,17 +10,23 @@ import sys
 import time
 from _thread import interrupt_main
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import replace
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from threading import Timer
 from typing import Any
 
 import pytest
 
+from fastvl_lab import SweepSettings
 from fastvl_lab.errors import RequestError
-from fastvl_lab.grid.plan import of_mapping
+from fastvl_lab.grid import cell
+from fastvl_lab.grid.plan import Reference, of_mapping
 from fastvl_lab.grid.rendezvous import MOST_VANISHED, Beat, Rendezvous, gone, prepare, read_plan, this_process
+from fastvl_lab.grid.where import code_state
 from fastvl_lab.grid.worker import Worker, work
+from fastvl_lab.measure.sweep import SweepResult
 
 HERE = Path(__file__).parent
 
@@ -94,7 +101,8 @@ def test_a_worker_measures_what_is_left_and_a_failed_cell_is_a_result_with_its_s
     assert failed is not None
     assert failed["error"].startswith("its process ended with exit code 1: ZeroDivisionError: surprise; its log is ")
     assert "Traceback" in Path(failed["error"].partition("its log is ")[2]).read_text()
-    (beat,) = rendezvous.beats()
+    beat = rendezvous.beat("first")
+    assert beat is not None
     assert beat.ended
     rendezvous.forget("b")
     Worker(folder, "second", _program()).work()
@@ -248,3 +256,72 @@ def test_of_workers_killed_at_random_moments_no_cell_is_lost_and_none_counts_twi
         assert all(1 <= claims <= 4 for claims in seed["claims"].values())
         assert sum(seed["ran"].values()) <= len(seed["cells"]) + 3  # at most what was in flight ran again
     assert any(max(seed["claims"].values()) > 1 for seed in found)  # somebody was killed at work
+
+
+def test_progress_is_not_written_after_each_request_of_a_load_that_is_timed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, sweep_settings: Callable[..., SweepSettings]
+) -> None:
+    settings, written = sweep_settings(device="cpu"), list[bytes]()
+
+    def many(_: SweepSettings, *, progress: bool, on_run: Callable[[], object]) -> SweepResult:
+        for _ in range(1000):
+            on_run()
+        return SweepResult(settings=settings, environment={}, points=(), errors=())
+
+    monkeypatch.setattr(cell, "sweep", many)
+    monkeypatch.setattr(cell, "_reference", lambda *_: {})
+    monkeypatch.setattr(cell, "write_whole", lambda _, data: written.append(data))
+    cell.measured(dataclasses.asdict(settings), Reference(), tmp_path)
+    assert 1 <= len(written) < 10
+
+
+def test_the_state_of_the_code_is_not_that_of_a_repository_it_is_installed_in(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    package = tmp_path / ".venv" / "fastvl_lab"
+    package.mkdir(parents=True)
+    (package / "__init__.py").touch()
+    git = ["git", "-C", str(tmp_path), "-c", "user.name=a", "-c", "user.email=a@b"]
+    for arguments in (["init", "-q"], ["commit", "-q", "--allow-empty", "-m", "of somebody else"]):
+        subprocess.run([*git, *arguments], check=True)
+    monkeypatch.setattr("fastvl_lab.__file__", str(package / "__init__.py"))
+    assert code_state() in (*_versions(), "unknown")
+    subprocess.run([*git, "add", "-A"], check=True)
+    assert code_state().endswith("-dirty")
+
+
+def _versions() -> list[str]:
+    with suppress(PackageNotFoundError):
+        return [version("fastvl-lab")]
+    return []
+
+
+def test_a_damaged_claim_or_heartbeat_is_nobodys_and_a_damaged_result_is_named(folder_of: Callable[..., Path]) -> None:
+    """As a host that loses its power leaves files."""
+    folder = folder_of("a")
+    rendezvous = Rendezvous(folder=folder, stale=0.0)
+    (folder / "claims" / "a.1").touch()
+    (folder / "workers" / "far.json").write_text('{"worker"')
+    assert rendezvous.beat("far") is None
+    time.sleep(0.01)
+    assert rendezvous.is_stale("a", 1) or rendezvous.is_stale("a", 1)
+    (folder / "results" / "a.json").touch()
+    with pytest.raises(RequestError, match=r"results/a\.json is damaged; remove it, and its cell is measured again"):
+        rendezvous.result("a")
+
+
+def test_a_worker_that_is_told_to_end_is_not_kept_from_saying_so() -> None:
+    """By a second signal: SLURM sends one to each process, and the keeper another."""
+    script = """
+import os, signal
+from fastvl_lab.grid import worker
+signal.signal(signal.SIGTERM, worker._stop)
+try:
+    os.kill(os.getpid(), signal.SIGTERM)
+    signal.pause()
+except worker._Stopped:
+    os.kill(os.getpid(), signal.SIGTERM)
+    print("told")
+"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
+    assert (done.stdout, done.stderr) == ("told\n", "")

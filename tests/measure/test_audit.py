@@ -6,10 +6,11 @@ import dataclasses
 import html
 import json
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 
-from fastvl_lab import Audit, Chunk, FastvlError, Lab, Request, Run, Trace, audit, load
+from fastvl_lab import Audit, CheckpointError, Chunk, FastvlError, Lab, Request, Run, Trace, audit, load
 from fastvl_lab.account import Account, Part
 from fastvl_lab.checkpoint.random_weights import published
 from fastvl_lab.checkpoint.shape import without_weights
@@ -340,6 +341,8 @@ def test_a_load_makes_no_more_tokens_than_memory_allows_all_its_requests(drawn: 
             engine="x", begun=(0.0,) * len(runs), runs=tuple(runs), failures=failures, steps=(), seconds=seconds, concurrency=2
         )
 
+    with pytest.raises(FastvlError, match="no request of the load was answered, so it has no numbers"):
+        audit(of(2.0, [None, None]))
     audited = audit(of(2.0, [run, run, None]))
     assert audited.ok
     assert "124 steps/s at most, times 1 requests under way = 124 tokens/s; 40 is 32% of that" in audited.text
@@ -454,6 +457,7 @@ def test_an_audit_shows_itself(drawn: Callable[..., Run]) -> None:
         ({"chunks": [(1.0, 5)], "ttft": 1.0}, "chunks bring their own ttft"),
         ({"chunks": []}, "chunks must have times"),
         ({"chunks": [(2.0, 1), (1.0, 1)]}, "chunks must have times above 0 in order"),
+        ({"chunks": [(1.0, 1), (float("nan"), 3), (2.0, 9)]}, "chunks must have times above 0 in order"),
         ({"chunks": [1.0, 2.0]}, "chunks must be"),
         ({"chunks": 3}, "chunks must be"),
         ({"run": []}, "give a run, or a list of at least one"),
@@ -464,6 +468,16 @@ def test_an_audit_shows_itself(drawn: Callable[..., Run]) -> None:
 def test_what_cannot_be_audited_is_said_in_a_sentence(given: dict, said: str) -> None:
     with pytest.raises(FastvlError, match=said):
         audit(**given)
+
+
+@pytest.mark.parametrize(
+    "config", ["{}", "{nope", '{"model_type": "qwen2_5_vl"}', '{"model_type": "qwen2_5_vl", "vision_config": {"depth": "x"}}']
+)
+def test_a_folder_that_is_no_whole_checkpoint_is_one_sentence(tmp_path: Path, config: str) -> None:
+    (tmp_path / "config.json").write_text(config)
+    with pytest.raises(CheckpointError, match=f"checkpoint '{tmp_path}' cannot be loaded: ") as raised:
+        audit(ttft=1.0, tokens_per_second=10.0, model=str(tmp_path), memory_bandwidth=1e12)
+    assert "\n" not in str(raised.value)
 
 
 def test_runs_of_several_engines_are_no_samples_of_one(drawn: Callable[..., Run]) -> None:

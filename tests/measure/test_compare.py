@@ -9,6 +9,7 @@ import pytest
 
 from fastvl_lab import Comparison, Lab, RecipeError, Request, RequestError, Run, Sampling, compare
 from fastvl_lab.measure.parity import Parity
+from fastvl_lab.measure.quiet import Use
 from fastvl_lab.measure.samples import RunSample
 from fastvl_lab.peer.transformers import TransformersPeer
 from fastvl_lab.preprocessor import resize
@@ -110,6 +111,19 @@ def test_findings_claim_no_more_than_the_interval_bears(run: Run, times: list[fl
     findings = _comparison(run, {"a": [100.0] * 6, "b": times}).findings()
     assert says in findings[1]
     assert findings[0] == "a spends 50% of its TTFT in vit (host)"
+
+
+def test_runs_of_unknown_kind_that_all_were_disturbed_are_still_of_that_kind(run: Run) -> None:
+    comparison, busy = _comparison(run, {"a": [100.0] * 6, "b": [50.0] * 6}), Use(seconds=1.0, cores=2, others=2.0, disturbed=True)
+
+    def unsaid(sample: RunSample) -> RunSample:
+        return dataclasses.replace(sample, use=busy, run=dataclasses.replace(sample.run, kind="unknown"))
+
+    samples = tuple(unsaid(s) if s.engine == "b" and s.round >= 0 else s for s in comparison.samples)
+    disturbed = dataclasses.replace(comparison, samples=samples)
+    assert disturbed.compared("b") == "unknown"
+    assert disturbed.disturbed("b")
+    assert disturbed.representative("b").kind == "unknown"
 
 
 def test_runs_of_unknown_kind_count_only_where_none_is_warm(run: Run) -> None:

@@ -130,6 +130,11 @@ def test_a_lab_apart_finds_nothing_of_another_and_forgets_when_told(labs: dict[s
     [
         ({"texts": []}, "engines or texts is empty"),
         ({"engines": {}}, "engines or texts is empty"),
+        (
+            {"texts": "What is this?"},
+            r"engines is \{'baseline': 'baseline'\} and texts 'What is this\?'; give label -> engine, and a list",
+        ),
+        ({"engines": ["baseline"]}, r"engines is \['baseline'\] and texts \['\?'\]; give label -> engine, and a list"),
         ({"repeats": 0}, "repeats is 0 and warm_up 1; repeats must be at least 1"),
         ({"warm_up": -1}, "warm_up at least 0"),
     ],

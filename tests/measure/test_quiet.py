@@ -207,6 +207,12 @@ def test_no_wait_still_judges_and_nothing_is_watched_where_it_is_off(
         Watch(Quiet())
 
 
+@pytest.mark.parametrize("given", [60, True])
+def test_seconds_are_no_quiet(given: int) -> None:
+    with pytest.raises(RequestError, match=rf"quiet is {given}; give a fastvl_lab.Quiet, such as Quiet\(total=60\), or None"):
+        Watch(given)  # type: ignore[arg-type]
+
+
 def test_an_engine_whose_processes_are_not_known_is_waited_for_and_not_judged(machine: Callable[..., Machine]) -> None:
     played = machine(lambda now: 2.0 if now < 0.5 else 0.0)
     ((_, use),) = Watch(Quiet()).measured(played.work, None)

@@ -14,7 +14,8 @@ import pytest
 from fastvl_lab import Comparison, RequestError, SweepSettings, regressions
 from fastvl_lab.measure.compare import Attribution
 from fastvl_lab.measure.regressions import main
-from fastvl_lab.measure.sweep import SweepResult, SweptPoint
+from fastvl_lab.measure.sweep import LoadedPoint, SweepResult, SweptPoint
+from fastvl_lab.measure.under_load import UnderLoad
 
 Of = Callable[..., Comparison]
 
@@ -188,3 +189,27 @@ def test_what_has_no_engines_side_by_side_is_refused(before: Comparison) -> None
         regressions(before, before, bound=0)
     with pytest.raises(RequestError, match="is no record that can be read"):
         regressions("no/such", before)
+
+
+def test_loads_of_a_sweep_are_named_as_not_compared(before: Comparison, swept: Callable[..., SweepResult]) -> None:
+    found = UnderLoad(comparison=before, rounds=(), failures={})
+    point = LoadedPoint(checkpoint="c", size=(28, 28), load="2 at once, 3 requests", found=found)
+    both = dataclasses.replace(swept([before]), loaded=(point,))
+    assert regressions(both, both).notes == ("c · 28×28 · 2 at once, 3 requests: what is under a load is not compared",)
+    of_a_grid = dataclasses.replace(both, points=(), loaded=(dataclasses.replace(point, environment={"host": "one"}),))
+    with pytest.raises(RequestError, match="a grid's points were measured in many places"):
+        regressions(of_a_grid, of_a_grid)
+
+
+def test_what_was_measured_again_is_told_also_where_it_cannot_be_kept(
+    before: Comparison, swept: Callable[..., SweepResult], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    swept([before]).save(tmp_path / "base")
+    (tmp_path / "file").touch()
+    error = {"checkpoint": "gone", "image": "", "engine": "", "error": "there is none"}
+    monkeypatch.setattr("fastvl_lab.measure.regressions.sweep", lambda _: dataclasses.replace(swept([before]), errors=(error,)))
+    assert main([str(tmp_path / "base"), str(tmp_path / "file" / "head")]) == 2
+    said = capsys.readouterr()
+    assert "nothing is shown to be more than 1.05 times as slow" in said.out
+    assert "failed: gone: there is none" in said.err
+    assert "cannot be written" in said.err

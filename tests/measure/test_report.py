@@ -24,7 +24,9 @@ from fastvl_lab.decoder.layers import KvCache
 from fastvl_lab.measure import parity, recipes, report
 from fastvl_lab.measure.floors import Ceilings
 from fastvl_lab.measure.parity import StageCheck
+from fastvl_lab.measure.quiet import Use, Watch
 from fastvl_lab.measure.report import Case, Deadline, capture_row, pays_after
+from fastvl_lab.measure.samples import median_interval
 from fastvl_lab.measure.tables import text
 
 TASKS = ("request", "decoder", "tower")
@@ -140,6 +142,7 @@ def test_the_report_needs_a_gpu_unless_it_is_tiny(task: str) -> None:
         (["--task", "tower", "--minutes", "1"], "--minutes is of --task request, and the task is tower"),
         (["--task", "decoder", "--part", "main"], "--part is of --task request"),
         (["--task", "vision"], "invalid choice: 'vision'"),
+        (["--repeats", "0"], "--repeats is 0; it must be at least 1"),
     ],
 )
 def test_senseless_arguments_are_refused(arguments: list[str], says: str, capsys: pytest.CaptureFixture[str]) -> None:
@@ -188,6 +191,15 @@ def test_a_towers_share_is_that_of_its_floor(told: dict[str, tuple[Rows, str]]) 
     for row in rows:
         assert row["floor_ms"] / row["ms"] == pytest.approx(row["share"])
     assert {"stock", "lean", "attention=grouped", "positions=cached", "rope=halves", "fastest"} <= {row["recipe"] for row in rows}
+
+
+def test_a_stage_that_was_always_disturbed_says_so_and_has_no_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    busy = Use(seconds=1.0, cores=2, others=1.5, disturbed=True)
+    monkeypatch.setattr(Watch, "measured", lambda self, work: [(work(), busy)])
+    rows, printed = _run(tmp_path, "tower", "--checkpoint", tiny.NAMES[0])
+    assert all(row["parity"] and row["error"].startswith("the machine was busy: others used 1.5 of 2 cores") for row in rows)
+    assert not any(map(_is_time, {key for row in rows for key in row}))
+    assert "nan" not in printed
 
 
 def test_a_decoders_rows_have_both_steps_and_their_floors(told: dict[str, tuple[Rows, str]]) -> None:
@@ -368,6 +380,7 @@ def test_rounds_are_as_many_as_there_is_time_for(monkeypatch: pytest.MonkeyPatch
     assert deadline.rounds(20, 5, 1.0, warm_up=2) == 20
     assert deadline.rounds(20, 5, 4.0, warm_up=2) == 13
     assert deadline.rounds(20, 5, 10.0, warm_up=2) == 0
+    assert median_interval([1.0] * report._LEAST_ROUNDS).low == 1.0
     clock[0] = 60.0
     assert deadline.passed
     assert deadline.skipped() == "skipped: no time left of the 1 minutes"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 import random
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -13,7 +14,7 @@ import pytest
 
 from fastvl_lab.catalogue import OptionValue
 from fastvl_lab.errors import RecipeError
-from fastvl_lab.measure.journal import Journalled
+from fastvl_lab.measure.journal import MOST_UNFINISHED, Journalled
 from fastvl_lab.measure.samples import StageSample, gains, median_interval
 from fastvl_lab.measure.search import (
     CONFIRMING,
@@ -398,3 +399,14 @@ def test_what_ended_one_process_ends_no_other_and_no_disk_ends_none(tmp_path: Pa
     found, journal = _journalled(Steady(), tmp_path / "file" / "journal")
     assert found.recipe == BEST
     assert journal.notes()[0].startswith("samples were not kept as they came: ")
+
+
+def test_searches_that_nobody_went_on_with_are_kept_in_bounded_number(tmp_path: Path) -> None:
+    for number in range(MOST_UNFINISHED + 5):
+        (tmp_path / f"{number}.jsonl").touch()
+        os.utime(tmp_path / f"{number}.jsonl", (number, number))
+    Journalled(Steady(), tmp_path / "new.jsonl", {"seed": 0})
+    left = {path.name for path in tmp_path.iterdir()}
+    assert len(left) == MOST_UNFINISHED
+    assert {"new.jsonl", f"{MOST_UNFINISHED + 4}.jsonl"} <= left
+    assert "0.jsonl" not in left

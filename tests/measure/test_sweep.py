@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
+import sys
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -12,7 +14,9 @@ import pytest
 from PIL import Image
 
 from fastvl_lab import CheckpointError, DeviceError, FastvlError, ImageError, RecipeError, RequestError, SweepSettings, photo, sweep
+from fastvl_lab.errors import MissingExtraError
 from fastvl_lab.measure.publish import PHOTOGRAPHS, notebook_parameters
+from fastvl_lab.measure.sweep import SweepResult, sweep as alone
 from fastvl_lab.view.__main__ import main as print_table
 
 
@@ -49,6 +53,9 @@ def test_failures_are_recorded_and_the_sweep_goes_on(
     for path in (tmp_path / "traces").iterdir():
         assert json.loads(path.read_text())["traceEvents"]
     assert len(list((tmp_path / "traces").iterdir())) == 8  # one a run
+    dataclasses.replace(result, points=result.points[1:]).write()
+    assert len(list((tmp_path / "traces").iterdir())) == 4, "none of an earlier sweep"
+    result.write()
     assert json.loads((tmp_path / "result.json").read_text())["schema"] == 1
     first, *lines = repr(result).splitlines()
     assert (first, lines[:4]) == ("2 points", result.findings())
@@ -200,3 +207,25 @@ def test_built_in_photographs_have_the_size_asked_for(decode: Callable[[list[byt
     for wrong in ((0, 5), 5, (1, 2, 3), (1.5, 2)):
         with pytest.raises(ImageError, match=r"size is .*; it must be \(width, height\) in whole pixels from 1 up"):
             photo(name, wrong)  # type: ignore[arg-type]
+
+
+def test_what_is_kept_on_disk_needs_its_packages_before_any_work(
+    tmp_path: Path, settings_of: Callable[..., SweepSettings], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "pyarrow", None)
+    ran: list[None] = []
+    with pytest.raises(MissingExtraError, match=r"needs the package pyarrow"):
+        alone(settings_of(output_dir=str(tmp_path)), progress=False, on_run=lambda: ran.append(None))
+    assert ran == []
+
+
+def test_samples_that_cannot_be_written_cost_no_point(
+    tmp_path: Path, settings_of: Callable[..., SweepSettings], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fails(_: SweepResult) -> None:
+        raise ValueError("planted")
+
+    monkeypatch.setattr(SweepResult, "write_samples", fails)
+    result = sweep(settings_of(image_sizes=[[96, 64], [64, 96]], output_dir=str(tmp_path)), progress=False)
+    assert [point.size for point in result.points] == [(96, 64), (64, 96)]
+    assert ["planted" in error["error"] for error in result.errors] == [True, True]

@@ -192,3 +192,9 @@ def test_a_sweep_that_dies_keeps_the_loads_that_it_measured(
     ]
     assert all(len(times) == 3 and min(times) > 0 for times in kept["ttft_s"])
     assert not (tmp_path / "results.parquet").exists()  # no request alone was measured
+
+
+def test_a_sweep_that_was_kept_before_there_were_loads_has_none() -> None:
+    settings = SweepSettings(checkpoints=["tiny-qwen3-vl"], recipes=["baseline"])
+    older = {name: value for name, value in dataclasses.asdict(settings).items() if name != "loads"}
+    assert SweepSettings.kept(older) == settings

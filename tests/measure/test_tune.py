@@ -7,6 +7,7 @@ import io
 import json
 import os
 import random
+import signal
 import subprocess
 import sys
 import threading
@@ -22,6 +23,7 @@ from PIL import Image
 
 import fastvl_lab as fl
 from fastvl_lab import Lab, Recipe, RecipeError, Request, RequestCancelledError, RequestError, Sampling, Tuned, learnt, tune, view
+from fastvl_lab.measure.journal import Journalled
 from fastvl_lab.measure.parity import Parity
 from fastvl_lab.measure.samples import gains
 from fastvl_lab.measure.search import COST, CastOutError, Progress
@@ -166,12 +168,19 @@ def test_a_damaged_a_foreign_and_an_approximate_record_are_ignored_with_a_word(l
     ignored("[]", "its schema is not 1")
     ignored(json.dumps({**whole, "schema": 2}), "its schema is not 1")
     ignored(json.dumps({key: value for key, value in whole.items() if key != "recipe"}), "it is incomplete")
+    ignored(json.dumps({**whole, "goal": "ttft"}), "it is incomplete")
     ignored(json.dumps({**whole, "site": {**whole["site"], "processor": "Z80"}}), "its processor is 'Z80', and here it is")
     ignored(json.dumps({**whole, "recipe": {"vit": {"rope": "no_more"}}}), "the choices are")
     on_cuda = {"preprocessor": {"upload": "pinned"}}
     ignored(json.dumps({**whole, "recipe": on_cuda}), "it needs a CUDA device")
     approximate = Recipe.baseline().choose("preprocessor.resize", "device").to_dict()
     ignored(json.dumps({**whole, "recipe": approximate}), "its recipe is not exact")
+
+
+def test_a_cache_that_cannot_be_read_costs_no_lab(lab: Lab, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", f"/{'x' * 300}")
+    with pytest.warns(UserWarning, match="is ignored: OSError: .*File name too long"):
+        assert learnt.fastest(lab.checkpoint) == Recipe.fastest("cpu")
 
 
 def test_sites_differ_by_dtype_geometry_and_threads(labs: dict[str, Lab], shallow_labs: dict[str, Lab]) -> None:
@@ -316,6 +325,23 @@ def test_a_tune_that_was_killed_before_it_knew_its_order_goes_on(
         with pytest.raises(KeyboardInterrupt):
             tune(lab, request_, 10, **only)
     assert tune(lab, request_, 10, **only).notes[0].startswith("it went on with an earlier search")
+
+
+def test_what_an_earlier_process_found_and_fails_in_this_one_is_not_gone_on_with(
+    lab: Lab, request_: Request, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fails(*_: Any) -> None:
+        raise CastOutError("planted")
+
+    asked: dict[str, Any] = {"only": ["vit.rope"], "quiet": None, "progress": False}
+    with monkeypatch.context() as patch:
+        patch.setattr(Journalled, "finish", lambda _: None)  # it was killed before it was over
+        tune(lab, request_, 20, **asked)
+    (unfinished,) = (learnt.folder() / "unfinished").iterdir()
+    monkeypatch.setattr("fastvl_lab.measure.tune._Bench.know", fails)
+    with pytest.raises(RecipeError, match="what an earlier process found does not pass in this one: planted"):
+        tune(lab, request_, 20, **asked)
+    assert not unfinished.exists()
 
 
 def test_another_workload_is_another_tune(lab: Lab, request_: Request, picture: bytes) -> None:
@@ -484,6 +510,22 @@ def test_the_command_line_writes_what_it_found(tmp_path: Path, monkeypatch: pyte
         main(["--checkpoint", "tiny-qwen3-vl", "--device", "cpu", "--max-new-tokens", "1", "--goal", "tpot"])
     with pytest.raises(SystemExit):
         main(["--checkpoint", "tiny-qwen3-vl", "--image-size", "448"])
+
+
+def test_an_interrupted_command_gives_the_best_so_far(monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
+    def interrupted(lab: Lab, workload: Any, seconds: float, *, on_progress: Callable[[Progress], object], **more: Any) -> Any:
+        def tell(now: Progress) -> None:
+            on_progress(now)
+            if now.phase != "start":
+                os.kill(os.getpid(), signal.SIGINT)
+
+        return tune(lab, workload, seconds, **more, only=["vit.rope"], quiet=None, on_progress=tell)
+
+    monkeypatch.setattr("fastvl_lab.measure.tune.tune", interrupted)
+    before = signal.getsignal(signal.SIGINT)
+    main(["--checkpoint", "tiny-qwen3-vl", "--device", "cpu", "--image-size", "56x56", "--max-new-tokens", "2", "--no-keep"])
+    assert "it was stopped, after " in capsys.readouterr().out
+    assert signal.getsignal(signal.SIGINT) == before
 
 
 def test_it_is_public() -> None:

@@ -116,11 +116,16 @@ def run_cells(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, quick_lab: Callab
 
 # Those of compiled stages, of streaming and of loads have tests of their own below, and panels are a page of their own.
 BY_THEMSELVES = ("graph_capture", "streaming", "load", "workbench", "workbench_from_cells", "ttft_sweep")
-IN_BOTH_FAMILIES = [path for path in NOTEBOOKS if path.stem not in BY_THEMSELVES]
+OF_A_SLOT = [path for path in NOTEBOOKS if path.stem not in BY_THEMSELVES]
+# A notebook runs on one family, the next on the other; by night each on both.
+WITH_A_FAMILY = [
+    pytest.param(path, checkpoint, id=f"{path.stem}-{checkpoint}", marks=() if (number + other) % 2 == 0 else pytest.mark.nightly)
+    for number, path in enumerate(OF_A_SLOT)
+    for other, checkpoint in enumerate(CHECKPOINTS)
+]
 
 
-@pytest.mark.parametrize("checkpoint", CHECKPOINTS)
-@pytest.mark.parametrize("path", IN_BOTH_FAMILIES, ids=lambda path: path.stem)
+@pytest.mark.parametrize(("path", "checkpoint"), WITH_A_FAMILY)
 def test_a_notebook_runs_headless_and_its_result_is_consistent(path: Path, checkpoint: str, run_cells: RunCells) -> None:
     _check(_published(run_cells(path, SMALL[path.stem] | {"checkpoint": checkpoint})))
 
@@ -166,7 +171,7 @@ def test_the_panel_is_used_from_cells(run_cells: RunCells) -> None:
     _check(_published(run_cells(path, SMALL[path.stem])))
 
 
-@pytest.mark.parametrize("checkpoint", CHECKPOINTS)
+@pytest.mark.parametrize("checkpoint", [CHECKPOINTS[0], pytest.param(CHECKPOINTS[1], marks=pytest.mark.nightly)])
 def test_a_load_says_whether_its_tokens_are_those_of_one_at_a_time(checkpoint: str, run_cells: RunCells) -> None:
     result = _published(run_cells(REPOSITORY / "notebooks" / "load.ipynb", SMALL["load"] | {"checkpoint": checkpoint}))
     _check(result)

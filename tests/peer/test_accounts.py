@@ -255,7 +255,7 @@ def _is_sound(account: Account | None, trace: Trace) -> None:
     assert "\n" not in str(held)
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=100, deadline=None)
 @given(
     st.dictionaries(st.sampled_from(_NAMES), _JSON, max_size=6),
     st.lists(st.tuples(st.sampled_from(["vit", "queued", "emit"]), st.just("host"), st.integers(0, 1), _JSON, _JSON), max_size=4),

@@ -91,6 +91,7 @@ NOT_FINITE = {"prompt_tokens": float("nan"), "completion_tokens": float("inf"), 
         (NO_NUMBERS, Usage()),
         (NONE_CACHED, Usage(prompt=5, completion=0, cached=0)),
         (NOT_FINITE, Usage(cached=3)),
+        ({"prompt_tokens": 10**300, "completion_tokens": 1e15}, Usage()),  # each would be a token of the answer
     ],
 )
 def test_what_is_no_number_of_tokens_is_none(usage: Any, read: Usage) -> None:

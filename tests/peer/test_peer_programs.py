@@ -84,6 +84,7 @@ def test_a_text_has_one_spelling(text: str, name: str) -> None:
         ("sglang, max_batch=0", r"has max_batch='0'; it must be a whole number from 1 to 999999999"),
         ("lmdeploy, backend=pytorch, backend=turbomind", r"has backend twice"),
         ("vllm,", r"has ''; the options are"),
+        ("lmdeploy, graphs=off, backend=turbomind", r"has graphs=off, which means nothing without backend=pytorch"),
     ],
 )
 def test_a_text_is_read_strictly(text: str, says: str) -> None:

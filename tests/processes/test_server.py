@@ -214,8 +214,11 @@ def test_a_refusal_is_the_servers_own(lab: Lab) -> None:
 
 
 def test_logs_are_bounded(lab: Lab) -> None:
-    lab.start("vllm")
     folder = Path(os.environ["XDG_CACHE_HOME"]) / "fastvl_lab" / "logs"
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "gone.log").symlink_to("no-more")  # as one that another process has just removed
+    lab.start("vllm")
+    (folder / "gone.log").unlink()
     for number in range(MAX_LOGS + 5):
         (folder / f"old-{number}.log").touch()
         os.utime(folder / f"old-{number}.log", (number, number))

@@ -144,3 +144,16 @@ def test_the_command_draws_a_page_from_the_records(
 
     monkeypatch.setattr(gpu_report, "page", lambda title, body: "".join(body))
     assert "plotly-graph-div" not in gpu_report.report_html([row for row in rows if not row["parity"]])
+
+
+def test_rows_of_one_stage_have_tables_and_no_figures(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """One of them was off by what is no number, which its file has as null."""
+    stage = {"checkpoint": "a", "device": "GPU", "dtype": "bfloat16", "image": "168x140"}
+    rows = [stage | {"recipe": "stock", "parity": True, "error": 0.01, "ms": 2.0, "ratio": 1.0, "floor_ms": 1.0, "share": 0.5}]
+    rows.append(stage | {"recipe": "lean", "parity": False, "error": None})
+    (tmp_path / "tower.json").write_text(json.dumps(rows))
+    main([str(tmp_path / "tower.json")])
+    printed = capsys.readouterr().out
+    assert "tower of a, 168x140; GPU bfloat16" in printed
+    assert "parity failed: error nan; not timed" in printed
+    assert "plotly-graph-div" not in (tmp_path / "tower.html").read_text()

@@ -376,8 +376,15 @@ def test_lean_in_bfloat16_is_within_the_error_budget(picture: bytes) -> None:
 FUSED = {"attention": "triton", "norms": "fused", "rope": "fused", "activation": "fused", "interpolation": "fused"}
 
 
-@pytest.mark.parametrize("fused", [*([name] for name in FUSED), list(FUSED)], ids=" ".join)
-@pytest.mark.parametrize("name", tiny.NAMES)
+# All at once in both families; each alone in one of them, and by night in the other.
+FUSED_IN = [
+    pytest.param(name, fused, id=f"{name}-{' '.join(fused)}", marks=pytest.mark.nightly if (number + other) % 2 else ())
+    for number, fused in enumerate([name] for name in FUSED)
+    for other, name in enumerate(tiny.NAMES)
+] + [pytest.param(name, list(FUSED), id=f"{name}-all") for name in tiny.NAMES]
+
+
+@pytest.mark.parametrize(("name", "fused"), FUSED_IN)
 def test_triton_options_equal_the_stock_tower(shallow_labs: dict[str, Lab], name: str, fused: list[str]) -> None:
     """The whole tower on each kernel and on all: in Triton's interpreter on a CPU, which a recipe does not offer."""
     slot = Recipe.parse("baseline, vit.tower=lean").replace({f"vit.{option}": FUSED[option] for option in fused}).vit
