@@ -1,4 +1,4 @@
-"""`python -m fastvl_lab.view RUN_FOLDER`: print the table of a finished sweep and where its report is.
+"""`python -m fastvl_lab.view RUN_FOLDER`: print the tables of a finished sweep and where its report is.
 
 With the rows of a GPU report, `python -m fastvl_lab.view gpu.json`: print its tables, and draw them on a page beside the file.
 """
@@ -16,7 +16,7 @@ from typing import Any
 from fastvl_lab.measure.sweep import told_failure
 from fastvl_lab.measure.tables import text
 from fastvl_lab.view import gpu_report
-from fastvl_lab.view.tables import summary_frame
+from fastvl_lab.view.tables import loaded_frame, summary_frame
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -53,9 +53,13 @@ def _sweep(folder: Path) -> None:
     ]
     for error in result["errors"]:
         print(told_failure(error))
-    if rows:
+    loads = result.get("loads", [])  # absent where nothing was under load
+    if rows or loads:
         print(" · ".join(f"{name} {value}" for name, value in result["environment"].items()))
+    if rows:
         print(summary_frame(rows).to_string(index=False))
+    if loads:
+        print(loaded_frame(loads).to_string(index=False))
     print(f"report: {folder / 'report.html'}")
 
 

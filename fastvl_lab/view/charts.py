@@ -157,11 +157,37 @@ def arms(intervals: Iterable[tuple[float, float, float]]) -> dict[str, Any]:
     return {"type": "data", "array": above, "arrayminus": below}
 
 
-def timeline(rows: Sequence[str], starts: Sequence[float], lengths: Sequence[float], marker: Mapping[str, Any], **more: Any) -> Any:
-    """Bars at their places in time, in ms. more: how `style.placed_bars` tells them, and what else plotly's Bar takes."""
-    telling = {key: more.pop(key) for key in ("told", "below", "beside", "texts", "decimals") if key in more}
-    placed = style.placed_bars([said(row) for row in rows], starts, lengths, **telling)
-    return style.graph_objects().Bar(**placed, marker=marker, **more)
+def timeline(
+    rows: Sequence[str],
+    starts: Sequence[float],
+    lengths: Sequence[float],
+    marker: Mapping[str, Any],
+    *,
+    told: str = "%{y}",
+    below: str = "",
+    beside: str = "",
+    texts: Sequence[Sequence[str]] | None = None,
+    decimals: int = 3,
+    **more: Any,
+) -> Any:
+    """Bars at their places in time (ms); who points at one is told its own length, its start and its end.
+
+    told, below, beside: what stands before the times, under them and next to them; with texts of each bar as %{customdata[3]} and
+    on. more: what else plotly's Bar takes.
+    """
+    # The length is told from customdata: plotly's %{x} of a bar with a base is where it ends.
+    length, start, end = (f"%{{customdata[{number}]:.{decimals}f}}" for number in range(3))
+    times = [[lasts, begins, begins + lasts] for begins, lasts in zip(starts, lengths, strict=True)]
+    return style.graph_objects().Bar(
+        y=[said(row) for row in rows],
+        base=list(starts),
+        x=list(lengths),
+        orientation="h",
+        marker=marker,
+        customdata=[[*time, *of_bar] for time, of_bar in zip(times, texts or [[]] * len(times), strict=True)],
+        hovertemplate=f"{told}: {length} ms, from {start} to {end} ms{below}<extra>{beside}</extra>",
+        **more,
+    )
 
 
 def decades(*digits: float) -> tuple[float, ...]:

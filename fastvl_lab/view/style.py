@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 from fastvl_lab.errors import require
@@ -56,34 +55,6 @@ def series(number: int) -> dict[str, Any]:
         "mode": "lines+markers",
         "line": {"color": colour, "width": 2, "dash": ("solid", "dash")[again]},
         "marker": {"color": colour, "symbol": SERIES_MARKERS[number % len(SERIES_MARKERS)], "size": 9},
-    }
-
-
-def placed_bars(
-    rows: Sequence[str],
-    starts: Sequence[float],
-    lengths: Sequence[float],
-    *,
-    told: str = "%{y}",
-    below: str = "",
-    beside: str = "",
-    texts: Sequence[Sequence[str]] | None = None,
-    decimals: int = 3,
-) -> dict[str, Any]:
-    """Horizontal bars at their places in time (ms); who points at one is told its own length, its start and its end.
-
-    told, below, beside: what stands before the times, under them and next to them; with texts of each bar as %{customdata[3]} and
-    on. The length is told from customdata because plotly's %{x} of a bar with a base is where it ends.
-    """
-    length, start, end = (f"%{{customdata[{number}]:.{decimals}f}}" for number in range(3))
-    times = [[lasts, begins, begins + lasts] for begins, lasts in zip(starts, lengths, strict=True)]
-    return {
-        "orientation": "h",
-        "y": list(rows),
-        "base": list(starts),
-        "x": list(lengths),
-        "customdata": [[*time, *more] for time, more in zip(times, texts or [[]] * len(times), strict=True)],
-        "hovertemplate": f"{told}: {length} ms, from {start} to {end} ms{below}<extra>{beside}</extra>",
     }
 
 

@@ -31,7 +31,7 @@ def block_waterfall(runs: Sequence[Run], stage: str = "vit", number: int = 0) ->
     for run, spans in zip(runs, inside, strict=True):
         names, starts, lengths = zip(*spans, strict=True)
         marker = {"color": [style.STAGE_COLOURS[stage if name == stage else "merge"] for name in names]}
-        texts = {"text": [f"{length:.2f}" for length in lengths], "textposition": "outside", "cliponaxis": False}
+        texts: dict[str, Any] = {"text": [f"{length:.2f}" for length in lengths], "textposition": "outside", "cliponaxis": False}
         parts.append(
             Panel(
                 title=f"{run.engine[: 90 // len(runs)]}: {lengths[0]:.2f} ms",

@@ -103,11 +103,12 @@ def _lane(run: Run, lane: str, bars: Sequence[tuple[str, float, float]]) -> Any:
     if lane == "unaccounted":
         hatched = {"shape": style.UNACCOUNTED_PATTERN, "fgcolor": style.INK, "size": 4}
         marker = {"color": "white", "line": {"color": style.INK, "width": 1}, "pattern": hatched}
-    place = {"width": 0.6, "offset": -0.3}
+    place: dict[str, Any] = {"width": 0.6, "offset": -0.3}
     if any(span.lane in _PATTERNS for span in run.trace.spans):
         place = {"width": 0.36, "offset": 0.04 if lane in _PATTERNS else -0.36}
-    telling = {"below": "<br>%{customdata[3]}", "beside": lane, "texts": [[said(_file(run, stage))] for stage in stages]}
-    return timeline(stages, starts, lengths, marker, name=_NAMES[lane], legendgroup=lane, **place, **telling)
+    files = [[said(_file(run, stage))] for stage in stages]
+    look = {"name": _NAMES[lane], "legendgroup": lane, **place}
+    return timeline(stages, starts, lengths, marker, below="<br>%{customdata[3]}", beside=lane, texts=files, **look)
 
 
 def _file(run: Run, stage: str) -> str:

@@ -523,3 +523,42 @@ def test_a_run_under_way_grows_and_counts(page: Any, show: Callable[..., Any]) -
     assert page.locator("rect.fl-before").count() == 1  # how long it took the last time
     page.evaluate("(live) => window.tell('live', live)", messages.to_json(dataclasses.replace(live, state="idle", busy=False)))
     page.wait_for_function("() => !document.querySelector('.fl-counting') && document.querySelectorAll('.fl-stage').length > 5")
+
+
+def test_what_is_being_typed_stays_and_what_cannot_be_read_is_put_back(page: Any, show: Callable[..., Any]) -> None:
+    records = show()
+    tokens, prompt = page.get_by_label("tokens", exact=True), page.get_by_label("prompt", exact=True)
+    tokens.fill("many")
+    tokens.press("Enter")
+    assert page.evaluate("window.sent.at(-1)") == {"kind": "Fill", "field": "tokens", "text": "many"}
+    page.evaluate("(live) => window.tell('live', live)", records["live"] | {"error": "tokens is 'many'"})
+    assert tokens.input_value() == "3"
+    prompt.fill("Why")
+    page.evaluate("(asked) => window.tell('asked', asked)", records["asked"] | {"previews": ["data:,"], "tokens": 4})
+    assert (prompt.input_value(), tokens.input_value()) == ("Why", "4")
+    note = page.get_by_label("note on 1")
+    note.fill("the go")
+    slower = records["history"][1] | {"milliseconds": 10 * records["history"][1]["milliseconds"]}
+    page.evaluate("(rows) => window.tell('history', rows)", [records["history"][0], slower])
+    assert note.input_value() == "the go"
+    note.press("Enter")
+    assert page.evaluate("window.sent.at(-1)") == {"kind": "Mark", "number": 1, "pinned": False, "note": "the go"}
+
+
+def test_a_replay_reaches_the_end_of_the_run_where_it_counts_to(
+    page: Any, show: Callable[..., Any], records: dict[str, Any]
+) -> None:
+    shown = records["shown"]
+    shown["recipe"] |= {"ttft": 100.0, "bars": [["prefill", "host", 0.0, 100.0]], "host": {"prefill": 100.0}, "device": {}}
+    shown["rival"] = {**shown["recipe"], "label": "transformers", "ttft": 400.0, "rounds": []}
+    shown |= {"before": None, "headline": "100 ms"}
+    show()
+    full = float(page.locator(".fl-solid").get_attribute("width"))
+    page.evaluate("""() => { window.seen = []; new MutationObserver(() => {
+      const bar = document.querySelector(".fl-solid");
+      window.seen.push([parseFloat(document.querySelector(".fl-big").textContent), Number(bar.getAttribute("width"))]);
+    }).observe(document.querySelector(".fl-big"), { childList: true }); }""")
+    page.get_by_role("button", name="replay slowly").click()
+    page.wait_for_function("() => window.seen.length > 3 && window.seen.at(-1)[0] === 100")
+    for ms, width in page.evaluate("window.seen"):
+        assert width / full == pytest.approx(ms / 100, abs=0.02)

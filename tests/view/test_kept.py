@@ -203,6 +203,8 @@ def test_damaged_and_foreign_files_are_skipped_with_a_word(folder: Path) -> None
 
 def test_the_oldest_go_first_and_pinned_ones_last(before: Workbench, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "aaa.json.gz").write_bytes(b"somebody else's")
+    damaged = kept.path_of(tmp_path, "20251126-101500-ab12", 1)
+    damaged.write_bytes(b"damaged")
 
     def write(number: int, *, pinned: bool = False) -> None:
         kept.write(kept.path_of(tmp_path, "20261126-101500-ab12", number), before.history[-1], pinned=pinned, note="")
@@ -222,6 +224,7 @@ def test_the_oldest_go_first_and_pinned_ones_last(before: Workbench, tmp_path: P
         write(number, pinned=True)
     assert there() == [7, 8]  # where all that is left is pinned, the oldest of it goes
     assert (tmp_path / "aaa.json.gz").exists()
+    assert damaged.exists()
     monkeypatch.setattr(kept, "_LARGEST", 1000)
     with pytest.raises(RequestError, match="is not kept: the limit is"):
         write(9)
@@ -276,9 +279,10 @@ def test_a_link_asks_for_the_same_again(before: Workbench) -> None:
         prompt="Why “this” & not that = 1? ✓",
         max_new_tokens=7,
     )
-    for asked in (question, odd, dataclasses.replace(question, size=None)):
+    bare = dataclasses.replace(question, pictures=(), prompt="", size=None)
+    for asked in (question, odd, bare):
         query = link.write(asked, recipe, "name")
-        other = dataclasses.replace(question, pictures=(Picture(source="cat"),), prompt="", size=(1, 1))
+        other = dataclasses.replace(question, pictures=(Picture(source="cat"),), prompt="Else?", size=(1, 1), max_pixels=9)
         assert link.read(query[1:], other, Recipe.baseline(), device) == (asked, recipe, "name")
         assert link.read(query[1:] + "&token=secret&theme=dark", other, Recipe.baseline(), device)[0] == asked  # these are Voila's
 

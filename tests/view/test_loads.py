@@ -5,12 +5,14 @@ from __future__ import annotations
 import dataclasses
 import json
 from collections.abc import Callable, Sequence
+from pathlib import Path
 
 import pytest
 
 from fastvl_lab import Lab, Load, Request, RequestError, Run, load, photo, view
 from fastvl_lab.schedule.loop import Step
 from fastvl_lab.view import style
+from fastvl_lab.view.__main__ import main
 
 MS = 1_000_000
 CONTINUOUS = "fastest, cache.kv=paged, schedule.batching=continuous"
@@ -218,3 +220,16 @@ def test_a_load_shows_itself_over_time(small: Load) -> None:
     shown = bundle["application/vnd.plotly.v1+json"]
     assert len(shown["data"]) == len(view.load_timeline(small).data)
     json.dumps(bundle)
+
+
+def test_the_table_of_a_sweep_under_load_is_printed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    times = {f"{of}_p{percent}_ms": 10.0 * percent for of in ("ttft", "tpot") for percent in (50, 90, 99)}
+    rates = {"tokens_per_second": 12.5, "tokens_per_second_low": None, "tokens_per_second_high": None, "requests_per_second": 3.0}
+    row = {"checkpoint": "tiny-qwen3-vl", "image": "96×64", "load": "8 at once", "engine": "baseline", "parity_says": "yes"}
+    row |= {"requests": 32, "failed": 0, "rounds": 3, "disturbed_rounds": 0}
+    result = {"points": [], "errors": [], "environment": {"device": "CPU"}, "loads": [row | times | rates]}
+    (tmp_path / "result.json").write_text(json.dumps(result))
+    main([str(tmp_path)])
+    printed = capsys.readouterr().out
+    for said in ("device CPU", "8 at once", "12.5", "500.0 / 900.0 / 990.0"):
+        assert said in printed

@@ -20,11 +20,11 @@ from huggingface_hub import scan_cache_dir
 from fastvl_lab import Recipe, RecipeError, RequestError, Run, SweepSettings, photo, sweep, view, workbench
 from fastvl_lab.catalogue import Option, Target, catalogue_markdown, toggles
 from fastvl_lab.measure.quiet import Use
-from fastvl_lab.measure.recipes import STOCK
+from fastvl_lab.measure.recipes import STOCK, stages_of
 from fastvl_lab.measure.samples import Interval, RunSample
 from fastvl_lab.view.workbench import Workbench, reading, showing
 from fastvl_lab.view.workbench.messages import from_json, to_json
-from fastvl_lab.view.workbench.session import BEFORE, RECIPE, Advice, Question, Served
+from fastvl_lab.view.workbench.session import BEFORE, RECIPE, Advice, Question, Result, Served
 from fastvl_lab.view.workbench.views import views
 from fastvl_lab.vit import attention
 from fastvl_lab.vit.attention import Prepared, SegmentAttention
@@ -166,9 +166,12 @@ def test_pictures_are_measured_as_they_are_unless_a_size_is_chosen(picture: byte
     [
         ("size", "large", "size is 'large'; write width and height in pixels"),
         ("size", "640", "size is '640'; write width and height in pixels"),
+        ("size", "within 0x5", "size is 'within 0x5'; write width and height in pixels"),
         ("max_pixels", "-5", "max_pixels is '-5'; write a whole number"),
         ("max_pixels", "1e6", "max_pixels is '1e6'; write a whole number"),
+        ("max_pixels", "9" * 5000, "write a whole number"),
         ("tokens", "0", "tokens is '0'; write a whole number of at least 1"),
+        ("tokens", "9" * 5000, "write a whole number of at least 1"),
         ("rival", "quick", "the choices are baseline, fastest"),
     ],
 )
@@ -200,6 +203,12 @@ def test_a_result_is_deleted_and_the_others_keep_their_numbers(bench: Workbench)
     assert [result.number for result in bench.history] == [1, 3, 4]
     assert bench.result(3).comparison is not None
     assert bench.result() is bench.history[-1]
+    bench.delete(0)  # the newest
+    assert [row["number"] for row in bench.widget.history] == [result.number for result in bench.history] == [1, 3]
+    assert [path.name.split("-")[-1] for path in sorted(bench._folder.glob(f"{bench._name}*"))] == ["001.json.gz", "003.json.gz"]
+    with pytest.raises(RequestError, match="result 3 is of this session: delete it"):
+        bench.forget(3)
+    assert bench._path(3).exists()
 
 
 def test_a_result_that_is_deleted_while_it_is_measured_ends_the_measuring(bench: Workbench) -> None:
@@ -224,10 +233,14 @@ def test_what_a_cell_asks_for_and_looks_at_is_what_the_panel_shows(bench: Workbe
         bench.look(name, number=1, against=2)
         assert bench.wait(60)
         assert [bench.widget.shown[field] for field in ("view", "number", "against")] == [name, 1, 2]
-    bench.ask(checkpoint="tiny-qwen2.5-vl")
+    assert bench.widget.asked["previews"]
+    bench.ask(checkpoint="tiny-qwen2.5-vl", pictures=())
+    assert bench.wait(60)
+    assert bench.widget.asked["previews"] == []  # not those of the question before
+    bench.ask(picture="rocket")
     assert bench.wait(60)
     assert bench.history[-1].run.checkpoint == asked(bench)["checkpoint"] == "tiny-qwen2.5-vl"
-    assert len(bench.history) == 3
+    assert len(bench.history) == 4
 
 
 def test_checkpoints_are_chosen_from_what_there_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -371,6 +384,27 @@ def test_a_busy_machine_is_said_as_such_and_gets_no_ratio(looked_at: Workbench) 
     assert {text for _, text in shown.recipe.rounds} == {why}
 
 
+def test_the_history_has_no_ratio_of_a_busy_machine(looked_at: Workbench) -> None:
+    result = looked_at.result()
+    assert result.comparison is not None
+
+    def times_as_long(run: Run, times: int) -> Run:
+        return dataclasses.replace(run, trace=dataclasses.replace(run.trace, first_chunk_ns=times * run.trace.first_chunk_ns))
+
+    def measured(longest: int) -> Result:
+        """Eight rounds, of which the first is so many times as long."""
+        rounds = [
+            dataclasses.replace(s, round=number, use=None, run=times_as_long(s.run, 1 if number else longest))
+            for s in result.comparison.samples  # type: ignore[union-attr]
+            for number in range(8)
+            if s.round == 0
+        ]
+        return dataclasses.replace(result, comparison=dataclasses.replace(result.comparison, samples=tuple(rounds)))
+
+    assert showing.row(measured(1), None, pinned=False, note="").ratio
+    assert showing.row(measured(10), None, pinned=False, note="").ratio == ""
+
+
 def test_a_cache_hit_is_labelled_and_shown() -> None:
     bench = workbench("tiny-qwen3-vl", "coffee", image_size=(56, 56), max_new_tokens=2, repeats=1, device="cpu")
     bench.controls["cache.prefix_reuse"].value = "on"
@@ -397,9 +431,25 @@ def test_the_next_toggle_to_try_is_the_one_that_saves_most(looked_at: Workbench)
     later = say(recipe=result.recipe.choose("attention.prefill", "sdpa"))
     assert (later.path, later.value) == ("vit.attention", "grouped")
     assert "measured before the last change" in later.sentence
+    unsure = say(recipe=result.recipe.choose("attention.prefill", "sdpa").choose("vit.attention", "grouped"))
+    assert unsure.sentence == (
+        "No saving is sure on this machine now; vit.rope=halves may save 20.0 ms (-1.0 to 30; measured before the last change)."
+    )
     assert set(later.savings) == {"vit.attention", "vit.rope"}
     other = dataclasses.replace(result.question, prompt="Why?")
     assert showing.advised(advice, result, result.recipe, other, looked_at._target, Recipe.fastest()).sentence == ""
+
+
+def test_the_first_toggle_to_try_is_named_with_a_stage_that_it_works_in(looked_at: Workbench) -> None:
+    result, plain = looked_at.result(), Recipe.baseline()
+    warm = dataclasses.replace(result, comparison=None, run=dataclasses.replace(result.shown, kind="warm"))
+    named = set()
+    for path in ("preprocessor.resize", "vit.attention", "attention.prefill", "streaming.gate"):
+        fastest = plain.choose(path, looked_at.controls[path].toggle.values[1])
+        said = showing.advised(None, warm, plain, result.question, looked_at._target, fastest)
+        assert not said.sentence or said.sentence.split()[0] in stages_of(said.path)
+        named.add(said.sentence.partition(" takes")[0])
+    assert len(named - {""}) > 1
 
 
 def test_savings_are_measured_while_somebody_looks_on_and_give_way(bench: Workbench) -> None:
@@ -429,10 +479,22 @@ def test_an_error_is_said_the_field_put_back_and_the_panel_lives_on(bench: Workb
     assert bench.wait(60)
     assert "no/such-model" in bench.widget.live["error"]
     assert asked(bench)["checkpoint"] == "tiny-qwen3-vl"
+    clicked(bench, "Press", button="plotly")  # what the page asks for by itself takes no error away
+    assert "no/such-model" in bench.widget.live["error"]
     bench.ask(picture="rocket")
     assert bench.wait(60)
-    assert bench.widget.live["state"] == "idle"
+    assert (bench.widget.live["state"], bench.widget.live["error"]) == ("idle", "")
     assert len(bench.history) == 2
+
+
+def test_a_closed_panel_says_so_and_nobody_waits_for_it() -> None:
+    bench = opened()
+    bench.close()
+    with pytest.raises(RequestError, match="this workbench is closed"):
+        bench.run()
+    clicked(bench, "Choose", path="vit.tower", value="lean")
+    assert "this workbench is closed" in bench.widget.live["error"]
+    assert bench.wait(1)
 
 
 def test_a_panel_that_could_not_run_says_why_when_asked_for_its_result() -> None:
@@ -473,7 +535,36 @@ def test_a_look_waits_for_its_turn_and_ends_no_measurement(bench: Workbench) -> 
     assert bench.history[0].floors is not None
 
 
-def test_the_recipe_is_copied_and_the_history_written(bench: Workbench, tmp_path: Path) -> None:
+def test_what_a_view_needs_is_measured_once(bench: Workbench, monkeypatch: pytest.MonkeyPatch) -> None:
+    measured: list[int] = []
+    open_up = bench._session._open_up
+    monkeypatch.setattr(bench._session, "_open_up", lambda number, *rest: (measured.append(number), open_up(number, *rest))[1])
+    bench.ask(max_new_tokens=64)
+    end = time.monotonic() + 30
+    while len(bench.history) < 2:
+        assert time.monotonic() < end
+        time.sleep(0.005)
+    for name in ("ViT blocks", "decoder layers", "ViT blocks"):  # all of them before the comparison is over
+        bench.look(name)
+    assert bench.wait(60)
+    assert measured == [2]
+
+
+def test_a_result_is_measured_beside_what_it_is_held_against(bench: Workbench) -> None:
+    clicked(bench, "Measure", number=1, against=0)
+    assert bench.widget.live["error"].startswith("there is no other result to measure beside this one")
+    for path, value in (("vit.tower", "lean"), ("vit.patch_embed", "linear")):
+        bench.choose(path, value)
+        assert bench.wait(60)
+    bench.measure(3, 1)
+    assert bench.wait(60)
+    assert bench.widget.shown["before"]["label"].startswith("#1 (")
+    clicked(bench, "Measure", number=4, against=0)
+    assert bench.wait(60)
+    assert bench.result(5).before == bench.result(1).recipe
+
+
+def test_the_recipe_is_copied_and_the_history_written(bench: Workbench, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     text = bench.code().split('"')[1]
     assert Recipe.parse(text, "cpu") == bench.recipe
     texts = bench.widget.chosen["texts"]
@@ -495,6 +586,16 @@ def test_the_recipe_is_copied_and_the_history_written(bench: Workbench, tmp_path
     for drawn in ("waterfall", "tokens over time", "memory"):
         assert f"<h3>{drawn}</h3>" in text
     assert "<h3>toggle by toggle</h3>" not in text  # not measured, so not claimed
+    assert "<th>against the bar to beat</th>" in text
+    for raw in ("ttft_ms", "first_run_ms", "<td>None</td>", "<td>NaN</td>", "<td>True</td>"):
+        assert raw not in text
+    bench.run()
+    assert bench.wait(60)
+    bench.delete(1)
+    said: list[str] = []
+    monkeypatch.setattr(bench, "_say", lambda progress: said.append(progress))
+    bench.export(tmp_path / "newer")
+    assert said == ["writing picture 1 of 1"]
     assert all(picture.read_bytes().startswith(b"\x89PNG") for picture in pictures)
 
 
@@ -633,15 +734,19 @@ def test_the_history_and_the_kernels_memory_end_somewhere(bench: Workbench, monk
     bench.mark(1, pinned=True)
     clicked(bench, "Fill", field="repeats", text="0")
     assert bench.wait(60)
-    made = []
+    bench.ask(picture=photo("cat", (64, 48)), name="mine.jpg")
+    assert bench.wait(60)
+    made = [weakref.ref(bench._question.pictures[0])]
+    bench.ask(picture="coffee")
+    assert bench.wait(60)
     for _ in range(4):
         bench.run()
         assert bench.wait(60)
         made.append(weakref.ref(bench.history[-1]))
-    assert [result.number for result in bench.history] == [1, 5, 6]
-    assert [row["number"] for row in bench.widget.history] == [1, 5, 6]
+    assert [result.number for result in bench.history] == [1, 7, 8]
+    assert [row["number"] for row in bench.widget.history] == [1, 7, 8]
     gc.collect()
-    assert [one() is None for one in made] == [True, True, False, False]  # 3 to 6
+    assert [one() is None for one in made] == [True, True, True, False, False]  # the picture, and 5 to 8
 
 
 def test_a_history_holds_no_logits(looked_at: Workbench) -> None:

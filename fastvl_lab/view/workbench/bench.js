@@ -135,7 +135,7 @@ function mount(model, el, libraries) {
     const label = (name, about, ...inside) => h("label", { class: `fl-field fl-of-${name.replace(" ", "-")}`, "data-tip": about }, h("span", {}, name), ...inside);
     const entry = (field, about, attributes = {}) => {
       const input = h("input", { type: "text", "aria-label": field, ...attributes, onchange: () => fill(field)(input.value) });
-      return { box: label(field, about, input), show: (value) => { input.value = value; } };
+      return { box: label(field, about, input), show: (value, failed) => { if (failed || input !== document.activeElement) input.value = value; } };
     };
     // A list of what there is, and an entry for all else, which counts at Enter. options: names, or {text, about, unmet}.
     const picker = (name, about, other, field = name, example = other) => {
@@ -170,7 +170,8 @@ function mount(model, el, libraries) {
     const choose = button("files…", () => files.click(), "one or several pictures; dropped with Shift, they are added", { "aria-label": "choose files" });
     const box = h("div", { class: "fl-ask" }, preview, h("div", { class: "fl-fields" }, fields.checkpoint.box, fields.pictures.box, choose, files, fields.size.box, texts.max_pixels.box,
       texts.prompt.box, texts.tokens.box, texts.repeats.box, fields.rival.box));
-    return { box, show() {
+    // What is being typed stays; what failed is put back.
+    return { box, show(failed) {
       const [asked, choices] = [model.get("asked"), model.get("choices")];
       if (asked.checkpoint === undefined) return;
       const pictures = asked.pictures.join(", ");
@@ -178,7 +179,7 @@ function mount(model, el, libraries) {
       fields.pictures.show(choices.photographs, pictures);
       fields.size.show(choices.boxes, asked.size);
       fields.rival.show(choices.rivals, asked.rival);
-      for (const [name, field] of Object.entries(texts)) field.show(asked[name]);
+      for (const [name, field] of Object.entries(texts)) field.show(asked[name], failed);
       preview.replaceChildren(...asked.previews.map((src, number) => h("img", { src, alt: asked.pictures[number] ?? "a picture" })));
       note.textContent = choices.note;
     } };
@@ -265,7 +266,7 @@ function mount(model, el, libraries) {
       button(slot, () => toSlot(slot), `to the toggles of ${slot}`, { tabindex: "-1" })));
     toggles.replaceChildren(jump, ...slots);
     tabs.replaceChildren(...names.map(([name, about], number) => h("button", { type: "button", role: "tab", "data-view": name, "data-tip": `${about} (${number + 1})`, onclick: () => look(name) }, name)));
-    ask.show();
+    ask.show(false);
     showChosen();
     showAdvised();
     showTabs();
@@ -330,6 +331,8 @@ function mount(model, el, libraries) {
     root.classList.toggle("fl-busy", Boolean(live.busy || live.starting));
     stop.disabled = !live.busy && !live.starting;
     said(live.error);
+    if (live.error && live.error !== ui.error) ask.show(true);
+    ui.error = live.error;
     answer.textContent = live.state === "running" && live.text ? live.text : (model.get("shown").answer ?? "");
     showStrip();
     load.show();
@@ -603,8 +606,7 @@ function mount(model, el, libraries) {
     const title = result.recipe.open ? "a run under way" : `waterfall of #${result.number}: TTFT ${ms(result.recipe.ttft)}`;
     const focused = chart.contains(document.activeElement) ? document.activeElement.dataset?.stage : null;
     const drawing = s("svg", { width, height, viewBox: `0 0 ${width} ${height}`, role: "group", "aria-label": title, style: `font:${FONT}` },
-      s("defs", {}, s("pattern", { id: "fl-hatch", width: 5, height: 5, patternUnits: "userSpaceOnUse", patternTransform: "rotate(45)" }, s("rect", { width: 2, height: 5, fill: colours.ink })),
-        s("clipPath", { id: "fl-replay" }, s("rect", { x: 0, y: 0, width, height }))),
+      s("defs", {}, s("pattern", { id: "fl-hatch", width: 5, height: 5, patternUnits: "userSpaceOnUse", patternTransform: "rotate(45)" }, s("rect", { width: 2, height: 5, fill: colours.ink }))),
       ...timeAxis(from, to, room, x, bottom, colours),
       ...lines, ...mark(result.recipe.ttft, colours.ink, "2 2", "fl-ttft-line"), ...(result.rival ? mark(result.rival.ttft, colours.rival, "2 2", "fl-rival-line") : []),
       ...marks);
@@ -683,21 +685,22 @@ function mount(model, el, libraries) {
     drawing.addEventListener("dblclick", () => { ui.zoom = null; drawView(); });
   }
   function replay() {
+    ui.zoom = null;
+    drawView();
     const bars = chart.querySelectorAll("rect.fl-solid, rect.fl-beside, rect.fl-device");
     const [began, last] = [performance.now(), 2000];
     const { recipe } = model.get("shown");
-    const room = roomOf() - LABEL - NUMBERS;
+    const end = Number(chart.querySelector(".fl-ttft-line").getAttribute("x1"));
     const edges = [...bars].map((one) => [one, Number(one.getAttribute("x")), Number(one.getAttribute("width"))]);
     cancelAnimationFrame(ui.replay);
     const step = () => {
       const share = Math.min(1, (performance.now() - began) / last);
-      const at = LABEL + room * share / 1.02;
+      const at = LABEL + (end - LABEL) * share;
       for (const [one, from, wide] of edges) one.setAttribute("width", Math.max(0, Math.min(wide, at - from)));
       big.textContent = ms(recipe.ttft * share);
       if (share < 1) ui.replay = requestAnimationFrame(step);
       else showResult();
     };
-    ui.zoom = null;
     step();
   }
   function png() {
@@ -725,7 +728,8 @@ function mount(model, el, libraries) {
   }
   function perfetto() {
     ui.perfetto = window.open("https://ui.perfetto.dev");
-    press("trace");
+    if (ui.perfetto) press("trace");
+    else said("the browser opened no window for ui.perfetto.dev: let this page open one");
   }
   function traced({ kind, title }, buffers) {
     if (kind !== "trace" || !ui.perfetto) return;
@@ -749,7 +753,7 @@ function mount(model, el, libraries) {
     if (rows.length === 0) return;
     if (!history.firstChild) {
       history.append(h("div", { class: "fl-line" }, h("h3", {}, "history"), h("span", { class: "fl-grey" }, "click a row to show it, shift-click to hold the shown one against it"),
-        button("measure side by side", beside, "the shown recipe, the one it is held against, and the bar to beat, in shuffled rounds")), tableOf("#"));
+        button("measure side by side", () => { const { number, against } = model.get("shown"); send("Measure", { number, against }); }, "the shown recipe, the one it is held against, and the bar to beat, in shuffled rounds")), tableOf("#"));
     }
     showRows(history, rows);
   }
@@ -773,7 +777,7 @@ function mount(model, el, libraries) {
     for (const row of order) {
       const known = lines.get(row.number);
       const text = JSON.stringify([row, most]);
-      if (known?.text === text) continue;
+      if (known?.text === text || known?.line.querySelector("input:focus")) continue; // a note that is being written stays
       const name = row.when ? `the result of ${row.when}` : row.number;
       const mark = (fields) => send("Mark", { number: row.number, pinned: row.pinned, note: row.note, ...fields });
       const note = h("input", { type: "text", value: row.note, "aria-label": `note on ${name}`, placeholder: "note", onchange: () => mark({ note: note.value }) });
@@ -796,12 +800,6 @@ function mount(model, el, libraries) {
       line.classList.toggle("fl-against", number === against);
       line.setAttribute("aria-current", String(number === at));
     }
-  }
-  function beside() {
-    const { number, against } = model.get("shown");
-    const other = against || Math.max(0, ...model.get("history").map((row) => row.number).filter((one) => one < number));
-    if (other !== 0 && other !== number) send("Measure", { number, against: other });
-    else said("there is no other result to measure beside this one; shift-click one");
   }
 
   // Tips, help, keys, theme, size.
@@ -899,7 +897,7 @@ function mount(model, el, libraries) {
   });
   sized.observe(root);
 
-  const listeners = { "change:choices": showChoices, "change:asked": ask.show, "change:chosen": showChosen, "change:advised": showAdvised,
+  const listeners = { "change:choices": showChoices, "change:asked": () => ask.show(false), "change:chosen": showChosen, "change:advised": showAdvised,
     "change:live": showLive, "change:shown": () => { ui.zoom = null; showResult(); showHistory(); showEarlier(); }, "change:figure": () => { showTabs(); drawView(); }, "change:loaded": load.show, "change:arrived": () => { if (arriving()) drawView(); }, "change:history": showHistory, "change:earlier": showEarlier, "msg:custom": traced };
   for (const [name, listener] of Object.entries(listeners)) model.on(name, listener);
   themed();

@@ -5,35 +5,46 @@ from __future__ import annotations
 import html
 import json
 from collections.abc import Callable, Mapping, Sequence
+from operator import attrgetter
 from pathlib import Path
-from typing import Any
 
-from fastvl_lab.errors import require
 from fastvl_lab.view.report import figure_html, page, table_html
+from fastvl_lab.view.tables import frame
 from fastvl_lab.view.workbench import showing
+from fastvl_lab.view.workbench.messages import Row
 from fastvl_lab.view.workbench.session import Result
 from fastvl_lab.view.workbench.views import View
 
 # A result, what it is held against, and the views there are.
 Drawn = tuple[Result, Result | None, Mapping[str, View]]
 
+# The columns of the history, and what stands in them of a line.
+_COLUMNS = {
+    "#": "number",
+    "what changed": "changed",
+    "TTFT": "ttft",
+    "against the bar to beat": "ratio",
+    "parity": "parity",
+    "note": "note",
+    "question": "question",
+    "recipe": "recipe",
+}
 
-def export(
-    history: Sequence[Result], rows: Sequence[dict[str, Any]], drawn: Sequence[Drawn], into: Path, told: Callable[[str], None]
-) -> list[Path]:
-    """Write everything; told: what is being written. Returns the files."""
+
+def export(rows: Sequence[Row], drawn: Sequence[Drawn], into: Path, told: Callable[[str], None]) -> list[Path]:
+    """Write everything; rows: the lines of the history; told: what is being written. Returns the files."""
     into.mkdir(parents=True, exist_ok=True)
     written = []
-    for result in history:
+    for result, *_ in drawn:
         samples = [] if result.comparison is None else [sample.to_record() for sample in result.comparison.samples]
         trace = result.shown.trace.to_chrome(result.shown.title())
         for name, data in (("run", result.shown.to_record()), ("trace", trace), ("rounds", samples)):
             written.append(into / f"{result.number:03d}-{name}.json")
             written[-1].write_text(json.dumps(data), encoding="utf-8")
     written.append(into / "workbench.html")
-    written[-1].write_text(page_of(history, rows, drawn), encoding="utf-8")
-    for result, other, views in drawn:
-        told(f"writing picture {result.number} of {len(history)}")
+    written[-1].write_text(page_of(rows, drawn), encoding="utf-8")
+    for number, (result, other, views) in enumerate(drawn, start=1):
+        told(f"writing picture {number} of {len(drawn)}")
         path = into / f"{result.number:03d}-waterfall.png"
         try:
             next(iter(views.values())).draw(result, other)[0].write_image(path, width=1100, scale=1.5)
@@ -43,18 +54,19 @@ def export(
     return written
 
 
-def page_of(history: Sequence[Result], rows: Sequence[dict[str, Any]], drawn: Sequence[Drawn]) -> str:
+def page_of(rows: Sequence[Row], drawn: Sequence[Drawn]) -> str:
     """One page of HTML that needs nothing beside it: every result in all views it was measured for."""
-    body = [f"<h1>Workbench</h1>{table_html(require('pandas', 'notebooks').DataFrame(rows))}"]
+    history = frame(rows, {heading: attrgetter(name) for heading, name in _COLUMNS.items()})
+    body = [f"<h1>Workbench</h1>{table_html(history)}"]
     for result, other, views in drawn:
         said = [showing.about_question(result.question), showing.learnt(result), *(pill.text for pill in showing.pills(result))]
         title = f"{result.number}: {result.recipe.text(showing.run_device(result.run))}"
         body.append(f"<h2>{html.escape(title)}</h2>{''.join(f'<p>{html.escape(text)}</p>' for text in said if text)}")
         for view in views.values():
             if not view.lacks(result):
-                figure, frame = view.draw(result, other)
+                figure, table = view.draw(result, other)
                 figures = "".join(map(figure_html, (figure, *view.more(result, other))))
-                body.append(f"<h3>{view.name}</h3>{figures}{table_html(frame)}")
+                body.append(f"<h3>{view.name}</h3>{figures}{table_html(table)}")
     return page("workbench", body)
 
 

@@ -212,11 +212,13 @@ def _keep_within_bounds(folder: Path) -> None:
     for path in sorted(sizes):
         if not _is_over(sizes):
             return
-        if _is_pinned(path):
+        is_pinned = _is_pinned(path)
+        if is_pinned:
             pinned.append(path)
-        else:
+            continue
+        if is_pinned is not None:
             forget(path)
-            del sizes[path]
+        del sizes[path]
     for path in pinned:
         if _is_over(sizes):
             forget(path)
@@ -227,10 +229,11 @@ def _is_over(sizes: Mapping[Path, int]) -> bool:
     return len(sizes) > MOST or sum(sizes.values()) > MOST_BYTES
 
 
-def _is_pinned(path: Path) -> bool:
+def _is_pinned(path: Path) -> bool | None:
+    """None for a file that is damaged, which is nobody's to delete."""
     with suppress(*_DAMAGED), gzip.open(path) as file:
         return bool(json.loads(file.readline(_LARGEST))["pinned"])
-    return False
+    return None
 
 
 def _told(path: Path, head: dict[str, Any], digest: Callable[[str], str]) -> Kept:

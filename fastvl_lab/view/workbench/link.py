@@ -31,8 +31,8 @@ def write(question: Question, recipe: Recipe, result: str) -> str:
         "recipe": str(recipe),
         "result": result,
     }
-    pictures = [("picture", str(picture)) for picture in question.pictures]
-    return f"?{urlencode([*((name, text) for name, text in fields.items() if text), *pictures])}"
+    pictures = [("picture", str(picture)) for picture in question.pictures] or [("picture", "")]
+    return f"?{urlencode([*fields.items(), *pictures])}"  # with what is empty: left out, it would be the page's own
 
 
 def read(query: str, question: Question, recipe: Recipe, device: torch.device) -> tuple[Question, Recipe, str]:

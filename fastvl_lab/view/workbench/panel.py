@@ -126,7 +126,6 @@ class Workbench:
         self._question, self._repeats, self._rival = question, repeats, STOCK
         self._before: list[Recipe] = []
         self._moved: tuple[str, ...] = ()
-        self._pictures: dict[str, Picture] = {}  # every one that was given, by name
         self._marks: dict[int, tuple[bool, str]] = {}  # of results: whether pinned, and a note
         self._rows: dict[int, tuple[Any, messages.Row]] = {}  # of the history, with what each was made of
         self._views = views()
@@ -258,7 +257,7 @@ class Workbench:
         if "picture" in changes:
             changes["pictures"] = (Picture(source=changes.pop("picture"), name=changes.pop("name", "")),)
         self._question = dataclasses.replace(self._question, **changes)
-        self._pictures |= {str(picture): picture for picture in self._question.pictures}
+        self._say(error="")
         self.run()
 
     def run(self) -> None:
@@ -342,10 +341,10 @@ class Workbench:
         if number < 0:
             self.forget(number)
             return
-        if len(self.history) == 1 and self.result(number):
+        number = self.result(number).number
+        if len(self.history) == 1:
             raise RecipeError(f"result {number} is the only one; run something else first")
-        self._session.delete(self.result(number).number)
-        self._rows.pop(number, None)
+        self._session.delete(number)
         self._marks.pop(number, None)
         with self._keeping:
             kept.forget(self._path(number))
@@ -356,6 +355,8 @@ class Workbench:
         """Forget results of earlier sessions, by their numbers below 0; without any, all that are not pinned."""
         gone = numbers or tuple(number for number, one in self._earlier.items() if not one.pinned)
         for number in gone:
+            if number >= 0:
+                raise RequestError(f"result {number} is of this session: delete it")
             if number not in self._earlier:
                 self.result(number)  # raises
             kept.forget(self._path(number))
@@ -419,11 +420,11 @@ class Workbench:
         """Write the history: a page that opens offline, and of every result its run as a record, its trace for Perfetto, and its
         waterfall as PNG where kaleido and a Chrome can make one; the files written.
         """
-        return export(self.history, self.rows(), self._drawn(), Path(folder), told=lambda said: self._say(progress=said))
+        return export(self._listed(), self._drawn(), Path(folder), told=lambda said: self._say(progress=said))
 
     def page(self) -> str:
         """The history as one page of HTML that needs nothing beside it: every result in all views it was measured for."""
-        return page_of(self.history, self.rows(), self._drawn())
+        return page_of(self._listed(), self._drawn())
 
     def static(self) -> str:
         """The newest result as text in HTML, for where no kernel lives."""
@@ -437,6 +438,7 @@ class Workbench:
         self._meant = meant
         moved = [path for path in self.controls if recipe.value(path) != self.recipe.value(path) and path != chosen]
         self.recipe, self._moved = recipe, tuple(moved) if chosen else ()
+        self._say(error="")
         self.run()
 
     def _other(self, result: Result) -> Result | None:
@@ -499,7 +501,7 @@ class Workbench:
 
     def _grant(self, content: Any, buffers: Any) -> None:
         wish = messages.from_json(content)
-        if wish != messages.Press(button="open"):  # then nobody has read it yet
+        if wish not in (messages.Press(button="open"), messages.Press(button="plotly")):  # nobody has clicked: it may be unread
             self._say(error="")
         match wish:
             case messages.Choose(path=path, value=value):
@@ -513,7 +515,10 @@ class Workbench:
             case messages.Look(view=view, number=number, against=against):
                 self.look(view, number=number, against=against)
             case messages.Measure(number=number, against=against):
-                self.measure(number, against)
+                other = self._other(self.result(number)) if against in (0, number) else self.result(against)
+                if other is None:
+                    raise RequestError("there is no other result to measure beside this one; shift-click one")
+                self.measure(number, other.number)
             case messages.Send(at_once=at_once, rate=rate, n=n, against=against):
                 self._send(reading.arrivals(at_once, rate, n), against)
             case messages.Mark(number=number, pinned=pinned, note=note):
@@ -530,9 +535,8 @@ class Workbench:
         elif field == "rival":
             self.ask(rival=text)
         else:
-            changes = (
-                reading.pictures_named(text, self._question, self._pictures) if field == "pictures" else reading.FIELDS[field](text)
-            )
+            taken = {str(picture): picture for result in self.history for picture in result.question.pictures}
+            changes = reading.pictures_named(text, self._question, taken) if field == "pictures" else reading.FIELDS[field](text)
             if dataclasses.replace(self._question, **changes) != self._question:
                 self.ask(**changes)
 
@@ -633,7 +637,7 @@ class Workbench:
             if news.advice is not None or news.result is not None:
                 self._tell_advised()
             self._say()
-        if news.result is not None and news.state == "idle":
+        if news.result is not None and news.state == "idle" and not self._closed:
             self._measure_for_view(self.result(self._shown))
 
     def _let_go(self) -> None:
@@ -642,7 +646,6 @@ class Workbench:
         can = [result.number for result in self.history[:-2] if result.number not in needed]
         for number in can[: max(0, len(self.history) - kept.MOST)]:
             self._session.delete(number)
-            self._rows.pop(number, None)
 
     def _hear_of_start(self, how_far: str, error: str) -> None:
         """On the thread that starts the bar to beat; one that fails is none."""
@@ -763,7 +766,7 @@ class Workbench:
             messages.Asked(
                 checkpoint=question.checkpoint,
                 pictures=tuple(map(str, question.pictures)),
-                previews=shown or tuple(self.widget.asked.get("previews", ())),
+                previews=shown or (tuple(self.widget.asked.get("previews", ())) if question.pictures else ()),
                 size=reading.size_text(question),
                 max_pixels="" if question.max_pixels is None else str(question.max_pixels),
                 prompt=question.prompt,
@@ -786,11 +789,20 @@ class Workbench:
         self.widget.tell("advised", said)
 
     def _tell_history(self) -> None:
-        for before, result in zip([None, *self.history], self.history, strict=False):
-            of = (result, before, self._marks.get(result.number, (False, "")))
-            if self._rows.get(result.number, (None,))[0] != of:  # a line takes milliseconds, and there may be hundreds
-                self._rows[result.number] = (of, showing.row(result, before, pinned=of[2][0], note=of[2][1]))
-        self.widget.tell("history", tuple(row for _, row in self._rows.values()))
+        with self._telling:
+            self.widget.tell("history", self._listed())
+
+    def _listed(self) -> tuple[messages.Row, ...]:
+        """A line for each result of the history, made anew only where it changes: one takes milliseconds, of maybe hundreds."""
+        with self._telling:
+            history, known, self._rows = list(self.history), self._rows, {}
+            for before, result in zip([None, *history], history, strict=False):
+                of = (result, before, self._marks.get(result.number, (False, "")))
+                of_then, row = known.get(result.number, (None, None))
+                if row is None or of_then != of:
+                    row = showing.row(result, before, pinned=of[2][0], note=of[2][1])
+                self._rows[result.number] = (of, row)
+            return tuple(row for _, row in self._rows.values())
 
     def _tell_earlier(self) -> None:
         with self._telling:

@@ -13,7 +13,7 @@ from huggingface_hub.errors import CacheNotFound
 
 from fastvl_lab.checkpoint import tiny
 from fastvl_lab.checkpoint.random_weights import RANDOM_PREFIX, published
-from fastvl_lab.errors import RequestError
+from fastvl_lab.errors import RequestError, quoted
 from fastvl_lab.families import family_of
 from fastvl_lab.view.workbench.session import Arrivals, Picture, Question
 
@@ -58,7 +58,7 @@ def size_text(question: Question) -> str:
 def _size(text: str) -> dict[str, Any]:
     if text in (AS_IT_IS, ""):
         return {"size": None, "within": False}
-    sides = re.fullmatch(r"(\d{1,5})(?:\s*[x×*, ]\s*(\d{1,5})|²)", text.removeprefix(WITHIN))
+    sides = re.fullmatch(r"([1-9]\d{0,4})(?:\s*[x×*, ]\s*([1-9]\d{0,4})|²)", text.removeprefix(WITHIN))
     if sides is None:
         raise RequestError(
             f"size is {text!r}; write width and height in pixels, such as 800×600 or within 800×600, or {AS_IT_IS!r}"
@@ -67,9 +67,7 @@ def _size(text: str) -> dict[str, Any]:
 
 
 def _max_pixels(text: str) -> dict[str, Any]:
-    if text and not (text.isascii() and text.isdigit() and int(text) > 0):
-        raise RequestError(f"max_pixels is {text!r}; write a whole number of pixels, or nothing for the checkpoint's own")
-    return {"max_pixels": int(text) if text else None}
+    return {"max_pixels": whole_number("max_pixels", text, least=1) if text else None}
 
 
 def pictures_named(text: str, question: Question, taken: Mapping[str, Picture]) -> dict[str, Any]:
@@ -89,9 +87,9 @@ def _tokens(text: str) -> dict[str, Any]:
 
 
 def whole_number(name: str, text: str, *, least: int) -> int:
-    """Raises `RequestError` for what is none, or is less."""
-    if not (text.isascii() and text.isdigit() and int(text) >= least):
-        raise RequestError(f"{name} is {text!r}; write a whole number of at least {least}")
+    """Raises `RequestError` for what is none, is less, or has more than 9 digits."""
+    if not re.fullmatch(r"\d{1,9}", text, re.ASCII) or int(text) < least:
+        raise RequestError(f"{name} is {quoted(text)}; write a whole number of at least {least}, of 9 digits at most")
     return int(text)
 
 

@@ -18,7 +18,7 @@ import torch
 
 from fastvl_lab.catalogue import OptionValue, Target, toggles
 from fastvl_lab.engine import EngineLike
-from fastvl_lab.errors import FastvlError, ImageError, RecipeError, RequestCancelledError, sentence
+from fastvl_lab.errors import FastvlError, ImageError, RecipeError, RequestCancelledError, RequestError, sentence
 from fastvl_lab.lab import Lab
 from fastvl_lab.learnt import versions
 from fastvl_lab.measure.audit import Audit, audit
@@ -245,6 +245,7 @@ class _Wish:
     question: Question
     state: str
     work: Work
+    number: int = 0  # of the result that a view needs it for
     background: bool = False
     stop: threading.Event = field(default_factory=threading.Event)
 
@@ -309,19 +310,19 @@ class Session:
 
     def open_up(self, result: Result) -> None:
         """Wish for every block and layer of a result's recipe and of Transformers."""
-        self._wish_for(result.question, "timing blocks and layers", partial(self._open_up, result.number))
+        self._wish_once(result, "timing blocks and layers", partial(self._open_up, result.number))
 
     def see_operations(self, result: Result) -> None:
         """Wish for every operation of a result's recipe, as torch's profiler sees it."""
-        self._wish_for(result.question, "watching operations", partial(self._see_operations, result.number))
+        self._wish_once(result, "watching operations", partial(self._see_operations, result.number))
 
     def find_floors(self, result: Result) -> None:
         """Wish for what the stages of a result must cost at least on this device."""
-        self._wish_for(result.question, "measuring what the device can do", partial(self._find_floors, result.number))
+        self._wish_once(result, "measuring what the device can do", partial(self._find_floors, result.number))
 
     def attribute(self, result: Result, *, repeats: int) -> None:
         """Wish for what each toggle of a result's recipe takes off TTFT, on the way from the baseline."""
-        self._wish_for(result.question, "measuring toggle by toggle", partial(self._attribute, result.number, repeats))
+        self._wish_once(result, "measuring toggle by toggle", partial(self._attribute, result.number, repeats))
 
     def load(self, result: Result, arrivals: Arrivals, beside: Mapping[str, EngineLike]) -> None:
         """Wish for many requests of a result's question: with its recipe, then with each engine of `beside`, by its name."""
@@ -366,11 +367,20 @@ class Session:
     def _nothing_to_do(self) -> bool:
         return not self._wishes and self._starting is None and (self._running is None or self._running.background)
 
-    def _wish_for(self, question: Question, state: str, work: Work, *, first: bool = False) -> None:
+    def _wish_once(self, result: Result, state: str, work: Work) -> None:
+        """Wish for what a view needs of a result, unless that waits or runs already."""
         with self._changed:
+            wishes = [*self._wishes, *([self._running] if self._running is not None else [])]
+            if not any((one.state, one.number) == (state, result.number) and not one.stop.is_set() for one in wishes):
+                self._wish_for(result.question, state, work, number=result.number)
+
+    def _wish_for(self, question: Question, state: str, work: Work, *, number: int = 0, first: bool = False) -> None:
+        with self._changed:
+            if self._closed:
+                raise RequestError("this workbench is closed, and runs nothing any more; open another")
             if first:
                 self._wishes.clear()
-            self._wishes.append(_Wish(question=question, state=state, work=work))
+            self._wishes.append(_Wish(question=question, state=state, work=work, number=number))
             if self._running is not None and (first or self._running.background):
                 self._running.stop.set()
             self._changed.notify_all()
@@ -380,7 +390,11 @@ class Session:
         with self._changed:
             while not self._wishes and not self._closed:
                 in_background = self._for_background()
-                if not self._changed.wait(_QUIET if in_background else None) and in_background and not self._wishes:
+                if (
+                    not self._changed.wait(_QUIET if in_background else None)
+                    and in_background
+                    and not (self._wishes or self._closed)
+                ):
                     self._running = in_background
                     return in_background
             if self._closed:
@@ -539,8 +553,7 @@ class Session:
     ) -> Result:
         if (result := self._result(number)) is not self.history[-1]:  # what came since is measured by itself
             return result
-        label = rival if isinstance(rival, str) else str(rival)
-        engines: dict[str, EngineLike] = {label: rival, **({BEFORE: before} if before else {}), RECIPE: recipe}
+        engines: dict[str, EngineLike] = {str(rival): rival, **({BEFORE: before} if before else {}), RECIPE: recipe}
         told = self._counted("measuring", len(engines) * (repeats + 1))
         measured = compare(lab, request, engines, repeats=repeats, on_sample=told, quiet=_ROUNDS_QUIET, stop=stop)
         return self._know(number, comparison=measured)

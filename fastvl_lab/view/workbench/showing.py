@@ -11,7 +11,7 @@ from fastvl_lab.catalogue import Target, toggles
 from fastvl_lab.measure.audit import audit
 from fastvl_lab.measure.compare import Comparison
 from fastvl_lab.measure.load import Load, findings
-from fastvl_lab.measure.recipes import STOCK
+from fastvl_lab.measure.recipes import STOCK, stages_of
 from fastvl_lab.measure.samples import Interval, RunSample
 from fastvl_lab.recipe import Recipe
 from fastvl_lab.run import Run, in_words, milliseconds
@@ -352,23 +352,25 @@ def advised(
         sentence = f"Next best: {best}={value} saves about {milliseconds(saved)} here ({_range(low, high)}{beside})."
     elif likely is not None:
         value, saved, low, high = savings[likely]
-        sentence = f"No saving is sure on this machine now; {likely}={value} may save {milliseconds(saved)} ({_range(low, high)})."
+        sentence = (
+            f"No saving is sure on this machine now; {likely}={value} may save {milliseconds(saved)} ({_range(low, high)}{beside})."
+        )
     else:
         return Advised(savings=savings, sentence="Nothing known would save more here.")
     return Advised(savings=savings, sentence=sentence, path=best or likely or "", value=value)
 
 
 def _first_advice(last: Result, target: Target, fastest: Recipe) -> Advised:
-    """Before anything is measured: the longest stage, and what the fastest known recipe does about it."""
+    """Before anything is measured: what the fastest known recipe has elsewhere, by the longest stage that it works in."""
     if last.shown.kind == "cold" or not (known := candidates(last, target, fastest)):
         return Advised()
     path, (value, _) = known[0]
     stages = last.shown.trace.stages()
-    longest = max(stages, key=lambda stage: stages[stage])
-    share = stages[longest] / 1e9 / last.shown.ttft
-    return Advised(
-        savings={}, sentence=f"{longest} takes longest, {share:.0%} of TTFT. Try {path}={value}.", path=path, value=value
-    )
+    stage = max(stages_of(path), key=lambda stage: stages.get(stage, 0), default="")
+    if stage not in stages:  # nothing that the request spends time in
+        return Advised()
+    share = stages[stage] / 1e9 / last.shown.ttft
+    return Advised(savings={}, sentence=f"{stage} takes {share:.0%} of TTFT. Try {path}={value}.", path=path, value=value)
 
 
 def loaded(result: Result, arrivals: Arrivals, against: str, others: Sequence[Rival], unmet: str) -> Loaded:
@@ -423,7 +425,8 @@ def row(result: Result, before: Result | None, *, pinned: bool, note: str) -> Ro
     ratio, parity = "", "not checked"
     if comparison is not None and checked is not None:
         parity = "✗ other tokens" if not checked.holds else "✓ on its pixels" if checked.moved is not None else "✓ same tokens"
-        if result.speedup is not None and result.speedup.low == result.speedup.low and run.kind != "cache_hit":
+        known = result.speedup is not None and result.speedup.low == result.speedup.low and run.kind != "cache_hit"
+        if result.speedup is not None and known and not _busy(comparison, RECIPE, comparison.reference):
             ratio = f"{result.speedup.median:.2f}× ({result.speedup.low:.2f}–{result.speedup.high:.2f})"
     return Row(
         number=result.number,
