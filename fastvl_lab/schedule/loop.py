@@ -68,17 +68,16 @@ def one_at_a_time(run: Callable[[Job], Outcome], device: torch.device, inbox: In
         job.begin()
         return run(job)
 
-    waiting = inbox.take(wait=lingers)
-    while waiting:
-        job, start_ns = waiting.pop(0), time.perf_counter_ns()
+    while taken := inbox.take(wait=lingers, most=1):  # the others stay, where who gives one up finds it
+        (job,), start_ns = taken, time.perf_counter_ns()
         try:
             job.end(_made_of(serve, job))
-            on_step(Step(start_ns=start_ns, end_ns=time.perf_counter_ns(), admitted=(job.number,), waiting=len(waiting)))
+            on_step(Step(start_ns=start_ns, end_ns=time.perf_counter_ns(), admitted=(job.number,), waiting=len(inbox)))
         except Exception as error:
-            for other in waiting:
+            for other in inbox.take(wait=False):
                 other.end(error)
             raise
-        waiting += inbox.take(wait=lingers and not waiting)
+        del taken, job  # not held while the next is waited for
 
 
 def side_by_side(run: Callable[[Job], Outcome], inbox: Inbox, *, lingers: bool) -> None:
@@ -111,8 +110,8 @@ class Loop:
     """The requests of one recipe that are under way together, and the steps that serve them.
 
     threads: they open requests, and unpack the images of those that wait, if any (`unpackers`); no more than may be under way wait
-    unpacked, since their patches take memory of the device. forced: tokens that the answer of the
-    only request is made to go on with. on_step: given each step as it ends; by default they are kept in `steps`.
+    unpacked, since their patches take memory of the device. forced: tokens that the answer of the only request is made to go on with.
+    on_step: given each step as it ends; by default they are kept in `steps`.
     """
 
     def __init__(
