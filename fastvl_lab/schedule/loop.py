@@ -110,7 +110,7 @@ class Loop:
     """The requests of one recipe that are under way together, and the steps that serve them.
 
     threads: they open requests, and unpack the images of those that wait, if any (`unpackers`); no more than may be under way wait
-    unpacked, since their patches take memory of the device. forced: tokens that the answer of the only request is made to go on with.
+    unpacked, since their patches take memory of the device. forced: tokens with which the answer of the only request goes on.
     on_step: given each step as it ends; by default they are kept in `steps`.
     """
 
