@@ -77,7 +77,22 @@ TOOLS = {"tools": st.lists(TOOL, max_size=2), "tool_choice": st.sampled_from(["a
 FIELDS = (*chat.READ, "response_format", "tools", "echo", "top_logprobs", "suffix", "user")
 PLAIN_CHAT = _body((*FIELDS, *chat.OF_IMAGES), messages=MESSAGES)
 FORMED_CHAT = _object(messages=st.just([{"role": "user", "content": "hi"}]), response_format=FORMAT, **TOOLS)
-CHAT = st.one_of(PLAIN_CHAT, FORMED_CHAT)
+# Each field as it should be: what is read together must make sense together.
+SOUND_CHAT = st.fixed_dictionaries(
+    {"messages": st.lists(SAID, min_size=1, max_size=2)},
+    optional={
+        "temperature": st.floats(0, 2),
+        "top_p": st.floats(0.01, 1),
+        "max_tokens": st.integers(1, 50),
+        "min_tokens": st.integers(0, 5),
+        "stop": st.lists(st.text(min_size=1, max_size=3), max_size=4),
+        "n": st.integers(1, 3),
+        "seed": st.integers(0, 9),
+        "logprobs": st.booleans(),
+        "logit_bias": st.dictionaries(st.integers(0, 400).map(str), st.floats(-100, 100), max_size=3),
+    },
+)
+CHAT = st.one_of(PLAIN_CHAT, FORMED_CHAT, SOUND_CHAT)
 TEXT = _body(FIELDS, prompt=st.one_of(TEXTS, st.lists(st.text(min_size=1, max_size=8), min_size=1, max_size=3)))
 TOKENIZE = st.one_of(_body(completions.OF_TEXT, prompt=TEXTS), _body(completions.OF_CHAT, messages=MESSAGES))
 DETOKENIZE = _body(completions.OF_TOKENS, tokens=st.lists(st.integers(-1, 400), max_size=5))
