@@ -75,7 +75,7 @@ class Channels:
         if self._read == self._thought:
             self._said.reasoning += self._held
         elif self._read == self._content:
-            self._said.content += self._held if self._begun else self._held.lstrip()
+            self._said.content += self._held
         elif self._read == self._call and not self._take_whole(self._held) and not cut:
             self._said.content += OPEN + self._held
         self._held = ""

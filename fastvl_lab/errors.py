@@ -93,11 +93,13 @@ def is_number(value: Any) -> TypeGuard[float]:
 def check_whole_number(name: str, value: Any, *, least: int = 1) -> None:
     """Raise `RequestError` for all but an integer from `least` up, of any type, that has 64 bits; a bool is none."""
     try:
-        good = not isinstance(value, bool) and least <= operator.index(value) < 2**63
+        number = None if isinstance(value, bool) else operator.index(value)
     except TypeError:
-        good = False
-    if not good:
+        number = None
+    if number is None or number < least:
         raise RequestError(f"{name} is {quoted(value)}; it must be a whole number of at least {least}")
+    if number >= 2**63:
+        raise RequestError(f"{name} is {quoted(value)}; it must be a whole number below 2**63")
 
 
 def sentence(error: BaseException) -> str:

@@ -8,6 +8,7 @@ import os
 import queue
 import threading
 import time
+import traceback
 import weakref
 from collections import Counter, OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -284,15 +285,25 @@ class Lab:
             if on_chunk is not None:
                 on_chunk(chunks[-1])
 
-        def end(outcome: Outcome | Exception) -> None:
+        def made(outcome: Outcome | Exception) -> Run | Exception:
             if isinstance(outcome, Exception):
-                on_end(self._in_words(outcome))
-                return
-            finished, logits = tracer.finish(), outcome.logits.cpu()
-            on_end(self._made(key, engine, outcome, finished, logits, self._kind(key, request, outcome), chunks))
+                return self._in_words(outcome)
+            try:
+                finished, logits = tracer.finish(), outcome.logits.cpu()
+                return self._made(key, engine, outcome, finished, logits, self._kind(key, request, outcome), chunks)
+            except Exception as error:  # a device may tell only now of what has failed
+                return self._in_words(error)
 
         since = time.perf_counter_ns() if since_ns is None else since_ns
-        return Job(number=number, request=request, tracer=tracer, deliver=deliver, begin=on_begin, end=end, since_ns=since)
+        return Job(
+            number=number,
+            request=request,
+            tracer=tracer,
+            deliver=deliver,
+            begin=on_begin,
+            end=lambda o: on_end(made(o)),
+            since_ns=since,
+        )
 
     def serve(self, engine: EngineLike, inbox: Inbox, on_step: OnStep, *, lingers: bool = True) -> None:
         """Serve jobs as they come, on the lab's thread, until the inbox is closed and all have ended.
@@ -488,16 +499,18 @@ class Lab:
             with computing(self.device, self.dtype):
                 return engine.run(request, tracer, deliver)
         except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
-            meant = self._in_words(error)
-            if meant is error:
+            if not _is_want_of_memory(error):
                 raise
-            raise meant from error
+            raise self._in_words(error) from error
 
     def _in_words(self, error: Exception) -> Exception:
-        """A `DeviceError` in the place of one that says that memory has run out; any other as it is."""
-        known = isinstance(error, torch.OutOfMemoryError | MemoryError)
-        if not known and not (isinstance(error, RuntimeError) and any(words in str(error) for words in _OUT_OF_MEMORY)):
+        """A `DeviceError` in the place of one that says that memory has run out; any other as it is.
+
+        The frames in its traceback lose their variables: whoever has the error would hold what has filled the memory.
+        """
+        if not _is_want_of_memory(error):
             return error
+        traceback.clear_frames(error.__traceback__)
         return DeviceError(
             f"{device_name(self.device)} ran out of memory ({next(iter(str(error).splitlines()), 'no detail')}); "
             f"set a smaller max_pixels or max_new_tokens, or load a smaller checkpoint or dtype"
@@ -521,6 +534,11 @@ class Lab:
         if len(seen) > MAX_SHAPES:
             del seen[next(iter(seen))]
         return "cold" if made > known or outcome.captures else "warm"
+
+
+def _is_want_of_memory(error: Exception) -> bool:
+    known = isinstance(error, torch.OutOfMemoryError | MemoryError)
+    return known or (isinstance(error, RuntimeError) and any(words in str(error) for words in _OUT_OF_MEMORY))
 
 
 def _let_go(lab: weakref.ref[Lab]) -> None:

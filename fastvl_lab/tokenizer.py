@@ -57,7 +57,8 @@ def chat_text(request: Request, checkpoint: Checkpoint) -> str:
         )
     if not text:
         raise RequestError(f"the chat template of {quoted(checkpoint.name)} makes an empty prompt of this conversation")
-    if request.offered and not all(name_of(tool) in text for tool in request.offered):
+    names = [name_of(tool) for tool in request.offered]
+    if names and (not all(name in text for name in names) or text == _written(messages, checkpoint)):
         raise RequestError(
             f"the chat template of {quoted(checkpoint.name)} does not show tools to the model; leave them out, or describe them "
             f"in a message"

@@ -5,8 +5,10 @@ from __future__ import annotations
 import gc
 import threading
 import time
+import traceback
 import weakref
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -16,6 +18,9 @@ import torch
 from fastvl_lab import DeviceError, ImageError, Lab, Recipe, RecipeError, Request, RequestError, Sampling
 from fastvl_lab.engine_thread import EngineThread
 from fastvl_lab.lab import MAX_ENGINES
+from fastvl_lab.run import Run
+from fastvl_lab.schedule.inbox import Inbox
+from fastvl_lab.trace import Trace, Tracer
 
 
 @pytest.fixture
@@ -190,6 +195,44 @@ def test_running_out_of_memory_is_one_sentence(labs: dict[str, Lab], monkeypatch
     monkeypatch.setattr(lab._bind(lab.engine("baseline")).stages, "encode", failing("CUDA error: an illegal memory access"))  # type: ignore[attr-defined]
     with pytest.raises(RuntimeError, match="an illegal memory access"):
         lab.run(request)
+
+
+def test_an_error_for_want_of_memory_holds_none(labs: dict[str, Lab], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whoever keeps it, as a notebook does the last one, has its traceback, whose frames had what was computed."""
+    lab, held = labs["tiny-qwen3-vl"], list[weakref.ref[torch.Tensor]]()
+
+    def exhausted(*_: object, **__: object) -> None:
+        computed = torch.zeros(8)
+        held.append(weakref.ref(computed))
+        raise MemoryError("no room")
+
+    monkeypatch.setattr(lab._bind(lab.engine("baseline")).stages, "prefill", exhausted)  # type: ignore[attr-defined]
+    with pytest.raises(DeviceError, match="no room") as raised:
+        lab.run(Request(prompt="?"))
+    assert held[0]() is None
+    assert raised.value.__cause__ is not None
+    assert "exhausted" in "".join(traceback.format_exception(raised.value)), "it still says where"
+
+
+@pytest.mark.parametrize("recipe", ["fastest", "fastest, cache.kv=paged, schedule.batching=continuous"])
+def test_a_job_whose_answer_is_lost_as_it_ends_is_told_so(
+    labs: dict[str, Lab], monkeypatch: pytest.MonkeyPatch, recipe: str
+) -> None:
+    """A device may tell of its failure only where it is waited for last; other jobs are served."""
+    lab, inbox, ended = labs["tiny-qwen3-vl"], Inbox(), dict[int, Run | Exception]()
+    finish = Tracer.finish
+
+    def lost(tracer: Tracer) -> Trace:
+        monkeypatch.setattr(Tracer, "finish", finish)
+        raise RuntimeError("the device is lost")
+
+    for number in range(2):
+        inbox.put(lab.job(Request(prompt="?", max_new_tokens=2), recipe, on_end=partial(ended.__setitem__, number)))
+    inbox.close()
+    monkeypatch.setattr(Tracer, "finish", lost)
+    lab.serve(recipe, inbox, lambda _: None)
+    assert str(ended[0]) == "the device is lost"
+    assert isinstance(ended[1], Run)
 
 
 FIRST_RUN = """

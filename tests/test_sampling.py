@@ -27,7 +27,7 @@ from fastvl_lab import Request, RequestError, Sampling
         ({"logit_bias": {"5": 1}}, "a token of logit_bias is '5'"),
         ({"logit_bias": {5: 101}}, "logit_bias of token 5 is 101"),
         ({"seed": 1.5}, "seed is 1.5"),
-        ({"seed": 2**63}, "seed is 9223372036854775808"),
+        ({"seed": 2**63}, "seed is 9223372036854775808; it must be a whole number below 2**63"),
         ({"stop": 3}, "stop is 3; it must be a text or a list of texts"),
         ({"stop": ["a", ""]}, "a stop has 0 characters; it must have from 1 to 256"),
         ({"stop": ["a"] * 17}, "stop has 17 texts; the limit is 16"),

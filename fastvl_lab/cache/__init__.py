@@ -40,13 +40,13 @@ class Place:
         self._prompt, self._images, self._digests = prompt, images, digests
         self._needed = [number for number, (first, length) in enumerate(prompt.images) if first + length > self.reused]
         self._bytes_per_token = bytes_per_token
+        self._known: dict[int, Kept] = {}
         self.look()
 
     def look(self) -> None:
-        """See which of the images that it needs are known by now."""
-        self._known: dict[int, Kept] = {}
+        """See which of the images that it needs are known by now; what it knows already it keeps."""
         if self._images is not None:
-            found = {number: self._images.get(self._digests[number]) for number in self._needed}
+            found = {number: self._known.get(number) or self._images.get(self._digests[number]) for number in self._needed}
             self._known = {number: kept for number, kept in found.items() if kept is not None}
         self.to_make = tuple(number for number in self._needed if number not in self._known)
 
@@ -110,8 +110,8 @@ class Place:
             self.sequence.keep(generated)
 
     def close(self) -> None:
-        """Give the room back."""
-        if isinstance(self.sequence, PagedSequence):
+        """Give the room back, whoever still holds this object."""
+        if isinstance(self.sequence, PagedSequence | ConcatSequence):
             self.sequence.close()
 
 

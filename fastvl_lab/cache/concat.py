@@ -24,6 +24,9 @@ class ConcatSequence:
         """What the tensors take now."""
         return sum(x.nbytes for x in (*self.keys, *self.values) if x is not None)
 
+    def close(self) -> None:
+        self.keys, self.values = [], []
+
 
 class ConcatKv:
     """The KV cache of some sequences."""

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import accumulate, cycle, islice, pairwise
-from math import log, log1p, nan
+from math import gcd, log, log1p, nan
 from typing import Any, Literal, get_args
 
 import numpy as np
@@ -290,8 +290,9 @@ def load(
     pictures of its own (`varied`), so that no cache flatters; or several, sent as they are, in turn. One of these says when they
     arrive: concurrency, so many at once, the next when one ends; rate, so many a second on average, at random by `seed` (Poisson);
     arrivals, the seconds of each from the first. n: how many; by default as many as there are requests or arrivals, and of one
-    request 4 times `concurrency`, or 32. warm_up: how many are served before, one at a time. on_run: given each request's number
-    and its run or error as it ends. stop: once set, what has not ended fails. Raises `FastvlError`s.
+    request 4 times `concurrency`, or 32. warm_up: how many are served before, one at a time; of one request, with pictures that are
+    not sent again. on_run: given each request's number and its run or error as it ends; what it raises is raised, and ends the load
+    as `stop` does. stop: once set, what has not ended fails. Raises `FastvlError`s.
     """
     check_arrivals(concurrency=concurrency, rate=rate, arrivals=arrivals, n=n)
     check_whole_number("warm_up", warm_up, least=0)
@@ -303,12 +304,15 @@ def load(
     count = n or (len(arrivals) if arrivals is not None else len(several) or usual_number(concurrency))
     if arrivals is not None and count > len(arrivals):
         raise RequestError(f"n is {count}, and arrivals has {len(arrivals)}; give one for each request")
-    source = (
-        (varied(requests, number) for number in range(count)) if isinstance(requests, Request) else islice(cycle(several), count)
-    )
-    sent = _Sent(lab, list(source), engine, stop or threading.Event(), on_run)
+    if isinstance(requests, Request):
+        source = [varied(requests, number) for number in range(count)]
+        before = [varied(requests, number) for number in range(count, count + warm_up)]
+    else:
+        source = list(islice(cycle(several), count))
+        before = source[:warm_up]
+    sent = _Sent(lab, source, engine, stop or threading.Event(), on_run)
     with lab.hold([engine]):
-        for request in sent.requests[:warm_up]:
+        for request in before:
             lab.run(request, engine, stop=sent.stop)
         if concurrency is not None:
             return sent.closed_loop(concurrency)
@@ -371,7 +375,9 @@ def varied(request: Request, number: int) -> Request:
 
 
 def _rolled(image: ImageInput, number: int) -> ImageInput:
-    pixels = np.roll(np.asarray(rgb_of(image)), (3 * number, 7 * number), axis=(0, 1))
+    pixels = np.asarray(rgb_of(image))
+    again, at = divmod(number, pixels.shape[1] // gcd(7, pixels.shape[1]))  # how often the columns are back where they were
+    pixels = np.roll(pixels, (3 * at + again, 7 * number), axis=(0, 1))
     buffer = io.BytesIO()
     Image.fromarray(pixels).save(buffer, "JPEG", quality=95)
     return dataclasses.replace(image, data=buffer.getvalue())
@@ -393,7 +399,8 @@ class _Sent:
         self._inbox = Inbox()
         self._next: Callable[[], None] = _nothing  # what is done when one has ended
         self._began_ns = [0] * len(requests)
-        self._ended: dict[int, Run | Exception] = {}
+        self._ended: dict[int, Run | str] = {}  # errors as sentences: their tracebacks hold what was computed
+        self._fault: Exception | None = None  # of `on_run`
         self._last_ns = 0
 
     def closed_loop(self, concurrency: int) -> Load:
@@ -439,17 +446,24 @@ class _Sent:
         self._inbox.put(job)
 
     def _end(self, number: int, run: Run | Exception) -> None:
-        self._ended[number], self._last_ns = run.without_logits() if isinstance(run, Run) else run, time.perf_counter_ns()
-        if self._on_run is not None:
-            self._on_run(number, run)
+        self._ended[number] = run.without_logits() if isinstance(run, Run) else sentence(run)
+        self._last_ns = time.perf_counter_ns()
+        if self._on_run is not None and self._fault is None:
+            try:
+                self._on_run(number, run)
+            except Exception as error:  # raised where the load ends: this may be any thread
+                self._fault = error
+                self.stop.set()
         self._next()
 
     def _served(self, *, concurrency: int | None = None, rate: float | None = None) -> Load:
         steps: list[Step] = []
         self._lab.serve(self._engine, self._inbox, steps.append)
+        if self._fault is not None:
+            raise self._fault
         sent = sorted(self._ended)
         first_ns = min((self._began_ns[number] for number in sent), default=0)
-        failures = {number: sentence(error) for number in sent if isinstance(error := self._ended[number], Exception)}
+        failures = {number: why for number in sent if isinstance(why := self._ended[number], str)}
         if len(failures) == len(sent):
             raise FastvlError(f"no request of the load was served: {next(iter(failures.values()), 'it was stopped at once')}")
         runs = (self._ended[number] for number in sent)

@@ -43,9 +43,8 @@ class Bound(Protocol):
 class InFlight:
     """A request on its way. Each method is a stage or some; they are called in the order in which they stand.
 
-    pixels: of the images that are still to enter the vision tower. awaits_tower: whether they are to go through it by parts, or on
-    their way, so that its prompt is not there yet. seen: what a loop had done for all requests when this one had its last turn.
-    number_admitted: how many it had admitted before this one came first.
+    pixels: of the images that are still to enter the vision tower. seen: what a loop had done for all requests when this one had
+    its last turn. number_admitted: how many it had admitted before this one came first.
     """
 
     def __init__(self, job: Job, bound: Bound) -> None:
@@ -56,7 +55,6 @@ class InFlight:
         self._first_place: Place | None = None
         self.pixels: Pixels | None = None
         self._in_tower: InParts | None = None
-        self.awaits_tower = False
         self._hidden: torch.Tensor | None = None
         self._merged: Prompt | None = None  # whose embeddings it is
         self._vision: VisionTokens | None = None
@@ -82,10 +80,14 @@ class InFlight:
     @property
     def n_left(self) -> int:
         """Tokens that are still to be computed: of the prompt, or before it of its images, a share of them a block of the tower."""
-        if not self.awaits_tower:
+        if (tower := self._in_tower) is None:
             return self._rest.n_tokens - self._n_done
-        tower = self._in_tower
-        return self._n_visual if tower is None else -(-self._n_visual * tower.n_left // tower.n_blocks)
+        return -(-self._n_visual * tower.n_left // tower.n_blocks)
+
+    @property
+    def is_in_tower(self) -> bool:
+        """Whether its images go through the tower by parts, so that its prompt is not there yet."""
+        return self._in_tower is not None
 
     @property
     def place(self) -> Place:
@@ -110,10 +112,15 @@ class InFlight:
             with span("grammar"):
                 self._held = self._bound.grammars.of(request)
 
+    @property
+    def is_unpacked(self) -> bool:
+        """Whether it has no images, or `unpack` has been there."""
+        return self._opened is None or self.pixels is not None
+
     def unpack(self) -> None:
         """All of its images, before it is admitted."""
-        if self._opened is not None:
-            self.pixels = self._bound.images.make(self._opened, self.tracer.span)
+        assert self._opened is not None
+        self.pixels = self._bound.images.make(self._opened, self.tracer.span)
 
     def has_room(self, *, beside: int) -> bool:
         """Whether the caches could admit it now, beside so many others."""
@@ -178,10 +185,7 @@ class InFlight:
     def give_way(self) -> None:
         """Leave the caches in the middle of its way; it is to be admitted again, and goes on where it was."""
         self.place.keep(self.answer.tokens[self._n_told :])
-        self.place.close()
-        self._place = self.pixels = self._in_tower = None
-        self.awaits_tower = False
-        self._hidden = self._merged = self._vision = None
+        self.close()
         self.tracer.count("schedule: preempted")
 
     def first_token(self) -> None:
@@ -204,39 +208,29 @@ class InFlight:
         self.pixels = None
         self._merge(made, images, end)
 
-    def await_tower(self) -> None:
+    def enter_tower(self) -> None:
         """Its images are to go through the tower by `encode_part`; without images its prompt is there already."""
-        if self.pixels is None:
+        if (pixels := self.pixels) is None:
             self._merge(None)
-        else:
-            self.awaits_tower, self._n_visual = True, _visual_tokens(self.pixels)
+            return
+        with self.tracer.span("vit"):
+            self._in_tower = self._bound.stages.encode_in_parts(pixels, self.tracer)
+        self.pixels, self._n_visual = None, sum(shape.visual_tokens for shape in pixels.shapes)
 
     def encode_part(self, n: int) -> int:
         """So many of the tower's blocks as n tokens are worth, and one at least. Returns how many patches count for them."""
-        n_patches = 0
-        if self._in_tower is None:
-            self.look_again()
-            if self.pixels is not None:
-                self._enter_tower(self.pixels)
-        tower, made = self._in_tower, None
-        if tower is not None:
-            before = self._patches_to_come(tower)
-            n_blocks = min(max(n * tower.n_blocks // self._n_visual, 1), tower.n_left)
-            with self.tracer.span("vit"):
-                made = tower.go_on(n_blocks, self.tracer.inner)
-            n_patches = before - self._patches_to_come(tower)
-        if tower is None or made is not None:
-            self.awaits_tower, self._in_tower = False, None
+        tower = self._in_tower
+        assert tower is not None, "it is not in the tower"
+        before = self._patches_to_come(tower)
+        with self.tracer.span("vit"):
+            made = tower.go_on(min(max(n * tower.n_blocks // self._n_visual, 1), tower.n_left), self.tracer.inner)
+        if made is not None:
+            self._in_tower = None
             self._merge(made)
-        return n_patches
+        return before - self._patches_to_come(tower)
 
     def _patches_to_come(self, tower: InParts) -> int:
         return self._n_visual * self._bound.checkpoint.merge_size**2 * tower.n_left // tower.n_blocks
-
-    def _enter_tower(self, pixels: Pixels) -> None:
-        with self.tracer.span("vit"):
-            self._in_tower = self._bound.stages.encode_in_parts(pixels, self.tracer)
-        self.pixels, self._n_visual = None, _visual_tokens(pixels)
 
     def _merge(self, made: VisionTokens | None, images: range | None = None, end: int | None = None) -> None:
         with self.tracer.span("merge"):
@@ -376,10 +370,7 @@ class InFlight:
         )
 
     def close(self) -> None:
-        """Give its place back, if it has one."""
+        """Give its place back, if it has one, and let go of what it has on the device: an error's traceback may hold it itself."""
         if self._place is not None:
             self._place.close()
-
-
-def _visual_tokens(pixels: Pixels) -> int:
-    return sum(shape.visual_tokens for shape in pixels.shapes)
+        self._place = self.pixels = self._in_tower = self._hidden = self._merged = self._vision = None

@@ -43,18 +43,38 @@ class Inbox:
             self._jobs.append(job)
             self._changed.notify_all()
 
+    def __len__(self) -> int:
+        """How many nobody has taken yet."""
+        return len(self._jobs)
+
+    def drop(self, request: Request) -> None:
+        """Forget the jobs of a request that nobody has taken yet: their ends are never told."""
+        with self._changed:
+            self._jobs = [job for job in self._jobs if job.request is not request]
+
     def close(self) -> None:
         with self._changed:
             self._closed = True
             self._changed.notify_all()
 
-    def take(self, *, wait: bool) -> list[Job]:
-        """All that have arrived; where it is to wait, at least one, or none where no more will come."""
+    def take(self, *, wait: bool, most: int | None = None) -> list[Job]:
+        """All that have arrived, or the first of them; where it is to wait, at least one, or none where no more will come."""
         with self._changed:
             if wait:
                 self._changed.wait_for(lambda: self._jobs or self._closed)
-            taken, self._jobs = self._jobs, []
+            taken = self._jobs[:most]
+            del self._jobs[:most]
             return taken
+
+    def wait_for(self, done: Callable[[], bool]) -> None:
+        """Wait until somebody is there, or it is done; whoever does it has this `look_up`."""
+        with self._changed:
+            self._changed.wait_for(lambda: self._jobs or done())
+
+    def look_up(self) -> None:
+        """Who waits looks again."""
+        with self._changed:
+            self._changed.notify_all()
 
     def is_over(self) -> bool:
         """Wait until somebody is there, or no more will come: whether it is that."""

@@ -57,62 +57,77 @@ OnStep = Callable[[Step], object]
 
 
 def one_at_a_time(run: Callable[[Job], Outcome], device: torch.device, inbox: Inbox, on_step: OnStep, *, lingers: bool) -> None:
-    """Serve each job to its end, in the order in which they come, until the inbox is closed, or empty where nothing `lingers`."""
-    waiting = inbox.take(wait=lingers)
-    while waiting:
-        job, start_ns = waiting.pop(0), time.perf_counter_ns()
+    """Serve each job to its end, in the order in which they come, until the inbox is closed, or empty where nothing `lingers`.
+
+    An error ends the job that it is of; what its `end` or `on_step` raises ends all, and is raised.
+    """
+
+    def serve(job: Job) -> Outcome:
+        job.tracer.start_at(job.since_ns, Anchor.now(device))
+        job.tracer.fill("queued")
+        job.begin()
+        return run(job)
+
+    while taken := inbox.take(wait=lingers, most=1):  # the others stay, where who gives one up finds it
+        (job,), start_ns = taken, time.perf_counter_ns()
         try:
-            job.tracer.start_at(job.since_ns, Anchor.now(device))
-            job.tracer.fill("queued")
-            job.begin()
-            ended: Outcome | Exception = run(job)
+            job.end(_made_of(serve, job))
+            on_step(Step(start_ns=start_ns, end_ns=time.perf_counter_ns(), admitted=(job.number,), waiting=len(inbox)))
         except Exception as error:
-            ended = error
-        job.end(ended)
-        on_step(Step(start_ns=start_ns, end_ns=time.perf_counter_ns(), admitted=(job.number,), waiting=len(waiting)))
-        waiting += inbox.take(wait=lingers and not waiting)
+            for other in inbox.take(wait=False):
+                other.end(error)
+            raise
+        del taken, job  # not held while the next is waited for
 
 
 def side_by_side(run: Callable[[Job], Outcome], inbox: Inbox, *, lingers: bool) -> None:
     """Hand each job on as it comes, on a thread of its own: a server elsewhere says who waits. Nobody sees its steps."""
 
-    def ask(job: Job) -> None:
+    def ask(job: Job) -> Outcome:
         job.tracer.start_at(job.since_ns, Anchor(job.since_ns, None))
         job.begin()
-        try:
-            ended: Outcome | Exception = run(job)
-        except Exception as error:
-            ended = error
-        job.end(ended)
+        return run(job)
 
     asking: list[threading.Thread] = []
     while jobs := inbox.take(wait=lingers):
+        asking = [thread for thread in asking if thread.is_alive()]
         for job in jobs:
-            asking.append(threading.Thread(target=ask, args=(job,), name="fastvl-ask", daemon=True))
+            asking.append(threading.Thread(target=lambda job=job: job.end(_made_of(ask, job)), name="fastvl-ask", daemon=True))
             asking[-1].start()
     for thread in asking:
         thread.join()
 
 
+def _made_of(serve: Callable[[Job], Outcome], job: Job) -> Outcome | Exception:
+    """What a job ends with. No variable of a loop keeps it, which would hold an error's frames while the next job is served."""
+    try:
+        return serve(job)
+    except Exception as error:
+        return error
+
+
 class Loop:
     """The requests of one recipe that are under way together, and the steps that serve them.
 
-    unpacking: threads that unpack the images of requests that wait, if any (`unpackers`). forced: tokens that the answer of the
-    only request is made to go on with. on_step: given each step as it ends; by default they are kept in `steps`.
+    threads: they open requests, and unpack the images of those that wait, if any (`unpackers`); no more than may be under way wait
+    unpacked, since their patches take memory of the device. forced: tokens with which the answer of the only request goes on.
+    on_step: given each step as it ends; by default they are kept in `steps`.
     """
 
     def __init__(
         self,
         bound: Bound,
         policy: Policy,
-        unpacking: ThreadPoolExecutor | None = None,
+        threads: ThreadPoolExecutor | None = None,
         forced: Forced | None = None,
         on_step: OnStep | None = None,
     ) -> None:
         self._bound, self._policy, self._forced = bound, policy, forced
         self._off, self._anchor = Tracer(bound.checkpoint.device, "off"), Anchor.now(bound.checkpoint.device)
-        self._unpacking = unpacking
-        self._opening: list[tuple[InFlight, Future[None]]] = []  # whose images are being unpacked
+        self._threads = threads
+        self._opening: dict[InFlight, Future[None]] = {}
+        self._packed: list[InFlight] = []  # whose images are to be unpacked
+        self._unpacking: dict[InFlight, Future[None]] = {}
         self._waiting: list[InFlight] = []
         self._prefilling: list[InFlight] = []
         self._decoding: list[InFlight] = []
@@ -142,40 +157,58 @@ class Loop:
                         prefilled=tuple(prefilled),
                         decoded=tuple(decoded),
                         preempted=tuple(preempted),
-                        waiting=len(self._waiting) + len(self._opening),
+                        waiting=len(self._opening) + len(self._packed) + len(self._unpacking) + len(self._waiting),
                     )
                     self._on_step(step)
         except Exception as error:
-            for flight in [*(flight for flight, _ in self._opening), *self._waiting, *self._prefilling, *self._decoding]:
+            for flight in [*self._opening, *self._unpacking, *self._here()]:
                 self._fail(flight, error)
             raise
         finally:
-            for _, opened in self._opening:
-                opened.cancel()
-            for flight in [*self._waiting, *self._prefilling, *self._decoding]:
+            for done in (*self._opening.values(), *self._unpacking.values()):
+                done.cancel()
+            for flight in self._here():
                 flight.close()
+
+    def _here(self) -> list[InFlight]:
+        """The requests that no thread is at."""
+        return [*self._packed, *self._waiting, *self._prefilling, *self._decoding]
 
     def _arrive(self, inbox: Inbox, lingers: bool) -> bool:
         """Take in who has come and whose images are there; wait for somebody if nobody is there. Whether anybody is."""
-        for flight in [*self._waiting, *self._prefilling, *self._decoding]:
+        for flight in self._here():
             self._turn(flight, None)  # who is not wanted any more leaves
         busy = bool(self._waiting or self._prefilling or self._decoding)
-        come = inbox.take(wait=lingers and not busy and not self._opening)
+        at_work = bool(self._opening or self._unpacking)
+        if at_work and not busy:
+            inbox.wait_for(lambda: any(done.done() for done in (*self._opening.values(), *self._unpacking.values())))
+        come = inbox.take(wait=lingers and not busy and not at_work)
         if come and time.perf_counter_ns() - self._anchor.ns > _ANCHORED * 1e9:
             self._anchor = Anchor.now(self._bound.checkpoint.device)
         for job in come:
             job.tracer.start_at(job.since_ns, self._anchor)
             flight = InFlight(job, self._bound)
-            if self._unpacking is None:
+            if self._threads is None:
                 self._turn(flight, "queued", flight.open, then=self._waiting)
             else:
-                self._opening.append((flight, self._unpacking.submit(_open_and_unpack, flight)))
-        if self._opening and not busy:
-            self._opening[0][1].exception()  # wait for it
-        for flight, opened in [pair for pair in self._opening if pair[1].done()]:
-            self._opening.remove((flight, opened))
-            self._turn(flight, None, opened.result, then=self._waiting)
-        return bool(busy or come or self._opening or self._waiting)
+                self._opening[flight] = self._begun(self._threads, flight, flight.open, inbox)
+        for group in (self._opening, self._unpacking):
+            for flight in [flight for flight, done in group.items() if done.done()]:
+                self._turn(flight, None, group.pop(flight).result, then=self._waiting if flight.is_unpacked else self._packed)
+        self._unpack_ahead(inbox)
+        return bool(busy or come or self._opening or self._unpacking or self._waiting)
+
+    def _begun(self, threads: ThreadPoolExecutor, flight: InFlight, work: Callable[[], None], inbox: Inbox) -> Future[None]:
+        """Work for a request on a thread; a loop that waits looks up when it is done."""
+        future = threads.submit(_beside, flight, work)
+        future.add_done_callback(lambda _: inbox.look_up())
+        return future
+
+    def _unpack_ahead(self, inbox: Inbox) -> None:
+        while self._packed and len(self._unpacking) + sum(one.pixels is not None for one in self._waiting) < self._policy.max_batch:
+            assert self._threads is not None
+            self._packed.remove(flight := self._policy.next(self._packed, time.perf_counter()))
+            self._unpacking[flight] = self._begun(self._threads, flight, flight.unpack, inbox)
 
     def _prompts(self) -> tuple[list[int], list[tuple[int, int]], list[tuple[int, int]]]:
         """Admit whom there is room for, and compute as much of images and prompts as a step may."""
@@ -186,16 +219,15 @@ class Loop:
         while (left := self._policy.left(n_decoding, n_taken)) is None or left > 0:
             for flight, n in pieces(self._prefilling, left):
                 n_taken += n
-                if flight.awaits_tower:
+                if flight.is_in_tower:
                     self._turn(flight, "waiting", partial(_encode_part, flight, n, encoded))
                 elif self._turn(flight, "waiting", partial(flight.prefill, n)):
                     flight.note_captures()
                     prefilled.append((flight.job.number, n))
                     if flight.n_left == 0:
-                        self._prefilling.remove(flight)
                         self._first_token(flight)
-            if self._prefilling:  # the step is full
-                break
+            if self._prefilling:  # the step is full, or what a tower has left of it is its prompt's
+                continue
             come = self._admit(self._policy.left(n_decoding, n_taken))
             if not come:
                 break
@@ -239,7 +271,7 @@ class Loop:
         """Images to visual tokens, of several requests in one call, and these into the prompts; or by parts later."""
         if self._policy.stops_in_tower:
             for flight in flights:
-                self._turn(flight, "waiting", flight.await_tower)
+                self._turn(flight, "waiting", flight.enter_tower)
             return
         made = self._encode_packed([flight for flight in flights if flight.pixels is not None and self._turn(flight, "waiting")])
         for flight in flights:
@@ -265,15 +297,13 @@ class Loop:
         return dict(zip(flights, split(made, [sum(shape.visual_tokens for shape in one.shapes) for one in pixels]), strict=True))
 
     def _first_token(self, flight: InFlight) -> None:
-        def read() -> None:
+        def read() -> int:
             with flight.tracer.span("sample"):
-                token = int(flight.token)  # the host waits for the device
-            if flight.take(token):
-                self._end(flight)
-            else:
-                self._decoding.append(flight)
+                return int(flight.token)  # the host waits for the device
 
-        self._turn(flight, None, read)
+        self._prefilling.remove(flight)
+        self._decoding.append(flight)
+        self._take(flight, read)
 
     def _make_room(self) -> list[int]:
         """Have blocks for a decode step of every answer under way: who was admitted last gives way until there are."""
@@ -315,7 +345,7 @@ class Loop:
                 self._fail(flight, failed[flight])
                 continue
             flight.token = token[row : row + 1]
-            self._turn(flight, None, partial(self._take, flight, ids[row]))
+            self._take(flight, partial(int, ids[row]))
         for flight in flights:
             flight.seen = self._turns  # of a step that they share, nobody waits for another
         return [flight.job.number for flight in flights]
@@ -339,10 +369,17 @@ class Loop:
                 chosen.append(flight.token)
         return _joined(chosen), failed
 
-    def _take(self, flight: InFlight, token: int) -> None:
-        if flight.take(token):
-            self._decoding.remove(flight)
-            self._end(flight)
+    def _take(self, flight: InFlight, read: Callable[[], int]) -> None:
+        """The next token of an answer, in a turn of its request. Who is told of its end may fail by no fault of the request's."""
+        ended: list[Outcome] = []
+
+        def take() -> None:
+            if flight.take(read()):
+                ended.append(flight.outcome())
+
+        if self._turn(flight, None, take) and ended:
+            self._leave(flight)
+            flight.job.end(ended[0])
 
     def _kv_of(self, flights: list[InFlight]) -> ConcatKv | SlottedKv:
         """The cache of a step's sequences: that of the step before, where they are the same."""
@@ -379,30 +416,27 @@ class Loop:
             then.append(flight)
         return True
 
-    def _end(self, flight: InFlight) -> None:
-        try:
-            ended: Outcome | Exception = flight.outcome()
-        finally:
-            flight.close()
-        flight.job.end(ended)
-
     def _fail(self, flight: InFlight, error: Exception) -> None:
-        for group in (self._waiting, self._prefilling, self._decoding):
+        flight.note_captures()  # which are of nobody else
+        self._leave(flight)
+        flight.job.end(error)
+
+    def _leave(self, flight: InFlight) -> None:
+        for group in (self._packed, self._waiting, self._prefilling, self._decoding):
             if flight in group:
                 group.remove(flight)
         flight.close()
-        flight.job.end(error)
+        self._kv = None  # which may hold it
 
 
 def _encode_part(flight: InFlight, n: int, encoded: list[tuple[int, int]]) -> None:
     encoded.append((flight.job.number, flight.encode_part(n)))
 
 
-def _open_and_unpack(flight: InFlight) -> None:
+def _beside(flight: InFlight, work: Callable[[], None]) -> None:
     with torch.inference_mode():
         flight.tracer.fill("queued")
-        flight.open()
-        flight.unpack()
+        work()
 
 
 def unpackers(n_threads: int = _UNPACKING) -> ThreadPoolExecutor:

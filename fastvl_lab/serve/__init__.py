@@ -7,16 +7,15 @@ streams what that thread makes. All of it has the same few minutes, and a client
 
 from __future__ import annotations
 
-import os
-import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 
 from fastvl_lab.errors import DeviceError
 
@@ -32,28 +31,27 @@ def serving(checkpoint: str, recipe: str = "fastest", *options: str, patience: f
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     command = [sys.executable, "-m", "fastvl_lab.serve", "--checkpoint", checkpoint, "--recipe", recipe, "--port", str(port)]
-    server = subprocess.Popen([*command, *options], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, env=os.environ)
-    try:
-        _wait_for(f"http://127.0.0.1:{port}/health", server, time.monotonic() + patience)
-        yield f"http://127.0.0.1:{port}/v1"
-    finally:
-        server.send_signal(signal.SIGTERM)
+    with tempfile.TemporaryFile("w+", errors="replace") as said:  # a pipe would fill, and hold the server up
+        server = subprocess.Popen([*command, *options], stdout=subprocess.DEVNULL, stderr=said)
         try:
-            server.communicate(timeout=30)
-        except subprocess.TimeoutExpired:
-            server.kill()
-            server.communicate()
+            if not _comes_up(f"http://127.0.0.1:{port}/health", server, time.monotonic() + patience):
+                said.seek(0)
+                lines = [line for line in said.read().splitlines() if line.strip()]
+                raise DeviceError(f"the server did not come up: {lines[-1] if lines else 'no word from it'}")
+            yield f"http://127.0.0.1:{port}/v1"
+        finally:
+            server.terminate()
+            try:
+                server.wait(30)
+            except subprocess.TimeoutExpired:
+                server.kill()
+                server.wait()
 
 
-def _wait_for(url: str, server: subprocess.Popen[str], deadline: float) -> None:
+def _comes_up(url: str, server: subprocess.Popen[bytes], deadline: float) -> bool:
     while server.poll() is None and time.monotonic() < deadline:
-        try:
+        with suppress(urllib.error.URLError, ConnectionError, TimeoutError):
             urllib.request.urlopen(url, timeout=5).close()
-        except (urllib.error.URLError, ConnectionError, TimeoutError):
-            time.sleep(0.1)
-        else:
-            return
-    if server.poll() is None:
-        server.kill()
-    lines = [line for line in server.communicate()[1].splitlines() if line.strip()]
-    raise DeviceError(f"the server did not come up: {lines[-1] if lines else 'no word from it'}")
+            return True
+        time.sleep(0.1)
+    return False

@@ -11,7 +11,7 @@ from typing import Any, TypeGuard
 
 from fastvl_lab.channels import Call, Channels, Said, as_message, as_tool_calls, said_in
 from fastvl_lab.errors import FastvlError, RequestCancelledError, RequestError, quoted, sentence, shortened
-from fastvl_lab.request import MAX_IMAGES, Chunk, Request, TokenLogprob, check_whole_number
+from fastvl_lab.request import MAX_IMAGES, Chunk, ImageInput, Request, TokenLogprob, check_whole_number
 from fastvl_lab.run import Run
 from fastvl_lab.sampling import Sampling
 from fastvl_lab.serve import choosing
@@ -331,7 +331,10 @@ def _with_object(call: Any) -> Any:
 
 
 def _part(number: int, part: Any, fetched: Mapping[str, bytes]) -> Any:
-    """A part of a message: an image is bytes or a data URI, since what a client names must not be read from the server's disk."""
+    """A part of a message, with its image read: all answers to it share those bytes.
+
+    It comes from a data URI or from an address, since what a client names must not be read from the server's disk.
+    """
     kind = part.get("type") if isinstance(part, dict) else part
     if kind == "text":
         return part
@@ -346,7 +349,7 @@ def _part(number: int, part: Any, fetched: Mapping[str, bytes]) -> Any:
             where["detail"] = "auto"
             if said.get("max_pixels") is None and beside.get("max_pixels") is None:
                 said["max_pixels"] = LOW_DETAIL
-    return {"type": "image", "image": {**said, "url": url if _is_data(url) else fetched[url]}, **beside}
+    return {"type": "image", "image": {**said, "url": ImageInput.of(url if _is_data(url) else fetched[url])}, **beside}
 
 
 def _url(number: int, part: Mapping[str, Any]) -> str:
@@ -383,10 +386,10 @@ class Reply:
 
     def piece(self, chunk: Chunk, number: int = 0) -> list[dict[str, Any]]:
         """A piece of an answer: an event, or none where all of it is held back and nothing else is told of it."""
-        first = number not in self._n_sent
+        first, before = number not in self._n_sent, self._n_sent.get(number, 0)
         self._n_made += len(chunk.tokens)
         text = (self._echoed(number) if first else "") + chunk.text
-        before = self._n_sent.get(number, 0)
+        self._n_sent[number] = before + len(text)
         if self._raw:
             said: dict[str, Any] = {"text": text}
         elif self._thinks or self._calls:
@@ -394,15 +397,10 @@ class Reply:
                 self._channels[number] = Channels(thinks=self._thinks, calls=self._calls)
             made = self._channels[number].push(text)
             if not (made or chunk.logprobs or self._chat.asked.token_ids or self._chat.n_prompt is not None):
-                self._n_sent.setdefault(number, 0)
                 return []
-            said = {"delta": _delta(made)}
+            said = self._adds(number, _delta(made))
         else:
-            said = {"delta": {"content": text}}
-        if number not in self._begun and not self._raw:
-            self._begun.add(number)
-            said["delta"] = {"role": "assistant", "content": "", **said["delta"]}
-        self._n_sent[number] = before + len(text)
+            said = self._adds(number, {"content": text})
         return [self._choice(number, {**said, "logprobs": self._logprobs(chunk.logprobs, before)}, None, chunk.tokens)]
 
     def end(self, run: Run, number: int = 0) -> list[dict[str, Any]]:
@@ -410,10 +408,17 @@ class Reply:
         rest = Said()
         if (channels := self._channels.get(number)) is not None:
             rest = channels.end(cut=run.finish_reason == "length")
-        events = [self._choice(number, {"delta": _delta(rest), "logprobs": None}, None, ())] if rest else []
-        said: dict[str, Any] = {"text": ""} if self._raw else {"delta": {}}
+        events = [self._choice(number, {**self._adds(number, _delta(rest)), "logprobs": None}, None, ())] if rest else []
+        said: dict[str, Any] = {"text": ""} if self._raw else self._adds(number, {})
         called = channels is not None and channels.n_calls > 0
         return [*events, self._choice(number, {**said, "logprobs": None}, _reason(run, called=called), ())]
+
+    def _adds(self, number: int, delta: dict[str, Any]) -> dict[str, Any]:
+        """What is added to the message of an answer; the first of it says who speaks."""
+        if number in self._begun:
+            return {"delta": delta}
+        self._begun.add(number)
+        return {"delta": {"role": "assistant", "content": "", **delta}}
 
     def measured(self, runs: Sequence[Run]) -> list[dict[str, Any]]:
         """After the ends of all answers, if asked for: usage and trace."""

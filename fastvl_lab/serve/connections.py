@@ -60,7 +60,7 @@ class Connection(asyncio.Protocol):
 
     def pause_writing(self) -> None:
         self._http.pause_writing()
-        self._stall = asyncio.get_running_loop().call_later(self._settings.stall_seconds, self._transport.abort)
+        self._await_reading()
 
     def resume_writing(self) -> None:
         self._stall = _cancelled(self._stall)
@@ -74,6 +74,18 @@ class Connection(asyncio.Protocol):
         seconds = self._settings.head_seconds
         said = f"no request came in {seconds:g} s, the limit for its head"
         self._head = asyncio.get_running_loop().call_later(seconds, self._hang_up, 408, said)
+
+    def _await_reading(self) -> None:
+        """Cut the client off unless it takes something in time, and something again."""
+        unsent = self._transport.get_write_buffer_size()
+
+        def look() -> None:
+            if self._transport.get_write_buffer_size() < unsent:
+                self._await_reading()
+            else:
+                self._transport.abort()
+
+        self._stall = asyncio.get_running_loop().call_later(self._settings.stall_seconds, look)
 
     def _hang_up(self, status: int, said: str) -> None:
         body = json.dumps(error_body(said, "invalid_request_error" if status < 500 else "server_error")).encode()

@@ -117,4 +117,6 @@ def _read(response: http.client.HTTPResponse, shown: str, settings: Settings) ->
         data += piece
         if len(data) > settings.fetch_bytes:
             raise ImageError(f"image {shown!r} has more than {settings.fetch_bytes} bytes, the limit for what is fetched")
+    if response.length:  # of the bytes that it announced
+        raise http.client.HTTPException(f"it ended {response.length} bytes early")
     return bytes(data)

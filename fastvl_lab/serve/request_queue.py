@@ -88,7 +88,7 @@ class RequestQueue:
     """Requests for one recipe of a lab, and the thread that has it serve them as they come.
 
     max_queue: how many may wait or be read. warm_up: requests to serve first.
-    `failure` is why no later request can be served, if that is so.
+    `failure`: of the warm-up, or what no later request recovers from, where there was such an error.
     """
 
     def __init__(
@@ -157,6 +157,7 @@ class RequestQueue:
     def give_up(self, queued: QueuedRequest) -> None:
         """Nobody wants its answer any more: it leaves the queue, or the engine at its next stage or step."""
         queued.stop.set()
+        self._inbox.drop(queued.request)
         if queued in self._waiting:
             self._move(queued, None)
 

@@ -3,20 +3,27 @@
 from __future__ import annotations
 
 import dataclasses
+import gc
 import json
 import math
 import threading
 import time
+import weakref
 from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
 from fastvl_lab import FastvlError, Lab, Request, RequestCancelledError, RequestError, Sampling, load, photo
+from fastvl_lab.capture import Stages
 from fastvl_lab.measure.load import Load, findings, quantile_interval, varied
+from fastvl_lab.outcome import Outcome
 from fastvl_lab.preprocessor.decode_image import rgb_of
 from fastvl_lab.run import Run
+from fastvl_lab.schedule.inbox import Job
+from fastvl_lab.schedule.loop import side_by_side
 
 TOGETHER = "fastest, cache.kv=paged, schedule.batching=continuous"
 TEXT = Request(prompt="What is this?", max_new_tokens=5, ignore_eos=True)
@@ -67,10 +74,10 @@ def test_pictures_differ_from_request_to_request(tiny: Lab) -> None:
     assert all(picture.shape == pictures[0].shape for picture in pictures)
     assert all((one != other).mean() > 0.5 for n, one in enumerate(pictures) for other in pictures[:n])
     assert varied(request, 0) is request
-    reused = load(
-        tiny, request, TOGETHER.replace("cache.kv=paged", "cache.kv=paged, cache.image_reuse=on"), concurrency=2, n=4, warm_up=0
-    )
-    assert all(run.kind != "cache_hit" for run in reused.finished)
+    reused = load(tiny, request, TOGETHER.replace("cache.kv=paged", "cache.kv=paged, cache.image_reuse=on"), concurrency=2, n=4)
+    assert all(run.kind != "cache_hit" for run in reused.finished), "also not what warmed it up"
+    small = Request(images=[photo("coffee", (28, 28))], prompt="Hi")
+    assert len({varied(small, number).image_inputs[0].data for number in range(60)}) == 60, "however many there are"
 
 
 def test_arrivals_are_at_random_by_the_seed_or_as_recorded(tiny: Lab) -> None:
@@ -172,6 +179,52 @@ def test_a_load_can_be_stopped(tiny: Lab) -> None:
     made = load(tiny, TEXT, TOGETHER, concurrency=2, n=50, stop=stop, on_run=note)
     assert len(made.finished) <= 2
     assert all(isinstance(run, Run | RequestCancelledError) for run in ended)
+
+
+@pytest.mark.parametrize("engine", ["fastest", TOGETHER, "elsewhere"])
+def test_what_on_run_raises_ends_the_load_and_is_raised(tiny: Lab, monkeypatch: pytest.MonkeyPatch, engine: str) -> None:
+    """Whatever thread it is called on; nobody is told of the requests that end with the load."""
+    if engine == "elsewhere":
+        monkeypatch.setattr(tiny, "serve", lambda _, inbox, on_step: side_by_side(_lost, inbox, lingers=True))
+    told: list[int] = []
+
+    def fails(number: int, run: Run | Exception) -> None:
+        told.append(number)
+        if len(told) == 1:
+            raise ZeroDivisionError("of who asked")
+
+    with pytest.raises(ZeroDivisionError, match="of who asked"):
+        load(tiny, TEXT, "fastest" if engine == "elsewhere" else engine, concurrency=2, n=20, warm_up=0, on_run=fails)
+    assert len(told) == 1
+
+
+def _lost(job: Job) -> Outcome:
+    raise RuntimeError("lost")
+
+
+def test_a_request_that_failed_is_let_go_while_others_are_served(tiny: Lab, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its error's traceback would hold all that it had computed."""
+    held: list[weakref.ref[torch.Tensor]] = []
+    alive: list[bool] = []
+    prefill = Stages.prefill
+
+    def fails_first(self: Stages, hidden: torch.Tensor, *more: Any) -> torch.Tensor:
+        if not held:
+            held.append(weakref.ref(hidden))
+            raise RuntimeError("lost")
+        alive.append(held[0]() is not None)
+        return prefill(self, hidden, *more)
+
+    monkeypatch.setattr(Stages, "prefill", fails_first)
+    for engine in ("fastest", TOGETHER):
+        held.clear()
+        gc.disable()
+        try:
+            made = load(tiny, TEXT, engine, concurrency=1, n=3, warm_up=0)
+        finally:
+            gc.enable()
+        assert made.failures == {0: "RuntimeError: lost"}
+    assert alive == [False] * 4
 
 
 def test_what_interrupts_a_load_does_not_wait_for_requests_that_were_to_come(tiny: Lab, monkeypatch: pytest.MonkeyPatch) -> None:

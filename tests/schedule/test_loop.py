@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
+import gc
 import random
 import threading
 import time
+import weakref
 from collections import Counter
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -18,13 +20,15 @@ import torch
 from fastvl_lab import Lab, Recipe, Request, RequestCancelledError, RequestError, Sampling, photo
 from fastvl_lab.cache.blocks import BlockPool
 from fastvl_lab.cache.memory import Memory
+from fastvl_lab.capture.execute import Capture
 from fastvl_lab.decoder.sampler import Sampler
 from fastvl_lab.outcome import Outcome
 from fastvl_lab.pipeline import Pipeline
 from fastvl_lab.preprocessor import open_images
 from fastvl_lab.request import Pixels, VisionTokens
+from fastvl_lab.schedule.in_flight import InFlight
 from fastvl_lab.schedule.inbox import Inbox, Job
-from fastvl_lab.schedule.loop import Loop, unpackers
+from fastvl_lab.schedule.loop import Loop, one_at_a_time, unpackers
 from fastvl_lab.schedule.policy import Policy
 from fastvl_lab.tokenizer import tokenize
 from fastvl_lab.trace import Tracer
@@ -495,3 +499,165 @@ def test_a_sampler_that_fails_ends_its_own_request_alone(labs: dict[str, Lab], m
     _serve(pipeline, Policy(max_batch=8, budget=None, order="fifo"), inbox)
     assert isinstance(ended[1], RuntimeError)
     assert [ended[number].tokens for number in (0, 2)] == alone
+
+
+FIFO = Policy(max_batch=8, budget=None, order="fifo")
+HI = Request(prompt="Hi", max_new_tokens=6, ignore_eos=True)
+
+
+def test_what_the_tower_leaves_of_a_steps_budget_is_the_prompts(lab: Lab) -> None:
+    pipeline, ended = _pipeline(lab, RECIPES["fastest, paged"]), dict[int, Any]()
+    policy = Policy(max_batch=8, budget=512, order="fifo", stops_in_tower=True)
+    first, *_ = _serve(pipeline, policy, ByTurns({0: [_job(0, _shows(2, 0), ended)]}, {})).steps
+    assert [number for number, _ in first.encoded] == [0]
+    assert first.prefilled == ((0, ended[0].n_prompt),)
+
+
+def test_what_was_compiled_for_a_request_that_failed_is_no_part_of_another(
+    labs: dict[str, Lab], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pipeline, ended = _pipeline(labs["tiny-qwen2.5-vl"], RECIPES["fastest, paged"]), dict[int, Any]()
+    prefill = pipeline.stages.prefill
+
+    def fails_once(*inputs: Any) -> Any:
+        monkeypatch.setattr(pipeline.stages, "prefill", prefill)
+        pipeline.stages._prefill.fresh.append(Capture(stage="prefill", how="compile", shape="", seconds=1.0, n_bytes=0))
+        raise RuntimeError("lost")
+
+    monkeypatch.setattr(pipeline.stages, "prefill", fails_once)
+    _serve(pipeline, FIFO, ByTurns({0: [_job(number, HI, ended) for number in range(2)]}, {}))
+    assert str(ended[0]) == "lost"
+    assert ended[1].captures == ()
+
+
+@pytest.mark.parametrize("ends", ["served", "given up", "failed"])
+def test_who_has_left_holds_nothing_while_others_go_on(lab: Lab, monkeypatch: pytest.MonkeyPatch, ends: str) -> None:
+    """Neither the cache of the last step that was shared nor an error's traceback keeps keys, values and embeddings."""
+    pipeline, ended, stop = _pipeline(lab, RECIPES["fastest, concat"]), dict[int, Any](), threading.Event()
+    held: list[weakref.ref[torch.Tensor]] = []
+    prefill = pipeline.stages.prefill
+
+    def watched(hidden: torch.Tensor, prompt: Any, vision: Any, kv: Any, tracer: Tracer) -> torch.Tensor:
+        if not held:
+            logits = prefill(hidden, prompt, vision, kv, tracer)
+            held.extend([weakref.ref(hidden), weakref.ref(kv._sequences[0].keys[0])])
+            if ends == "failed":
+                raise RuntimeError("lost")
+            return logits
+        return prefill(hidden, prompt, vision, kv, tracer)
+
+    monkeypatch.setattr(pipeline.stages, "prefill", watched)
+    jobs = [_job(0, dataclasses.replace(HI, max_new_tokens=3 if ends == "served" else 40), ended, stop), _job(1, HI, ended)]
+    if ends == "failed":  # who is told keeps no error
+        jobs[0] = dataclasses.replace(jobs[0], end=lambda error: ended.update({0: str(error)}))
+    alive: list[tuple[bool, list[bool]]] = []
+
+    def on_step(_: object) -> None:
+        alive.append((0 in ended, [ref() is not None for ref in held]))
+        if ends == "given up" and len(alive) == 2:
+            stop.set()
+
+    loop = Loop(pipeline, FIFO, on_step=on_step)
+    gc.collect()
+    gc.disable()
+    try:
+        with torch.inference_mode():
+            loop.serve(ByTurns({0: jobs}, {}))
+    finally:
+        gc.enable()
+    assert sorted(ended) == [0, 1]
+    after = [refs for over, refs in alive if over]
+    assert len(after) > 1, "the other goes on"
+    assert after[1] == [False, False]
+
+
+def test_a_job_ends_once_also_where_who_is_told_of_it_fails(labs: dict[str, Lab]) -> None:
+    pipeline, ended, told = _pipeline(labs["tiny-qwen2.5-vl"], RECIPES["fastest, paged"]), dict[int, Any](), list[object]()
+
+    def fails(outcome: Outcome | Exception) -> None:
+        told.append(outcome)
+        raise ZeroDivisionError("of who asked")
+
+    jobs = [dataclasses.replace(_job(0, dataclasses.replace(HI, max_new_tokens=2), ended), end=fails), _job(1, HI, ended)]
+    with pytest.raises(ZeroDivisionError, match="of who asked"):
+        _serve(pipeline, FIFO, ByTurns({0: jobs}, {}))
+    assert [type(outcome) for outcome in told] == [Outcome]
+    assert isinstance(ended[1], ZeroDivisionError), "nobody serves it any more"
+    assert pipeline.cache._memory.paged.pool.n_used == 0
+
+
+def test_who_comes_while_an_image_is_unpacked_does_not_wait_for_it(
+    labs: dict[str, Lab], threads: ThreadPoolExecutor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pipeline, ended, inbox = _pipeline(labs["tiny-qwen2.5-vl"], RECIPES["fastest, paged"]), dict[int, Any](), Inbox()
+    unpacking, go_on, unpack = threading.Event(), threading.Event(), InFlight.unpack
+
+    def held(flight: InFlight) -> None:
+        if flight.job.number == 0:
+            unpacking.set()
+            go_on.wait(10)
+        unpack(flight)
+
+    def send() -> None:
+        inbox.put(_job(0, _shows(0), ended))
+        assert unpacking.wait(30)
+        time.sleep(0.1)  # the loop waits for it by now
+        job = _job(1, HI, ended)
+        inbox.put(dataclasses.replace(job, end=lambda outcome: (job.end(outcome), go_on.set())))
+        inbox.close()
+
+    monkeypatch.setattr(InFlight, "unpack", held)
+    (sender := threading.Thread(target=send)).start()
+    loop = _serve(pipeline, FIFO, inbox, threads)
+    sender.join()
+    assert [type(ended[number]) for number in range(2)] == [Outcome, Outcome]
+    assert [number for step in loop.steps for number in step.admitted] == [1, 0]
+
+
+def test_no_more_images_wait_unpacked_than_requests_are_under_way_at_most(
+    labs: dict[str, Lab], threads: ThreadPoolExecutor
+) -> None:
+    """Patches of a long queue would fill the device's memory."""
+    pipeline, ended, most = _pipeline(labs["tiny-qwen2.5-vl"], RECIPES["fastest, paged"]), dict[int, Any](), list[int]()
+    requests = [_shows(number % 3) for number in range(12)]
+    alone = [_alone(pipeline, request) for request in requests[:3]]
+    loop = Loop(pipeline, Policy(max_batch=2, budget=None, order="fifo"), threads)
+    inbox = ByTurns({0: [_job(number, request, ended) for number, request in enumerate(requests)]}, {})
+    inbox.watch = lambda: most.append(sum(flight.pixels is not None for flight in loop._waiting))
+    with torch.inference_mode():
+        loop.serve(inbox)
+    assert [ended[number].tokens for number in range(12)] == alone * 4
+    assert max(most) <= 2
+
+
+def test_what_is_known_of_an_image_stays_known_while_others_push_it_out(lab: Lab) -> None:
+    """Two that a step admits: the first's images take the places of one that the second has found, and of each other."""
+    pipeline, ended = _pipeline(lab, RECIPES["fastest, reuse"].replace("cache.prefix_reuse", "off")), dict[int, Any]()
+    requests = [_shows(1, 2), _shows(0, 1)]
+    alone = [_alone(pipeline, request) for request in requests]
+    _alone(pipeline, _shows(0))
+    images = pipeline.cache._memory.images
+    images.max_bytes = max(kept.n_bytes for kept in images._kept.values())
+    while images.n_bytes > images.max_bytes:
+        images.n_bytes -= images._kept.popitem(last=False)[1].n_bytes
+    assert len(images) == 1, "the second's, which the first does not show"
+    loop = _serve(
+        pipeline,
+        Policy(max_batch=8, budget=None, order="fifo", packs_images=True),
+        ByTurns({0: [_job(number, request, ended) for number, request in enumerate(requests)]}, {}),
+    )
+    assert [ended[number].tokens for number in range(2)] == alone
+    assert [len(step.admitted) for step in loop.steps if step.admitted] == [2]
+
+
+def test_a_fault_of_one_at_a_time_ends_who_waits() -> None:
+    ended, inbox = dict[int, Any](), Inbox()
+    for number in range(3):
+        inbox.put(_job(number, HI, ended))
+
+    def fails(_: object) -> None:
+        raise RuntimeError("a fault")
+
+    with pytest.raises(RuntimeError, match="a fault"):
+        one_at_a_time(lambda _: "made", torch.device("cpu"), inbox, fails, lingers=False)  # type: ignore[arg-type,return-value]
+    assert [str(ended[number]) for number in range(3)] == ["made", "a fault", "a fault"]

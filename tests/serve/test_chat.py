@@ -15,6 +15,7 @@ from fastvl_lab.serve.settings import Settings
 
 SERVED = Served(model="m", ends=(7, 9), session_len=4096)
 HI = [{"role": "user", "content": "hi"}]
+PIXEL = "data:image/gif;base64,R0lGODlhAQABAIAAAP///wAAACH5BAAAAAAALAAAAAABAAEAAAICRAEAOw=="
 
 
 def _read(**change: Any) -> Request:
@@ -139,13 +140,15 @@ def test_a_timeout_is_the_clients_or_the_servers() -> None:
 
 def test_what_parts_and_messages_carry_reaches_the_request() -> None:
     """All but what names an image elsewhere: the server's own disk is not read."""
-    image = {"type": "image_url", "image_url": {"url": "data:,x", "detail": "low"}, "max_pixels": 3136, "path": "/etc/hostname"}
+    image = {"type": "image_url", "image_url": {"url": PIXEL, "detail": "low"}, "max_pixels": 3136, "path": "/etc/hostname"}
     call = {"role": "assistant", "content": None, "tool_calls": [{"id": "1"}], "reasoning_content": "why", "refusal": None}
     seen: dict[str, Any] = {}
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(chat, "Request", lambda **given: seen.update(given) or Request(prompt="?"))
         _read(messages=[{"role": "user", "content": [image], "name": "me"}, call])
-    part = {"type": "image", "image": {"url": "data:,x", "detail": "auto"}, "max_pixels": 3136}
+    read = seen["messages"][0]["content"][0]["image"].pop("url")
+    assert read.data.startswith(b"GIF89a")
+    part = {"type": "image", "image": {"detail": "auto"}, "max_pixels": 3136}
     assert seen["messages"] == [
         {"role": "user", "content": [part], "name": "me"},
         {"role": "assistant", "content": None, "tool_calls": [{"id": "1"}], "reasoning_content": "why"},
@@ -154,16 +157,23 @@ def test_what_parts_and_messages_carry_reaches_the_request() -> None:
 
 def test_low_detail_is_the_size_that_openai_gives_it() -> None:
     """Unless the part itself says how large; both places where clients write it are read."""
-    pixel = "data:image/gif;base64,R0lGODlhAQABAIAAAP///wAAACH5BAAAAAAALAAAAAABAAEAAAICRAEAOw=="
     for part, most in (
-        ({"image_url": {"url": pixel, "detail": "low"}}, 512 * 512),
-        ({"image_url": pixel, "detail": "low"}, 512 * 512),
-        ({"image_url": {"url": pixel, "detail": "low", "max_pixels": 3136}}, 3136),
-        ({"image_url": {"url": pixel, "detail": "low"}, "max_pixels": 3136, "uuid": "a"}, 3136),
-        ({"image_url": {"url": pixel, "detail": "high"}}, None),
+        ({"image_url": {"url": PIXEL, "detail": "low"}}, 512 * 512),
+        ({"image_url": PIXEL, "detail": "low"}, 512 * 512),
+        ({"image_url": {"url": PIXEL, "detail": "low", "max_pixels": 3136}}, 3136),
+        ({"image_url": {"url": PIXEL, "detail": "low"}, "max_pixels": 3136, "uuid": "a"}, 3136),
+        ({"image_url": {"url": PIXEL, "detail": "high"}}, None),
     ):
         (image,) = _read(messages=[_said("user", [{"type": "image_url", **part}])]).image_inputs
         assert image.max_pixels == most, part
+
+
+def test_an_image_is_there_once_however_many_answers_it_has() -> None:
+    """A body of megabytes that asks for 64 answers must not take 64 times as much memory as the server counts for it."""
+    body = {"messages": [_said("user", [{"type": "image_url", "image_url": {"url": PIXEL}}])], "n": 3, "max_tokens": 2}
+    asked = _draft(body).chat({}).with_others()
+    data = {id(request.image_inputs[0].data) for request in (asked.request, *asked.others)}
+    assert (len(asked.others), len(data)) == (2, 1)
 
 
 def test_a_developer_is_who_was_the_system_before() -> None:

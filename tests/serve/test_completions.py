@@ -204,6 +204,20 @@ def test_small_endpoints_say_what_they_are(server: Any) -> None:
     assert model["max_model_len"] == server.lab.checkpoint.session_len
 
 
+def test_what_is_answered_at_once_is_counted_as_its_refusals_are(server: Any) -> None:
+    def counted(status: int) -> float:
+        name = f'fastvl_lab_requests_total{{status="{status}"}} '
+        lines = httpx.get(f"{server.url}/metrics").text.splitlines()
+        return sum(float(line.removeprefix(name)) for line in lines if line.startswith(name))
+
+    before = counted(200), counted(400)
+    for path, good in (("/tokenize", {"prompt": "a"}), ("/detokenize", {"tokens": [1]})):
+        assert httpx.post(f"{server.url}{path}", json=good).status_code == 200
+        assert httpx.post(f"{server.url}{path}", json={}).status_code == 400
+    assert httpx.get(f"{server.url}/v1/models").status_code == 200
+    assert (counted(200) - before[0], counted(400) - before[1]) == (3, 2)
+
+
 def test_the_page_of_the_description_loads_nothing(server: Any) -> None:
     """It has all that is described, and no address from which a browser would fetch more than the description itself."""
     described, answer = httpx.get(f"{server.url}/openapi.json").json(), httpx.get(f"{server.url}/docs")

@@ -107,6 +107,21 @@ def test_who_reads_nothing_of_an_answer_is_cut_off(serve: Callable[..., Any], mo
         assert b"data: [DONE]" in heard
 
 
+def test_who_reads_a_long_answer_slowly_is_not_cut_off(serve: Callable[..., Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    """It takes longer than a client may take nothing, and takes something all the while."""
+    event = app._event
+    monkeypatch.setattr(app, "_event", lambda data: event(data) + b":" + b" " * 8_000_000 + b"\n\n")
+    with serve(stall_seconds=0.5, recipe="fastest") as running, _connected(running, SO_RCVBUF=65_536) as slow:
+        started = time.monotonic()
+        slow.sendall(_post(LONG | {"max_tokens": 1}))
+        heard = b""
+        while not heard.endswith(b"\r\n0\r\n\r\n") and (piece := slow.recv(65_536)):
+            time.sleep(0.01)
+            heard = heard[-200:] + piece
+        assert b"data: [DONE]" in heard
+        assert time.monotonic() - started > 1.0
+
+
 def _requests(server: Any, status: int) -> float:
     lines = httpx.get(f"{server.url}/metrics").text.splitlines()
     name = f'fastvl_lab_requests_total{{status="{status}"}} '

@@ -77,9 +77,26 @@ TOOLS = {"tools": st.lists(TOOL, max_size=2), "tool_choice": st.sampled_from(["a
 FIELDS = (*chat.READ, "response_format", "tools", "echo", "top_logprobs", "suffix", "user")
 PLAIN_CHAT = _body((*FIELDS, *chat.OF_IMAGES), messages=MESSAGES)
 FORMED_CHAT = _object(messages=st.just([{"role": "user", "content": "hi"}]), response_format=FORMAT, **TOOLS)
-CHAT = st.one_of(PLAIN_CHAT, FORMED_CHAT)
-TEXT = _body(FIELDS, prompt=st.one_of(TEXTS, st.lists(st.text(min_size=1, max_size=8), min_size=1, max_size=3)))
-TOKENIZE = st.one_of(_body(completions.OF_TEXT, prompt=TEXTS), _body(completions.OF_CHAT, messages=MESSAGES))
+# Each field as it should be, so that reading is tried as often as refusing.
+CHOICES = {
+    "temperature": st.floats(0, 2),
+    "top_p": st.floats(0.01, 1),
+    "max_tokens": st.integers(1, 50),
+    "stop": st.lists(st.text(min_size=1, max_size=3), max_size=4),
+    "n": st.integers(1, 3),
+    "seed": st.integers(0, 9),
+    "logit_bias": st.dictionaries(st.integers(0, 400).map(str), st.floats(-100, 100), max_size=3),
+}
+SOUND_CHAT = st.fixed_dictionaries({"messages": st.lists(SAID, min_size=1, max_size=2)}, optional=CHOICES)
+SOUND_TEXT = st.fixed_dictionaries({"prompt": st.text(min_size=1, max_size=8)}, optional=CHOICES)
+CHAT = st.one_of(PLAIN_CHAT, FORMED_CHAT, SOUND_CHAT)
+PROMPTS = st.one_of(TEXTS, st.lists(st.text(min_size=1, max_size=8), min_size=1, max_size=3))
+TEXT = st.one_of(_body(FIELDS, prompt=PROMPTS), SOUND_TEXT)
+TOKENIZE = st.one_of(
+    _body(completions.OF_TEXT, prompt=TEXTS),
+    _body(completions.OF_CHAT, messages=MESSAGES),
+    st.fixed_dictionaries({"prompt": st.text(min_size=1, max_size=8)}),
+)
 DETOKENIZE = _body(completions.OF_TOKENS, tokens=st.lists(st.integers(-1, 400), max_size=5))
 BODIES = {"/v1/chat/completions": CHAT, "/v1/completions": TEXT, "/tokenize": TOKENIZE, "/detokenize": DETOKENIZE}
 

@@ -17,6 +17,7 @@ import statistics
 import sys
 import threading
 import time
+import weakref
 from collections import Counter
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -27,7 +28,7 @@ import pytest
 import torch
 
 from fastvl_lab import EndpointError, Lab, Recipe, RecipeError, Request, RequestError, Run, photo
-from fastvl_lab.errors import DeviceError, FastvlError
+from fastvl_lab.errors import DeviceError, FastvlError, RequestCancelledError
 from fastvl_lab.measure.compare import compare
 from fastvl_lab.measure.load import load, varied
 from fastvl_lab.pipeline import Pipeline
@@ -624,6 +625,45 @@ def test_health_tells_of_what_no_later_request_recovers_from(labs: dict[str, Lab
     assert asyncio.run(front.health(None)).status_code == (500 if lasting else 200)
 
 
+def test_a_request_that_waits_and_is_given_up_is_held_no_longer(labs: dict[str, Lab]) -> None:
+    """Its place is free, and so is its memory: clients that send images and leave would fill it while one long answer is made."""
+    queue = RequestQueue(labs[MODEL], Recipe.parse("fastest"), Metrics(), max_queue=2, warm_up=())
+    running, over = threading.Event(), threading.Event()
+
+    def run(*_: object) -> None:
+        running.set()
+        over.wait(10)
+        raise RequestCancelledError("enough")
+
+    async def served() -> None:
+        left: list[weakref.ref[Request]] = []
+
+        def leave(n: int) -> None:
+            for _ in range(n):
+                with queue.place() as put:
+                    put(queued := QueuedRequest(Request(prompt="?")))
+                left.append(weakref.ref(queued.request))
+                if running.is_set():
+                    queue.give_up(queued)
+                else:
+                    early.append(queued)
+
+        early: list[QueuedRequest] = []
+        leave(2)  # there before anything is served
+        queue.start()
+        assert await asyncio.to_thread(running.wait, 10)
+        leave(3)  # while something is: more than may wait at once
+        queue.give_up(early.pop())
+        gc.collect()
+        assert [one() is None for one in left] == [False, True, True, True, True]
+        over.set()
+        await asyncio.to_thread(queue.close)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Pipeline, "run", run)
+        asyncio.run(served())
+
+
 def test_a_fault_of_the_servers_own_is_not_taken_for_a_client_that_left(serve: Callable[..., Any]) -> None:
     body = {"messages": _messages(None), "max_tokens": 2}
     with serve() as running, pytest.MonkeyPatch.context() as patch:
@@ -678,6 +718,20 @@ def test_a_server_that_does_not_come_up_is_told_of_by_its_last_words(tmp_path: P
     monkeypatch.setattr(sys, "executable", str(program))
     with pytest.raises(DeviceError, match="did not come up: no recipe quickest here"), serving(MODEL, "quickest"):
         pass
+
+
+def test_a_server_that_says_much_is_not_held_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A pipe that nobody reads takes 64 KiB, and then whoever writes to it waits for good."""
+    program = tmp_path / "python"
+    program.write_text(
+        f"#!{sys.executable}\nimport sys\nfrom http.server import HTTPServer, SimpleHTTPRequestHandler as Handler\n"
+        "sys.stderr.write('x' * 200_000)\nHandler.do_GET = lambda self: self.send_error(204)\n"
+        "HTTPServer(('127.0.0.1', int(sys.argv[-1])), Handler).serve_forever()\n"
+    )
+    program.chmod(0o755)
+    monkeypatch.setattr(sys, "executable", str(program))
+    with serving(MODEL, "fastest", patience=10) as url:
+        assert httpx.get(url).status_code == 204
 
 
 STORM = 200

@@ -188,9 +188,12 @@ def test_what_cannot_be_made_is_a_400_in_a_sentence(calling: Any, asked: dict[st
     assert calling.queue.failure is None
 
 
-def test_a_template_that_shows_no_tools_is_not_given_any(server: Any) -> None:
+@pytest.mark.parametrize("said", ["How is the weather in Oslo?", "Ask get_weather for Oslo's."])
+def test_a_template_that_shows_no_tools_is_not_given_any(server: Any, said: str) -> None:
+    """Also where the conversation itself has their names."""
+    messages = [{"role": "user", "content": said}]
     with pytest.raises(openai.BadRequestError, match=r"the chat template of 'tiny-qwen2\.5-vl' does not show tools to the model"):
-        _ask(server, model="tiny-qwen2.5-vl", tools=[WEATHER])
+        _ask(server, model="tiny-qwen2.5-vl", messages=messages, tools=[WEATHER])
 
 
 @pytest.mark.parametrize("stream", [False, True])
@@ -292,6 +295,14 @@ def test_what_is_held_back_comes_with_the_end_and_tokens_with_their_chunk(run_of
     choices = _streamed(draft, _run(run_of, "a <tool", "length"), ["a", " <to", "ol"])
     assert [choice["delta"].get("content") for choice in choices] == ["a", None, None, " <tool", None]
     assert [choice.get("token_ids") for choice in choices] == [[1], [1], [1], None, None]
+
+
+@pytest.mark.parametrize("text", ["", "<tool"])
+def test_the_first_delta_says_who_speaks_though_all_was_held_back(run_of: Callable[..., Run], text: str) -> None:
+    draft = _draft({"messages": HI, "tools": [TIME], "stream": True})
+    deltas = [choice["delta"] for choice in _streamed(draft, _run(run_of, text, "stop"), [text])]
+    assert [delta.get("role") for delta in deltas] == ["assistant"] + [None] * (len(deltas) - 1)
+    assert "".join(delta.get("content", "") for delta in deltas) == text
 
 
 def test_the_first_call_alone_ends_an_answer_that_may_have_one(run_of: Callable[..., Run]) -> None:
