@@ -118,15 +118,13 @@ class Tuned(Lasting):
 
     @property
     def times_what(self) -> str:
-        """What comes behind a ratio and before the other's name."""
+        """What stands between a ratio and the other's name."""
         return "as fast as" if self.load is None else "the goodput of"
 
     def findings(self) -> list[str]:
         """What was found, in sentences."""
-        if self.load is None:
-            by = "by " + " + ".join(f"{weight:g}·{n.upper()}" if weight != 1 else n.upper() for n, weight in self.goal.items())
-        else:
-            by = f"with {self.load.label}"
+        weighed = " + ".join(f"{weight:g}·{name.upper()}" if weight != 1 else name.upper() for name, weight in self.goal.items())
+        by = f"by {weighed}" if self.load is None else f"with {self.load.label}"
         if self.recipe == self.start:
             better = "be faster than" if self.load is None else "have more goodput than"
             lines = [f"nothing was shown to {better} {self.over} {by}: it stays"]
@@ -462,8 +460,8 @@ def _weights(goal: Goal) -> dict[str, float]:
     given = {goal: 1.0} if isinstance(goal, str) else goal
     known = isinstance(given, Mapping) and given and all(name in GOALS and _is_above_zero(weight) for name, weight in given.items())
     if not known:
-        choices = f"{', '.join(GOALS)}, a mapping from them to weights above 0, or a fastvl_lab.Goodput"
-        raise RequestError(f"goal is {goal!r}; the choices are {choices}")
+        choices = (*GOALS, "a mapping from them to weights above 0, or a fastvl_lab.Goodput")
+        raise RequestError(f"goal is {goal!r}; the choices are {', '.join(choices)}")
     return {name: float(weight) for name, weight in given.items()}
 
 
@@ -507,9 +505,8 @@ def _out_of_scope(toggle: Toggle, requests: Sequence[tuple[Request, float]], wei
     if toggle.slot == "schedule" and toggle.path != "schedule.overlap" and not goodput:
         return "it counts among many requests alone"
     if toggle.path in ("cache.image_reuse", "cache.prefix_reuse"):
-        if goodput:
-            return "what requests have in common is not known here: each has pictures of its own"
-        return "every request comes again here, and would find what the one before it left"
+        again = "every request comes again here, and would find what the one before it left"
+        return "what requests have in common is not known here" if goodput else again
     works_in = set(stages_of(toggle.path))
     if not works_in:
         return None
@@ -678,10 +675,8 @@ class _Bench:
             warm_up=0,
             stop=self._stop,
         )
-        if len(made.runs) < goal.count:
-            raise RequestCancelledError("the load was stopped before all of it was sent")
-        if made.failures:
-            raise FastvlError(f"under load, {next(iter(made.failures.values()))}")
+        if made.failures or len(made.runs) < goal.count:  # of one that is stopped, not all may have been sent
+            raise FastvlError(f"under load, {next(iter(made.failures.values()), 'it was stopped')}")
         return sent, made
 
     def measure(self, recipe: Recipe, label: str, number: int) -> Iterator[StageSample]:

@@ -68,6 +68,9 @@ class Arrivals:
         return f"{how}, {self.count} requests" + (f", seed {self.seed}" if self.seed else "")
 
 
+_LIMITED: tuple[Measure, ...] = ("ttft", "tpot", "end_to_end")
+
+
 @dataclass(frozen=True, kw_only=True)
 class Goodput(Arrivals):
     """A goal of `tune`: how many requests a second keep the limits, where requests come as `Arrivals` says.
@@ -89,17 +92,13 @@ class Goodput(Arrivals):
                 raise RequestError(f"{name} is {quoted(most)}; it must be a number of seconds above 0")
 
     @property
-    def limits(self) -> dict[str, float]:
+    def limits(self) -> dict[Measure, float]:
         """Those that are given, by their names."""
         return {name: most for name in _LIMITED if (most := getattr(self, name)) is not None}
 
     @property
     def label(self) -> str:
-        limits = (f"{NAMES[name]} within {self.limits[name]:g} s" for name in _LIMITED if name in self.limits)
-        return f"{super().label}, {', '.join(limits)}"
-
-
-_LIMITED: tuple[Measure, ...] = ("ttft", "tpot", "end_to_end")
+        return ", ".join([super().label, *(f"{NAMES[name]} within {most:g} s" for name, most in self.limits.items())])
 
 
 @dataclass(frozen=True, kw_only=True)
