@@ -44,6 +44,7 @@ if TYPE_CHECKING:
     from fastvl_lab.measure.shares import Shares as Shares, shares as shares
     from fastvl_lab.measure.sweep import SweepSettings as SweepSettings
     from fastvl_lab.measure.tune import Tuned as Tuned, tune as tune
+    from fastvl_lab.measure.under_load import Goodput as Goodput
     from fastvl_lab.recipe import Recipe as Recipe
     from fastvl_lab.request import Chunk as Chunk, Request as Request
     from fastvl_lab.run import Run as Run
@@ -80,6 +81,7 @@ _PUBLIC = {
     "Load": "measure.load",
     "tune": "measure.tune",
     "Tuned": "measure.tune",
+    "Goodput": "measure.under_load",
     "shares": "measure.shares",
     "Shares": "measure.shares",
     "regressions": "measure.regressions",

@@ -1,8 +1,9 @@
 """What a machine has learnt of itself: the best recipe that `fl.tune` found here, in a file that "fastest" is read from.
 
 A record is one JSON file in `tuned/` of the cache folder, for one device with its processor and threads, one geometry and one
-dtype. It is a plain file: it may be copied to another machine of the same kind. The package ships records too, in its own `tuned/`:
-each is what a tune wrote on a machine with that device, and counts on others with it, where they have learnt nothing themselves.
+dtype. What was found for goodput, of many requests at once, has a file beside it and is never "fastest", which is of one. It is a
+plain file: it may be copied to another machine of the same kind. The package ships records too, in its own `tuned/`: each is what a
+tune wrote on a machine with that device, and counts on others with it, where they have learnt nothing themselves.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ import dataclasses
 import hashlib
 import importlib.metadata
 import json
+import math
 import re
 import warnings
 from collections.abc import Mapping, Sequence
@@ -97,11 +99,17 @@ class Record:
     parity: Sequence[str]
     date: str
 
+    @property
+    def under_load(self) -> bool:
+        """Whether it is of many requests at once, and so says nothing of what is fastest for one."""
+        return "goodput" in self.goal
+
     def write(self) -> Path:
         """Keep it in the place of an earlier one, whole or not at all; raises `OSError`."""
-        path = self.site.path
+        path = _under_load(self.site) if self.under_load else self.site.path
         own = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
         own |= {"site": dataclasses.asdict(self.site), "recipe": self.recipe.to_dict(), "over": self.over.to_dict()}
+        own |= {"ratio": [end if math.isfinite(end) else str(end) for end in self.ratio]}  # over what had no goodput
         write_whole(path, json.dumps({"schema": SCHEMA, **own}, indent=1).encode())
         return path
 
@@ -127,7 +135,8 @@ class Record:
         goal = (
             " and ".join(self.goal) if len(set(self.goal.values())) <= 1 else " + ".join(f"{w:g}·{g}" for g, w in self.goal.items())
         )
-        return f"tuned here on {self.date} for {goal}: {self.ratio[0]:.2f}× what fastest was before"
+        before = "what it started from" if self.under_load else "what fastest was before"
+        return f"tuned here on {self.date} for {goal}: {self.ratio[0]:.2f}× {before}"
 
     @property
     def shipped(self) -> str:
@@ -157,25 +166,44 @@ def fastest(checkpoint: Checkpoint) -> Recipe:
     used. One that is damaged, of another machine under this one's name, or whose recipe cannot run here, is ignored with a warning.
     """
     site = Site.of(checkpoint)
+    own, why = _own(checkpoint, site, site.path)
+    if own is not None:
+        return own
     guess = otherwise(checkpoint, site)
-    path = site.path
+    return dataclasses.replace(guess, origin=f"{guess.origin}; {why}") if why else guess
+
+
+def best_under_load(checkpoint: Checkpoint) -> Recipe | None:
+    """What was tuned for goodput in just this place, by these versions; warns as `fastest`."""
+    site = Site.of(checkpoint)
+    return _own(checkpoint, site, _under_load(site))[0]
+
+
+def _under_load(site: Site) -> Path:
+    """The file of its record of goodput."""
+    return site.path.with_stem(f"{site.path.stem}-goodput")
+
+
+def _own(checkpoint: Checkpoint, site: Site, path: Path) -> tuple[Recipe | None, str]:
+    """The recipe of a record of this very place, if it is of these versions, else why not, where there is one."""
     try:
         record = Record.read(path)
         if record.site != site:
             other = next(f.name for f in dataclasses.fields(Site) if getattr(record.site, f.name) != getattr(site, f.name))
             raise ValueError(f"its {other} is {getattr(record.site, other)!r}, and here it is {getattr(site, other)!r}")
+        if record.under_load != (path != site.path):
+            raise ValueError(f"its goal is {' and '.join(record.goal)}")
         now = versions()
         for package in {**record.versions, **now}:
             if (old := record.versions.get(package)) != (new := now.get(package)):
-                why = f"what was tuned here on {record.date} is of {package} {old or 'absent'}, and here is {new or 'none'}"
-                return dataclasses.replace(guess, origin=f"{guess.origin}; {why}")
+                return None, f"what was tuned here on {record.date} is of {package} {old or 'absent'}, and here is {new or 'none'}"
         record.recipe.check(checkpoint.target)
     except (FileNotFoundError, NotADirectoryError):
-        return guess
+        return None, ""
     except (OSError, ValueError) as error:
-        warnings.warn(f"{path} is ignored: {sentence(error)}", stacklevel=2)
-        return guess
-    return dataclasses.replace(record.recipe, origin=record.origin)
+        warnings.warn(f"{path} is ignored: {sentence(error)}", stacklevel=3)
+        return None, ""
+    return dataclasses.replace(record.recipe, origin=record.origin), ""
 
 
 def otherwise(checkpoint: Checkpoint, site: Site) -> Recipe:
@@ -186,7 +214,7 @@ def otherwise(checkpoint: Checkpoint, site: Site) -> Recipe:
     """
     for path in sorted(SHIPPED.glob("*.json")):
         record = Record.read(path)
-        if site.alike(record.site):
+        if site.alike(record.site) and not record.under_load:
             with suppress(RecipeError):
                 record.recipe.check(checkpoint.target)
                 return dataclasses.replace(record.recipe, origin=record.shipped)

@@ -106,9 +106,11 @@ class Load(Lasting):
         values = self.values(of)
         return quantile_interval(values, percent / 100) if values else None
 
-    def goodput(self, *, ttft: float | None = None, tpot: float | None = None) -> float:
+    def goodput(self, *, ttft: float | None = None, tpot: float | None = None, end_to_end: float | None = None) -> float:
         """Requests a second that kept these limits, in seconds (DistServe, arXiv 2401.09670)."""
-        kept = [run for run in self.finished if (ttft is None or run.ttft <= ttft) and (tpot is None or (run.tpot or 0) <= tpot)]
+        limits: dict[Measure, float | None] = {"ttft": ttft, "tpot": tpot, "end_to_end": end_to_end}
+        given = [(of, most) for of, most in limits.items() if most is not None]
+        kept = [run for run in self.finished if all(value <= most for of, most in given for value in _values(run, of))]
         return len(kept) / self.seconds
 
     def summary(self) -> dict[str, Any]:

@@ -240,6 +240,18 @@ def of_a_request(target: Target) -> dict[str, EngineLike]:
     return found
 
 
+def of_a_load(recipe: Recipe) -> dict[str, Recipe]:
+    """The recipe with requests that share steps, by label: prompts whole or in pieces, images too, or images unpacked ahead."""
+    together = recipe.choose("schedule.batching", "continuous")
+    pieces = together.choose("schedule.prefill", "chunked")
+    return {
+        "continuous": together,
+        "continuous, in pieces": pieces,
+        "continuous, in pieces and by blocks": pieces.choose("schedule.tower", "by_blocks"),
+        "continuous, images ahead": together.choose("schedule.vision", "ahead"),
+    }
+
+
 def fused(recipe: Recipe, attention: str = "varlen") -> Recipe:
     """A recipe with every fused kernel, page-locked uploads, and attention in tower and prefill: "varlen", "triton" or "cudnn"."""
     return changed(recipe, {**_PINNED, **_FUSED_VIT, **_FUSED_DECODER, **_ATTENTION[attention]})

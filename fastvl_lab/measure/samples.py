@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import math
-import operator
 import random
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -113,8 +112,8 @@ def _rank_of_pairs(n: int, m: int) -> int:
 
 
 def json_value(value: object) -> object:
-    """NaN has no JSON form; an interval that does not exist is null."""
-    return None if isinstance(value, float) and value != value else value
+    """NaN and infinity have no JSON form: an interval that does not exist is null, and what has no bound is "inf"."""
+    return value if not isinstance(value, float) or math.isfinite(value) else None if value != value else str(value)
 
 
 def as_row(name: str, interval: Interval | None) -> dict[str, float | None]:
@@ -127,9 +126,14 @@ def json_row(name: str, interval: Interval | None) -> dict[str, object]:
     return {key: json_value(value) for key, value in as_row(name, interval).items()}
 
 
-def interval_of(ends: Sequence[float | None]) -> Interval:
-    """An interval as JSON has it, with null for NaN."""
-    return Interval(*(nan if end is None else end for end in ends))
+def interval_of(ends: Sequence[float | str | None]) -> Interval:
+    """An interval as JSON has it, by `json_value`."""
+    return Interval(*(nan if end is None else float(end) for end in ends))
+
+
+def times_as_fast(ours: float, theirs: float) -> float:
+    """How many times as fast as `theirs` seconds `ours` are; what takes for ever is as fast as what does."""
+    return 1.0 if ours == theirs else theirs / ours
 
 
 def gains(ratio: Interval | None) -> bool:
@@ -261,15 +265,15 @@ class Samples(Generic[S]):
 
     def ratio(self, engine: str, over: str, *names: str) -> Interval | None:
         """How many times as fast as `over` the engine is, paired by round; None without a round of both."""
-        return self._paired(operator.truediv, engine, over, *names)
+        return self._paired(times_as_fast, engine, over, *names)
 
     def saving(self, engine: str, over: str, *names: str) -> Interval | None:
         """The seconds that the engine takes less than `over`, paired in the same way."""
-        return self._paired(operator.sub, engine, over, *names)
+        return self._paired(lambda ours, theirs: theirs - ours, engine, over, *names)
 
     def _paired(self, by: Callable[[float, float], float], engine: str, over: str, *names: str) -> Interval | None:
         ours, theirs = self.by_round(engine, *names), self.by_round(over, *names)
-        values = [by(theirs[number], ours[number]) for number in ours if number in theirs]
+        values = [by(ours[number], theirs[number]) for number in ours if number in theirs]
         return median_interval(values) if values else None
 
 

@@ -20,7 +20,7 @@ from typing import Literal, NamedTuple, Protocol
 from fastvl_lab.catalogue import OptionValue
 from fastvl_lab.errors import FastvlError, RecipeError
 from fastvl_lab.measure.recipes import Changes, changed
-from fastvl_lab.measure.samples import Interval, Samples, StageSample, gains
+from fastvl_lab.measure.samples import Interval, Samples, StageSample, gains, times_as_fast
 from fastvl_lab.recipe import Recipe
 
 ROUNDS = 12  # of a race at most
@@ -132,7 +132,7 @@ class Space:
 
 
 class Raced(NamedTuple):
-    """One sample of a race. race: its number, from 0; tried: what its recipe changes, or `_BEST`; cost: in seconds."""
+    """One sample of a race. race: its number, from 0; tried: what its recipe changes, or `_BEST`; cost: in seconds, or infinite."""
 
     race: int
     phase: str
@@ -474,4 +474,4 @@ class _Search:
 def _paired(samples: Samples[StageSample], label: str) -> list[float]:
     """The ratio of each round in which both were timed."""
     ours, theirs = samples.by_round(label, COST), samples.by_round(_BEST, COST)
-    return [theirs[number] / ours[number] for number in ours if number in theirs]
+    return [times_as_fast(ours[number], theirs[number]) for number in ours if number in theirs]

@@ -8,6 +8,7 @@ import dataclasses
 import hashlib
 import json
 import math
+import random
 import signal
 import sys
 import threading
@@ -39,15 +40,17 @@ from fastvl_lab.errors import (
 )
 from fastvl_lab.lab import Lab
 from fastvl_lab.lasting import About, Lasting
-from fastvl_lab.learnt import Record, Site, folder, versions
+from fastvl_lab.learnt import Record, Site, best_under_load, folder, versions
 from fastvl_lab.measure.environment import environment
 from fastvl_lab.measure.journal import Journalled
+from fastvl_lab.measure.load import Load, load, varied
 from fastvl_lab.measure.parity import Oracles, Parity, check
 from fastvl_lab.measure.publish import photo, picture
 from fastvl_lab.measure.quiet import QUIET, Quiet, Watch
-from fastvl_lab.measure.recipes import START, named, of_a_request, stages_of
+from fastvl_lab.measure.recipes import START, named, of_a_load, of_a_request, stages_of
 from fastvl_lab.measure.samples import Interval, StageSample, as_row, interval_of, json_row, json_value
 from fastvl_lab.measure.search import (
+    CONFIRMING,
     COST,
     CastOut,
     CastOutError,
@@ -60,6 +63,7 @@ from fastvl_lab.measure.search import (
     search,
     told,
 )
+from fastvl_lab.measure.under_load import Goodput
 from fastvl_lab.preprocessor.decode_image import rgb_of
 from fastvl_lab.recipe import Recipe
 from fastvl_lab.request import Request
@@ -69,7 +73,7 @@ GOALS = ("ttft", "tpot")
 
 # One request, or several with what each weighs.
 Workload = Request | Sequence[tuple[Request, float]]
-Goal = str | Mapping[str, float]
+Goal = str | Mapping[str, float] | Goodput
 
 # What one recipe's cold run and check may take, unless said otherwise: so much of all the time, so many times what Transformers
 # took, or so many seconds, whichever is most. A whole recipe of Triton kernels may compile for a minute where none is kept.
@@ -83,7 +87,8 @@ class Tuned(Lasting):
 
     recipe: the best, or `start` where nothing is shown to be faster. ratio: how many times as fast as `start` it is by the goal, on
     samples taken for that alone; where the search was cut short before those, the product of its races' medians without an
-    interval; of the start itself, 1. over: what the start is called, and where it is from. tried: a row a recipe and race;
+    interval; of the start itself, 1; infinite over one without a good request. over: what the start is called, and where it is
+    from. goal: what each part weighs; of goodput, each request of `workload` has its "load". tried: a row a recipe and race;
     cast_out: what was not timed, with the reason; untried: what time was too short for. samples: of all races, raw. checks: the
     recipe's parity, a request each. seconds: that it took. kept: the file of the record, None where none was written.
     """
@@ -106,14 +111,28 @@ class Tuned(Lasting):
     notes: tuple[str, ...] = ()
     kept: Path | None = None
 
+    @property
+    def load(self) -> Goodput | None:
+        """Under what load, and within which limits, goodput was the goal; None of another goal."""
+        return Goodput(**self.workload[0]["load"]) if "goodput" in self.goal else None
+
+    @property
+    def times_what(self) -> str:
+        """What stands between a ratio and the other's name."""
+        return "as fast as" if self.load is None else "the goodput of"
+
     def findings(self) -> list[str]:
         """What was found, in sentences."""
-        by = " + ".join(f"{weight:g}·{name.upper()}" if weight != 1 else name.upper() for name, weight in self.goal.items())
+        weighed = " + ".join(f"{weight:g}·{name.upper()}" if weight != 1 else name.upper() for name, weight in self.goal.items())
+        by = f"by {weighed}" if self.load is None else f"with {self.load.label}"
         if self.recipe == self.start:
-            lines = [f"nothing was shown to be faster than {self.over} by {by}: it stays"]
+            better = "be faster than" if self.load is None else "have more goodput than"
+            lines = [f"nothing was shown to {better} {self.over} {by}: it stays"]
         else:
-            lines = [f"{told(self.recipe, self.start)}: {self.ratio.times()} as fast as {self.over} by {by}"]
+            lines = [f"{told(self.recipe, self.start)}: {self.ratio.times()} {self.times_what} {self.over} {by}"]
             lines += [] if self.confirmed else ["the search was cut short before this met the start once more, so it is not kept"]
+        if self.samples and all(math.isinf(sample.cost) for sample in self.samples):
+            lines.append("no request of any load kept the limits: nothing can be told apart by them")
         lines += [f"parity: {checked.sentence}" for checked in self.checks]
         failed = [one for one in self.cast_out if one.recipe is not None]
         lines += [f"{one.label} was cast out: {one.why}" for one in failed]
@@ -140,7 +159,7 @@ class Tuned(Lasting):
 
     def about(self) -> About:
         return About(
-            title=f"{told(self.recipe, self.start)}: {self.ratio.times()} as fast as {self.over}",
+            title=f"{told(self.recipe, self.start)}: {self.ratio.times()} {self.times_what} {self.over}",
             findings=self.findings(),
             environment=self.environment,
             samples=[sample._asdict() for sample in self.samples],
@@ -165,7 +184,7 @@ class Tuned(Lasting):
             "cast_out": [{**vars(one), "recipe": one.recipe and one.recipe.to_dict()} for one in self.cast_out],
             "rows": self.rows(),
             "untried": list(self.untried),
-            "samples": [list(sample) for sample in self.samples],
+            "samples": [list(map(json_value, sample)) for sample in self.samples],
             "ended": self.ended,
             "seconds": self.seconds,
             "environment": dict(self.environment),
@@ -194,7 +213,7 @@ class Tuned(Lasting):
             tried=tuple(tried),
             cast_out=tuple(cast_out),
             untried=tuple(record["untried"]),
-            samples=tuple(Raced(*sample) for sample in record["samples"]),
+            samples=tuple(raced._replace(cost=float(raced.cost)) for raced in (Raced(*sample) for sample in record["samples"])),
             checks=tuple(map(Parity.from_record, record["checks"])),
             ended=record["ended"],
             seconds=record["seconds"],
@@ -248,11 +267,14 @@ def tune(
 ) -> Tuned:
     """Find the best exact recipe for a workload on this machine, and keep it: from then on it is what "fastest" means on this lab.
 
+    One that was found for goodput is kept beside it: "fastest" is of one request alone.
+
     workload: a request, or requests with what each weighs; each is run to its end, so a few new tokens leave time for more recipes.
     seconds: that it may take; beyond them goes at most one recipe's cold run and check. goal: "ttft", "tpot", or what each weighs,
-    such as {"ttft": 1, "tpot": 32} for an answer of 33 tokens. only: slots or toggles that are searched, such as "vit" or
-    "attention.prefill"; all, if none is named. keep: write a record (`learnt`), once the best has been confirmed to be faster than
-    the start. limit: seconds that one recipe's cold run and check, or one timed run, may take; by default half of
+    such as {"ttft": 1, "tpot": 32} for an answer of 33 tokens; or `Goodput(concurrency=8, ttft=0.5)`: requests a second that keep
+    its limits, where so many come at once, each drawn from the workload by its weight. only: slots or toggles that are searched,
+    such as "vit" or "attention.prefill"; all, if none is named. keep: write a record (`learnt`), once the best has been confirmed
+    to be faster than the start. limit: seconds that one recipe's cold run and check, or one timed run, may take; by default half of
     `seconds`, ten times what Transformers takes, or 30, whichever is most. quiet: as `compare` has it, within a fifth of `seconds`.
     on_progress: called before each recipe; progress: without it, whether to show a bar. stop: once it is set, the best so far is
     returned, unconfirmed where it was not yet held against the start.
@@ -260,9 +282,14 @@ def tune(
     Unless `keep` is off, samples are written down as they come (`measure.journal`): where a tune was killed or stopped, the same
     call goes on with it, and `seconds` count what that one took.
 
-    Not searched: approximate options; what is kept between requests, since every request here comes again; and the schedule, which
-    counts among many requests alone. These stay as the start has them. A recipe that fails, whose tokens or logits are not its
-    oracle's, whose runs differ, or that takes too long is cast out and named, and raises nothing.
+    For goodput a sample is a load. In a round all recipes are sent the same load, and each round of a race has pictures and
+    arrivals of its own. A request that fails, or makes wrong tokens beside others, casts its recipe out. A load without a good
+    request costs infinitely much: it is worse than any with one, and as good as another such.
+
+    Not searched: approximate options; what is kept between requests, since every request here comes again, or has pictures of its
+    own; and, but for goodput, the schedule, which counts among many requests alone. These stay as the start has them. A recipe that
+    fails, whose tokens or logits are not its oracle's, whose runs differ, or that takes too long is cast out and named, and raises
+    nothing.
 
     Raises `RequestError` for a workload, goal or time that cannot be, and what a request's own fault raises; `RecipeError` where
     not even the baseline passes, or what an earlier call found fails now; `RequestCancelledError` where it was stopped before any
@@ -274,24 +301,34 @@ def tune(
     if limit is not None and not _is_above_zero(limit):
         raise RequestError(f"limit is {limit!r}; it must be a number of seconds above 0, or None")
     check_whole_number("seed", seed, least=0)
-    if weights.get("tpot"):
+    goodput = goal if isinstance(goal, Goodput) else None
+    if weights.get("tpot") or (goodput and goodput.tpot is not None):
         for request, _ in requests:
             if request.max_new_tokens < 2:
                 raise RequestError(f"max_new_tokens is {request.max_new_tokens}; a goal with tpot takes at least 2")
-    bench = _Bench(lab, requests, weights, seconds=seconds, limit=limit, quiet=quiet, stop=stop)
+    if goodput and goodput.rate is not None:
+        lasts, most = (goodput.count - 1) / goodput.rate, min(seconds / (2 * CONFIRMING), math.inf if limit is None else limit)
+        if lasts > most:
+            raise RequestError(
+                f"{goodput.count} requests at {goodput.rate:g} a second come for {lasts:.3g} s, and a load may take {most:.3g} s: "
+                f"seconds has to hold {2 * CONFIRMING} of them, and limit one; lower n, or raise seconds, limit or rate"
+            )
+    bench = _Bench(lab, requests, weights, goodput, seconds=seconds, limit=limit, quiet=quiet, stop=stop)
     space, fallen = _space(lab, requests, weights, named(only))
     starts = {"fastest": lab.fastest, "the hand-chosen fastest": Recipe.fastest(lab.checkpoint.target), START: Recipe.baseline()}
+    if goodput and (best := best_under_load(lab.checkpoint)) is not None:
+        starts = {"the best under load": best, **starts}
     starts = {label: recipe for label, recipe in starts.items() if space.allowed(recipe) is None}
     listed = of_a_request(lab.checkpoint.target).items()
     seeds = {label: find_recipe(engine) for label, engine in listed if label.startswith("all: ")}
-    seeds = {} if only else {**seeds, **starts}
+    seeds = {} if only else {**(of_a_load(lab.fastest) if goodput else {}), **seeds, **starts}
     bar = tqdm(total=round(seconds), unit="s", disable=not progress or on_progress is not None)
 
     def show(now: Progress) -> None:
         bar.n = min(round(bench.spent), bar.total or 0)
         bar.set_description(f"{now.ratio:.2f}× {now.phase}: {now.trying}"[:80])
 
-    key = _key(lab, requests, weights, seconds=seconds, only=only, seed=seed, starts=starts)
+    key = _key(lab, requests, weights, seconds=seconds, only=only, seed=seed, starts=starts, load=bench.load)
     journal = Journalled(bench, _unfinished(key), key) if keep else None
     order = bench.order if journal is None else journal.ordered(bench.order)
     with bar:
@@ -418,10 +455,13 @@ def _read(workload: Workload) -> tuple[tuple[Request, float], ...]:
 
 
 def _weights(goal: Goal) -> dict[str, float]:
+    if isinstance(goal, Goodput):
+        return {"goodput": 1.0}
     given = {goal: 1.0} if isinstance(goal, str) else goal
     known = isinstance(given, Mapping) and given and all(name in GOALS and _is_above_zero(weight) for name, weight in given.items())
     if not known:
-        raise RequestError(f"goal is {goal!r}; the choices are {', '.join(GOALS)}, or a mapping from them to weights above 0")
+        choices = (*GOALS, "a mapping from them to weights above 0, or a fastvl_lab.Goodput")
+        raise RequestError(f"goal is {goal!r}; the choices are {', '.join(choices)}")
     return {name: float(weight) for name, weight in given.items()}
 
 
@@ -461,10 +501,12 @@ def _space(
 
 def _out_of_scope(toggle: Toggle, requests: Sequence[tuple[Request, float]], weights: Mapping[str, float]) -> str | None:
     """Why a toggle does not count for this workload and goal, or None."""
-    if toggle.slot == "schedule" and toggle.path != "schedule.overlap":
+    goodput = "goodput" in weights
+    if toggle.slot == "schedule" and toggle.path != "schedule.overlap" and not goodput:
         return "it counts among many requests alone"
     if toggle.path in ("cache.image_reuse", "cache.prefix_reuse"):
-        return "every request comes again here, and would find what the one before it left"
+        again = "every request comes again here, and would find what the one before it left"
+        return "what requests have in common is not known here" if goodput else again
     works_in = set(stages_of(toggle.path))
     if not works_in:
         return None
@@ -472,7 +514,7 @@ def _out_of_scope(toggle: Toggle, requests: Sequence[tuple[Request, float]], wei
         r.image_inputs for r, _ in requests
     ):
         return "the workload has no image"
-    if works_in <= {"decode", "emit"} and "tpot" not in weights:
+    if works_in <= {"decode", "emit"} and "tpot" not in weights and not goodput:
         return "it works after the first token, and the goal is ttft"
     return None
 
@@ -502,12 +544,26 @@ def costs(times: Sequence[tuple[float, float | None]], shares: Sequence[float], 
 
 
 def read_goal(text: str) -> Goal:
-    """A goal from a text: "ttft", "tpot", or weights such as "ttft=1,tpot=32"; raises `RequestError`."""
-    pairs = [part.partition("=") for part in text.split(",")]
+    """A goal from a text: "ttft", "tpot", weights such as "ttft=1,tpot=32", or "goodput,concurrency=8,n=32,ttft=0.5".
+
+    Behind "goodput" come fields of `Goodput`. Raises `RequestError`.
+    """
+    name, _, rest = text.partition(",")
     try:
-        return {name.strip(): float(weight) for name, _, weight in pairs} if "=" in text else text
+        if name.strip() != "goodput":
+            return _numbers(text) if "=" in text else text
+        given, fields = _numbers(rest), [field.name for field in dataclasses.fields(Goodput)]
     except ValueError:
-        raise RequestError(f"{text!r} is no goal; write ttft, tpot, or ttft=1,tpot=32") from None
+        raise RequestError(f"{text!r} is no goal; write ttft, tpot, ttft=1,tpot=32, or goodput,concurrency=8,ttft=0.5") from None
+    if not given.keys() <= set(fields):
+        raise RequestError(f"{text!r} is no goal; behind goodput, the choices are {', '.join(fields)}")
+    return Goodput(**given)
+
+
+def _numbers(text: str) -> dict[str, Any]:
+    """Of "one=1,other=0.5", whole numbers as such."""
+    pairs = [part.partition("=") for part in text.split(",")]
+    return {name.strip(): int(value) if value.strip().isdigit() else float(value) for name, _, value in pairs}
 
 
 class _Bench:
@@ -518,6 +574,7 @@ class _Bench:
         lab: Lab,
         requests: Sequence[tuple[Request, float]],
         weights: Mapping[str, float],
+        goodput: Goodput | None = None,
         *,
         seconds: float,
         limit: float | None,
@@ -535,6 +592,12 @@ class _Bench:
             oracles.run("transformers")
         took = time.perf_counter() - self._began
         self._limit = max(_SHARE_OF_A_LOOK * seconds, _TIMES_STOCK * took, _LEAST) if limit is None else limit
+        self._goodput, self._load_took = goodput, 0.0
+        self.load = None if goodput is None else dataclasses.asdict(dataclasses.replace(goodput, n=goodput.count))
+        self._sent: tuple[int, list[tuple[int, Request]]] = (
+            -1,
+            [],
+        )  # the round; its requests, each with its number in the workload
         self._bases: list[str] = []
         self._runs: dict[Recipe, list[Run]] = {}  # the last one of each request
         self.checks: dict[Recipe, tuple[Parity, ...]] = {}
@@ -551,10 +614,11 @@ class _Bench:
         return self._lab.hold(recipes)
 
     def notes(self) -> tuple[str, ...]:
-        return self._watch.notes()
+        took = f"the first load took {self._load_took:.3g} s, and the last meeting with the start takes {2 * CONFIRMING} loads"
+        return (*self._watch.notes(), *([took] if self._goodput else []))
 
     def admit(self, recipe: Recipe) -> None:
-        """Two runs of each request, which must be alike, then the parity check."""
+        """Two runs of each request, which must be alike, then the parity check; for goodput, of a load too."""
         with self._in_words():
             self._lab.compute(partial(self._look_at, recipe), limit=self._limit)
 
@@ -577,12 +641,49 @@ class _Bench:
                 raise CastOutError(f"parity: {checked.why}")
             found.append(checked)
             last.append(runs[-1])
+        if self._goodput is not None:
+            sent, made = self._loaded(recipe, -1)
+            for number, oracles in enumerate(self._oracles):
+                mine = [run for (whose, _), run in zip(sent, made.finished, strict=True) if whose == number]
+                others = [run for run in mine if run.tokens != last[number].tokens]
+                if others and not (checked := check(oracles, recipe, others, last[number].logits, self._bases[number])).holds:
+                    raise CastOutError(f"parity under load: {checked.why}")
+            self._load_took = self._load_took or made.seconds
         self._runs[recipe], self.checks[recipe] = last, tuple(found)
+
+    def _loaded(self, recipe: Recipe, number: int) -> tuple[list[tuple[int, Request]], Load]:
+        """A round's load, and its requests, each with its number in the workload; in round -1 their pictures are as they are.
+
+        Raises `FastvlError` where one of them failed.
+        """
+        goal, before = self._goodput, number + 1
+        assert goal is not None
+        if number < 0 or self._sent[0] != number:
+            shares = [share for _, share in self._requests]
+            drawn = random.Random(goal.seed + before).choices(range(len(shares)), shares, k=goal.count)
+            numbers = range(before * goal.count, (before + 1) * goal.count) if before else [0] * goal.count
+            pairs = zip(drawn, numbers, strict=True)
+            self._sent = number, [(whose, varied(self._requests[whose][0], picture)) for whose, picture in pairs]
+        sent = self._sent[1]
+        made = load(
+            self._lab,
+            [request for _, request in sent],
+            recipe,
+            concurrency=goal.concurrency,
+            rate=goal.rate,
+            seed=goal.seed + before,
+            warm_up=0,
+            stop=self._stop,
+        )
+        if made.failures or len(made.runs) < goal.count:  # of one that is stopped, not all may have been sent
+            raise FastvlError(f"under load, {next(iter(made.failures.values()), 'it was stopped')}")
+        return sent, made
 
     def measure(self, recipe: Recipe, label: str, number: int) -> Iterator[StageSample]:
         self.know(recipe)
         with self._in_words():
-            once = partial(self._lab.compute, partial(self._costs, recipe), limit=self._limit)
+            work = partial(self._costs, recipe) if self._goodput is None else partial(self._cost_under_load, recipe, number)
+            once = partial(self._lab.compute, work, limit=self._limit)
             for steps, use in self._watch.measured(once, stop=self._stop):
                 if steps is not None:
                     yield StageSample(engine=label, round=number, steps=steps, use=use)
@@ -597,6 +698,15 @@ class _Bench:
             return None
         return costs([(run.ttft, run.tpot) for run in runs], [weight for _, weight in self._requests], self._weights)
 
+    def _cost_under_load(self, recipe: Recipe, number: int) -> dict[str, float] | None:
+        """The seconds to each good request of a load; None where something was compiled or captured in it."""
+        assert self._goodput is not None
+        _, made = self._loaded(recipe, number)
+        if any(run.captures for run in made.finished):
+            return None
+        good = made.goodput(**self._goodput.limits)
+        return {COST: 1 / good if good else math.inf}
+
     @contextlib.contextmanager
     def _in_words(self) -> Iterator[None]:
         """Whatever a recipe raises takes it out; what is asked of outside ends the search."""
@@ -609,21 +719,24 @@ class _Bench:
         except TimeLimitError as error:
             raise CastOutError(sentence(error), ends=error.stuck) from None
         except Exception as error:
-            if isinstance(error, RequestCancelledError) and self._stop is not None and self._stop.is_set():
+            if self._stop is not None and self._stop.is_set():  # of a load that is stopped, many requests fail at once
                 raise EndOfSearchError("it was stopped", again=True) from None
             raise CastOutError(f"it failed: {sentence(error)}") from error
 
     def order(self, recipe: Recipe) -> Sequence[str]:
-        """Toggles by the share that their stages have of the goal, the largest first."""
+        """Toggles by the share that their stages have of the goal, the largest first; for goodput, behind those of the schedule."""
         self.know(recipe)
         spent: dict[str, float] = {}
         for run, (_, weight) in zip(self._runs[recipe], self._requests, strict=True):
+            of = self._weights if self._goodput is None else {"ttft": 1.0, "tpot": len(run.tokens) - 1.0}
             host, device = run.trace.stages(), run.trace.stages("device")
             for stage in {**host, **device}:
-                within = weight * self._weights.get("ttft", 0.0) * max(host.get(stage, 0), device.get(stage, 0)) / 1e9
+                within = weight * of.get("ttft", 0.0) * max(host.get(stage, 0), device.get(stage, 0)) / 1e9
                 spent[stage] = spent.get(stage, 0.0) + within
-            spent["decode"] = spent.get("decode", 0.0) + weight * self._weights.get("tpot", 0.0) * (run.tpot or 0.0)
-        return sorted((toggle.path for toggle in toggles()), key=lambda path: -sum(spent.get(s, 0.0) for s in stages_of(path)))
+            spent["decode"] = spent.get("decode", 0.0) + weight * of.get("tpot", 0.0) * (run.tpot or 0.0)
+        paths = [toggle.path for toggle in toggles()]
+        paths.sort(key=lambda path: -sum(spent.get(stage, 0.0) for stage in stages_of(path)))
+        return sorted(paths, key=lambda path: self._goodput is None or not path.startswith("schedule."))
 
     def described(self, recipe: Recipe) -> tuple[dict[str, Any], ...]:
         """Each request in a few numbers."""
@@ -634,6 +747,7 @@ class _Bench:
                 "prompt_tokens": run.n_prompt,
                 "new_tokens": len(run.tokens),
                 "weight": weight,
+                **({"load": self.load} if self.load else {}),
             }
             for run, (_, weight) in zip(self._runs[recipe], self._requests, strict=True)
         )
@@ -676,7 +790,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         "--max-new-tokens", type=int, default=8, help="tokens to make; the end-of-text token is ignored (default 8)"
     )
     parser.add_argument("--seconds", type=float, default=120, help="that it may take (default 120)")
-    parser.add_argument("--goal", default="ttft", help="ttft, tpot, or weights such as ttft=1,tpot=32 (default ttft)")
+    goals = "ttft, tpot, weights such as ttft=1,tpot=32, or goodput,concurrency=8,n=32,ttft=0.5,tpot=0.05 (default ttft)"
+    parser.add_argument("--goal", default="ttft", help=goals)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--device", help="cpu, cuda, cuda:1 (default: CUDA where present)")
     parser.add_argument("--dtype", help="float32, bfloat16, float16")

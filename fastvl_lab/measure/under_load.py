@@ -9,11 +9,12 @@ from functools import partial
 from typing import Any
 
 from fastvl_lab.engine import EngineLike
-from fastvl_lab.errors import RequestError, check_whole_number, sentence
+from fastvl_lab.errors import RequestError, check_whole_number, is_number, quoted, sentence
 from fastvl_lab.lab import Lab
 from fastvl_lab.measure.compare import Comparison, compare, computing
 from fastvl_lab.measure.load import (
     MEASURES,
+    NAMES,
     Measure,
     as_load_finding,
     check_arrivals,
@@ -65,6 +66,39 @@ class Arrivals:
     def label(self) -> str:
         how = f"{self.concurrency} at once" if self.concurrency is not None else f"{self.rate:.4g} a second"
         return f"{how}, {self.count} requests" + (f", seed {self.seed}" if self.seed else "")
+
+
+_LIMITED: tuple[Measure, ...] = ("ttft", "tpot", "end_to_end")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Goodput(Arrivals):
+    """A goal of `tune`: how many requests a second keep the limits, where requests come as `Arrivals` says.
+
+    ttft, tpot, end_to_end: seconds that a request may take (`Load.goodput`), at least one of them. Raises `RequestError` for what
+    cannot be.
+    """
+
+    ttft: float | None = None
+    tpot: float | None = None
+    end_to_end: float | None = None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not self.limits:
+            raise RequestError(f"nothing limits what counts as goodput; give at least one of {', '.join(_LIMITED)}, in seconds")
+        for name, most in self.limits.items():
+            if not (is_number(most) and most > 0):
+                raise RequestError(f"{name} is {quoted(most)}; it must be a number of seconds above 0")
+
+    @property
+    def limits(self) -> dict[Measure, float]:
+        """Those that are given, by their names."""
+        return {name: most for name in _LIMITED if (most := getattr(self, name)) is not None}
+
+    @property
+    def label(self) -> str:
+        return ", ".join([super().label, *(f"{NAMES[name]} within {most:g} s" for name, most in self.limits.items())])
 
 
 @dataclass(frozen=True, kw_only=True)

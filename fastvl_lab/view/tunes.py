@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import html
+import math
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
@@ -28,7 +29,7 @@ def tuned_frame(found: Tuned) -> Any:
     columns: dict[str, Callable[[Any], object]] = {
         "tried": lambda row: row.label,
         "in": lambda row: row.phase if isinstance(row, Tried) else None,
-        "times as fast as the best so far (95% CI)": lambda row: times(row.ratio) if isinstance(row, Tried) else None,
+        f"times {found.times_what} the best so far (95% CI)": lambda row: times(row.ratio) if isinstance(row, Tried) else None,
         "rounds": lambda row: row.rounds if isinstance(row, Tried) else None,
         "what became of it": _became,
     }
@@ -45,9 +46,10 @@ def _became(row: Tried | CastOut) -> str:
 def tuned_bars(found: Tuned) -> go.Figure:
     """A bar a recipe that was raced: how much faster than the best as it was then, in percent; whiskers are the 95% interval.
 
-    Green was taken, red is slower, pale shows no difference. Those that were never timed are in the table alone.
+    Of goodput: how much more. Green was taken, red is slower, pale shows no difference. Those that were never timed, or whose ratio
+    is over no goodput at all, are in the table alone.
     """
-    timed = [tried for tried in found.tried if tried.ratio is not None]
+    timed = [tried for tried in found.tried if tried.ratio is not None and math.isfinite(tried.ratio.median)]
     labels = [f"{number}. {shortened(tried.label, _LONGEST)}" for number, tried in enumerate(timed, start=1)]
     ratios = [tried.ratio or UNKNOWN for tried in timed]
     gained = [(ratio.median - 1) * 100 for ratio in ratios]
@@ -60,7 +62,7 @@ def tuned_bars(found: Tuned) -> go.Figure:
         customdata=[[tried.verdict, tried.phase, times(tried.ratio), said(tried.label)] for tried in timed],
         told="%{customdata[3]}: %{customdata[2]}<br>%{customdata[1]}: %{customdata[0]}",
     )
-    x = Axis(title="percent faster than the best so far (medians, 95% CI)")
+    x = Axis(title=f"percent {'faster' if found.load is None else 'more goodput'} than the best so far (medians, 95% CI)")
     return panels([Panel(traces=[trace], x=x, rows=labels, limit=0.0)])
 
 

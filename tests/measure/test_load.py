@@ -109,6 +109,7 @@ def test_what_is_counted(timed: Callable[..., Run]) -> None:
     assert made.values("end_to_end") == pytest.approx([0.14, 0.32])
     assert made.goodput(ttft=0.2) == 0.5
     assert made.goodput(tpot=0.01) == 0.0
+    assert (made.goodput(end_to_end=0.2), made.goodput(end_to_end=0.4), made.goodput(end_to_end=0.4, ttft=0.05)) == (0.5, 1.0, 0.0)
     row = made.summary()
     assert (row["requests"], row["failed"], row["ttft_p50_ms"]) == (3, 1, pytest.approx(200))
     assert row["ttft_p99_ms_low"] is None, "two samples bound no percentile"

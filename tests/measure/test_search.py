@@ -256,6 +256,60 @@ def _flat(_: Recipe) -> float:
     return 1.0
 
 
+# Goodput: a load without a good request costs infinitely much.
+
+LOADS = Space(
+    values={"schedule.batching": ("one_at_a_time", "continuous"), "schedule.max_batch": (8, 32), "vit.rope": ("eager", "halves")},
+    late=frozenset(),
+    allowed=lambda _: None,
+)
+
+
+def _goodput_of_batches(recipe: Recipe) -> float:
+    """None alone, 4 a second in batches of 8, and 8 in those of 32."""
+    return math.inf if recipe.schedule.batching == "one_at_a_time" else 1 / 4 if recipe.schedule.max_batch == 8 else 1 / 8
+
+
+def test_any_good_request_is_better_than_none_and_more_are_better_yet(tmp_path: Path) -> None:
+    class Steadily(Bench):
+        def measure(self, recipe: Recipe, label: str, number: int) -> Iterator[StageSample]:
+            self.measured.append(recipe)
+            if len(self.measured) == self.killed_at:
+                raise KeyboardInterrupt
+            self.time += 1.0
+            yield StageSample(engine=label, round=number, steps={COST: self.cost(recipe)})
+
+        killed_at = -1
+
+    found = search({"start": LEAN}, LOADS, Steadily(_goodput_of_batches))
+    assert (found.recipe.schedule.batching, found.recipe.schedule.max_batch) == ("continuous", 32)
+    assert found.ratio is not None
+    assert (tuple(found.ratio), found.confirmed) == ((math.inf,) * 3, True)
+    assert {tried.label.partition(",")[0]: tried.verdict for tried in found.tried if tried.phase == "one at a time"} == {
+        "schedule.batching=continuous": "taken",
+        "schedule.max_batch=32": "taken",
+        "vit.rope=halves": "no faster",
+    }
+    back = search({"start": found.recipe}, LOADS, Steadily(_goodput_of_batches))
+    assert back.recipe == found.recipe
+    assert {(tried.verdict, tried.rounds) for tried in back.tried if "one_at_a_time" in tried.label} == {("slower", 2)}
+    killed = Steadily(_goodput_of_batches)
+    killed.killed_at = 20
+    with pytest.raises(KeyboardInterrupt):
+        search({"start": LEAN}, LOADS, Journalled(killed, tmp_path / "killed", {}))
+    journal = Journalled(Steadily(_goodput_of_batches), tmp_path / "killed", {})
+    assert _told(search({"start": LEAN}, LOADS, journal)) == _told(found)
+    assert journal.found > 19
+
+
+def test_where_no_load_has_a_good_request_the_start_stays() -> None:
+    found = search({"start": LEAN}, LOADS, Bench(lambda _: math.inf))
+    assert (found.recipe, found.confirmed) == (LEAN, False)
+    assert {(tried.verdict, tried.ratio and tried.ratio.median, tried.rounds) for tried in found.tried} == {
+        ("no faster", 1.0, LOST)
+    }
+
+
 def test_what_takes_long_to_make_ready_comes_last_but_for_the_neighbours() -> None:
     space = Space(
         values=VALUES, late=frozenset({"vit.rope=halves"}), allowed=lambda r: "not so" if r.value("cache.kv") == "paged" else None

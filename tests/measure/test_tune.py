@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import io
 import json
+import math
 import os
 import random
 import signal
@@ -22,12 +23,27 @@ import torch
 from PIL import Image
 
 import fastvl_lab as fl
-from fastvl_lab import Lab, Recipe, RecipeError, Request, RequestCancelledError, RequestError, Sampling, Tuned, learnt, tune, view
+from fastvl_lab import (
+    FastvlError,
+    Goodput,
+    Lab,
+    Recipe,
+    RecipeError,
+    Request,
+    RequestCancelledError,
+    RequestError,
+    Sampling,
+    Tuned,
+    learnt,
+    tune,
+    view,
+)
 from fastvl_lab.measure.journal import Journalled
+from fastvl_lab.measure.load import Load, load
 from fastvl_lab.measure.parity import Parity
 from fastvl_lab.measure.samples import gains
 from fastvl_lab.measure.search import COST, CastOutError, Progress
-from fastvl_lab.measure.tune import _Bench, _key, costs, main
+from fastvl_lab.measure.tune import _Bench, _key, costs, main, read_goal
 from fastvl_lab.vit import operations
 
 ROPE = {"only": ["vit.rope"], "quiet": None, "progress": False}
@@ -266,6 +282,185 @@ def test_a_cost_is_what_its_parts_weigh() -> None:
         costs([(2.0, None)], [1.0], {"tpot": 2.0})
 
 
+# Goodput.
+
+TOGETHER: dict[str, Any] = {"only": ["schedule.batching"], "quiet": None, "progress": False}
+ALL_COUNT = Goodput(concurrency=2, n=3, end_to_end=600)
+
+Loads = list[tuple[str, Sequence[Request], dict[str, Any]]]
+
+
+@pytest.fixture
+def loads(monkeypatch: pytest.MonkeyPatch) -> Loads:
+    """Every load that a tune draws: who shares steps in it, what is sent, and how. Those of continuous batching last a quarter."""
+    sent: Loads = []
+
+    def timed(lab: Lab, requests: Sequence[Request], recipe: Recipe, **how: Any) -> Load:
+        sent.append((recipe.schedule.batching, requests, how))
+        made = load(lab, requests, recipe, **how)
+        return dataclasses.replace(made, seconds=1.0 if recipe.schedule.batching == "one_at_a_time" else 0.25)
+
+    monkeypatch.setattr("fastvl_lab.measure.tune.load", timed)
+    return sent
+
+
+def test_what_has_more_goodput_is_kept_beside_what_is_fastest_for_one(lab: Lab, request_: Request, loads: Loads) -> None:
+    fastest = lab.fastest
+    found = tune(lab, request_, 60, goal=ALL_COUNT, **TOGETHER)
+    assert found.recipe == fastest.choose("schedule.batching", "continuous")
+    assert found.recipe.cache.kv == "paged"
+    assert (tuple(found.ratio), found.confirmed) == ((4.0, 4.0, 4.0), True)
+    assert found.load == ALL_COUNT
+    assert found.samples[0].cost in (1 / 3, 1 / 12)
+    said = "the goodput of fastest (measured on another machine) with 2 at once, 3 requests, time to the last token within 600 s"
+    assert said in found.findings()[0]
+    assert all(checked.holds for checked in found.checks)
+
+    first, last = loads[0][1], loads[-24:]  # of the last meeting
+    assert first == [request_] * 3, "parity is of the request as it is"
+    rounds = [last[number : number + 2] for number in range(0, 24, 2)]
+    assert all({one[0], other[0]} == {"one_at_a_time", "continuous"} and one[1:] == other[1:] for one, other in rounds)
+    pictures = [bytes(request.image_inputs[0].data) for (_, requests, _), _ in rounds for request in requests]
+    assert len(set(pictures)) == 12 * 3
+    assert [how["seed"] for (_, _, how), _ in rounds] == list(range(1, 13))
+
+    assert found.kept is not None
+    assert found.kept.name == f"{learnt.Site.of(lab.checkpoint).path.stem}-goodput.json"
+    assert lab.fastest == learnt.fastest(lab.checkpoint) == fastest, "what is fastest for one request is another thing"
+    assert learnt.best_under_load(lab.checkpoint) == found.recipe
+    again = tune(lab, request_, 60, goal=ALL_COUNT, **TOGETHER)
+    assert again.over.startswith("the best under load (tuned here on ")
+    assert (again.recipe, again.confirmed) == (found.recipe, False)
+    assert "nothing was shown to have more goodput than the best under load" in again.findings()[0]
+
+    found.kept.replace(learnt.Site.of(lab.checkpoint).path)
+    with pytest.warns(UserWarning, match="is ignored: ValueError: its goal is goodput"):
+        assert learnt.fastest(lab.checkpoint) == fastest
+
+
+def test_over_none_any_goodput_is_without_bound_and_is_kept_and_drawn_so(
+    lab: Lab, request_: Request, loads: Loads, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    def of(made: Load, **_: float) -> float:
+        return 0.0 if made.seconds == 1.0 else 2.0
+
+    monkeypatch.setattr(Load, "goodput", of)
+    found = tune(lab, request_, 60, goal=ALL_COUNT, **TOGETHER)
+    assert "inf× (95% CI inf to inf) the goodput of fastest" in found.findings()[0]
+    opened = fl.open(found.save(tmp_path / "kept"))
+    assert (opened.ratio, opened.samples, opened.findings()) == (found.ratio, found.samples, found.findings())
+    json.dumps(found.to_record(), allow_nan=False)
+    assert list(opened.figure().data[0].x) == [-100.0], "a bar that has no end is not drawn, and the way back is"
+    assert "times the goodput of the best so far (95% CI)" in opened.frame()
+    assert found.kept is not None
+    assert learnt.Record.read(found.kept).ratio == (math.inf,) * 3
+
+    monkeypatch.setattr(Load, "goodput", lambda *_, **__: 0.0)
+    none = tune(lab, request_, 60, goal=ALL_COUNT, keep=False, **TOGETHER)
+    assert none.recipe == none.start
+    assert "no request of any load kept the limits: nothing can be told apart by them" in none.findings()
+
+
+def test_what_fails_or_errs_beside_others_alone_is_cast_out(
+    lab: Lab, request_: Request, loads: Loads, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def cast_out(change: Callable[[Load], Load]) -> str:
+        def changed(lab: Lab, requests: Sequence[Request], recipe: Recipe, **how: Any) -> Load:
+            made = load(lab, requests, recipe, **how)
+            return change(made) if recipe.schedule.batching == "continuous" else made
+
+        monkeypatch.setattr("fastvl_lab.measure.tune.load", changed)
+        found = tune(lab, request_, 60, goal=ALL_COUNT, keep=False, **TOGETHER)
+        assert found.recipe == found.start
+        (one,) = [one for one in found.cast_out if one.recipe is not None]
+        assert one.label.startswith("schedule.batching=continuous")
+        return one.why
+
+    def wrong(made: Load) -> Load:
+        first, *rest = made.finished
+        return dataclasses.replace(made, runs=(dataclasses.replace(first, tokens=(0, *first.tokens[1:])), *rest))
+
+    assert cast_out(wrong).startswith("parity under load: its tokens differ from those of transformers")
+    assert cast_out(lambda made: dataclasses.replace(made, failures={1: "no room"})) == "it failed: under load, no room"
+
+
+def test_a_load_that_is_stopped_takes_nothing_out_and_is_gone_on_with(
+    lab: Lab, request_: Request, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stop, sent = threading.Event(), list[Recipe]()
+
+    def stopped(lab: Lab, requests: Sequence[Request], recipe: Recipe, **how: Any) -> Load:
+        sent.append(recipe)
+        ended = stop.set if len(sent) == 5 else lambda: None
+        return load(lab, requests, recipe, **how, on_run=lambda *_: ended())
+
+    monkeypatch.setattr("fastvl_lab.measure.tune.load", stopped)
+    asked: dict[str, Any] = {"goal": Goodput(rate=200, n=3, ttft=600), **TOGETHER}
+    found = tune(lab, request_, 60, stop=stop, **asked)
+    assert (found.ended, found.kept, len(sent)) == ("it was stopped", None, 5)
+    assert not [one for one in found.cast_out if one.recipe is not None]
+    assert "it went on with an earlier search that was cut off, and its 2 samples" in tune(lab, request_, 60, **asked).notes
+
+
+def test_a_goal_of_goodput_searches_the_schedule_from_continuous_batching_on(lab: Lab, request_: Request, loads: Loads) -> None:
+    """Each of a mix comes as often as it weighs."""
+    tried: list[Progress] = []
+    stop = threading.Event()
+
+    def on_progress(now: Progress) -> None:
+        tried.append(now)
+        if now.phase == "whole recipes" and now.trying == "continuous, images ahead":
+            stop.set()
+
+    mix = [(request_, 1), (dataclasses.replace(request_, max_new_tokens=2), 2)]
+    goal = Goodput(concurrency=2, n=12, ttft=600, seed=3)
+    found = tune(lab, mix, 600, goal=goal, quiet=None, keep=False, stop=stop, on_progress=on_progress)
+    assert [now.trying for now in tried] == [
+        "fastest",
+        "continuous",
+        "continuous, in pieces",
+        "continuous, in pieces and by blocks",
+        "continuous, images ahead",
+    ]
+    fallen = {one.label for one in found.cast_out if one.recipe is None}
+    assert not any(label.startswith("schedule.") for label in fallen)
+    assert "attention.decode" not in fallen
+    lengths = [request.max_new_tokens for request in loads[0][1]]
+    assert lengths == [request.max_new_tokens for request in loads[1][1]]
+    assert 5 <= lengths.count(2) <= 11
+
+
+@pytest.mark.parametrize(
+    ("text", "goal"),
+    [
+        ("goodput,concurrency=8,ttft=0.5", Goodput(concurrency=8, ttft=0.5)),
+        ("goodput, rate=2.5, n=64, seed=1, tpot=5e-2, end_to_end=3", Goodput(rate=2.5, n=64, seed=1, tpot=0.05, end_to_end=3)),
+        ("ttft=1, tpot=32", {"ttft": 1.0, "tpot": 32.0}),
+        ("tpot", "tpot"),
+    ],
+)
+def test_a_goal_can_be_written_as_text(text: str, goal: Any) -> None:
+    assert read_goal(text) == goal
+
+
+@pytest.mark.parametrize(
+    ("make", "why"),
+    [
+        (lambda: Goodput(ttft=1), "nothing says when requests arrive"),
+        (lambda: Goodput(concurrency=8), "nothing limits what counts as goodput; give at least one of ttft, tpot, end_to_end"),
+        (lambda: Goodput(concurrency=8, tpot=0), "tpot is 0; it must be a number of seconds above 0"),
+        (lambda: Goodput(concurrency=8, ttft="x"), "ttft is 'x'; it must be"),  # type: ignore[arg-type]
+        (lambda: read_goal("goodput"), "'goodput' is no goal; write ttft, tpot, ttft=1,tpot=32, or goodput,concurrency=8"),
+        (lambda: read_goal("goodput,concurrency=8,latency=1"), "behind goodput, the choices are concurrency, rate, n, seed, ttft"),
+        (lambda: read_goal("goodput,concurrency=x,ttft=1"), "is no goal; write"),
+        (lambda: read_goal("goodput,concurrency=1.5,ttft=1"), "concurrency is 1.5; it must be a whole number"),
+    ],
+)
+def test_a_goal_of_goodput_that_cannot_be_is_refused(make: Callable[[], object], why: str) -> None:
+    with pytest.raises(FastvlError, match=why):
+        make()
+
+
 def test_without_an_image_nothing_of_the_tower_is_tried(lab: Lab) -> None:
     request = Request(prompt="Hello.", max_new_tokens=1)
     found = tune(lab, request, 20, only=["vit.rope", "preprocessor.decode"], quiet=None, progress=False)
@@ -420,6 +615,8 @@ def test_a_shipped_record_comes_after_the_machines_own_and_before_the_guess(
     ship("b", Recipe.baseline(), processor="Z80")
     ship("c", Recipe.baseline(), dtype="bfloat16")
     assert learnt.fastest(lab.checkpoint).origin == "measured on another machine", "of another geometry, processor, dtype"
+    dataclasses.replace(_record(site, lean), goal={"goodput": 1.0}).write().replace(tmp_path / "shipped" / "of_many.json")
+    assert learnt.fastest(lab.checkpoint).origin == "measured on another machine", "of many requests at once"
     ship("d", lean.replace("preprocessor.upload", "pinned"))
     assert learnt.fastest(lab.checkpoint) == Recipe.fastest("cpu"), "it cannot run here"
     ship("e", lean)
@@ -467,6 +664,9 @@ def _record(site: learnt.Site, recipe: Recipe) -> learnt.Record:
         ({"seconds": 0}, "seconds is 0"),
         ({"goal": "speed"}, "the choices are ttft, tpot"),
         ({"goal": {"ttft": -1}}, "the choices are ttft, tpot"),
+        ({"goal": "goodput"}, "above 0, or a fastvl_lab.Goodput"),
+        ({"goal": Goodput(concurrency=2, tpot=1)}, "max_new_tokens is 1"),
+        ({"goal": Goodput(rate=0.5, ttft=1), "seconds": 48}, "32 requests at 0.5 a second come for 62 s, and a load may take 2 s"),
         ({"goal": "tpot"}, "max_new_tokens is 1"),
         ({"only": ["vit.colour"]}, "only is"),
         ({"only": "vit"}, "only is"),
