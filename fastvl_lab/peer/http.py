@@ -152,7 +152,8 @@ class HttpPeer:
                 response = connection.getresponse()
                 body = response.read(MAX_EVENT)
                 if response.status != 200:
-                    raise EndpointError(f"its list of models answers {response.status}: {said(body)}")
+                    hint = "" if self._address.path.endswith("/v1") else "; such an address ends in /v1 as a rule"
+                    raise EndpointError(f"its list of models answers {response.status}: {said(body)}{hint}")
                 return read_models(body)
         finally:
             connection.close()
