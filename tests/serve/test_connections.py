@@ -14,6 +14,7 @@ import pytest
 
 from fastvl_lab import FastvlError
 from fastvl_lab.serve import app
+from fastvl_lab.serve.connections import Connection
 from fastvl_lab.serve.settings import Settings
 
 httpx = pytest.importorskip("httpx", reason="tests of the server need httpx (extra dev)")
@@ -52,6 +53,19 @@ def _post(body: dict[str, Any]) -> bytes:
 
 def _healthy(server: Any) -> bool:
     return bool(httpx.get(f"{server.url}/health").status_code == 200)
+
+
+def test_no_piece_of_text_waits_for_the_one_before(serve: Callable[..., Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also on a socket that was handed in, as it is here."""
+    made, taken = Connection.connection_made, list[Any]()
+    monkeypatch.setattr(
+        Connection,
+        "connection_made",
+        lambda self, transport: (made(self, transport), taken.append(transport.get_extra_info("socket")))[0],
+    )
+    with serve() as running, _connected(running):
+        assert _healthy(running)
+        assert [one.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY) for one in taken] == [1] * 2
 
 
 @pytest.mark.parametrize("sent", [b"", b"GET /health HTTP/1.1\r\nX: ", b"GET /health HTTP/1.1\r\nHost: x\r\n\r\nGET /he"])

@@ -6,13 +6,14 @@ import json
 import os
 import re
 import subprocess
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
 from typing import Any
 
 import pytest
+import torch
 
 from fastvl_lab import Lab
 from fastvl_lab.checkpoint import tiny
@@ -79,11 +80,30 @@ def _called(repository: Path, tool: str, url: str, folder: Path) -> subprocess.C
         for name in ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE"):
             environment.pop(name, None)
     script = block.replace("http://127.0.0.1:8000", url)
-    return subprocess.run(["bash", "-euc", script], cwd=folder, env=environment, capture_output=True, text=True, timeout=400)
+    cores = sorted(os.sched_getaffinity(0))[-1:]  # tools compute beside what they measure
+    return subprocess.run(
+        ["bash", "-euc", script],
+        cwd=folder,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=400,
+        preexec_fn=lambda: os.sched_setaffinity(0, cores),
+    )
+
+
+@pytest.fixture
+def one_core() -> Iterator[None]:
+    """The server computes on one core, so that there is another for who measures it."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
 
 
 @pytest.mark.client
 @pytest.mark.alone
+@pytest.mark.usefixtures("one_core")
 @pytest.mark.parametrize(
     ("tool", "read"),
     [pytest.param("vllm", _of_vllm, marks=pytest.mark.engine), ("aiperf", _of_aiperf), ("guidellm", _of_guidellm)],
@@ -98,8 +118,7 @@ def test_what_a_load_tool_measures_is_what_the_server_says(
 ) -> None:
     """One at a time, of an image each: each succeeds, tokens are the same, and half of the TTFTs lie within 5%.
 
-    Or within 5 ms, where TTFT is under 100 ms: a client written in Python takes some to send a megabyte and to wake up. vLLM's
-    tool has seen more than that beside a busy machine, which is not explained: of it, TTFT is held to be no less than the server's.
+    Or within 5 ms, where TTFT is under 100 ms: a client written in Python takes some to send a megabyte and to wake up.
     """
     runs, served = list[Run](), Metrics.served
     monkeypatch.setattr(Metrics, "served", lambda self, run: (runs.append(run), served(self, run))[1])
@@ -111,10 +130,8 @@ def test_what_a_load_tool_measures_is_what_the_server_says(
     assert seen.prompt_tokens == sum(run.n_prompt for run in own)
     assert seen.answer_tokens == sum(len(run.tokens) for run in own)
     ttft = median(run.ttft for run in own)
-    if tool == "vllm":
-        assert median(seen.ttfts) >= ttft
-    else:
-        assert median(seen.ttfts) == pytest.approx(ttft, rel=0.05, abs=0.005)
+    print(f"\n{tool}: TTFT {median(seen.ttfts) * 1e3:.1f} ms, of the server {ttft * 1e3:.1f}")
+    assert median(seen.ttfts) == pytest.approx(ttft, rel=0.05, abs=0.005)
 
 
 @pytest.mark.client

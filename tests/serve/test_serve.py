@@ -124,7 +124,7 @@ def test_the_lab_measures_the_server_from_outside(server: Any, labs: dict[str, L
         labs[MODEL].run(request, f"{server.url}/v1, model=other")
     with pytest.raises(EndpointError, match="no OpenAI-compatible endpoint"):
         labs[MODEL].run(request, "http://127.0.0.1:9/v1")
-    with pytest.raises(EndpointError, match="answers 404: .*; such an address ends in /v1 as a rule"):
+    with pytest.raises(EndpointError, match=r"answers 404: .*; such an address ends in /v1 as a rule"):
         labs[MODEL].run(request, server.url)
     for address in ("http://", "https:///v1", "http://[bad", "http://127.0.0.1:99999/v1"):
         with pytest.raises(RecipeError, match="is no address"):
