@@ -40,7 +40,7 @@ class Connection(asyncio.Protocol):
         assert isinstance(transport, asyncio.Transport)
         self._transport = transport
         if (taken := transport.get_extra_info("socket")).family != socket.AF_UNIX:
-            # asyncio does so only where the listening socket names its protocol, which one that was handed in rarely does. A piece of
+            # asyncio does so only where the listening socket names its protocol, which one handed in rarely does. A piece of
             # text then waits for the client's word that the one before has come, which many keep back for 40 ms.
             taken.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         self._http.connection_made(transport)
