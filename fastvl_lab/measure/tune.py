@@ -594,10 +594,7 @@ class _Bench:
         self._limit = max(_SHARE_OF_A_LOOK * seconds, _TIMES_STOCK * took, _LEAST) if limit is None else limit
         self._goodput, self._load_took = goodput, 0.0
         self.load = None if goodput is None else dataclasses.asdict(dataclasses.replace(goodput, n=goodput.count))
-        self._sent: tuple[int, list[tuple[int, Request]]] = (
-            -1,
-            [],
-        )  # the round; its requests, each with its number in the workload
+        self._sent: tuple[int, list[tuple[int, Request]]] = (-1, [])  # what `_loaded` made of a round
         self._bases: list[str] = []
         self._runs: dict[Recipe, list[Run]] = {}  # the last one of each request
         self.checks: dict[Recipe, tuple[Parity, ...]] = {}
