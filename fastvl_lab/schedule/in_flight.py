@@ -122,6 +122,11 @@ class InFlight:
         assert self._opened is not None
         self.pixels = self._bound.images.make(self._opened, self.tracer.span)
 
+    def open_and_unpack(self) -> None:
+        self.open()
+        if not self.is_unpacked:
+            self.unpack()
+
     def has_room(self, *, beside: int) -> bool:
         """Whether the caches could admit it now, beside so many others."""
         return self._bound.cache.has_room(self.n_prompt + len(self.answer.tokens), beside=beside)

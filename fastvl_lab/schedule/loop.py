@@ -125,9 +125,9 @@ class Loop:
         self._bound, self._policy, self._forced = bound, policy, forced
         self._off, self._anchor = Tracer(bound.checkpoint.device, "off"), Anchor.now(bound.checkpoint.device)
         self._threads = threads
-        self._opening: dict[InFlight, Future[None]] = {}
+        self._opening: dict[InFlight, Future[None]] = {}  # and no more
         self._packed: list[InFlight] = []  # whose images are to be unpacked
-        self._unpacking: dict[InFlight, Future[None]] = {}
+        self._unpacking: dict[InFlight, Future[None]] = {}  # opened first, where they are not yet
         self._waiting: list[InFlight] = []
         self._prefilling: list[InFlight] = []
         self._decoding: list[InFlight] = []
@@ -190,8 +190,10 @@ class Loop:
             flight = InFlight(job, self._bound)
             if self._threads is None:
                 self._turn(flight, "queued", flight.open, then=self._waiting)
-            else:
+            elif self._packed or not self._may_unpack():
                 self._opening[flight] = self._begun(self._threads, flight, flight.open, inbox)
+            else:  # at once: each look of this loop comes a step later
+                self._unpacking[flight] = self._begun(self._threads, flight, flight.open_and_unpack, inbox)
         for group in (self._opening, self._unpacking):
             for flight in [flight for flight, done in group.items() if done.done()]:
                 self._turn(flight, None, group.pop(flight).result, then=self._waiting if flight.is_unpacked else self._packed)
@@ -204,8 +206,11 @@ class Loop:
         future.add_done_callback(lambda _: inbox.look_up())
         return future
 
+    def _may_unpack(self) -> bool:
+        return len(self._unpacking) + sum(one.pixels is not None for one in self._waiting) < self._policy.max_batch
+
     def _unpack_ahead(self, inbox: Inbox) -> None:
-        while self._packed and len(self._unpacking) + sum(one.pixels is not None for one in self._waiting) < self._policy.max_batch:
+        while self._packed and self._may_unpack():
             assert self._threads is not None
             self._packed.remove(flight := self._policy.next(self._packed, time.perf_counter()))
             self._unpacking[flight] = self._begun(self._threads, flight, flight.unpack, inbox)
