@@ -348,3 +348,11 @@ def forked(start_forked: Callable[..., Forked]) -> Callable[..., str]:
 @pytest.fixture
 def repository() -> Path:
     return Path(__file__).parent.parent
+
+
+@pytest.fixture
+def keyboard() -> Iterator[None]:
+    """SIGINT interrupts, also where the tests run in the background and ignore it."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)

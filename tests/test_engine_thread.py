@@ -8,7 +8,6 @@ import signal
 import threading
 import time
 import weakref
-from collections.abc import Iterator
 
 import pytest
 import torch
@@ -21,14 +20,6 @@ from fastvl_lab.errors import TimeLimitError
 @pytest.fixture
 def thread() -> EngineThread:
     return EngineThread("fastvl-engine-test")
-
-
-@pytest.fixture
-def keyboard() -> Iterator[None]:
-    """SIGINT interrupts, also where the tests run in the background and ignore it."""
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)
-    yield
-    signal.signal(signal.SIGINT, before)
 
 
 def test_all_of_a_device_share_a_thread_which_ends_with_the_last_of_them() -> None:

@@ -223,6 +223,7 @@ print(touched, threads, torch.get_num_threads() == len(os.sched_getaffinity(0)))
 
 
 @pytest.mark.alone
+@pytest.mark.usefixtures("keyboard")
 def test_a_clusters_task_that_is_cancelled_ends_its_worker_at_once(
     folder_of: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
