@@ -125,9 +125,8 @@ class Loop:
         self._bound, self._policy, self._forced = bound, policy, forced
         self._off, self._anchor = Tracer(bound.checkpoint.device, "off"), Anchor.now(bound.checkpoint.device)
         self._threads = threads
-        self._opening: dict[InFlight, Future[None]] = {}  # and no more
+        self._on_threads: dict[InFlight, Future[None]] = {}  # which are opened there, or unpacked
         self._packed: list[InFlight] = []  # whose images are to be unpacked
-        self._unpacking: dict[InFlight, Future[None]] = {}  # opened first, where they are not yet
         self._waiting: list[InFlight] = []
         self._prefilling: list[InFlight] = []
         self._decoding: list[InFlight] = []
@@ -157,15 +156,15 @@ class Loop:
                         prefilled=tuple(prefilled),
                         decoded=tuple(decoded),
                         preempted=tuple(preempted),
-                        waiting=len(self._opening) + len(self._packed) + len(self._unpacking) + len(self._waiting),
+                        waiting=len(self._on_threads) + len(self._packed) + len(self._waiting),
                     )
                     self._on_step(step)
         except Exception as error:
-            for flight in [*self._opening, *self._unpacking, *self._here()]:
+            for flight in [*self._on_threads, *self._here()]:
                 self._fail(flight, error)
             raise
         finally:
-            for done in (*self._opening.values(), *self._unpacking.values()):
+            for done in self._on_threads.values():
                 done.cancel()
             for flight in self._here():
                 flight.close()
@@ -179,10 +178,9 @@ class Loop:
         for flight in self._here():
             self._turn(flight, None)  # who is not wanted any more leaves
         busy = bool(self._waiting or self._prefilling or self._decoding)
-        at_work = bool(self._opening or self._unpacking)
-        if at_work and not busy:
-            inbox.wait_for(lambda: any(done.done() for done in (*self._opening.values(), *self._unpacking.values())))
-        come = inbox.take(wait=lingers and not busy and not at_work)
+        if self._on_threads and not busy:
+            inbox.wait_for(lambda: any(done.done() for done in self._on_threads.values()))
+        come = inbox.take(wait=lingers and not busy and not self._on_threads)
         if come and time.perf_counter_ns() - self._anchor.ns > _ANCHORED * 1e9:
             self._anchor = Anchor.now(self._bound.checkpoint.device)
         for job in come:
@@ -190,30 +188,28 @@ class Loop:
             flight = InFlight(job, self._bound)
             if self._threads is None:
                 self._turn(flight, "queued", flight.open, then=self._waiting)
-            elif self._packed or not self._may_unpack():
-                self._opening[flight] = self._begun(self._threads, flight, flight.open, inbox)
-            else:  # at once: each look of this loop comes a step later
-                self._unpacking[flight] = self._begun(self._threads, flight, flight.open_and_unpack, inbox)
-        for group in (self._opening, self._unpacking):
-            for flight in [flight for flight, done in group.items() if done.done()]:
-                self._turn(flight, None, group.pop(flight).result, then=self._waiting if flight.is_unpacked else self._packed)
+            else:  # both at once where it may: each look of this loop comes a step later
+                at_once = not self._packed and self._may_unpack()
+                self._hand_over(self._threads, flight, flight.open_and_unpack if at_once else flight.open, inbox)
+        for flight in [flight for flight, done in self._on_threads.items() if done.done()]:
+            done = self._on_threads.pop(flight)
+            self._turn(flight, None, done.result, then=self._waiting if flight.is_unpacked else self._packed)
         self._unpack_ahead(inbox)
-        return bool(busy or come or self._opening or self._unpacking or self._waiting)
+        return bool(busy or come or self._on_threads or self._waiting)
 
-    def _begun(self, threads: ThreadPoolExecutor, flight: InFlight, work: Callable[[], None], inbox: Inbox) -> Future[None]:
-        """Work for a request on a thread; a loop that waits looks up when it is done."""
-        future = threads.submit(_beside, flight, work)
-        future.add_done_callback(lambda _: inbox.look_up())
-        return future
+    def _hand_over(self, threads: ThreadPoolExecutor, flight: InFlight, work: Callable[[], None], inbox: Inbox) -> None:
+        """Have work for a request done on a thread; a loop that waits looks up when it is done."""
+        self._on_threads[flight] = threads.submit(_beside, flight, work)
+        self._on_threads[flight].add_done_callback(lambda _: inbox.look_up())
 
     def _may_unpack(self) -> bool:
-        return len(self._unpacking) + sum(one.pixels is not None for one in self._waiting) < self._policy.max_batch
+        return len(self._on_threads) + sum(one.pixels is not None for one in self._waiting) < self._policy.max_batch
 
     def _unpack_ahead(self, inbox: Inbox) -> None:
         while self._packed and self._may_unpack():
             assert self._threads is not None
             self._packed.remove(flight := self._policy.next(self._packed, time.perf_counter()))
-            self._unpacking[flight] = self._begun(self._threads, flight, flight.unpack, inbox)
+            self._hand_over(self._threads, flight, flight.unpack, inbox)
 
     def _prompts(self) -> tuple[list[int], list[tuple[int, int]], list[tuple[int, int]]]:
         """Admit whom there is room for, and compute as much of images and prompts as a step may."""

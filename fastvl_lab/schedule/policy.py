@@ -52,8 +52,8 @@ class Policy:
     """The slot's toggles as a step reads them.
 
     budget: tokens of a step, None where prompts are computed whole. packs_images: whether images of requests that are admitted in
-    one step go through the vision tower in one call. stops_in_tower: whether the tower's blocks count
-    against the budget, so that a step may end between two of them.
+    one step go through the vision tower in one call. stops_in_tower: whether the tower's blocks count against the budget, so that a
+    step may end between two of them.
     """
 
     max_batch: int

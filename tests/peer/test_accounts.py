@@ -255,18 +255,22 @@ def _is_sound(account: Account | None, trace: Trace) -> None:
     assert "\n" not in str(held)
 
 
-@settings(max_examples=100, deadline=None)
-@given(
-    st.dictionaries(st.sampled_from(_NAMES), _JSON, max_size=6),
-    st.lists(st.tuples(st.sampled_from(["vit", "queued", "emit"]), st.just("host"), st.integers(0, 1), _JSON, _JSON), max_size=4),
-)
-def test_no_answer_is_unforeseen(value: dict[str, Any], rows: list[Any]) -> None:
-    trace = _trace()
-    record = {"trace": {"spans": [list(row) for row in rows], "first_chunk_ns": 10**8, "end_ns": value.get("end_ns")}}
-    for event in (value, {"metrics": value}, {"choices": [{"meta_info": value}]}, {"fastvl_lab": {"run": record}}):
-        _is_sound(in_answer(event), trace)
-    body = json.dumps([{"perf_metrics": {"timing_metrics": value}}], default=str).encode()
-    _is_sound(of_tensorrt_llm(body), trace)
+ROWS = st.tuples(st.sampled_from(["vit", "queued", "emit"]), st.just("host"), st.integers(0, 1), _JSON, _JSON)
+
+
+@pytest.mark.parametrize("n", [100, pytest.param(300, marks=pytest.mark.nightly)])
+def test_no_answer_is_unforeseen(n: int) -> None:
+    @settings(max_examples=n, deadline=None)
+    @given(st.dictionaries(st.sampled_from(_NAMES), _JSON, max_size=6), st.lists(ROWS, max_size=4))
+    def check(value: dict[str, Any], rows: list[Any]) -> None:
+        trace = _trace()
+        record = {"trace": {"spans": [list(row) for row in rows], "first_chunk_ns": 10**8, "end_ns": value.get("end_ns")}}
+        for event in (value, {"metrics": value}, {"choices": [{"meta_info": value}]}, {"fastvl_lab": {"run": record}}):
+            _is_sound(in_answer(event), trace)
+        body = json.dumps([{"perf_metrics": {"timing_metrics": value}}], default=str).encode()
+        _is_sound(of_tensorrt_llm(body), trace)
+
+    check()
 
 
 @settings(max_examples=200, deadline=None)
