@@ -134,6 +134,7 @@ def test_combinations_of_exact_options_equal_stock(labs: dict[str, Lab], name: s
         ("tiny-qwen2.5-vl", {"depth": 2, "fullatt_block_indexes": [], "window_size": 168, "intermediate_size": 100}),
         ("tiny-qwen3-vl", {"depth": 5, "num_heads": 3, "deepstack_visual_indexes": [4, 1], "num_position_embeddings": 100}),
         ("tiny-qwen3-vl", {"depth": 2, "deepstack_visual_indexes": [], "out_hidden_size": 64}),
+        ("tiny-qwen3-vl", {"depth": 1, "deepstack_visual_indexes": [0], "num_position_embeddings": 99}),  # no square: 81 are read
     ],
 )
 def test_lean_equals_stock_on_other_geometries(labs: dict[str, Lab], name: str, changes: dict) -> None:
