@@ -207,7 +207,7 @@ def test_folding_keeps_the_error_budget(
     generator = torch.Generator().manual_seed(spread)
     weight = torch.randn(16, 3, 2, 14, 14, generator=generator) / 1176**0.5 + 0.01  # with a DC part, as trained ones have
     bias = torch.randn(16, generator=generator) * 0.1 if has_bias else None
-    scale, shift = labs[name].checkpoint.scale_shift()
+    scale, shift = labs[name].checkpoint.image_settings.scale_shift
     mean = (shift / scale).round().int().view(1, 3, 1, 1, 1)
     noise = torch.randint(-spread, spread + 1, (40, 3, 1, 14, 14), generator=generator, dtype=torch.int32)
     clip = (mean + noise).clamp(0, 255).to(torch.uint8)
