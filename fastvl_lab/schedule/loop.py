@@ -440,13 +440,18 @@ def _beside(flight: InFlight, work: Callable[[], None]) -> None:
         work()
 
 
-def unpackers(n_threads: int = _UNPACKING) -> ThreadPoolExecutor:
-    """Threads that compute with one of OpenMP's each; torch would have new threads of anybody's do so too, unless told again."""
+def unpackers(device: torch.device, n_threads: int = _UNPACKING) -> ThreadPoolExecutor:
+    """Threads that compute with one of OpenMP's each; torch would have new threads of anybody's do so too, unless told again.
+
+    The device is their current one, where Triton launches its kernels: each thread has one of its own.
+    """
     n, ready = torch.get_num_threads(), threading.Barrier(n_threads + 1)
 
     def alone() -> None:
         torch.set_num_threads(1)
         ready.wait()
+        if device.type == "cuda":
+            torch.cuda.set_device(device)
 
     pool = ThreadPoolExecutor(n_threads, thread_name_prefix="fastvl-unpack", initializer=alone)
     for _ in range(n_threads):

@@ -110,6 +110,30 @@ def test_a_wrong_a_crashing_and_a_hanging_option_is_cast_out_and_named(
     assert lab.run(request_, "fastest").tokens == lab.run(request_, "transformers").tokens, "the lab serves as before"
 
 
+def test_an_option_after_which_the_device_is_lost_ends_the_search_and_alone_is_to_blame(
+    lab: Lab, request_: Request, plant: Plant
+) -> None:
+    """Whatever CUDA is asked in the process after an illegal access fails, and is right."""
+    lost = torch.AcceleratorError("CUDA error: an illegal memory access was encountered")
+    asked: list[str] = []
+
+    def breaks(_: Callable[..., Any], *given: Any) -> Any:
+        asked.append("eager")
+        raise lost
+
+    def fails_then(right: Callable[..., Any], *given: Any) -> Any:
+        if asked:
+            raise lost
+        return right(*given)
+
+    plant("_rotate", breaks)
+    plant("_rotate_halves", fails_then)
+    found = tune(lab, request_, 30, only=["vit.rope", "vit.norms"], seed=1)
+    assert [one.label for one in found.cast_out if one.recipe] == ["vit.rope=eager"]
+    assert found.ended.endswith("nothing more can be timed in this process")
+    assert found.recipe == found.start
+
+
 def test_an_option_whose_runs_differ_is_unstable(lab: Lab, request_: Request, plant: Plant) -> None:
     calls = iter(range(10**6))
 
