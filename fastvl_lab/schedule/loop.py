@@ -23,7 +23,7 @@ from fastvl_lab.schedule.in_flight import Bound, InFlight
 from fastvl_lab.schedule.inbox import Inbox, Job
 from fastvl_lab.schedule.policy import Policy, gives_way, pieces
 from fastvl_lab.streaming.answer import Forced
-from fastvl_lab.trace import Anchor, Tracer
+from fastvl_lab.trace import Anchor, Tracer, shared_span
 
 # Threads that unpack images of requests that wait; more would take cores from what the device's host does.
 _UNPACKING = 2
@@ -463,10 +463,7 @@ def unpackers(device: torch.device, n_threads: int = _UNPACKING) -> ThreadPoolEx
 
 def _all(flights: Iterable[InFlight], name: str) -> ExitStack:
     """A stage that several requests share."""
-    stack = ExitStack()
-    for flight in flights:
-        stack.enter_context(flight.tracer.shared_span(name))
-    return stack
+    return shared_span([flight.tracer for flight in flights], name)
 
 
 def _packed(pixels: Sequence[Pixels]) -> Pixels:
