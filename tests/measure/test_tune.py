@@ -388,6 +388,8 @@ def test_over_none_any_goodput_is_without_bound_and_is_kept_and_drawn_so(
 def test_what_fails_or_errs_beside_others_alone_is_cast_out(
     lab: Lab, request_: Request, loads: Loads, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    ended: list[str] = []
+
     def cast_out(change: Callable[[Load], Load]) -> str:
         def changed(lab: Lab, requests: Sequence[Request], recipe: Recipe, **how: Any) -> Load:
             made = load(lab, requests, recipe, **how)
@@ -398,6 +400,7 @@ def test_what_fails_or_errs_beside_others_alone_is_cast_out(
         assert found.recipe == found.start
         (one,) = [one for one in found.cast_out if one.recipe is not None]
         assert one.label.startswith("schedule.batching=continuous")
+        ended.append(found.ended)
         return one.why
 
     def wrong(made: Load) -> Load:
@@ -406,6 +409,10 @@ def test_what_fails_or_errs_beside_others_alone_is_cast_out(
 
     assert cast_out(wrong).startswith("parity under load: its tokens differ from those of transformers")
     assert cast_out(lambda made: dataclasses.replace(made, failures={1: "no room"})) == "it failed: under load, no room"
+    assert not ended[-1].endswith(over := "nothing more can be timed in this process")
+    lost = "RuntimeError: CUDA error: an illegal memory access was encountered"
+    assert cast_out(lambda made: dataclasses.replace(made, failures={1: lost})) == f"it failed: under load, {lost}"
+    assert ended[-1].endswith(over)
 
 
 def test_a_load_that_is_stopped_takes_nothing_out_and_is_gone_on_with(
