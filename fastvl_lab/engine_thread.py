@@ -130,8 +130,7 @@ class EngineThread:
     @classmethod
     def of(cls, device: torch.device) -> EngineThread:
         """That of the device, made when it is first asked for."""
-        if device.type == "cuda" and device.index is None:
-            device = torch.device("cuda", torch.cuda.current_device())
+        device = of_caller(device)
         with _MAKING:
             thread = _THREADS.get(str(device))
             if thread is None:
@@ -155,6 +154,13 @@ class EngineThread:
     def call(self, work: Callable[[], T], *, limit: float | None = None) -> T:
         """Have it done, and wait for it; at once where the caller is on the thread already. limit: as `Job.result` has it."""
         return work() if self.is_current else self.submit(work).result(limit=limit)
+
+
+def of_caller(device: torch.device) -> torch.device:
+    """The device; "cuda" is the card that is current for the caller, since each thread has one of its own, at first the first."""
+    if device.type == "cuda" and device.index is None:
+        return torch.device("cuda", torch.cuda.current_device())
+    return device
 
 
 def _serve(jobs: queue.SimpleQueue[Job[Any] | None]) -> None:

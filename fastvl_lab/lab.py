@@ -28,8 +28,8 @@ from fastvl_lab.capture.graphs import GraphStore
 from fastvl_lab.capture.warm_up import Shape, requests_of
 from fastvl_lab.channels import as_message, said_in
 from fastvl_lab.engine import BoundEngine, Engine, EngineLike, Place, StartedEngine, find, find_recipe
-from fastvl_lab.engine_thread import EngineThread
-from fastvl_lab.errors import CheckpointError, DeviceError, RequestError
+from fastvl_lab.engine_thread import EngineThread, of_caller
+from fastvl_lab.errors import CheckpointError, DeviceError, FastvlError, RequestError
 from fastvl_lab.families import FAMILIES, Family
 from fastvl_lab.grammars import Grammars
 from fastvl_lab.pipeline import Outcome, Pipeline
@@ -89,7 +89,7 @@ class Lab:
             if value is not None:
                 check_whole_number(what, value)
         keep_compiled()
-        on = checkpoints.resolve_device(device)
+        on = of_caller(checkpoints.resolve_device(device))
         self._thread = EngineThread.of(on)
         loaded = self._thread.call(partial(checkpoints.load, name, device=on, dtype=dtype, families=families))
         if session_len is None:
@@ -536,9 +536,16 @@ class Lab:
         return "cold" if made > known or outcome.captures else "warm"
 
 
-def _is_want_of_memory(error: Exception) -> bool:
+def _is_want_of_memory(error: BaseException) -> bool:
     known = isinstance(error, torch.OutOfMemoryError | MemoryError)
     return known or (isinstance(error, RuntimeError) and any(words in str(error) for words in _OUT_OF_MEMORY))
+
+
+def is_lasting(error: BaseException) -> bool:
+    """Whether CUDA reports what no later call in this process recovers from, such as an illegal access; want of memory passes."""
+    text = str(error)
+    lost = isinstance(error, torch.AcceleratorError) or "CUDA error" in text or "Error [CUDA]" in text  # the last is Triton's
+    return lost and not isinstance(error, FastvlError) and not _is_want_of_memory(error)
 
 
 def _let_go(lab: weakref.ref[Lab]) -> None:

@@ -46,6 +46,22 @@ def test_the_first_run_of_an_engine_and_shape_is_cold(picture: bytes) -> None:
     assert elsewhere == ["warm"]  # the lab computes on a thread of its own, whoever asks
 
 
+def test_cuda_without_a_number_is_the_card_that_is_current_for_whoever_asks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """For the lab's own thread, which loads and computes, it would be the first."""
+    caller = threading.current_thread()
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: int(threading.current_thread() is caller))
+
+    def load(name: str, *, device: torch.device, **_: object) -> None:
+        raise DeviceError(f"loaded on {device}")
+
+    monkeypatch.setattr("fastvl_lab.lab.checkpoints.load", load)
+    for device, meant in ((None, "cuda:1"), ("cuda", "cuda:1"), ("cuda:0", "cuda:0")):
+        with pytest.raises(DeviceError, match=f"loaded on {meant}$"):
+            Lab("tiny-qwen3-vl", device=device)
+
+
 def test_shapes_unseen_for_longest_are_forgotten(monkeypatch: pytest.MonkeyPatch) -> None:
     """So that a server that runs for weeks does not remember every length there was; what was forgotten is called cold."""
     monkeypatch.setattr("fastvl_lab.lab.MAX_SHAPES", 2)
