@@ -242,7 +242,7 @@ class Lab:
 
         # What an endpoint makes is waited for on a thread of its own: the lab's is for what computes here.
         thread = EngineThread("fastvl-stream") if key.elsewhere else self._thread
-        job = thread.submit(produce)
+        job, reader = thread.submit(produce), threading.get_ident()
         try:
             while (item := ready.get()) is not None:
                 if isinstance(item, BaseException):
@@ -250,7 +250,8 @@ class Lab:
                 yield Chunk(text=item[0], tokens=item[1], time=tracer.delivered(), logprobs=item[2])
         finally:
             gone.set()
-            if not job.cancel():
+            # A collection may close what was left in a cycle on any thread, also on one that the job needs for its end.
+            if not job.cancel() and threading.get_ident() == reader:
                 job.wait()
 
     def message(self, request: Request, run: Run) -> dict[str, Any]:
