@@ -222,7 +222,10 @@ class Lab:
         )
 
     def stream(self, request: Request, engine: EngineLike | None = None) -> Iterator[Chunk]:
-        """Yield text as it is made; leaving the loop early stops the engine at its next stage or step."""
+        """Yield text as it is made; leaving the loop early stops the engine at its next stage or step, and waits for that.
+
+        An endpoint is not waited for: its connection is closed once it sends more.
+        """
         key, gone = self._admitted(request, engine), threading.Event()
         tracer = Tracer(self.device, "off", stop=gone)
         # Unbounded: an engine that waited for its consumer would keep the lab from everybody else; the answer's length bounds it.
@@ -250,8 +253,9 @@ class Lab:
                 yield Chunk(text=item[0], tokens=item[1], time=tracer.delivered(), logprobs=item[2])
         finally:
             gone.set()
-            # A collection may close what was left in a cycle on any thread, also on one that the job needs for its end.
-            if not job.cancel() and threading.get_ident() == reader:
+            # Not for an endpoint, which may be silent for long; nor where a collection closes what was left in a cycle: that comes
+            # on any thread, also on one that the job needs for its end.
+            if not job.cancel() and not key.elsewhere and threading.get_ident() == reader:
                 job.wait()
 
     def message(self, request: Request, run: Run) -> dict[str, Any]:
