@@ -5,6 +5,8 @@ from __future__ import annotations
 import dataclasses
 import gc
 import os
+import sys
+import threading
 import weakref
 from collections.abc import Callable
 from pathlib import Path
@@ -344,6 +346,32 @@ def _doubling(store: GraphStore) -> Graphs:
 
 def _doubled(inputs: Any) -> tuple[torch.Tensor, ...]:
     return (inputs.x * 2,)
+
+
+def test_graphs_are_listed_from_any_thread_while_others_are_used() -> None:
+    store = GraphStore(PlayedRecorder(), max_bytes=10_000, max_graphs=100)
+    graphs, over, failed = _doubling(store), threading.Event(), list[Exception]()
+    for n in range(1, 21):
+        graphs(_X(x=torch.ones(n)), OFF)
+
+    def look() -> None:
+        while not over.is_set() and not failed:
+            try:
+                assert len(graphs.captures) == 20
+            except Exception as error:
+                failed.append(error)
+
+    before, looking = sys.getswitchinterval(), threading.Thread(target=look)
+    sys.setswitchinterval(1e-6)
+    try:
+        looking.start()
+        for n in [*range(1, 21)] * 30:
+            graphs(_X(x=torch.ones(n)), OFF)
+    finally:
+        over.set()
+        looking.join()
+        sys.setswitchinterval(before)
+    assert not failed
 
 
 def test_of_too_many_graphs_the_one_unused_for_longest_goes() -> None:
