@@ -12,6 +12,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -484,7 +485,7 @@ def test_warming_up_leaves_nothing_to_be_made_for_its_shapes(played: Lab, capsys
     for request in requests:
         assert played.run(request, recipe).captures == ()
     assert played.warm_up(recipe, [(640, 480)], progress=False) != ()
-    assert played.warm_up(recipe, [(640, 480)], progress=False) == ()
+    assert played.warm_up(recipe, [(640, 480), tuple(np.array([640, 480]))], progress=False) == ()
     for shape in ((300,), (0, 10), "300x200", (10**6, 10**6)):
         with pytest.raises(RequestError, match="a shape to warm up is"):
             played.warm_up(recipe, [shape])  # type: ignore[list-item]
