@@ -74,7 +74,8 @@ class Pipeline:
     @torch.inference_mode()
     def warm_up(self, tracer: Tracer) -> tuple[Capture, ...]:
         """What decode steps need at any length is made, and told of; no request may be under way."""
-        self.stages.warm_up(self.checkpoint.session_len, tracer, measures=self.recipe.attention.decode == "triton")
+        at_once = 1 if self._policy is None else self._policy.max_batch
+        self.stages.warm_up(self.checkpoint.session_len, at_once, tracer, measures=self.recipe.attention.decode == "triton")
         return self.stages.take_fresh()
 
     def run(self, request: Request, tracer: Tracer, deliver: Deliver) -> Outcome:

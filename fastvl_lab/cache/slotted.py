@@ -87,10 +87,10 @@ class KvStore:
         kind = KvTableInPlace if self.in_place else KvTable
         return kind(slot_of=slot_of, lengths=lengths, store=self, padded=padded)
 
-    def blank(self, width: int) -> KvTable:
-        """A sequence of so many tokens that is no request's: where slots are not their tokens' own, all are the last."""
-        slots = self.places if self.in_place else torch.full_like(self.places, self.n_slots - 1)
-        lengths = torch.full((1,), width, dtype=torch.int32, device=self.device)
+    def blank(self, width: int, rows: int = 1) -> KvTable:
+        """Sequences of so many tokens each that are no request's: where slots are not their tokens' own, all are the last."""
+        slots = self.places if self.in_place else torch.full_like(self.places, self.n_slots - 1).expand(rows, -1)
+        lengths = torch.full((rows,), width, dtype=torch.int32, device=self.device)
         return self.table(slots[:, :width], lengths, padded=True)  # a view, as of a request's sequence
 
     def copy_slots(self, source: int, target: int, n: int) -> None:
@@ -198,12 +198,19 @@ class SlottedKv:
     def last(self, x: torch.Tensor) -> torch.Tensor:
         return self.segments.last(x)
 
-    def table(self, width: int, *, padded: bool) -> KvTable:
-        """The sequences with room for so many tokens each, for stages whose inputs are tensors."""
-        slot_of = self._slot_of()
+    def table(self, width: int, *, padded: bool, more: int = 0) -> KvTable:
+        """The sequences with room for so many tokens each, for stages whose inputs are tensors.
+
+        more: sequences that are no request's, of a token each, which is kept in the last slot.
+        """
+        slot_of, lengths = self._slot_of(), self._lengths_now()
         if width > slot_of.shape[1]:
             slot_of = F.pad(slot_of, (0, width - slot_of.shape[1]))
-        return self.store.table(slot_of[:, :width], self._lengths_now(), padded=padded)
+        slot_of = slot_of[:, :width]
+        if more:
+            slot_of = F.pad(slot_of, (0, 0, 0, more), value=self.store.n_slots - 1)
+            lengths = F.pad(lengths, (0, more), value=1)
+        return self.store.table(slot_of, lengths, padded=padded)
 
     def _slot_of(self) -> torch.Tensor:
         if self.store.in_place:

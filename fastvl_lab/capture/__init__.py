@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
+from itertools import product
+from math import prod
 from typing import Any, Protocol, cast
 
 import torch
@@ -11,7 +13,7 @@ import torch
 from fastvl_lab.capture.compiled import Compiled
 from fastvl_lab.capture.execute import Capture, Eager, Execute, Program
 from fastvl_lab.capture.graphs import Graphs, GraphStore
-from fastvl_lab.capture.shapes import Size, keys_of_a_step, size_of, sizes_up_to
+from fastvl_lab.capture.shapes import Size, keys_of_a_step, rows_of_a_step, size_of, sizes_up_to
 from fastvl_lab.capture.stages import (
     Encoder,
     EncoderInParts,
@@ -43,8 +45,8 @@ class Slotted(Protocol):
     @property
     def n_slots(self) -> int: ...
 
-    def blank(self, width: int) -> KvTable:
-        """For a step of so many keys that is no request's: it is kept where no token of a request is."""
+    def blank(self, width: int, rows: int = 1) -> KvTable:
+        """For a step of so many keys and sequences that are no request's: it is kept where no token of a request is."""
 
 
 class Stages:
@@ -130,8 +132,13 @@ class Stages:
 
     def decode(self, tokens: torch.Tensor, positions: torch.Tensor, kv: KvCache, tracer: Tracer) -> Step:
         """One more token of each sequence, int64 [B] at positions int64 [B]."""
-        table = self._table_of_step(kv, tracer) if self._decode_by_table else cast(Kv, kv)
-        return Step(*self._decode(StepInputs(token=tokens, position=positions, kv=table), tracer))
+        if not self._decode_by_table:
+            return Step(*self._decode(StepInputs(token=tokens, position=positions, kv=cast(Kv, kv)), tracer))
+        n = len(tokens)
+        rows = rows_of_a_step(n) if isinstance(self._decode, Graphs) else n
+        table = self._table_of_step(kv, rows, tracer)
+        inputs = StepInputs(token=with_rows(tokens, rows), position=with_rows(positions, rows), kv=table)
+        return Step(*(output[:n] for output in self._decode(inputs, tracer)))
 
     def first_token(self, pixels: Pixels | None, prompt: Prompt, kv: KvCache, tracer: Tracer) -> tuple[torch.Tensor, torch.Tensor]:
         """Patches and prompt to the logits of its last token, float32 [1, vocab], and the likeliest next one, int64 [1]."""
@@ -148,29 +155,35 @@ class Stages:
         logits, token = self._first_token(inputs, tracer)
         return logits, token
 
-    def warm_up(self, session_len: int, tracer: Tracer, *, measures: bool) -> None:
+    def warm_up(self, session_len: int, at_once: int, tracer: Tracer, *, measures: bool) -> None:
         """A decode step at each number of keys that a request can come to, the most first, where no request is under way.
 
-        So no answer stops in its middle to record a graph or, where `measures`, to measure a kernel's launch settings. Graphs of
-        keys by the 64 can be more than the store may keep: then it is those of the fewest keys, for half of its places. Compiled
-        code is for any number.
+        at_once: how many requests may share a step; one is recorded for each number of them, too. So no answer stops in its middle
+        to record a graph or, where `measures`, to measure a kernel's launch settings. Graphs can be more than the store may keep:
+        then it is those of the fewest keys, of all sequences together, for half of its places. Compiled code is for any number.
         """
         store = self._store
         if store is None:  # keys and values are nowhere but with their request
             return
 
-        def steps(execute: Execute, widths: list[int]) -> None:
-            for width in reversed(widths):
-                table = store.blank(width)
-                token, position = (torch.full((1,), x, device=table.slot_of.device) for x in (0, width - 1))
+        def steps(execute: Execute, sizes: list[tuple[int, int]]) -> None:
+            for rows, width in reversed(sizes):
+                table = store.blank(width, rows)
+                token, position = (torch.full((rows,), x, device=table.slot_of.device) for x in (0, width - 1))
                 execute(StepInputs(token=token, position=position, kv=table), tracer)
 
         if measures:
             eager = Eager("decode", decode_program(self._decoder, samples=True))
-            steps(eager, sizes_up_to(session_len, power_of_two, self._n_slots))
-        if self._keys is not None and isinstance(self._decode, Graphs | Compiled):
-            widths = sizes_up_to(session_len, self._keys, self._n_slots)
-            steps(self._decode, widths[: self._decode.most // 2] if isinstance(self._decode, Graphs) else [widths[0], widths[-1]])
+            steps(eager, [(1, width) for width in sizes_up_to(session_len, power_of_two, self._n_slots)])
+        if self._keys is None:
+            return
+        widths = sizes_up_to(session_len, self._keys, self._n_slots)
+        if isinstance(self._decode, Graphs):
+            all_rows = sizes_up_to(at_once, rows_of_a_step, rows_of_a_step(at_once))
+            sizes = sorted(product(all_rows, widths), key=prod)
+            steps(self._decode, sizes[: self._decode.most // 2])
+        elif isinstance(self._decode, Compiled):
+            steps(self._decode, [(1, widths[0]), (1, widths[-1])])
 
     def _vit_inputs(self, pixels: Pixels, tracer: Tracer) -> tuple[Any, int]:
         """What the tower takes, padded to a size of visual tokens, and how many these are."""
@@ -192,14 +205,14 @@ class Stages:
             _count_padding(tracer, "prefill: tokens", rows, rows - n)
         return rows, cast(SlotTable, kv).table(before + rows, padded=size is not None)
 
-    def _table_of_step(self, kv: KvCache, tracer: Tracer) -> KvTable:
-        """Where a step's keys are: as many of each sequence as the longest has, or a size more."""
+    def _table_of_step(self, kv: KvCache, rows: int, tracer: Tracer) -> KvTable:
+        """Where a step's keys are: of as many rows, as many of each sequence as the longest has, or a size more."""
         lengths, size = kv.segments.lengths, self._keys
         n, longest = len(lengths), max(lengths)
         width = longest if size is None else min(size(longest), self._n_slots)
         if size is not None:
-            _count_padding(tracer, "decode: keys", n * width, n * width - sum(lengths))
-        return cast(SlotTable, kv).table(width, padded=size is not None or n > 1)
+            _count_padding(tracer, "decode: keys", rows * width, rows * width - sum(lengths))
+        return cast(SlotTable, kv).table(width, padded=size is not None or n > 1, more=rows - n)
 
     def _padded(self, n: int) -> int:
         return n if self._size is None else self._size(n)

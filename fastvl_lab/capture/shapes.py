@@ -30,6 +30,11 @@ def keys_of_a_step(n: int) -> int:
     return max(_LEAST_KEYS, power_of_two(n))
 
 
+def rows_of_a_step(n: int) -> int:
+    """Sequences that a captured decode step computes for n, as requests come and go (vLLM's `cudagraph_capture_sizes`)."""
+    return power_of_two(n)
+
+
 def sizes_up_to(longest: int, size: Size, most: int) -> list[int]:
     """All numbers, the least first, that numbers up to `longest` become, none above `most`."""
     sizes, n = [], 1

@@ -57,7 +57,7 @@ class Kv(Protocol):
 class SlotTable(KvCache, Protocol):
     """A KV cache with slots, as the cache slot gives it."""
 
-    def table(self, width: int, *, padded: bool) -> KvTable: ...
+    def table(self, width: int, *, padded: bool, more: int = 0) -> KvTable: ...
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)

@@ -290,9 +290,10 @@ def load(
     pictures of its own (`varied`), so that no cache flatters; or several, sent as they are, in turn. One of these says when they
     arrive: concurrency, so many at once, the next when one ends; rate, so many a second on average, at random by `seed` (Poisson);
     arrivals, the seconds of each from the first. n: how many; by default as many as there are requests or arrivals, and of one
-    request 4 times `concurrency`, or 32. warm_up: how many are served before, one at a time; of one request, with pictures that are
-    not sent again. on_run: given each request's number and its run or error as it ends; what it raises is raised, and ends the load
-    as `stop` does. stop: once set, what has not ended fails. Raises `FastvlError`s.
+    request 4 times `concurrency`, or 32. warm_up: how many are served before, one at a time, once decode steps are ready
+    (`Lab.warm_up`); of one request, with pictures that are not sent again. on_run: given each request's number and its run or error
+    as it ends; what it raises is raised, and ends the load as `stop` does. stop: once set, what has not ended fails. Raises
+    `FastvlError`s.
     """
     check_arrivals(concurrency=concurrency, rate=rate, arrivals=arrivals, n=n)
     check_whole_number("warm_up", warm_up, least=0)
@@ -312,6 +313,7 @@ def load(
         before = source[:warm_up]
     sent = _Sent(lab, source, engine, stop or threading.Event(), on_run)
     with lab.hold([engine]):
+        lab.warm_up(engine, [], progress=False)
         for request in before:
             lab.run(request, engine, stop=sent.stop)
         if concurrency is not None:

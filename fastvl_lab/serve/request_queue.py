@@ -85,7 +85,8 @@ class QueuedRequest:
 class RequestQueue:
     """Requests for one recipe of a lab, and the thread that has it serve them as they come.
 
-    max_queue: how many may wait or be read. warm_up: requests to serve first.
+    max_queue: how many may wait or be read. warm_up: requests to serve first; decode steps are
+    made ready in any case.
     `failure`: of the warm-up, or what no later request recovers from, where there was such an error.
     """
 
@@ -161,8 +162,7 @@ class RequestQueue:
 
     def _serve_all(self) -> None:
         try:
-            if self._warm_up:
-                self._lab.warm_up(self._recipe, self._warm_up, progress=False)
+            self._lab.warm_up(self._recipe, self._warm_up, progress=False)
         except Exception as error:
             self.failure = error
         self.ready.set()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import gc
 import os
+import re
 import sys
 import threading
 import weakref
@@ -29,6 +30,7 @@ from fastvl_lab.errors import CaptureError, RecipeError, RequestError
 from fastvl_lab.inputs import tensors
 from fastvl_lab.kernels.decode_attention import decode_share_kernel
 from fastvl_lab.measure.compare import break_even
+from fastvl_lab.measure.load import load
 from fastvl_lab.measure.tasks import text_prompt
 from fastvl_lab.pipeline import Pipeline
 from fastvl_lab.request import Grid, ImageShape, Pixels, Prompt, VisionTokens
@@ -529,6 +531,25 @@ def test_no_answer_records_in_its_middle_after_a_warm_up(short_session: Lab, sha
         assert run.tokens == lab.run(request, f"fastest, cache.kv={kv}").tokens
     assert recorder.n_recorded == n_recorded  # type: ignore[attr-defined]
     assert lab.warm_up(recipe, [_request(None, n=2)], progress=False) == ()
+
+
+@pytest.mark.parametrize("shallow", [QWEN3, by_night(QWEN2_5)], indirect=True)
+def test_steps_that_requests_share_are_recorded_before_these_come(short_session: Lab) -> None:
+    """Of 1, 2 and 4 sequences, as of 3 a row is padding; requests that come and go record nothing, and get their own tokens."""
+    lab, shared = short_session, "fastest, cache.kv=paged, schedule.batching=continuous, schedule.max_batch=4"
+    recipe = Recipe.parse(f"{shared}, capture.decode=graph")
+    made = lab.warm_up(recipe, [], progress=False)
+    sizes = {size.group(1) for capture in made if (size := re.search(r"slot_of (\d+x\d+)", capture.shape))}
+    assert sizes == {f"{rows}x{width}" for rows in (1, 2, 4) for width in (256, 512, 1024, 1201)}
+    recorder = lab.graphs._recorder  # type: ignore[union-attr]
+    requests = [_request((168, 140) if n % 2 else None, "Word " * n, n=5 * n) for n in range(1, 8)]
+    together = load(lab, requests, recipe, concurrency=4, warm_up=0)
+    assert {len(step.decoded) for step in together.steps} >= {1, 2, 3, 4}
+    assert recorder.n_recorded == len(made)  # type: ignore[attr-defined]
+    for request, run in zip(requests, together.runs, strict=True):
+        assert isinstance(run, Run)
+        assert run.captures == ()
+        assert run.tokens == lab.run(request, "fastest").tokens
 
 
 @ONE_FAMILY
