@@ -12,12 +12,13 @@ import queue
 import threading
 import time
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any, Generic, TypeVar, cast
 
 import torch
 
-from fastvl_lab.errors import TimeLimitError
+from fastvl_lab.errors import RequestError, TimeLimitError
 
 T = TypeVar("T")
 
@@ -125,13 +126,13 @@ class EngineThread:
         self._jobs: queue.SimpleQueue[Job[Any] | None] = queue.SimpleQueue()
         self._thread = threading.Thread(target=_serve, args=(self._jobs,), name=name, daemon=True)
         self._starting = threading.Lock()
+        self._telling = threading.local()
         weakref.finalize(self, self._jobs.put, None)
 
     @classmethod
     def of(cls, device: torch.device) -> EngineThread:
         """That of the device, made when it is first asked for."""
-        if device.type == "cuda" and device.index is None:
-            device = torch.device("cuda", torch.cuda.current_device())
+        device = of_caller(device)
         with _MAKING:
             thread = _THREADS.get(str(device))
             if thread is None:
@@ -143,6 +144,22 @@ class EngineThread:
         """Whether the caller is on this thread."""
         return threading.current_thread() is self._thread
 
+    @contextmanager
+    def telling(self) -> Iterator[None]:
+        """The calling thread, this one or another, tells somebody of the work under way here, which waits for it."""
+        self._telling.now = True
+        try:
+            yield
+        finally:
+            self._telling.now = False
+
+    def check_turn(self) -> None:
+        """Raise `RequestError` on a thread that is `telling`: what it asked for would never have its turn."""
+        if getattr(self._telling, "now", False):
+            raise RequestError(
+                "a request waits for its on_chunk, on_begin and on_stage, in which the lab serves no other; ask after it"
+            )
+
     def submit(self, work: Callable[[], T]) -> Job[T]:
         """Have it done after all that was asked for before."""
         job = Job(work)
@@ -153,8 +170,21 @@ class EngineThread:
         return job
 
     def call(self, work: Callable[[], T], *, limit: float | None = None) -> T:
-        """Have it done, and wait for it; at once where the caller is on the thread already. limit: as `Job.result` has it."""
-        return work() if self.is_current else self.submit(work).result(limit=limit)
+        """Have it done, and wait for it; at once where the caller is on the thread already. limit: as `Job.result` has it.
+
+        Raises what `check_turn` raises.
+        """
+        if self.is_current:
+            return work()
+        self.check_turn()
+        return self.submit(work).result(limit=limit)
+
+
+def of_caller(device: torch.device) -> torch.device:
+    """The device; "cuda" is the card that is current for the caller, since each thread has one of its own, at first the first."""
+    if device.type == "cuda" and device.index is None:
+        return torch.device("cuda", torch.cuda.current_device())
+    return device
 
 
 def _serve(jobs: queue.SimpleQueue[Job[Any] | None]) -> None:

@@ -86,6 +86,8 @@ class ImageInput:
             raise ImageError(f"image {quoted(name)} is an address, and the lab fetches nothing; give a path, bytes or a data URI")
         if scheme == "file":
             return cls._of_path(Path(_path_of_url(stripped)))
+        if not name:  # to pathlib the folder that we are in
+            raise ImageError("image '' does not exist; give the path of a file, its bytes, or base64 of an image")
         if not os.path.isfile(name) and (data := _of_bare_base64(stripped)) is not None:
             return cls.of(data)
         return cls._of_path(Path(name))

@@ -28,8 +28,8 @@ from fastvl_lab.capture.graphs import GraphStore
 from fastvl_lab.capture.warm_up import Shape, requests_of
 from fastvl_lab.channels import as_message, said_in
 from fastvl_lab.engine import BoundEngine, Engine, EngineLike, Place, StartedEngine, find, find_recipe
-from fastvl_lab.engine_thread import EngineThread
-from fastvl_lab.errors import CheckpointError, DeviceError, RequestError
+from fastvl_lab.engine_thread import EngineThread, of_caller
+from fastvl_lab.errors import CheckpointError, DeviceError, FastvlError, RequestError, is_number, quoted
 from fastvl_lab.families import FAMILIES, Family
 from fastvl_lab.grammars import Grammars
 from fastvl_lab.pipeline import Outcome, Pipeline
@@ -47,7 +47,8 @@ T = TypeVar("T")
 GRAPH_BUDGET = 4 * 2**30
 MAX_GRAPHS = 256
 
-# Engines that a lab keeps bound beside those that are held: each has tables, threads and compiled programs of its own.
+# Engines that a lab keeps bound beside those that are held: each has tables, threads and compiled programs of its own. As many are
+# kept of those that compute elsewhere.
 MAX_ENGINES = 8
 
 # Shapes of requests that an engine is known to have run; one that was forgotten is called cold again.
@@ -89,7 +90,7 @@ class Lab:
             if value is not None:
                 check_whole_number(what, value)
         keep_compiled()
-        on = checkpoints.resolve_device(device)
+        on = of_caller(checkpoints.resolve_device(device))
         self._thread = EngineThread.of(on)
         loaded = self._thread.call(partial(checkpoints.load, name, device=on, dtype=dtype, families=families))
         if session_len is None:
@@ -106,7 +107,7 @@ class Lab:
         self._engines: OrderedDict[Engine, BoundEngine] = OrderedDict()
         self._held: Counter[Engine] = Counter()
         self._seen: dict[Engine, dict[tuple[object, ...], int]] = {}
-        self._telling = threading.local()
+        self._changing = threading.Lock()  # of these three: an endpoint is asked on its caller's thread
         self.relearn()
 
     @property
@@ -221,7 +222,10 @@ class Lab:
         )
 
     def stream(self, request: Request, engine: EngineLike | None = None) -> Iterator[Chunk]:
-        """Yield text as it is made; leaving the loop early stops the engine at its next stage or step."""
+        """Yield text as it is made; leaving the loop early stops the engine at its next stage or step, and waits for that.
+
+        An endpoint is not waited for: its connection is closed once it sends more.
+        """
         key, gone = self._admitted(request, engine), threading.Event()
         tracer = Tracer(self.device, "off", stop=gone)
         # Unbounded: an engine that waited for its consumer would keep the lab from everybody else; the answer's length bounds it.
@@ -241,7 +245,7 @@ class Lab:
 
         # What an endpoint makes is waited for on a thread of its own: the lab's is for what computes here.
         thread = EngineThread("fastvl-stream") if key.elsewhere else self._thread
-        job = thread.submit(produce)
+        job, reader = thread.submit(produce), threading.get_ident()
         try:
             while (item := ready.get()) is not None:
                 if isinstance(item, BaseException):
@@ -249,7 +253,9 @@ class Lab:
                 yield Chunk(text=item[0], tokens=item[1], time=tracer.delivered(), logprobs=item[2])
         finally:
             gone.set()
-            if not job.cancel():
+            # Not for an endpoint, which may be silent for long; nor where a collection closes what was left in a cycle: that comes
+            # on any thread, also on one that the job needs for its end.
+            if not job.cancel() and not key.elsewhere and threading.get_ident() == reader:
                 job.wait()
 
     def message(self, request: Request, run: Run) -> dict[str, Any]:
@@ -347,9 +353,10 @@ class Lab:
 
         def steps() -> tuple[Capture, ...]:
             bound = self._bind(key)
-            return bound.warm_up(Tracer(self.device, "off")) if isinstance(bound, Pipeline) else ()
+            with self._computing():
+                return bound.warm_up(Tracer(self.device, "off")) if isinstance(bound, Pipeline) else ()
 
-        made = [] if key.remote else [*self.compute(steps)]
+        made = [] if key.remote else [*self._thread.call(steps)]
         for request in tqdm(requests, desc="warm-up", unit="shape", disable=not progress):
             made += self.run(request, recipe, trace="off").captures
         return tuple(made)
@@ -375,13 +382,19 @@ class Lab:
     def logits_along(self, request: Request, engine: EngineLike, tokens: Sequence[int]) -> torch.Tensor:
         """An engine's logits of a request's last prompt token, and after each of `tokens` that it is made to go on with.
 
-        float32 [1 + n, vocab], on the host. Raises what `run` raises, and `EndpointError` for an endpoint, which shows no logits.
+        float32 [1 + n, vocab], on the host. Raises what `run` raises, `RequestError` for tokens that the model has not, and
+        `EndpointError` for an endpoint, which shows no logits.
         """
-        key = self._admitted(request, engine)
+        key, known = self._admitted(request, engine), self.checkpoint.config.get_text_config().vocab_size
+        given = tokens.tolist() if isinstance(tokens, torch.Tensor) else [*tokens]
+        for token in given:
+            if not (is_number(token) and token in range(known)):
+                raise RequestError(f"{quoted(token)} is no token of the model, which has {known}, from 0 on")
 
         def along() -> torch.Tensor:
-            with computing(self.device, self.dtype):
-                return self._bind(key).logits_along(request, torch.tensor(tokens, dtype=torch.int64))
+            bound = self._bind(key)
+            with self._computing():
+                return bound.logits_along(request, torch.tensor(given, dtype=torch.int64))
 
         return self._in_turn(key, along)
 
@@ -400,12 +413,14 @@ class Lab:
     @contextmanager
     def hold(self, engines: Iterable[EngineLike]) -> Iterator[None]:
         """Keep these bound, however many others run meanwhile: who measures engines in turn must not bind them anew each time."""
-        keys = [self.engine(engine) for engine in engines]
-        self._held.update(keys)
+        keys = Counter(self.engine(engine) for engine in engines)
+        with self._changing:
+            self._held += keys
         try:
             yield
         finally:
-            self._held.subtract(keys)
+            with self._changing:
+                self._held -= keys
             # Not waited for: who held them may have left work behind that never ends. Nor is a lab kept for it.
             self._thread.submit(partial(_let_go, weakref.ref(self)))
 
@@ -437,10 +452,8 @@ class Lab:
         return key
 
     def _check_turn(self, key: Engine) -> None:
-        if getattr(self._telling, "now", False) and not key.elsewhere:
-            raise RequestError(
-                "a request waits for its on_chunk, on_begin and on_stage, in which the lab serves no other; ask after it"
-            )
+        if not key.elsewhere:
+            self._thread.check_turn()
 
     def _told(self, key: Engine, callback: Callable[..., object] | None) -> Callable[..., object] | None:
         """The callback; within it no request can have a turn, where the one that it is told of has it and waits for it."""
@@ -448,11 +461,8 @@ class Lab:
             return callback
 
         def told(*news: Any) -> None:
-            self._telling.now = True
-            try:
+            with self._thread.telling():
                 callback(*news)
-            finally:
-                self._telling.now = False
 
         return told
 
@@ -468,23 +478,31 @@ class Lab:
         )
 
     def _bind(self, key: Engine, stop: threading.Event | None = None) -> BoundEngine:
-        """The engine, bound now or before; on the lab's thread."""
-        if isinstance(bound := self._engines.get(key), StartedEngine) and not bound.alive:
-            self._forget(key)
-        if key not in self._engines:
-            self._engines[key] = key.bind(self._place(None, stop))
-        self._engines.move_to_end(key)
-        self._let_go()
-        return self._engines[key]
+        """The engine, bound now or before; on the lab's thread, or for what computes elsewhere on any."""
+        with self._changing:
+            bound = self._engines.get(key)
+            if isinstance(bound, StartedEngine) and not bound.alive:
+                self._forget(key)
+                bound = None
+        if bound is None:
+            with self._computing():  # not while others wait for the lock: an endpoint may take long to answer
+                bound = key.bind(self._place(None, stop))
+        with self._changing:
+            bound = self._engines.setdefault(key, bound)  # another thread may have been first
+            self._engines.move_to_end(key)
+        self._let_go(elsewhere=key.elsewhere)
+        return bound
 
-    def _let_go(self) -> None:
-        """Forget the engines unused for longest beyond `MAX_ENGINES`; what is run of them again is cold.
+    def _let_go(self, *, elsewhere: bool) -> None:
+        """Forget the engines unused for longest beyond `MAX_ENGINES`, of those that compute elsewhere or of the others.
 
-        Those with a server stay: it takes a minute to start, and little here.
+        What is run of them again is cold. Those with a server stay: it takes a minute to start, and little here. What computes here
+        goes on the lab's thread, which may be at work on graphs that go with it.
         """
-        free = [key for key in self._engines if self._held[key] <= 0 and not key.started]
-        for key in free[:-MAX_ENGINES]:
-            self._forget(key)
+        with self._changing:
+            free = [k for k in self._engines if k.elsewhere is elsewhere and k not in self._held and not k.started]
+            for key in free[:-MAX_ENGINES]:
+                self._forget(key)
 
     def _forget(self, key: Engine) -> None:
         del self._engines[key]
@@ -495,9 +513,15 @@ class Lab:
         return work() if key.elsewhere else self._thread.call(work)
 
     def _serve(self, engine: BoundEngine, request: Request, tracer: Tracer, deliver: Deliver) -> Outcome:
+        with self._computing():
+            return engine.run(request, tracer, deliver)
+
+    @contextmanager
+    def _computing(self) -> Iterator[None]:
+        """`computing` on the lab's device, with a `DeviceError` in one sentence where memory runs out."""
         try:
             with computing(self.device, self.dtype):
-                return engine.run(request, tracer, deliver)
+                yield
         except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
             if not _is_want_of_memory(error):
                 raise
@@ -527,23 +551,31 @@ class Lab:
             return outcome.kind
         if outcome.reused and not outcome.captures:
             return "cache_hit"
-        seen = self._seen.setdefault(key, {})
-        shape = (request.is_greedy, outcome.n_prompt, *(s.grid for s in outcome.shapes))
-        known, made = seen.pop(shape, 0), len(outcome.tokens)
-        seen[shape] = max(known, made)  # the last of them
-        if len(seen) > MAX_SHAPES:
-            del seen[next(iter(seen))]
+        shape, made = (request.is_greedy, outcome.n_prompt, *(s.grid for s in outcome.shapes)), len(outcome.tokens)
+        with self._changing:
+            seen = self._seen.setdefault(key, {})
+            known = seen.pop(shape, 0)
+            seen[shape] = max(known, made)  # the last of them
+            if len(seen) > MAX_SHAPES:
+                del seen[next(iter(seen))]
         return "cold" if made > known or outcome.captures else "warm"
 
 
-def _is_want_of_memory(error: Exception) -> bool:
+def _is_want_of_memory(error: BaseException) -> bool:
     known = isinstance(error, torch.OutOfMemoryError | MemoryError)
     return known or (isinstance(error, RuntimeError) and any(words in str(error) for words in _OUT_OF_MEMORY))
 
 
+def is_lasting(error: BaseException) -> bool:
+    """Whether CUDA reports what no later call in this process recovers from, such as an illegal access; want of memory passes."""
+    text = str(error)
+    lost = isinstance(error, torch.AcceleratorError) or "CUDA error" in text or "Error [CUDA]" in text  # the last is Triton's
+    return lost and not isinstance(error, FastvlError) and not _is_want_of_memory(error)
+
+
 def _let_go(lab: weakref.ref[Lab]) -> None:
     if (held := lab()) is not None:
-        held._let_go()
+        held._let_go(elsewhere=False)
 
 
 def _graph_store(device: torch.device, max_bytes: int) -> GraphStore | None:
@@ -567,21 +599,39 @@ def computing(device: torch.device, dtype: torch.dtype) -> Iterator[None]:
     with ExitStack() as stack:
         stack.enter_context(torch.cuda.device(device))
         if dtype == torch.float32:
-            stack.enter_context(_without_tf32())
+            stack.enter_context(TF32.off())
         yield
 
 
-@contextmanager
-def _without_tf32() -> Iterator[None]:
-    backends: tuple[Any, ...] = (torch.backends.cudnn, torch.backends.cuda.matmul)
-    before = [backend.allow_tf32 for backend in backends]
-    try:
-        for backend in backends:
-            backend.allow_tf32 = False
-        yield
-    finally:
-        for backend, allowed in zip(backends, before, strict=True):
-            backend.allow_tf32 = allowed
+class Tf32:
+    """torch's switches for TF32, which are the process's: off while anybody computes without it, and then as they were."""
+
+    def __init__(self) -> None:
+        self._backends: tuple[Any, ...] = (torch.backends.cudnn, torch.backends.cuda.matmul)
+        self._changing = threading.Lock()
+        self._users: set[object] = set()
+        self._before: list[bool] = []
+
+    @contextmanager
+    def off(self) -> Iterator[None]:
+        user = object()
+        try:
+            with self._changing:
+                if not self._users:
+                    self._before = [backend.allow_tf32 for backend in self._backends]
+                self._users.add(user)
+                for backend in self._backends:
+                    backend.allow_tf32 = False
+            yield
+        finally:
+            with self._changing:
+                self._users.discard(user)
+                if not self._users:
+                    for backend, allowed in zip(self._backends, self._before, strict=False):
+                        backend.allow_tf32 = allowed
+
+
+TF32 = Tf32()  # of all labs: two devices compute at once
 
 
 def device_name(device: torch.device, *, threads: bool = True) -> str:

@@ -68,7 +68,7 @@ class Pipeline:
         self.grammars = grammars or Grammars(checkpoint)
         slot = recipe.schedule
         self._policy = {"one_at_a_time": None, "continuous": Policy.of(slot)}[slot.batching]
-        self._unpacking = unpackers() if {"inline": False, "ahead": True, "batched": True}[slot.vision] else None
+        self._unpacking = unpackers(checkpoint.device) if {"inline": False, "ahead": True, "batched": True}[slot.vision] else None
         self._beside = overlap.worker(checkpoint.device) if {"off": False, "on": True}[slot.overlap] else None
 
     @torch.inference_mode()

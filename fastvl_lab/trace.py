@@ -14,9 +14,10 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field
+from functools import cache
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -25,6 +26,9 @@ from fastvl_lab.errors import RequestCancelledError, RequestError
 
 # What times a block or a layer inside a stage, by its name.
 Inner = Callable[[str], AbstractContextManager[None]]
+
+# Marks the device's work, and gives the mark.
+Mark = Callable[[], Any]
 
 Lane = Literal["host", "beside", "device"]
 Level = Literal["off", "stages", "layers"]
@@ -274,10 +278,6 @@ class Tracer:
     def span(self, name: str) -> AbstractContextManager[None]:
         """A stage; raises `RequestCancelledError` if the request has been given up."""
         self.check()
-        return self.shared_span(name)
-
-    def shared_span(self, name: str) -> AbstractContextManager[None]:
-        """A stage of several requests: it goes on, whoever of them gives up."""
         return nullcontext() if self.level == "off" else _Recorded(self, name)
 
     def check(self) -> None:
@@ -314,15 +314,16 @@ class Tracer:
         """Time stock modules as blocks or layers; touches them at level "layers" only."""
         return module_spans(modules, self.inner) if self.level == "layers" else nullcontext()
 
-    def begin(self, name: str) -> None:
-        """Open a span where no `with` can stand, as in a hook; close it with `end`."""
+    def begin(self, name: str, mark: Mark | None = None) -> None:
+        """Open a span where no `with` can stand, as in a hook; close it with `end`. mark: in place of its own of the device."""
         if self.level != "off":
-            self._mine.open.append((name, time.perf_counter_ns(), self._event(), _profiler_range(name)))
+            event = self._event() if mark is None else mark()
+            self._mine.open.append((name, time.perf_counter_ns(), event, _profiler_range(name)))
             if self._on_begin is not None and len(self._mine.open) == 1 and self._mine.lane == "host":
                 self._on_begin(name, self._mine.open[0][1] - self._started_ns)
 
-    def end(self, name: str) -> None:
-        """Close the span `name`, and with it any that an exception left open inside it."""
+    def end(self, name: str, mark: Mark | None = None) -> None:
+        """Close the span `name`, and with it any that an exception left open inside it. mark: as `begin` has it."""
         if self.level == "off":
             return
         opened = self._mine.open
@@ -330,7 +331,7 @@ class Tracer:
         closed = ""
         while closed != name:
             closed, start_ns, start_event, watched = opened.pop()
-            end_event = self._event() if start_event is not None else None
+            end_event = None if start_event is None else self._event() if mark is None else mark()
             self._closed.append((closed, self._mine.lane, len(opened), start_ns, time.perf_counter_ns(), start_event, end_event))
             if watched is not None:
                 watched.__exit__(None, None, None)
@@ -368,14 +369,23 @@ class Tracer:
 class _Recorded(AbstractContextManager[None]):
     """A span as a `with`; not a generator, which an interruption on its way in would close a second time."""
 
-    def __init__(self, tracer: Tracer, name: str) -> None:
-        self._tracer, self._name = tracer, name
+    def __init__(self, tracer: Tracer, name: str, begin: Mark | None = None, end: Mark | None = None) -> None:
+        self._tracer, self._name, self._begin, self._end = tracer, name, begin, end
 
     def __enter__(self) -> None:
-        self._tracer.begin(self._name)
+        self._tracer.begin(self._name, self._begin)
 
     def __exit__(self, *_: object) -> None:
-        self._tracer.end(self._name)
+        self._tracer.end(self._name, self._end)
+
+
+def shared_span(tracers: Sequence[Tracer], name: str) -> ExitStack:
+    """A stage of several requests that one thread serves, which marks the device once: it goes on, whoever of them gives up."""
+    begin, end = cache(tracers[0]._event), cache(tracers[0]._event)
+    stack = ExitStack()
+    for tracer in tracers:
+        stack.enter_context(_Recorded(tracer, name, begin, end))
+    return stack
 
 
 @contextmanager

@@ -2,7 +2,7 @@
 
     python figures/draw.py [--measure]
 
-With --measure the records are made first. Needs the extras "notebooks" and "dev" and a Chrome or Chromium.
+With --measure the records are made first. Needs the extras "notebooks" and "dev", and a `chromium` on the PATH.
 """
 
 from __future__ import annotations

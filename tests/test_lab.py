@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import sys
 import threading
 import time
 import traceback
@@ -10,16 +11,20 @@ import weakref
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 
 from fastvl_lab import DeviceError, ImageError, Lab, Recipe, RecipeError, Request, RequestError, Sampling
+from fastvl_lab.engine import Engine
 from fastvl_lab.engine_thread import EngineThread
-from fastvl_lab.lab import MAX_ENGINES
+from fastvl_lab.lab import MAX_ENGINES, TF32
+from fastvl_lab.request import UNNAMED
 from fastvl_lab.run import Run
 from fastvl_lab.schedule.inbox import Inbox
+from fastvl_lab.streaming.answer import Answer
 from fastvl_lab.trace import Trace, Tracer
 
 
@@ -44,6 +49,22 @@ def test_the_first_run_of_an_engine_and_shape_is_cold(picture: bytes) -> None:
     thread.start()
     thread.join()
     assert elsewhere == ["warm"]  # the lab computes on a thread of its own, whoever asks
+
+
+def test_cuda_without_a_number_is_the_card_that_is_current_for_whoever_asks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """For the lab's own thread, which loads and computes, it would be the first."""
+    caller = threading.current_thread()
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: int(threading.current_thread() is caller))
+
+    def load(name: str, *, device: torch.device, **_: object) -> None:
+        raise DeviceError(f"loaded on {device}")
+
+    monkeypatch.setattr("fastvl_lab.lab.checkpoints.load", load)
+    for device, meant in ((None, "cuda:1"), ("cuda", "cuda:1"), ("cuda:0", "cuda:0")):
+        with pytest.raises(DeviceError, match=f"loaded on {meant}$"):
+            Lab("tiny-qwen3-vl", device=device)
 
 
 def test_shapes_unseen_for_longest_are_forgotten(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -107,11 +128,17 @@ def test_what_no_request_is_is_refused(lab: Lab) -> None:
 
 @pytest.mark.parametrize("engine", ["fastest", "fastest, streaming.steps_per_round=16, streaming.gate=round"])
 def test_a_request_within_a_callback_is_refused_and_not_waited_for(lab: Lab, request_: Request, engine: str) -> None:
-    """Whichever thread the callback comes on; what is asked after the request is served as ever."""
-    refused = []
+    """Whichever thread the callback comes on, and of whichever lab of the device; what is asked afterwards is served as ever."""
+    refused, other = [], Lab("tiny-qwen2.5-vl", device="cpu", dtype="float32")
 
     def ask(_: object) -> None:
-        for asked in (lab.run, lambda what: next(lab.stream(what)), lab.apart().run):
+        for asked in (
+            lab.run,
+            lambda what: next(lab.stream(what)),
+            lab.apart().run,
+            other.run,
+            lambda what: next(other.stream(what)),
+        ):
             with pytest.raises(RequestError, match="in which the lab serves no other"):
                 asked(request_)
             refused.append(asked)
@@ -149,6 +176,35 @@ def test_leaving_a_stream_stops_the_engine(labs: dict[str, Lab], picture: bytes)
         hooks = [m for m in lab.checkpoint.model.modules() if m._forward_hooks or m._forward_pre_hooks]
         assert not hooks, engine
         lab.run(Request(prompt="Next.", max_new_tokens=1), engine)  # the lab is free again
+
+
+@pytest.mark.parametrize("engine", ["fastest", "fastest, streaming.steps_per_round=16"])
+def test_a_stream_that_is_collected_by_the_engine_does_not_wait_for_itself(
+    lab: Lab, monkeypatch: pytest.MonkeyPatch, engine: str
+) -> None:
+    """One that is left in a cycle, as an error's traceback is, goes with the next collection, on whichever thread that comes."""
+    dropped, collected, take = threading.Event(), threading.Event(), Answer.take
+
+    def collecting(answer: Answer, token: int) -> bool:
+        if len(answer.tokens) == 3:
+            assert dropped.wait(20)
+            gc.collect()
+            collected.set()
+        return take(answer, token)
+
+    monkeypatch.setattr(Answer, "take", collecting)
+    gc.disable()
+    try:
+        held: list[Any] = [lab.stream(Request(prompt="Go on.", max_new_tokens=100, ignore_eos=True), engine)]
+        next(held[0])
+        held.append(held)
+        del held
+        dropped.set()
+        assert collected.wait(20)
+    finally:
+        gc.enable()
+    monkeypatch.undo()
+    assert lab.run(Request(prompt="Next.", max_new_tokens=1), engine).tokens, "it is served"
 
 
 def test_an_error_inside_a_stream_reaches_its_consumer(lab: Lab) -> None:
@@ -195,6 +251,83 @@ def test_running_out_of_memory_is_one_sentence(labs: dict[str, Lab], monkeypatch
     monkeypatch.setattr(lab._bind(lab.engine("baseline")).stages, "encode", failing("CUDA error: an illegal memory access"))  # type: ignore[attr-defined]
     with pytest.raises(RuntimeError, match="an illegal memory access"):
         lab.run(request)
+
+
+@pytest.mark.parametrize(
+    "ask", [Lab.run, lambda lab, what: next(lab.stream(what)), lambda lab, what: lab.warm_up("baseline", [what])]
+)
+def test_memory_that_runs_out_as_an_engine_is_bound_is_the_same_sentence(
+    labs: dict[str, Lab], monkeypatch: pytest.MonkeyPatch, ask: Callable[..., object]
+) -> None:
+    """Where keys and values get their room, and weights their other layouts."""
+
+    def exhausted(*_: object, **__: object) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20 GiB.")
+
+    monkeypatch.setattr("fastvl_lab.engine.Pipeline", exhausted)
+    with pytest.raises(DeviceError, match=r"ran out of memory \(CUDA out of memory. Tried to allocate 20 GiB.\); set a smaller"):
+        ask(labs["tiny-qwen3-vl"].apart(), Request(prompt="?", max_new_tokens=1))
+
+
+def test_endpoints_are_bound_from_many_threads_and_push_no_recipe_out(lab: Lab) -> None:
+    """They are asked from their callers' threads, while the lab's own binds and lets go what computes."""
+    own, failed = lab.apart(), list[Exception]()
+    own.run(Request(prompt="?", max_new_tokens=1))
+
+    def bind(thread: int) -> None:
+        try:
+            for number in range(100):
+                own._bind(Engine(name=f"http://{thread}:{number % (MAX_ENGINES + 1)}", bind=lambda _: Bound(), remote=True))
+        except Exception as error:
+            failed.append(error)
+
+    class Bound:
+        pass
+
+    before = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    try:
+        threads = [threading.Thread(target=bind, args=(number,)) for number in range(8)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    finally:
+        sys.setswitchinterval(before)
+    assert not failed
+    assert len(own._engines) == MAX_ENGINES + 1
+    assert own.engine("baseline") in own._engines, "which computes here, and is not dropped on another's thread"
+
+
+def test_tf32_stays_off_until_the_last_has_computed() -> None:
+    """torch's switches are the process's: two devices, or an endpoint's caller beside a device, compute at once."""
+    cudnn, matmul = torch.backends.cudnn, torch.backends.cuda.matmul
+    before = cudnn.allow_tf32, matmul.allow_tf32
+    try:
+        cudnn.allow_tf32 = matmul.allow_tf32 = True
+        first, second = TF32.off(), TF32.off()
+        first.__enter__()
+        second.__enter__()
+        first.__exit__(None, None, None)
+        assert (cudnn.allow_tf32, matmul.allow_tf32) == (False, False), "the second still computes"
+        second.__exit__(None, None, None)
+        assert cudnn.allow_tf32
+        assert matmul.allow_tf32
+    finally:
+        cudnn.allow_tf32, matmul.allow_tf32 = before
+
+
+def test_logits_along_tokens_that_the_model_has_not_are_refused(lab: Lab) -> None:
+    """On CUDA they would end all that the process computes there; an endpoint's tokens without a name are such."""
+    request, given = Request(prompt="?"), [1, 2]
+    expected = lab.logits_along(request, "baseline", given)
+    for same in (np.array(given), torch.tensor(given), iter(given)):
+        assert torch.equal(lab.logits_along(request, "baseline", same), expected)  # type: ignore[arg-type]
+    known = expected.shape[1]
+    for engine in ("baseline", "transformers"):
+        for wrong in (UNNAMED, known, 2**70, 1.5, "1"):
+            with pytest.raises(RequestError, match=rf"{wrong!r} is no token of the model, which has {known}, from 0 on"):
+                lab.logits_along(request, engine, [1, wrong])  # type: ignore[list-item]
 
 
 def test_an_error_for_want_of_memory_holds_none(labs: dict[str, Lab], monkeypatch: pytest.MonkeyPatch) -> None:

@@ -89,6 +89,7 @@ def test_requests_that_cannot_be_are_refused(arguments: dict, says: str) -> None
     ("image", "says"),
     [
         ("no/such.jpg", "image 'no/such.jpg' does not exist"),
+        ("", "image '' does not exist"),
         ("/", "is no regular file"),
         ("/dev/zero", "is no regular file"),
         ("a\0b", "is no path|does not exist"),

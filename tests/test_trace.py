@@ -12,7 +12,7 @@ import torch
 
 from fastvl_lab import Lab, Request, photo, trace as trace_module
 from fastvl_lab.measure.samples import Interval, median_interval
-from fastvl_lab.trace import STAGES, Anchor, Span, Trace, Tracer, module_spans
+from fastvl_lab.trace import STAGES, Anchor, Span, Trace, Tracer, module_spans, shared_span
 
 CPU = torch.device("cpu")
 
@@ -276,3 +276,38 @@ def _traced_over_untraced(lab: Lab, request: Request) -> Interval:
         ttft = {level: min(lab.run(request, "fastest", trace=level).ttft for _ in range(2)) for level in order}
         ratios.append(ttft["stages"] / ttft["off"])
     return median_interval(ratios)
+
+
+def test_a_step_that_requests_share_marks_the_device_once_for_all(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A pair of events takes microseconds of the host; a pair a request would be a tenth of a decode step of 32."""
+    made: list[Event] = []
+
+    class Event:
+        def __init__(self, enable_timing: bool) -> None:
+            made.append(self)
+
+        def record(self, stream: str) -> None:
+            self.at = len(made)
+
+        def synchronize(self) -> None: ...
+
+        def elapsed_time(self, other: Event) -> float:
+            return float(other.at - self.at)
+
+    monkeypatch.setattr(trace_module.torch.cuda, "Event", Event)
+    monkeypatch.setattr(trace_module.torch.cuda, "synchronize", lambda _: None)
+    monkeypatch.setattr(trace_module.torch.cuda, "current_stream", lambda device: "stream")
+    tracers, anchor = (
+        [Tracer(torch.device("cuda"), level) for level in ("stages", "off", "stages")],
+        Anchor.now(torch.device("cuda")),
+    )
+    for tracer in tracers:
+        tracer.start_at(anchor.ns, anchor)
+    for name in ("decode", "sample"):
+        with shared_span(tracers, name):
+            pass
+    assert len(made) == 1 + 2 * 2
+    for tracer in (tracers[0], tracers[2]):
+        on_device = [(span.name, span.duration_ns) for span in tracer.finish().spans if span.lane == "device"]
+        assert on_device == [("decode", 1_000_000), ("sample", 1_000_000)]
+    assert tracers[1].finish().spans == ()

@@ -96,8 +96,10 @@ class GraphStore:
         return sum(_n_bytes(graph.buffers) for graph in self._graphs.values())
 
     def captures(self, owner: object) -> tuple[Capture, ...]:
-        """The graphs of one owner, the one unused for longest first."""
-        return tuple(replace(graph.capture, uses=graph.uses) for key, graph in self._graphs.items() if key.owner is owner)
+        """The graphs of one owner, the one unused for longest first; from any thread."""
+        # A list of keys is made in one step of Python's, between two of which another thread may use or lose a graph.
+        found = [self._graphs.get(key) for key in [*self._graphs] if key.owner is owner]
+        return tuple(replace(graph.capture, uses=graph.uses) for graph in found if graph is not None)
 
     def find(self, key: Key) -> _Graph | None:
         """The graph of that key, which is now the one used last; or None."""

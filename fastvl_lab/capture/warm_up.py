@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import math
 from collections.abc import Iterable
+from numbers import Integral
 
 import numpy as np
 from PIL import Image
@@ -22,9 +23,9 @@ def requests_of(shapes: Iterable[Shape], max_new_tokens: int) -> list[Request]:
 
 
 def _with_image(size: tuple[int, int], max_new_tokens: int) -> Request:
-    if not (isinstance(size, tuple | list) and len(size) == 2 and all(isinstance(side, int) and side > 0 for side in size)):
+    if not (isinstance(size, tuple | list) and len(size) == 2 and all(isinstance(side, Integral) and side > 0 for side in size)):
         raise RequestError(f"a shape to warm up is {size!r}; give a Request, or the (width, height) of an image in pixels")
-    width, height = size
+    width, height = map(int, size)  # NumPy's would overflow
     if width * height > (most := Image.MAX_IMAGE_PIXELS or math.inf):
         raise RequestError(f"a shape to warm up is {width}x{height}; an image may have {most} pixels")
     noise = np.random.default_rng(0).integers(0, 256, (height, width, 3), dtype=np.uint8)

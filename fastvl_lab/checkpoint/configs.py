@@ -66,6 +66,8 @@ def check_config(config: Any, family: Family, file: File) -> None:
             raise file.refused(
                 key, token, f"a token of the model's {text.vocab_size}; where it is left out, Transformers has this one"
             )
+        if key != (image := family.placeholders[0]) and token == getattr(config, image):
+            raise file.refused(key, token, f"other than {image}")
 
 
 def check_model(model: Any, family: Family, file: File) -> None:

@@ -130,10 +130,6 @@ class Checkpoint:
         """What the image processor does to an image; raises `CheckpointError` for settings that cannot be used."""
         return read_image_settings(self.image_processor, File(checkpoint=self.name, name=self.image_processor_file))
 
-    def scale_shift(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """Rescale and normalise in one: a byte x of a channel becomes x * scale - shift; float64 [channels] each, on the host."""
-        return self.image_settings.scale_shift
-
 
 def load(
     name: str | Path,

@@ -56,9 +56,17 @@ def patches(config: Any) -> Patches:
 
 
 def vision_faults(config: Any) -> Iterator[Fault]:
-    """Sizes of the tower that are no counts."""
+    """Sizes of the tower that are no counts, or that fit neither images, nor one another, nor the decoder."""
+    vision, width = config.vision_config, config.get_text_config().hidden_size
     keys = ("patch_size", "spatial_merge_size", "temporal_patch_size", "hidden_size", "num_heads", "depth")
-    return not_counts(config.vision_config, "vision_config.", *keys)
+    yield from not_counts(vision, "vision_config.", *keys)
+    if vision.in_channels != 3:
+        yield Fault("vision_config.in_channels", vision.in_channels, "3, as an image has")
+    if vision.hidden_size % (4 * vision.num_heads):  # half of a head turns by the row, half by the column; each in pairs
+        fits = f"such that 4 times it divides hidden_size, {vision.hidden_size}"
+        yield Fault("vision_config.num_heads", vision.num_heads, fits)
+    if vision.out_hidden_size != width:
+        yield Fault("vision_config.out_hidden_size", vision.out_hidden_size, f"{width}, the decoder's hidden_size")
 
 
 def vision_parts(visual: Any) -> dict[str, Any]:

@@ -56,7 +56,7 @@ class Vision:
     patch_embed: the convolution, weight [hidden, C, F, p, p]. full_attention: of each block, whether it sees its whole frame; the
     others see windows of `window` x `window` visual tokens (None for a tower without). merger and deepstack (block index ->
     merger): modules that map [n_patches, hidden] to [n_visual, out_hidden]. inv_freq: float32 [head_dim / 4], of the axial rotary
-    embedding. learned_positions: [side * side, hidden], interpolated to the grid and added, or None.
+    embedding. learned_positions: [side * side or a few more, hidden], interpolated to the grid and added, or None.
     """
 
     module: Any

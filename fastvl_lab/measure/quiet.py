@@ -166,10 +166,12 @@ def others_on_gpu(device: torch.device, processes: Sequence[int] = ()) -> float 
         if running <= ours:
             return 0.0
         since = int((time.time() - _GPU_SECONDS) * 1e6)
-        used = {s.pid: s for s in sorted(nvml.nvmlDeviceGetProcessUtilization(handle, since), key=lambda s: s.timeStamp)}
+        try:
+            samples = nvml.nvmlDeviceGetProcessUtilization(handle, since)
+        except nvml.NVMLError_NotFound:  # none of them did anything
+            return 0.0
+        used = {s.pid: s for s in sorted(samples, key=lambda s: s.timeStamp)}
         return float(sum(used[pid].smUtil for pid in running - ours if pid in used)) / 100
-    except nvml.NVMLError_NotFound:  # none of them did anything
-        return 0.0
     except nvml.NVMLError:
         return None
 

@@ -38,7 +38,7 @@ from fastvl_lab.errors import (
     sentence,
     shortened,
 )
-from fastvl_lab.lab import Lab
+from fastvl_lab.lab import Lab, is_lasting
 from fastvl_lab.lasting import About, Lasting
 from fastvl_lab.learnt import Record, Site, best_under_load, folder, versions
 from fastvl_lab.measure.environment import environment
@@ -673,7 +673,8 @@ class _Bench:
             stop=self._stop,
         )
         if made.failures or len(made.runs) < goal.count:  # of one that is stopped, not all may have been sent
-            raise FastvlError(f"under load, {next(iter(made.failures.values()), 'it was stopped')}")
+            why = next(iter(made.failures.values()), "it was stopped")
+            raise FastvlError(f"under load, {why}") from RuntimeError(why)
         return sent, made
 
     def measure(self, recipe: Recipe, label: str, number: int) -> Iterator[StageSample]:
@@ -718,7 +719,7 @@ class _Bench:
         except Exception as error:
             if self._stop is not None and self._stop.is_set():  # of a load that is stopped, many requests fail at once
                 raise EndOfSearchError("it was stopped", again=True) from None
-            raise CastOutError(f"it failed: {sentence(error)}") from error
+            raise CastOutError(f"it failed: {sentence(error)}", ends=is_lasting(error.__cause__ or error)) from error
 
     def order(self, recipe: Recipe) -> Sequence[str]:
         """Toggles by the share that their stages have of the goal, the largest first; for goodput, behind those of the schedule."""

@@ -11,7 +11,6 @@ from __future__ import annotations
 import dataclasses
 import importlib
 import io
-import warnings
 import zlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -289,15 +288,18 @@ def _broken(label: str, what: str = "is broken") -> Iterator[None]:
 def _open(data: bytes, label: str) -> Image.Image:
     if len(data) == 0:
         raise ImageError(f"image {label!r} is empty (0 bytes)")
-    with _broken(label), warnings.catch_warnings():
-        warnings.simplefilter("error", Image.DecompressionBombWarning)
+    limit = Image.MAX_IMAGE_PIXELS
+    with _broken(label):
         try:
-            return Image.open(io.BytesIO(data), formats=FORMATS)
+            picture = Image.open(io.BytesIO(data), formats=FORMATS)
+            n_pixels = picture.width * picture.height
+            if limit is not None and n_pixels > limit:  # Pillow only warns up to twice as many, and filters are of all threads
+                raise Image.DecompressionBombError(f"it has {n_pixels} pixels")
+            return picture
         except UnidentifiedImageError:
             choices = ", ".join(FORMATS)
             raise ImageError(f"{label!r} is not an image of a supported type; the choices are {choices}") from None
         except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
-            limit = Image.MAX_IMAGE_PIXELS
             raise ImageError(f"image {label!r} is too large: {shortened(str(error))}; the limit is {limit} pixels") from None
 
 

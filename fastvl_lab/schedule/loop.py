@@ -23,7 +23,7 @@ from fastvl_lab.schedule.in_flight import Bound, InFlight
 from fastvl_lab.schedule.inbox import Inbox, Job
 from fastvl_lab.schedule.policy import Policy, gives_way, pieces
 from fastvl_lab.streaming.answer import Forced
-from fastvl_lab.trace import Anchor, Tracer
+from fastvl_lab.trace import Anchor, Tracer, shared_span
 
 # Threads that unpack images of requests that wait; more would take cores from what the device's host does.
 _UNPACKING = 2
@@ -440,13 +440,18 @@ def _beside(flight: InFlight, work: Callable[[], None]) -> None:
         work()
 
 
-def unpackers(n_threads: int = _UNPACKING) -> ThreadPoolExecutor:
-    """Threads that compute with one of OpenMP's each; torch would have new threads of anybody's do so too, unless told again."""
+def unpackers(device: torch.device, n_threads: int = _UNPACKING) -> ThreadPoolExecutor:
+    """Threads that compute with one of OpenMP's each; torch would have new threads of anybody's do so too, unless told again.
+
+    The device is their current one, where Triton launches its kernels: each thread has one of its own.
+    """
     n, ready = torch.get_num_threads(), threading.Barrier(n_threads + 1)
 
     def alone() -> None:
         torch.set_num_threads(1)
         ready.wait()
+        if device.type == "cuda":
+            torch.cuda.set_device(device)
 
     pool = ThreadPoolExecutor(n_threads, thread_name_prefix="fastvl-unpack", initializer=alone)
     for _ in range(n_threads):
@@ -458,10 +463,7 @@ def unpackers(n_threads: int = _UNPACKING) -> ThreadPoolExecutor:
 
 def _all(flights: Iterable[InFlight], name: str) -> ExitStack:
     """A stage that several requests share."""
-    stack = ExitStack()
-    for flight in flights:
-        stack.enter_context(flight.tracer.shared_span(name))
-    return stack
+    return shared_span([flight.tracer for flight in flights], name)
 
 
 def _packed(pixels: Sequence[Pixels]) -> Pixels:

@@ -48,7 +48,9 @@ def pieces(images: Sequence[tuple[int, int]], to_make: Sequence[int], reused: in
 
 def worker(device: torch.device) -> ThreadPoolExecutor:
     """The thread that unpacks; on a CPU it computes with one of OpenMP's, since the first thread needs the cores."""
-    return unpackers(1) if device.type == "cpu" else ThreadPoolExecutor(1, thread_name_prefix="fastvl-unpack")
+    if device.type == "cpu":
+        return unpackers(device, 1)
+    return ThreadPoolExecutor(1, thread_name_prefix="fastvl-unpack", initializer=torch.cuda.set_device, initargs=(device,))
 
 
 def first_token(flight: InFlight, unpacking: ThreadPoolExecutor) -> None:

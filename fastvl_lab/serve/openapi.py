@@ -274,6 +274,11 @@ MODEL = _object(
     max_model_len={"type": "integer"},
 )
 MODELS = _object(["object", "data"], object={"const": "list"}, data={"type": "array", "items": MODEL})
+# Of server-sent events OpenAPI 3.1 describes each, as 3.2 does in `itemSchema`.
+EVENT = _object(
+    ["data"],
+    data={"type": "string", "description": "a JSON object, a chunk as OpenAI has it, or an error; of the last event [DONE]"},
+)
 HEALTH = _object(["status"], status={"enum": ["ok", "starting"]})
 VERSION = _object(["version"], version={"type": "string"})
 
@@ -296,8 +301,7 @@ def of_body(takes: Schema, gives: Schema, model: str, *, streams: bool = False) 
     """
     content: Schema = {"application/json": {"schema": gives}}
     if streams:
-        said = "an event is `data: ` and a JSON object, a chunk as OpenAI has it, or an error; the last is `data: [DONE]`"
-        content["text/event-stream"] = {"schema": {"type": "string", "description": said}}
+        content["text/event-stream"] = {"schema": EVENT}
     takes = _of_model(takes, model)
     return {
         "openapi_extra": {"requestBody": {"required": True, "content": {"application/json": {"schema": takes}}}},

@@ -9,10 +9,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 
-import torch
-
 from fastvl_lab.errors import FastvlError
-from fastvl_lab.lab import Lab
+from fastvl_lab.lab import Lab, is_lasting
 from fastvl_lab.recipe import Recipe
 from fastvl_lab.request import Chunk, Request
 from fastvl_lab.run import Run
@@ -180,7 +178,7 @@ class RequestQueue:
         """The server lives on whatever a request ended with, if the device does."""
         self._move(queued, None)
         if isinstance(run, Exception):
-            if _is_lasting(run):
+            if is_lasting(run):
                 self.failure = run
             queued.send(run)
         else:
@@ -196,10 +194,3 @@ class RequestQueue:
                 to.add(queued)
             self._metrics.waiting.set(len(self._waiting))
             self._metrics.running.set(len(self._running))
-
-
-def _is_lasting(error: Exception) -> bool:
-    """Whether CUDA reports what no later call in this process recovers from, such as an illegal access; want of memory passes."""
-    text = str(error)
-    lost = isinstance(error, torch.AcceleratorError) or "CUDA error" in text or "Error [CUDA]" in text  # the last is Triton's
-    return lost and not isinstance(error, FastvlError) and "out of memory" not in text and "ALLOC_FAILED" not in text

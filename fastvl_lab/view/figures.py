@@ -343,7 +343,7 @@ def memory_bars(held: Mapping[str, int]) -> go.Figure:
 
 
 def reported_rates(rows: Sequence[Mapping[str, Any]], audits: Sequence[Audit], hardware: str) -> go.Figure:
-    """Others' tokens a second as shares of what the memory of a GPU allows their model; those above it are hatched.
+    """Others' tokens a second, a bar a row; hatched where the audit finds more than the memory of the GPU allows the model.
 
     rows: "engine", "model", "ttft" (seconds) and "tokens_per_second" each. audits: one of each (`measure.audit.audit_reported`).
     """

@@ -227,9 +227,9 @@ def load_curves(loads: Mapping[str, Load], of: Measure = "ttft") -> go.Figure:
         values = sorted(value * 1e3 for value in load.values(of))
         look = {"mode": "lines", "line": style.series(number)["line"] | {"shape": "hv"}}
         failed = f" ({len(load.failures)} of {len(load.runs)} failed)" if load.failures else ""
-        shares = [rank / len(values) for rank in range(len(values) + 1)]
+        shares = [rank / len(values) for rank in range(len(values) + 1) if values]  # answers of one token have no gap
         told = "%{y:.0%} within %{x:.1f} ms"
-        lines.append(line(label + failed, [*values[:1], *values], shares if values else [], look, told=told))
+        lines.append(line(label + failed, [*values[:1], *values], shares, look, told=told))
     what = "chunks" if of == "gap" else "requests"
     x, y = Axis(title=f"{NAMES[of]}, ms", zero=True), Axis(title=f"share of {what}", until=1.02, number_format=".0%")
     return panels([Panel(traces=lines, x=x, y=y)], height=330)

@@ -46,9 +46,7 @@ def report_html(result: SweepResult) -> str:
             "<h2>Summary</h2>",
             "<p>Medians over warm runs, and over all runs of endpoints that do not say whether they reused anything (reuse "
             "unknown), measured in interleaved rounds, without those that others disturbed; a speed-up is the median of ratios "
-            "paired by round, and is "
-            "shown only where the tokens are equal to the reference's, or, on pixels other than the reference's, to those of "
-            "Transformers' model on the same pixels.</p>",
+            "paired by round, and is shown only where an engine computes what Transformers' model computes on the same pixels.</p>",
             table_html(summary_frame(rows)),
             "<h2>TTFT against visual tokens</h2>",
             figure_html(ttft_against_visual_tokens(rows)),

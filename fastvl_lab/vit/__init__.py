@@ -135,7 +135,7 @@ def _patch_embed(slot: Vit, checkpoint: Checkpoint, patch_format: PatchFormat) -
     conv = checkpoint.vision.patch_embed
     projection = PatchProjection(weight=conv.weight, bias=conv.bias)
     if patch_format != stock_format(checkpoint):
-        scale_shift = None if patch_format.normalised else checkpoint.scale_shift()
+        scale_shift = None if patch_format.normalised else checkpoint.image_settings.scale_shift
         projection = fold(projection, frames=patch_format.frames, scale_shift=scale_shift)
     width = aligned(projection.weight[0].numel(), checkpoint.dtype) if slot.padding == "aligned" else None
     return bind_patch_embed(slot.patch_embed, projection, width)

@@ -5,6 +5,7 @@ Nothing here waits for the device or reads from it: what the host must know is i
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import NamedTuple
@@ -75,8 +76,7 @@ def build_plan(tower: LeanTower, attention: SegmentAttention, grids: Sequence[Gr
         row_column = row_column[order]
     learned = None
     if table is not None:
-        side = round(len(table) ** 0.5)
-        learned = tower.interpolate(table, *positions.interpolation(grids, row_column, side))
+        learned = tower.interpolate(table, *positions.interpolation(grids, row_column, math.isqrt(len(table))))
     cos, sin = positions.rotary(F.pad(row_column, (0, 0, 0, padding)), vision.inv_freq)
     prepared = [attention.prepare(segments, device) for segments in (windows, frames)]
     if n_patches is not None:

@@ -5,11 +5,14 @@ from __future__ import annotations
 import dataclasses
 import gc
 import os
+import sys
+import threading
 import weakref
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -346,6 +349,32 @@ def _doubled(inputs: Any) -> tuple[torch.Tensor, ...]:
     return (inputs.x * 2,)
 
 
+def test_graphs_are_listed_from_any_thread_while_others_are_used() -> None:
+    store = GraphStore(PlayedRecorder(), max_bytes=10_000, max_graphs=100)
+    graphs, over, failed = _doubling(store), threading.Event(), list[Exception]()
+    for n in range(1, 21):
+        graphs(_X(x=torch.ones(n)), OFF)
+
+    def look() -> None:
+        while not over.is_set() and not failed:
+            try:
+                assert len(graphs.captures) == 20
+            except Exception as error:
+                failed.append(error)
+
+    before, looking = sys.getswitchinterval(), threading.Thread(target=look)
+    sys.setswitchinterval(1e-6)
+    try:
+        looking.start()
+        for n in [*range(1, 21)] * 30:
+            graphs(_X(x=torch.ones(n)), OFF)
+    finally:
+        over.set()
+        looking.join()
+        sys.setswitchinterval(before)
+    assert not failed
+
+
 def test_of_too_many_graphs_the_one_unused_for_longest_goes() -> None:
     recorder = PlayedRecorder()
     graphs = _doubling(GraphStore(recorder, max_bytes=10_000, max_graphs=2))
@@ -456,7 +485,7 @@ def test_warming_up_leaves_nothing_to_be_made_for_its_shapes(played: Lab, capsys
     for request in requests:
         assert played.run(request, recipe).captures == ()
     assert played.warm_up(recipe, [(640, 480)], progress=False) != ()
-    assert played.warm_up(recipe, [(640, 480)], progress=False) == ()
+    assert played.warm_up(recipe, [(640, 480), tuple(np.array([640, 480]))], progress=False) == ()
     for shape in ((300,), (0, 10), "300x200", (10**6, 10**6)):
         with pytest.raises(RequestError, match="a shape to warm up is"):
             played.warm_up(recipe, [shape])  # type: ignore[list-item]

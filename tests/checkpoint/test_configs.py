@@ -307,6 +307,10 @@ def test_without_any_end_an_answer_goes_on(copied: Path) -> None:
     [
         ("tiny-qwen2.5-vl", {"vision_config.window_size": 20}, "has vision_config.window_size=20 .* at least 28"),
         ("tiny-qwen2.5-vl", {"vision_config.patch_size": [14, 14]}, r"has vision_config.patch_size=\[14, 14\]"),
+        ("tiny-qwen2.5-vl", {"vision_config.in_channels": 1}, "has vision_config.in_channels=1 .* must be 3"),
+        ("tiny-qwen2.5-vl", {"vision_config.num_heads": 8}, "has vision_config.num_heads=8 .* 4 times it divides hidden_size, 80"),
+        ("tiny-qwen3-vl", {"vision_config.num_heads": 5}, "has vision_config.num_heads=5 .* 4 times it divides hidden_size, 48"),
+        ("tiny-qwen3-vl", {"vision_config.out_hidden_size": 64}, "has vision_config.out_hidden_size=64 .* must be 256"),
         ("tiny-qwen3-vl", {"vision_config.deepstack_visual_indexes": [0, 0, 1]}, r"deepstack_visual_indexes=\[0, 0, 1\]"),
         ("tiny-qwen3-vl", {"vision_config.deepstack_visual_indexes": [0, 1, 4]}, "different blocks, 0 to 3"),
         ("tiny-qwen3-vl", {"text_config.num_key_value_heads": 3}, "has num_key_value_heads=3 .* a divisor of 4 heads"),
@@ -315,6 +319,7 @@ def test_without_any_end_an_answer_goes_on(copied: Path) -> None:
         ("tiny-qwen3-vl", {"text_config.rope_parameters": {"rope_type": "default", "rope_theta": "1e6"}}, "has rope_theta='1e6'"),
         ("tiny-qwen3-vl", {"image_token_id": 5000}, "has image_token_id=5000 .* of the model's 320"),
         ("tiny-qwen3-vl", {"video_token_id": -1}, "has video_token_id=-1"),
+        ("tiny-qwen3-vl", {"video_token_id": 262, "image_token_id": 262}, "has video_token_id=262 .* other than image_token_id"),
         ("tiny-qwen3-vl", {"return_dict": False}, "has return_dict=False"),
         ("tiny-qwen3-vl", {"quantization_config": {"bits": 4}}, r"has quantization_config=\{'bits': 4\}"),
     ],

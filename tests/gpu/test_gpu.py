@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import threading
+from functools import partial
 
 import pytest
 import torch
@@ -18,6 +20,7 @@ from fastvl_lab.kernels.argmax import argmax, argmax_reference
 from fastvl_lab.kernels.decode_attention import decode_attention, decode_attention_reference
 from fastvl_lab.kernels.prefill_attention import block_size, prefill_attention, prefill_attention_reference
 from fastvl_lab.kernels.rotate_and_keep import rotate_and_keep, rotate_and_keep_reference
+from fastvl_lab.measure.load import load
 from fastvl_lab.measure.parity import check_decoder, model_pictures, pixel_differences, within_budget
 from fastvl_lab.measure.profile import tuned_launches
 from fastvl_lab.measure.recipes import STOCK, of_the_decoder
@@ -26,7 +29,7 @@ from fastvl_lab.pipeline import Pipeline
 from fastvl_lab.schedule import overlap
 from fastvl_lab.schedule.in_flight import InFlight
 from fastvl_lab.schedule.inbox import Job
-from fastvl_lab.trace import Tracer
+from fastvl_lab.trace import Level, Tracer
 
 pytestmark = [pytest.mark.gpu, pytest.mark.alone]
 
@@ -292,15 +295,16 @@ def test_tracing_adds_no_synchronisation_to_a_request() -> None:
     lab = Lab("tiny-qwen3-vl", device="cuda")
     request = Request(images=[photo("coffee", (448, 448))], prompt="What is this?", max_new_tokens=1)
     lab.run(request, "fastest")
-    counts = {}
-    for level in ("off", "stages"):
+
+    def waits(level: Level) -> int:
         with torch.profiler.profile(
             activities=[torch.profiler.ProfilerActivity.CPU, torch.profiler.ProfilerActivity.CUDA]
         ) as profile:
             lab.run(request, "fastest", trace=level)
-        names = [event.key for event in profile.key_averages() for _ in range(event.count)]
-        counts[level] = names.count("cudaStreamSynchronize")
-    assert counts["off"] == counts["stages"]
+        return sum(event.count for event in profile.key_averages() if event.key == "cudaStreamSynchronize")
+
+    off, stages = (lab.compute(partial(waits, level)) for level in ("off", "stages"))  # the profiler sees the thread that starts it
+    assert off == stages > 0, "the host reads a token, and the profiler sees it"
 
 
 @pytest.mark.parametrize("name", tiny.NAMES)
@@ -452,6 +456,17 @@ SAMPLINGS = {
 }
 
 
+def _ways(lab: Lab) -> tuple[Recipe, list[Recipe]]:
+    """One step at a time, and the ways to launch steps otherwise."""
+    plain = Recipe.parse("fastest, capture.decode=eager", lab.device)
+    return plain, [
+        plain.replace("capture.decode", "graph"),
+        plain.replace({"streaming.steps_per_round": 16, "streaming.gate": "round"}),
+        plain.replace({"capture.decode": "graph", "streaming.steps_per_round": 2}),
+        plain.choose("cache.kv", "paged").replace("schedule.batching", "continuous"),
+    ]
+
+
 @pytest.mark.parametrize("sampling", SAMPLINGS)
 def test_sampled_tokens_are_the_same_in_graphs_rounds_and_steps_that_are_shared(sampling: str) -> None:
     """And those that Transformers draws on this device, from the same seed."""
@@ -459,13 +474,7 @@ def test_sampled_tokens_are_the_same_in_graphs_rounds_and_steps_that_are_shared(
     request = Request(
         images=[photo("coffee", (168, 140))], prompt="What?", max_new_tokens=50, ignore_eos=True, sampling=SAMPLINGS[sampling]
     )
-    plain = Recipe.parse("fastest, capture.decode=eager", lab.device)
-    ways = [
-        plain.replace("capture.decode", "graph"),
-        plain.replace({"streaming.steps_per_round": 16, "streaming.gate": "round"}),
-        plain.replace({"capture.decode": "graph", "streaming.steps_per_round": 2}),
-        plain.choose("cache.kv", "paged").replace("schedule.batching", "continuous"),
-    ]
+    plain, ways = _ways(lab)
     expected = lab.run(request, plain)
     told = [one for chunk in expected.chunks for one in chunk.logprobs]
     for recipe in ways:
@@ -476,6 +485,56 @@ def test_sampled_tokens_are_the_same_in_graphs_rounds_and_steps_that_are_shared(
             assert abs(one.logprob - other.logprob) < 1e-3
     theirs = dataclasses.replace(request, sampling=dataclasses.replace(SAMPLINGS[sampling], logprobs=False, top_logprobs=0))
     assert lab.run(theirs, "transformers").tokens == expected.tokens
+
+
+def test_an_answer_keeps_to_its_format_in_graphs_rounds_and_steps_that_are_shared() -> None:
+    """A grammar learns of each token from the device, and the device of what it allows, before the next is chosen."""
+    pytest.importorskip("llguidance", reason="formats need llguidance (extra structured)")
+    lab = Lab("tiny-qwen3-vl", device="cuda", dtype="float32")
+    age = {"type": "integer", "minimum": 18, "maximum": 99}
+    schema = {"type": "object", "properties": {"age": age}, "required": ["age"], "additionalProperties": False}
+    for draws in ({}, {"temperature": 1.3, "top_k": 30, "seed": 5}):
+        sampling = Sampling(format=schema, repetition_penalty=1.3, **draws)  # type: ignore[arg-type]
+        request = Request(images=[photo("coffee", (168, 140))], prompt="Who?", max_new_tokens=120, sampling=sampling)
+        theirs = lab.run(request, "transformers")
+        assert 18 <= json.loads(theirs.text)["age"] <= 99
+        plain, ways = _ways(lab)
+        for recipe in (plain, *ways):
+            assert lab.run(request, recipe).tokens == theirs.tokens, recipe
+
+
+SHARED: dict[str, dict[str, str | int]] = {
+    "whole": {},
+    "chunked": {"schedule.prefill": "chunked", "schedule.budget": 128},
+    "ahead": {"schedule.vision": "ahead", "preprocessor.patchify": "triton", "preprocessor.payload": "float32"},
+    "batched": {"schedule.vision": "batched"},
+    "by_blocks": {
+        "schedule.prefill": "chunked",
+        "schedule.budget": 128,
+        "schedule.vision": "ahead",
+        "schedule.tower": "by_blocks",
+    },
+}
+
+
+@pytest.mark.parametrize("decode", ["eager", "graph"])
+@pytest.mark.parametrize("way", SHARED)
+@pytest.mark.parametrize("name", tiny.NAMES)
+def test_requests_that_share_steps_make_the_tokens_that_each_makes_alone(name: str, way: str, decode: str) -> None:
+    lab = Lab(name, device="cuda", dtype="float32")
+    alone = Recipe.parse(f"fastest, capture.decode={decode}", lab.device)
+    shared = alone.choose("cache.kv", "paged").replace({"schedule.batching": "continuous", "schedule.max_batch": 4, **SHARED[way]})
+    pictures = [photo("coffee", (168, 140)), photo("rocket", (97, 310)), photo("coffee", (320, 240))]
+    requests = [
+        Request(images=pictures[: n % 4], prompt="Compare.", max_new_tokens=8 + 4 * n, ignore_eos=True, fit=True) for n in range(8)
+    ]
+    found = load(lab, requests, shared, concurrency=4, warm_up=0)
+    assert not found.failures
+    assert [run.tokens for run in found.runs if run is not None] == [lab.run(request, alone).tokens for request in requests]
+    assert any(len(step.decoded) > 1 for step in found.steps)
+    for run in found.finished:
+        on_device = {span.name for span in run.trace.spans if span.lane == "device"}
+        assert {"merge", "prefill", "decode", "sample"} <= on_device
 
 
 @pytest.mark.parametrize("sampling", SAMPLINGS)

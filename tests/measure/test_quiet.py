@@ -21,7 +21,7 @@ import torch
 from fastvl_lab import Lab, Request, RequestError, SweepSettings, attribute, compare, photo, sweep
 from fastvl_lab.measure import quiet
 from fastvl_lab.measure.compare import converse
-from fastvl_lab.measure.quiet import Quiet, Reading, Watch, between
+from fastvl_lab.measure.quiet import Quiet, Reading, Watch, between, others_on_gpu
 from fastvl_lab.measure.samples import RunSample, time_rounds
 from fastvl_lab.view import sample_dots
 
@@ -259,7 +259,8 @@ class Card:
     def nvmlInit(self) -> None: ...
 
     def nvmlDeviceGetHandleByUUID(self, uuid: str) -> str:
-        assert uuid == "GPU-abc"
+        if uuid != "GPU-abc":
+            raise self.NVMLError_NotFound
         return uuid
 
     def nvmlDeviceGetComputeRunningProcesses(self, handle: str) -> list[types.SimpleNamespace]:
@@ -303,6 +304,13 @@ def test_the_card_has_neighbours_too(
     assert use.disturbed is disturbed
     assert ("of the GPU" in use.why) is bool(used)
     assert bool(watch.notes()) is (used is None)
+
+
+def test_a_card_that_nvml_does_not_find_is_not_called_quiet(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As a slice of a card may be, which has an id of another kind."""
+    monkeypatch.setitem(sys.modules, "pynvml", Card({os.getpid(): 10, 5: 60}))
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: types.SimpleNamespace(uuid="of a slice"))
+    assert others_on_gpu(torch.device("cuda")) is None
 
 
 def test_without_nvml_the_card_is_unknown(machine: Callable[..., Machine], monkeypatch: pytest.MonkeyPatch) -> None:

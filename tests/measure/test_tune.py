@@ -110,6 +110,30 @@ def test_a_wrong_a_crashing_and_a_hanging_option_is_cast_out_and_named(
     assert lab.run(request_, "fastest").tokens == lab.run(request_, "transformers").tokens, "the lab serves as before"
 
 
+def test_an_option_after_which_the_device_is_lost_ends_the_search_and_alone_is_to_blame(
+    lab: Lab, request_: Request, plant: Plant
+) -> None:
+    """Whatever CUDA is asked in the process after an illegal access fails, and is right."""
+    lost = torch.AcceleratorError("CUDA error: an illegal memory access was encountered")
+    asked: list[str] = []
+
+    def breaks(_: Callable[..., Any], *given: Any) -> Any:
+        asked.append("eager")
+        raise lost
+
+    def fails_then(right: Callable[..., Any], *given: Any) -> Any:
+        if asked:
+            raise lost
+        return right(*given)
+
+    plant("_rotate", breaks)
+    plant("_rotate_halves", fails_then)
+    found = tune(lab, request_, 30, only=["vit.rope", "vit.norms"], seed=1)
+    assert [one.label for one in found.cast_out if one.recipe] == ["vit.rope=eager"]
+    assert found.ended.endswith("nothing more can be timed in this process")
+    assert found.recipe == found.start
+
+
 def test_an_option_whose_runs_differ_is_unstable(lab: Lab, request_: Request, plant: Plant) -> None:
     calls = iter(range(10**6))
 
@@ -364,6 +388,8 @@ def test_over_none_any_goodput_is_without_bound_and_is_kept_and_drawn_so(
 def test_what_fails_or_errs_beside_others_alone_is_cast_out(
     lab: Lab, request_: Request, loads: Loads, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    ended: list[str] = []
+
     def cast_out(change: Callable[[Load], Load]) -> str:
         def changed(lab: Lab, requests: Sequence[Request], recipe: Recipe, **how: Any) -> Load:
             made = load(lab, requests, recipe, **how)
@@ -374,6 +400,7 @@ def test_what_fails_or_errs_beside_others_alone_is_cast_out(
         assert found.recipe == found.start
         (one,) = [one for one in found.cast_out if one.recipe is not None]
         assert one.label.startswith("schedule.batching=continuous")
+        ended.append(found.ended)
         return one.why
 
     def wrong(made: Load) -> Load:
@@ -382,6 +409,10 @@ def test_what_fails_or_errs_beside_others_alone_is_cast_out(
 
     assert cast_out(wrong).startswith("parity under load: its tokens differ from those of transformers")
     assert cast_out(lambda made: dataclasses.replace(made, failures={1: "no room"})) == "it failed: under load, no room"
+    assert not ended[-1].endswith(over := "nothing more can be timed in this process")
+    lost = "RuntimeError: CUDA error: an illegal memory access was encountered"
+    assert cast_out(lambda made: dataclasses.replace(made, failures={1: lost})) == f"it failed: under load, {lost}"
+    assert ended[-1].endswith(over)
 
 
 def test_a_load_that_is_stopped_takes_nothing_out_and_is_gone_on_with(

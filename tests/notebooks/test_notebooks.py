@@ -25,6 +25,8 @@ from traitlets.config import Config
 import fastvl_lab
 from fastvl_lab import Lab, SweepSettings
 from fastvl_lab.errors import FastvlError
+from fastvl_lab.measure.compare import Comparison
+from fastvl_lab.measure.load import Load
 from fastvl_lab.measure.publish import MIME_TYPE
 from fastvl_lab.trace import STAGES
 
@@ -182,6 +184,41 @@ def test_a_load_says_whether_its_tokens_are_those_of_one_at_a_time(checkpoint: s
     assert {row["failed"] for row in loads.values()} == {0}
     assert [row["requests"] for row in loads.values()] == [4, 4, 2, 2, 2, 2, 4, 4]
     assert [row["arrivals"].endswith(" a second") for rows in result["rates"].values() for row in rows] == [True] * 4
+
+
+def test_a_load_whose_answers_have_one_token_and_of_which_one_failed_is_summed_up(
+    run_cells: RunCells, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """There is no time between chunks then, and each answer is held against that to the same request."""
+    measure, failed = fastvl_lab.load, []
+
+    def load(*args: Any, **settings: Any) -> Load:
+        made = measure(*args, **settings)
+        if not failed:
+            failed.append(0)
+            made = dataclasses.replace(made, runs=(None, *made.runs[1:]), failures={0: "it left"})
+        runs = [run and dataclasses.replace(run, tokens=(number,)) for number, run in enumerate(made.runs)]
+        return dataclasses.replace(made, runs=tuple(runs))
+
+    monkeypatch.setattr(fastvl_lab, "load", load)
+    result = _published(run_cells(REPOSITORY / "notebooks" / "load.ipynb", SMALL["load"] | {"max_new_tokens": 1}))
+    assert result["same_tokens"] == dict.fromkeys(("one at a time", "continuous", "inline", "ahead"), 3)
+
+
+@pytest.mark.parametrize(("notebook", "label"), [("vit", "all of them"), ("preprocessor", "torch, as bytes")])
+def test_what_fails_parity_is_not_timed(notebook: str, label: str, run_cells: RunCells, monkeypatch: pytest.MonkeyPatch) -> None:
+    measure = fastvl_lab.compare
+
+    def compare(*args: Any, **settings: Any) -> Comparison:
+        made = measure(*args, **settings)
+        checks = {name: dataclasses.replace(check, holds=check.holds and name != label) for name, check in made.checks.items()}
+        return dataclasses.replace(made, checks=checks)
+
+    monkeypatch.setattr(fastvl_lab, "compare", compare)
+    run_cells(REPOSITORY / "notebooks" / f"{notebook}.ipynb", SMALL[notebook])
+    timed = InteractiveShell.instance().user_ns["rounds"].engines
+    assert "stock" in timed
+    assert label not in timed
 
 
 def _check(result: dict[str, Any]) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import io
 import threading
+import time
 from collections.abc import Callable
 from typing import Any
 
@@ -152,6 +153,14 @@ def test_a_bad_answer_is_an_error_that_names_the_endpoint(fake: Any, lab: Lab, r
     fake.script = script
     with pytest.raises(EndpointError, match=r"^127\.0\.0\.1:\d+: .*(no JSON|out of room|in one piece)"):
         lab.run(request_, fake.url)
+
+
+def test_leaving_a_stream_waits_for_no_endpoint_that_is_silent(fake: Any, lab: Lab, request_: Request, chunk: Make) -> None:
+    fake.script = [chunk("a"), 5.0, chunk("b"), DONE]
+    for _ in lab.stream(request_, fake.url):
+        left = time.perf_counter()
+        break
+    assert time.perf_counter() - left < 2
 
 
 def test_an_error_of_who_listens_is_not_the_endpoints(fake: Any, lab: Lab, request_: Request, chunk: Make) -> None:

@@ -6,9 +6,12 @@ import contextlib
 import io
 import resource
 import struct
+import threading
 import time
+import warnings
 import zlib
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -159,3 +162,26 @@ def test_too_many_bytes_and_too_many_images_are_refused_before_they_are_read(tmp
     assert (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024 < MAX_IMAGE_BYTES / 2
     with pytest.raises(RequestError, match=f"{MAX_IMAGES + 1} images; the limit is {MAX_IMAGES}"):
         Request(images=["no/such.jpg"] * (MAX_IMAGES + 1), prompt="?")
+
+
+def test_images_that_threads_open_at_once_leave_the_processs_warnings_as_they_were(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Filters of warnings are of all threads: what one changes for a while, another may find, and put back for good."""
+    data, opens, before = _encoded("PNG"), Image.open, list(warnings.filters)
+    two_are_in, one_is_out = threading.Barrier(2, timeout=10), threading.Event()
+
+    def meeting(*given: object, **named: object) -> Image.Image:
+        if two_are_in.wait() == 1:  # who came last leaves last
+            one_is_out.wait(10)
+        return opens(*given, **named)
+
+    def one() -> None:
+        open_image(ImageInput.of(data))
+        one_is_out.set()
+
+    monkeypatch.setattr(Image, "open", meeting)
+    with ThreadPoolExecutor(2) as pool:
+        for opened in [pool.submit(one), pool.submit(one)]:
+            opened.result()
+    after = list(warnings.filters)
+    warnings.filters[:] = before
+    assert after == before

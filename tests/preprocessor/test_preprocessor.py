@@ -79,7 +79,7 @@ def test_every_payload_is_the_stock_one_in_another_form(lab: Lab, changes: dict[
     assert bound.patch_format.frames == (1 if once else 2)
     values = values.view(len(values), 3, bound.patch_format.frames, -1)
     if not bound.patch_format.normalised:
-        scale, shift = (x.view(1, 3, 1, 1) for x in lab.checkpoint.scale_shift())
+        scale, shift = (x.view(1, 3, 1, 1) for x in lab.checkpoint.image_settings.scale_shift)
         values = values * scale - shift
     assert (values.expand(-1, -1, 2, -1).flatten(1) - stock).abs().max() < 2e-6
 

@@ -134,7 +134,7 @@ def _job(
 
 @pytest.fixture(scope="module")
 def threads() -> ThreadPoolExecutor:
-    return unpackers()
+    return unpackers(torch.device("cpu"))
 
 
 @pytest.mark.parametrize("seeds", SEEDS)

@@ -21,7 +21,8 @@ from fastvl_lab.pipeline import Pipeline
 from fastvl_lab.preprocessor import BoundPreprocessor
 from fastvl_lab.request import Pixels
 from fastvl_lab.schedule.in_flight import InFlight
-from fastvl_lab.schedule.overlap import Piece, pieces
+from fastvl_lab.schedule.loop import unpackers
+from fastvl_lab.schedule.overlap import Piece, pieces, worker
 from fastvl_lab.tokenizer import tokenize
 from fastvl_lab.trace import Trace, Tracer
 
@@ -295,6 +296,16 @@ def test_a_request_that_ends_early_leaves_nothing_running(
         _run(on, _request(PICTURES))[0].tokens
         == _run(_pipeline(labs["tiny-qwen2.5-vl"], Recipe.fastest(), "off"), _request(PICTURES))[0].tokens
     )
+
+
+def test_threads_that_unpack_for_a_card_have_it_as_their_current_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Triton launches patchify there, and each thread's own is at first the first."""
+    current = threading.local()
+    monkeypatch.setattr(torch.cuda, "set_device", lambda device: setattr(current, "device", device))
+    card = torch.device("cuda", 1)
+    for threads in (worker(card), unpackers(card, 1)):
+        with threads:
+            assert threads.submit(lambda: current.device).result(10) == card
 
 
 def test_a_pipeline_that_is_dropped_leaves_no_thread(labs: dict[str, Lab]) -> None:

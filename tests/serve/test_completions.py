@@ -14,6 +14,7 @@ from fastvl_lab.checkpoint import tiny
 from fastvl_lab.serve import chat, completions, openapi
 
 httpx = pytest.importorskip("httpx", reason="tests of the server need httpx (extra dev)")
+jsonschema = pytest.importorskip("jsonschema", reason="answers are checked by jsonschema (extra dev)")
 openai = pytest.importorskip("openai", reason="tests of the server need the openai client (extra dev)")
 
 MODEL = "tiny-qwen2.5-vl"
@@ -229,6 +230,20 @@ def test_the_page_of_the_description_loads_nothing(server: Any) -> None:
             assert f"<code>{method.upper()} {path}</code>" in answer.text
     for name in (*chat.OWN, *completions.OWN, *chat.READ):
         assert f"<code>{name}</code>" in answer.text
+
+
+@pytest.mark.parametrize(
+    ("path", "asks"), [("completions", {"prompt": "Hi"}), ("chat/completions", {"messages": [{"role": "user", "content": "Hi"}]})]
+)
+def test_each_event_is_what_is_described(server: Any, path: str, asks: dict[str, Any]) -> None:
+    """The schema is of one event and its fields, not of the text of all of them."""
+    of_200 = httpx.get(f"{server.url}/openapi.json").json()["paths"][f"/v1/{path}"]["post"]["responses"]["200"]["content"]
+    sent = _post(server, f"/v1/{path}", **asks, max_tokens=3, stream=True)
+    assert sent.headers["content-type"].split(";")[0] == "text/event-stream"
+    events = [dict([line.split(": ", 1) for line in event.splitlines()]) for event in sent.text.strip().split("\n\n")]
+    assert len(events) > 3
+    for event in events:
+        jsonschema.validate(event, of_200["text/event-stream"]["schema"])
 
 
 def test_the_description_knows_the_fields_that_are_read(server: Any) -> None:

@@ -134,6 +134,7 @@ def test_combinations_of_exact_options_equal_stock(labs: dict[str, Lab], name: s
         ("tiny-qwen2.5-vl", {"depth": 2, "fullatt_block_indexes": [], "window_size": 168, "intermediate_size": 100}),
         ("tiny-qwen3-vl", {"depth": 5, "num_heads": 3, "deepstack_visual_indexes": [4, 1], "num_position_embeddings": 100}),
         ("tiny-qwen3-vl", {"depth": 2, "deepstack_visual_indexes": [], "out_hidden_size": 64}),
+        ("tiny-qwen3-vl", {"depth": 1, "deepstack_visual_indexes": [0], "num_position_embeddings": 99}),  # no square: 81 are read
     ],
 )
 def test_lean_equals_stock_on_other_geometries(labs: dict[str, Lab], name: str, changes: dict) -> None:
@@ -206,7 +207,7 @@ def test_folding_keeps_the_error_budget(
     generator = torch.Generator().manual_seed(spread)
     weight = torch.randn(16, 3, 2, 14, 14, generator=generator) / 1176**0.5 + 0.01  # with a DC part, as trained ones have
     bias = torch.randn(16, generator=generator) * 0.1 if has_bias else None
-    scale, shift = labs[name].checkpoint.scale_shift()
+    scale, shift = labs[name].checkpoint.image_settings.scale_shift
     mean = (shift / scale).round().int().view(1, 3, 1, 1, 1)
     noise = torch.randint(-spread, spread + 1, (40, 3, 1, 14, 14), generator=generator, dtype=torch.int32)
     clip = (mean + noise).clamp(0, 255).to(torch.uint8)
