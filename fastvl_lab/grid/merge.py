@@ -190,7 +190,7 @@ def _notes(hosts: Sequence[Host], results: Sequence[Mapping[str, Any]]) -> list[
     for result in measured:
         if why := result.get("reference", {}).get("error"):
             notes.append(f"{result['host']}: the reference could not be measured: {why}")
-    for name in ("code", "torch", "transformers", "driver"):
+    for name in ("code", "torch", "transformers", "driver", "threads"):
         values = dict.fromkeys(str(known) for result in measured if (known := result["environment"].get(name)) is not None)
         if len(values) > 1:
             notes.append(f"the cells were measured with {len(values)} values of {name}: {', '.join(values)}")

@@ -180,7 +180,10 @@ class Load(Lasting):
         for of in MEASURES:
             found = [(percent, self.percentile(of, percent)) for percent in PERCENTILES]
             known = ", ".join(f"p{percent} {value.median * 1e3:.1f} ms" for percent, value in found if value is not None)
-            lines += [f"{of:<10} {known}"] if known else []
+            few = ", ".join(f"p{percent}" for percent, value in found if value is not None and value.low != value.low)
+            lines += [f"{of:<10} {known}{f' (too few for an interval of {few})' if few else ''}"] if known else []
+        if cold := sum(run.kind == "cold" for run in self.finished):
+            lines.append(f"{cold} of {len(self.finished)} requests were cold, and are in these numbers")
         return "\n".join([*lines, *(f"request {number} failed: {why}" for number, why in self.failures.items())])
 
 

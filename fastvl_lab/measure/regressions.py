@@ -126,8 +126,8 @@ def regressions(before: Any, after: Any, *, bound: float = BOUND) -> Regressions
 
     before, after: `Comparison`, `Attribution` or `SweepResult`, or folders of these. bound: how many times as slow is no regression
     yet: two sessions differ by more than the runs of one, and no interval of one session knows it. Runs of the two are not paired,
-    so a ratio is of all pairs (`unpaired_ratio`); disturbed ones are left out. What fails parity is not compared. Raises
-    `RequestError` for what is neither, or a folder that cannot be read.
+    so a ratio is of all pairs (`unpaired_ratio`); disturbed ones are left out. What fails parity is not compared, nor what had a
+    prompt of another length, or runs of another kind. Raises `RequestError` for what is neither, or a folder that cannot be read.
     """
     _check_bound(bound)
     before, after = _opened(before), _opened(after)
@@ -149,7 +149,7 @@ def _check_bound(bound: object) -> None:
 
 @dataclass(frozen=True, kw_only=True)
 class _Timed:
-    """runs: the warm ones that nobody disturbed. holds: whether it came through its parity check; why: if not."""
+    """runs: those that are `compared`, which nobody disturbed. holds: whether it came through its parity check; why: if not."""
 
     runs: Sequence[Run]
     holds: bool
@@ -227,6 +227,12 @@ def _change(key: tuple[str, str, str], before: _Timed, after: _Timed | None) -> 
             return dataclasses.replace(change, why=f"{timed.why} ({when}), so its time is not compared")
         if not timed.runs:
             return dataclasses.replace(change, why=f"{when}, no run of it was warm and undisturbed")
+    was, now = before.runs[0], after.runs[0]
+    if was.kind != now.kind:  # those of unknown kind may be cache hits
+        return dataclasses.replace(change, why=f"its runs were {was.kind}, and are {now.kind}, so its time is not compared")
+    if was.n_prompt != now.n_prompt and was.n_prompt and now.n_prompt:  # 0: an endpoint did not count
+        why = f"its prompt had {was.n_prompt} tokens, and has {now.n_prompt}, so its time is not compared"
+        return dataclasses.replace(change, why=why)
     ratio = unpaired_ratio(*([run.ttft for run in timed.runs] for timed in (after, before)))
     if ratio.low != ratio.low:
         why = f"{len(before.runs)} runs before and {len(after.runs)} after are too few for an interval"

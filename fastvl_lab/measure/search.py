@@ -431,13 +431,16 @@ class _Search:
         return far or sum(ratio <= 1 for ratio in ratios) >= LOST or gains(samples.ratio(label, _BEST, COST))
 
     def _confirm(self, start: Recipe) -> Interval | None:
-        """The best against the start, on samples of their own."""
+        """The best against the start, on samples of their own.
+
+        So are its rounds' numbers, by which a bench draws a load: the best may have been lucky with those of the races.
+        """
         best = self._best
         label = told(best, start)
         self._tell(label, best)
         made: list[StageSample] = []
         with self._bench.hold([start, best]):
-            for number in range(CONFIRMING):
+            for number in range(ROUNDS, ROUNDS + CONFIRMING):
                 if self._bench.left() < 0:
                     break
                 order = {label: best, _BEST: start}

@@ -59,6 +59,7 @@ def merged(grid: Plan, record: dict[str, Any]) -> Callable[..., GridResult]:
                 "torch": "2",
                 "code": "abc",
                 "driver": "580",
+                "threads": 4,
             } | own
             about = {"worker": "w", "host": where["host"], "claims": 1, "seconds": 10.0}
             result = {"comparisons": [record], "errors": [], "environment": where, "reference": {"seconds": seconds}}
@@ -121,11 +122,12 @@ def test_a_host_within_the_interval_is_not_named_and_too_few_runs_name_nobody(me
 def test_what_should_be_the_same_everywhere_and_who_else_was_on_a_card_is_named(merged: Callable[..., GridResult]) -> None:
     others = {"others_on_card": "4711, python"}
     without_gpu = {"card": "A", "card_id": "", "driver": None}
-    notes = merged(({}, FAST), ({"code": "def-dirty", "torch": "3"}, FAST), (others, FAST), (without_gpu, FAST)).notes
+    notes = merged(({}, FAST), ({"code": "def-dirty", "torch": "3", "threads": 8}, FAST), (others, FAST), (without_gpu, FAST)).notes
     assert notes == (
         "one: other processes were on the card GPU-1: 4711, python",
         "the cells were measured with 2 values of code: abc, def-dirty",
         "the cells were measured with 2 values of torch: 2, 3",
+        "the cells were measured with 2 values of threads: 4, 8",
     )
 
 

@@ -114,6 +114,10 @@ def test_what_is_counted(timed: Callable[..., Run]) -> None:
     assert (row["requests"], row["failed"], row["ttft_p50_ms"]) == (3, 1, pytest.approx(200))
     assert row["ttft_p99_ms_low"] is None, "two samples bound no percentile"
     assert "request 1 failed: no room" in repr(made)
+    assert "p99 298.0 ms (too few for an interval of p50, p90, p99)" in repr(made)
+    assert "cold" not in repr(made)
+    cold = dataclasses.replace(made, runs=(*runs[:2], dataclasses.replace(runs[2], kind="cold")))
+    assert "1 of 2 requests were cold, and are in these numbers" in repr(cold)
     with pytest.raises(RequestError, match="no 'latency' is measured of a load; the choices are ttft, tpot"):
         made.values("latency")  # type: ignore[arg-type]
     with pytest.raises(RequestError, match="percent is 101; it must be a number from 0 to 100"):

@@ -92,6 +92,23 @@ def test_what_is_missing_wrong_or_too_little_is_not_compared(before: Comparison,
     assert slow_too.status == 1, "what is slower comes before what is unknown"
 
 
+def _with(found: Comparison, **own: Any) -> Comparison:
+    """The same, of whose runs some fields are others."""
+    samples = [dataclasses.replace(sample, run=dataclasses.replace(sample.run, **own)) for sample in found.samples]
+    return dataclasses.replace(found, samples=tuple(samples))
+
+
+def test_runs_of_another_prompt_or_kind_are_not_compared(before: Comparison, comparison_of: Of) -> None:
+    after = _slow(comparison_of, vit=60)
+    longer = regressions(_with(before, n_prompt=300), _with(after, n_prompt=900))
+    assert (longer.status, longer.slower) == (2, ())
+    assert longer.changes[1].why == "its prompt had 300 tokens, and has 900, so its time is not compared"
+    assert regressions(_with(before, n_prompt=0), _with(after, n_prompt=900)).status == 1, "0: an endpoint did not count"
+    hits = regressions(_with(before, kind="unknown"), after)
+    assert (hits.status, hits.slower) == (2, ())
+    assert hits.changes[1].why == "its runs were unknown, and are warm, so its time is not compared"
+
+
 def test_other_versions_are_compared_and_named(before: Comparison, comparison_of: Of) -> None:
     found = regressions(before, _slow(comparison_of, torch="2.12", date="2027-01-01"))
     assert (found.status, found.notes) == (0, ("torch was 2.11, and is 2.12",))

@@ -329,6 +329,10 @@ def test_the_last_meeting_has_rounds_of_its_own() -> None:
     assert found.ratio is not None
     last = bench.measured[-2 * CONFIRMING :]
     assert last.count(found.recipe) == last.count(LEAN) == CONFIRMING
+    of_races = {one.round for one in found.samples if one.phase != "against the start"}
+    of_the_last = {one.round for one in found.samples if one.phase == "against the start"}
+    assert len(of_the_last) == CONFIRMING
+    assert not of_races & of_the_last, "a round's number draws its load: the best was chosen on those of the races"
     assert median([bench.cost(LEAN)]) / bench.cost(found.recipe) == pytest.approx(found.ratio.median, rel=0.03)
 
 
