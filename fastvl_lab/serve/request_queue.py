@@ -85,8 +85,7 @@ class QueuedRequest:
 class RequestQueue:
     """Requests for one recipe of a lab, and the thread that has it serve them as they come.
 
-    max_queue: how many may wait or be read. warm_up: requests to serve first; decode steps are
-    made ready in any case.
+    max_queue: how many may wait or be read. warm_up: requests to serve first, once decode steps are ready (`Lab.warm_up`).
     `failure`: of the warm-up, or what no later request recovers from, where there was such an error.
     """
 
