@@ -249,23 +249,15 @@ def findings(loads: Mapping[str, Load], reference: str, of: Measure = "ttft", pe
     for label, made in loads.items():
         if label == reference:
             continue
-        faster = made.tokens_per_second / than.tokens_per_second
-        times = made.percentile(of, percent), than.percentile(of, percent)
-        sentences.append(as_load_finding(label, reference, faster, of, percent, *times))
+        said = f"{label} makes {made.tokens_per_second / than.tokens_per_second:.2f} times the tokens a second of {reference}"
+        mine, theirs = made.percentile(of, percent), than.percentile(of, percent)
+        if mine is not None and theirs is not None:
+            found = "no difference is shown"
+            if mine.high < theirs.low or theirs.high < mine.low:
+                found = f"{'shorter' if mine.median < theirs.median else 'longer'}, {mine.median / theirs.median:.2f} times"
+            said += f"; its {NAMES[of]} p{percent:g} is {_in_ms(mine)} against {_in_ms(theirs)}: {found}"
+        sentences.append(said)
     return sentences
-
-
-def as_load_finding(
-    label: str, reference: str, faster: float, of: Measure, percent: float, mine: Interval | None, theirs: Interval | None
-) -> str:
-    """One of `findings`. faster: how many times the tokens a second; mine, theirs: the percentile, in seconds."""
-    said = f"{label} makes {faster:.2f} times the tokens a second of {reference}"
-    if mine is not None and theirs is not None:
-        found = "no difference is shown"
-        if mine.high < theirs.low or theirs.high < mine.low:
-            found = f"{'shorter' if mine.median < theirs.median else 'longer'}, {mine.median / theirs.median:.2f} times"
-        said += f"; its {NAMES[of]} p{percent:g} is {_in_ms(mine)} against {_in_ms(theirs)}: {found}"
-    return said
 
 
 def _in_ms(found: Interval) -> str:

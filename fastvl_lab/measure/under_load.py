@@ -6,6 +6,7 @@ import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
+from statistics import median
 from typing import Any
 
 from fastvl_lab.engine import EngineLike
@@ -16,11 +17,9 @@ from fastvl_lab.measure.load import (
     MEASURES,
     NAMES,
     Measure,
-    as_load_finding,
     check_arrivals,
     load,
     percentile_columns,
-    quantile_interval,
     usual_number,
     varied,
 )
@@ -141,12 +140,23 @@ class UnderLoad:
 
     def throughput(self, engine: str) -> Interval | None:
         """Tokens a second of all answers together: the median over rounds; None where none counts."""
-        return median_interval(found) if (found := [made.tokens / made.seconds for made in self.of(engine)]) else None
+        return median_interval(found) if (found := [_tokens_per_second(made) for made in self.of(engine)]) else None
+
+    def times(self, engine: str, over: str, value: Callable[[LoadRound], float | None]) -> Interval | None:
+        """How many times as much of a value an engine's rounds have as another's, paired by round; None without a round of both.
+
+        value: of a round, None where it has none.
+        """
+        theirs = {made.round: value(made) for made in self.of(over)}
+        pairs = [(value(made), theirs.get(made.round)) for made in self.of(engine)]
+        ratios = [mine / other for mine, other in pairs if mine is not None and other]
+        return median_interval(ratios) if ratios else None
 
     def summary(self) -> list[dict[str, Any]]:
         """One row an engine: throughput over rounds, then percentiles over requests in milliseconds, with their intervals.
 
-        A throughput's interval takes six rounds. `ttft_ms` is the TTFT's p50.
+        A throughput's interval takes six rounds. Requests of one round wait for each other: a percentile's interval, which takes
+        them for independent, is too narrow by as much, and `findings` pairs rounds. `ttft_ms` is the TTFT's p50.
         """
         rows = []
         alone = {row["engine"]: row for row in self.comparison.summary()}
@@ -171,7 +181,7 @@ class UnderLoad:
         return rows
 
     def findings(self) -> list[str]:
-        """One sentence an engine: its throughput and its TTFT beside the reference's, where both computed what they must."""
+        """One sentence an engine: its throughput and its TTFT over the reference's, where both computed what they must."""
         than, lines = self.comparison.reference, []
         for engine in self.engines:
             if engine == than or than not in self.engines:
@@ -179,12 +189,17 @@ class UnderLoad:
             if not self.comparison.parity(engine, than):
                 lines.append(f"{engine} is not compared with {than}: {self.comparison.checks[engine].says}")
                 continue
-            mine, theirs = self.throughput(engine), self.throughput(than)
-            if mine is None or theirs is None:
+            faster, later = self.times(engine, than, _tokens_per_second), self.times(engine, than, _middle_ttft)
+            if faster is None:
                 lines.append(f"{engine} has no undisturbed load to compare with {than}")
                 continue
-            times = [quantile_interval(self.values(label, "ttft"), 0.5) for label in (engine, than)]
-            lines.append(as_load_finding(engine, than, mine.median / theirs.median, "ttft", 50, *times))
+            said = f"{engine} makes {faster.times()} the tokens a second of {than}"
+            if later is not None:
+                found = "no difference is shown"
+                if later.high < 1 or later.low > 1:
+                    found = "shorter" if later.median < 1 else "longer"
+                said += f"; its TTFT p50 is {later.times()} as long: {found}"
+            lines.append(said)
         busy = sum(bool(made.disturbed) for made in self.rounds)
         return [*lines, *([f"others disturbed {busy} of {len(self.rounds)} loads, which are in no number"] if busy else [])]
 
@@ -201,6 +216,14 @@ class UnderLoad:
             rounds=tuple(LoadRound(**made) for made in record["rounds"]),
             failures=record["failures"],
         )
+
+
+def _tokens_per_second(made: LoadRound) -> float:
+    return made.tokens / made.seconds
+
+
+def _middle_ttft(made: LoadRound) -> float | None:
+    return median(values) if (values := made.values["ttft"]) else None
 
 
 def requests_of(engines: int, arrivals: Arrivals, *, repeats: int, warm_up: int) -> int:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -76,8 +77,8 @@ def test_rows_have_throughput_over_rounds_and_percentiles_over_requests(found: t
         assert row["tokens_per_second_low"] is None  # of two rounds
     assert UnderLoad.from_record(json.loads(json.dumps(made.to_record()))).summary() == made.summary()
     (sentence,) = made.findings()
-    assert sentence.startswith("ours makes ")
-    assert "times the tokens a second of transformers; its TTFT p50 is " in sentence
+    assert re.match(r"ours makes [\d.]+× \(too few rounds for an interval\) the tokens a second of transformers; ", sentence)
+    assert re.search(r"; its TTFT p50 is [\d.]+× \(too few rounds for an interval\) as long: no difference is shown$", sentence)
 
 
 def _round(engine: str, number: int, seconds: float, disturbed: bool | None) -> LoadRound:
@@ -97,6 +98,19 @@ def test_disturbed_loads_are_counted_and_are_in_no_number(found: tuple[UnderLoad
     all_of_them = dataclasses.replace(made, rounds=tuple(dataclasses.replace(one, disturbed=True) for one in rounds))
     assert [row["ttft_p50_ms"] for row in all_of_them.summary()] == [None, None]
     assert all_of_them.findings()[0] == "ours has no undisturbed load to compare with transformers"
+
+
+@pytest.mark.parametrize(("times", "says"), [(1.5, "longer"), (1 / 1.5, "shorter"), (1.0, "no difference is shown")])
+def test_rounds_are_paired(found: tuple[UnderLoad, Any, int], times: float, says: str) -> None:
+    """A machine that takes four times as long for the later half of the rounds is in both: ratios of pairs do not see it."""
+    taken = [4.0 ** (n >= 4) * (1 + n / 100) for n in range(8)]
+    rounds = [_round("transformers", n, seconds, None) for n, seconds in enumerate(taken)]
+    rounds += [_round("ours", n, seconds * times * (1.01 if n % 2 else 0.99), None) for n, seconds in enumerate(taken)]
+    made = dataclasses.replace(found[0], rounds=tuple(rounds))
+    (sentence,) = made.findings()
+    low, high = 0.99 * times, 1.01 * times
+    assert f"makes {1 / times:.2f}× (95% CI {1 / high:.2f} to {1 / low:.2f}) the tokens a second of transformers" in sentence
+    assert sentence.endswith(f"its TTFT p50 is {times:.2f}× (95% CI {low:.2f} to {high:.2f}) as long: {says}")
 
 
 def test_an_engine_that_fails_parity_is_compared_with_nothing(found: tuple[UnderLoad, Any, int]) -> None:
