@@ -67,6 +67,11 @@ def shortened(text: str, most: int = 200) -> str:
     return line if len(text) == len(cut) and len(line) <= most else f"{line[:most]}…"
 
 
+def counted(n: int, thing: str) -> str:
+    """Such as "1 cell" and "2 cells"."""
+    return f"{n} {thing}{'' if n == 1 else 's'}"
+
+
 def quoted(value: object, most: int = 80) -> str:
     """A value as an error quotes it: its `repr`, on one line and cut where it is long; of a long text, with its length."""
     if isinstance(value, str):

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from fastvl_lab import shown
-from fastvl_lab.errors import MissingExtraError, RequestError, quoted, require, sentence
+from fastvl_lab.errors import MissingExtraError, RequestError, counted, quoted, require, sentence
 from fastvl_lab.trace import Trace
 from fastvl_lab.whole import write_folder
 
@@ -145,7 +145,7 @@ class Records(Sequence[Entry]):
     def __repr__(self) -> str:
         lines = [f"{entry.moment}  {entry.kind:<12} {entry.title}  ({entry.path})" for entry in self.found[:_SHOWN]]
         more = [f"and {len(self.found) - _SHOWN} more"] if self.found[_SHOWN:] else []
-        return "\n".join([f"{len(self.found)} records", *lines, *more, *(f"skipped: {why}" for why in self.skipped)])
+        return "\n".join([counted(len(self.found), "record"), *lines, *more, *(f"skipped: {why}" for why in self.skipped)])
 
     def frame(self) -> Any:
         """A row a record, as a pandas DataFrame; raises `MissingExtraError` without pandas."""

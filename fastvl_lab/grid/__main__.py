@@ -7,7 +7,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from fastvl_lab.errors import FastvlError, sentence
+from fastvl_lab.errors import FastvlError, counted, sentence
 from fastvl_lab.grid.merge import GridResult
 from fastvl_lab.grid.plan import Plan, estimate, read, runs
 from fastvl_lab.grid.run import check, merger_of, run
@@ -54,20 +54,20 @@ def described(plan: Plan) -> str:
     seconds = estimate(plan, taken)
     width = max(len(cell.label) for cell in plan.cells)
     lines = [
-        f"{cell.id}  {cell.label:<{width}}  {len(cell.settings['recipes']):>3} recipes  {runs(cell.settings):>4} runs  "
+        f"{cell.id}  {cell.label:<{width}}  {counted(len(cell.settings['recipes']), 'recipe'):>10}  {runs(cell.settings):>4} runs  "
         f"{seconds[cell.id]:>6.0f} s  {states[cell.id]}"
         for cell in plan.cells
     ]
     settings = plan.settings
     left = sum(seconds[cell.id] for cell in plan.cells if states[cell.id] == "not measured")
-    source = f"from {len(taken)} cells that are done" if taken else "a guess until a cell is done"
-    workers = settings.workers or 1
+    source = f"by what {counted(len(taken), 'cell')} took" if taken else "a guess until a cell is done"
+    minutes = counted(round(left / (settings.workers or 1) / 60), "minute")
     return "\n".join(
         [
             *lines,
-            f"{len(plan.cells)} cells in {settings.output_dir}, {list(states.values()).count('done')} done; launcher "
-            f"{settings.launcher}, {settings.workers or 'as many as devices'} workers",
-            f"about {left / workers / 60:.0f} minutes are left for {workers} worker{'s' if workers > 1 else ''} ({source})",
+            f"{counted(len(plan.cells), 'cell')} in {settings.output_dir}, {list(states.values()).count('done')} done; launcher "
+            f"{settings.launcher}, {counted(settings.workers, 'worker') if settings.workers else 'a worker a device'}",
+            f"left: about {minutes}{'' if settings.workers else ' of one device'} ({source})",
         ]
     )
 

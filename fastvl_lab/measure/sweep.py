@@ -25,6 +25,7 @@ from fastvl_lab.errors import (
     RecipeError,
     RequestError,
     check_whole_number,
+    counted,
     is_number,
     require,
     sentence,
@@ -237,7 +238,7 @@ class SweepResult(Lasting):
         return [*(f"{point.label}: {line}" for point in self.points for line in point.comparison.findings()), *under]
 
     def __repr__(self) -> str:
-        return "\n".join([f"{len(self.points)} points", *self.findings(), *map(told_failure, self.errors)])
+        return "\n".join([counted(len(self.points), "point"), *self.findings(), *map(told_failure, self.errors)])
 
     def to_record(self) -> dict[str, Any]:
         """As JSON-ready data; `from_record` reads it back."""

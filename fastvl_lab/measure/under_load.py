@@ -10,7 +10,7 @@ from statistics import median
 from typing import Any
 
 from fastvl_lab.engine import EngineLike
-from fastvl_lab.errors import RequestError, check_whole_number, is_number, quoted, sentence
+from fastvl_lab.errors import RequestError, check_whole_number, counted, is_number, quoted, sentence
 from fastvl_lab.lab import Lab
 from fastvl_lab.measure.compare import Comparison, compare, computing
 from fastvl_lab.measure.load import (
@@ -64,7 +64,7 @@ class Arrivals:
     @property
     def label(self) -> str:
         how = f"{self.concurrency} at once" if self.concurrency is not None else f"{self.rate:.4g} a second"
-        return f"{how}, {self.count} requests" + (f", seed {self.seed}" if self.seed else "")
+        return f"{how}, {counted(self.count, 'request')}" + (f", seed {self.seed}" if self.seed else "")
 
 
 _LIMITED: tuple[Measure, ...] = ("ttft", "tpot", "end_to_end")

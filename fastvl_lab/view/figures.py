@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from fastvl_lab.errors import counted
 from fastvl_lab.measure.audit import Audit
 from fastvl_lab.measure.compare import Attribution, Comparison, Conversation
 from fastvl_lab.measure.floors import Cost
@@ -214,7 +215,7 @@ def padding_by_size(padding: Mapping[str, Mapping[int, Mapping[str, float]]], pr
     for stage in dict.fromkeys(stage for sizes in padding.values() for shares in sizes.values() for stage in shares):
         traces = [
             line(
-                f"{way}: {programs[way]} programs",
+                f"{way}: {counted(programs[way], 'program')}",
                 sizes,
                 [shares.get(stage, 0.0) for shares in sizes.values()],
                 style.series(number),

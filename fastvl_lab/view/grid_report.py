@@ -9,6 +9,7 @@ from importlib import resources
 from typing import Any
 
 from fastvl_lab import shown
+from fastvl_lab.errors import counted
 from fastvl_lab.grid.merge import GridResult
 from fastvl_lab.measure.samples import json_value
 from fastvl_lab.view import style
@@ -95,7 +96,7 @@ def grid_html(result: GridResult) -> str:
     said = ", ".join(f"{states.count(state)} {state}" for state in dict.fromkeys(states))
     notes = "".join(f"<li>{html.escape(note)}</li>" for note in result.notes)
     body = [
-        f"<h1>TTFT over a grid</h1><p>{len(states)} cells: {said}</p><p>{html.escape(environment)}</p>",
+        f"<h1>TTFT over a grid</h1><p>{counted(len(states), 'cell')}: {said}</p><p>{html.escape(environment)}</p>",
         f"<h2>What is to be known of the hosts</h2><ul>{notes}</ul>" if notes else "",
         errors_html(result),
         explorer_html([*result.summary(), *result.load_rows()]),

@@ -11,7 +11,7 @@ from fastvl_lab import shown
 from fastvl_lab.capture.execute import Capture
 from fastvl_lab.catalogue import toggles
 from fastvl_lab.engine import PeerInfo, Peers
-from fastvl_lab.errors import require
+from fastvl_lab.errors import counted, require
 from fastvl_lab.measure.audit import Audit
 from fastvl_lab.measure.compare import Attribution, Comparison, Conversation, break_even
 from fastvl_lab.measure.load import MEASURES, NAMES, PERCENTILES, Load, Measure
@@ -474,7 +474,7 @@ def break_even_frame(points: Mapping[str, Comparison], captures: Mapping[str, Se
         size, way = row
         gain = gains(points[size].speedup(way, eager))
         pays = break_even(captures[way], eager=ttft(size, eager), captured=ttft(size, way)) if gain else None
-        return "never: no gain is shown" if pays is None else f"{pays} requests"
+        return "never: no gain is shown" if pays is None else counted(pays, "request")
 
     columns: dict[str, Callable[[tuple[str, str]], object]] = {
         "image": lambda row: row[0],

@@ -194,7 +194,7 @@ def test_the_command_merges_what_is_done_and_estimates_the_rest_by_it(
 ) -> None:
     merged(({}, FAST))
     assert "1 done" in described(grid)
-    assert "(from 1 cells that are done)" in described(grid)
+    assert "(by what 1 cell took)" in described(grid)
     text = (
         "checkpoints: [tiny-qwen3-vl]\nrecipes: [transformers, baseline]\nimage_sizes: [[56, 56], [84, 56], [56, 84], [84, 84]]\n"
     )

@@ -138,6 +138,6 @@ def test_padding_is_a_line_a_way_and_a_panel_a_stage() -> None:
     padding = {"by 64": {16: {"vit": 0.75, "prefill": 0.2}, 64: {"vit": 0.0, "prefill": 0.1}}, "none": {16: {}, 64: {}}}
     figure = view.padding_by_size(padding, {"by 64": 1, "none": 2})
     drawn = {(line.name, line.xaxis): (list(line.x), list(line.y)) for line in figure.data}
-    assert drawn["by 64: 1 programs", "x"] == ([16, 64], [0.75, 0.0])
-    assert drawn["by 64: 1 programs", "x2"] == ([16, 64], [0.2, 0.1])
+    assert drawn["by 64: 1 program", "x"] == ([16, 64], [0.75, 0.0])
+    assert drawn["by 64: 1 program", "x2"] == ([16, 64], [0.2, 0.1])
     assert drawn["none: 2 programs", "x"] == ([16, 64], [0.0, 0.0])
