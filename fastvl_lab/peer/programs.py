@@ -11,6 +11,7 @@ import os
 import re
 import shutil
 import socket
+import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, replace
@@ -31,6 +32,9 @@ from fastvl_lab.processes.server import Server, Tell
 from fastvl_lab.request import Request
 from fastvl_lab.streaming.text import Deliver
 from fastvl_lab.trace import Tracer
+
+# Seconds between two looks of a bar: where somebody sees it, and in a file, which keeps each.
+_AGAIN, _AGAIN_IN_A_FILE = 0.1, 15.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -291,13 +295,16 @@ class StartedPeer:
 @contextmanager
 def _shown(name: str) -> Iterator[Tell]:
     """A bar with the seconds and the log's last line, once there is one to show."""
+    is_seen = sys.stderr.isatty() or "ipykernel" in sys.modules
+    look = {"bar_format": "{desc} [{elapsed}]{postfix}", "leave": False, "mininterval": _AGAIN if is_seen else _AGAIN_IN_A_FILE}
     with ExitStack() as stack:
         bars: list[tqdm[Any]] = []
 
         def tell(line: str) -> None:
             if not bars:
-                bars.append(stack.enter_context(tqdm(desc=f"{name} starts", bar_format="{desc} [{elapsed}]{postfix}", leave=False)))
-            bars[0].set_postfix_str(line.partition(": ")[2])
+                bars.append(stack.enter_context(tqdm(desc=f"{name} starts", **look)))
+            bars[0].set_postfix_str(line.partition(": ")[2], refresh=False)
+            bars[0].update(0)
 
         yield tell
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+import time
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -12,6 +13,7 @@ import torch
 
 from fastvl_lab import EndpointError, Lab, RecipeError, Request, peers
 from fastvl_lab.engine import Place, find
+from fastvl_lab.peer import programs
 from fastvl_lab.peer.lmdeploy import LMDEPLOY
 from fastvl_lab.peer.programs import Program, Wanted
 from fastvl_lab.peer.sglang import SGLANG
@@ -192,6 +194,21 @@ def test_the_list_shows_itself_as_a_table(program: Path) -> None:
     assert list(table["peer"]) == [peer.word for peer in found]
     assert "runs here" in table["here"][0]
     assert found._repr_html_().count("<tr") == len(found)
+
+
+@pytest.mark.parametrize("is_seen", [True, False])
+def test_a_start_does_not_fill_a_file_with_its_bar(
+    is_seen: bool, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.delitem(sys.modules, "ipykernel", raising=False)
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: is_seen)
+    with programs._shown("vllm") as tell:
+        for number in range(5):
+            tell(f"vllm starts, {number} s: line {number}")
+            time.sleep(0.15)
+    lines = [line for line in capsys.readouterr().err.split("\r") if "vllm starts" in line]
+    assert (len(lines) > 4) == is_seen
+    assert lines
 
 
 @pytest.mark.engine
