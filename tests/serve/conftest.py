@@ -50,6 +50,7 @@ def serve(labs: dict[str, Lab]) -> Callable[..., Any]:
             while not server.started:
                 assert time.monotonic() < deadline
                 time.sleep(0.02)
+            app.state.queue.ready.wait(20)
             try:
                 yield Server(f"http://127.0.0.1:{listening.getsockname()[1]}", lab, app.state.queue)
             finally:
