@@ -308,7 +308,8 @@ def load(
         before = source[:warm_up]
     sent = _Sent(lab, source, engine, stop or threading.Event(), on_run)
     with lab.hold([engine]):
-        lab.warm_up(engine, [], progress=False)
+        if before:
+            lab.warm_up(engine, [], progress=False)
         for request in before:
             lab.run(request, engine, stop=sent.stop)
         if concurrency is not None:

@@ -639,6 +639,7 @@ class _Bench:
             found.append(checked)
             last.append(runs[-1])
         if self._goodput is not None:
+            self._lab.warm_up(recipe, [], progress=False)
             sent, made = self._loaded(recipe, -1)
             for number, oracles in enumerate(self._oracles):
                 mine = [run for (whose, _), run in zip(sent, made.finished, strict=True) if whose == number]
@@ -674,7 +675,7 @@ class _Bench:
         )
         if made.failures or len(made.runs) < goal.count:  # of one that is stopped, not all may have been sent
             why = next(iter(made.failures.values()), "it was stopped")
-            raise FastvlError(f"under load, {why}") from RuntimeError(why)
+            raise FastvlError(f"under load, {why}") from RuntimeError(why)  # of a request's error, a load keeps the words alone
         return sent, made
 
     def measure(self, recipe: Recipe, label: str, number: int) -> Iterator[StageSample]:

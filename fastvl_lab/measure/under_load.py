@@ -257,6 +257,11 @@ def under_load(
 
     comparison = compare(lab, request, engines, repeats=0, warm_up=1, seed=seed, quiet=quiet, on_run=ran, keep_going=True)
     failures, watch, made, count = dict(comparison.failures), Watch(quiet, lab.device), [], arrivals.count
+    for label in [name for name in engines if name not in failures]:
+        try:
+            lab.warm_up(engines[label], [], progress=False)  # once, and not in each round
+        except Exception as error:
+            failures[label] = sentence(error)
     for number, _, order in interleaved(engines, repeats=repeats, warm_up=warm_up, seed=seed):
         before = number + warm_up  # rounds that were sent
         requests = [varied(request, before * count + one) for one in range(count)]
