@@ -440,6 +440,21 @@ def test_the_next_toggle_to_try_is_the_one_that_saves_most(looked_at: Workbench)
     assert showing.advised(advice, result, result.recipe, other, looked_at._target, Recipe.fastest()).sentence == ""
 
 
+def test_more_than_the_bar_to_beat_takes_is_not_left_of_it(looked_at: Workbench) -> None:
+    result, said = looked_at.result(), []
+    measured = result.comparison
+    assert measured is not None
+    other = {RECIPE: measured.reference, measured.reference: RECIPE}
+    swapped = tuple(dataclasses.replace(one, engine=other.get(one.engine, one.engine)) for one in measured.samples)
+    for comparison in (measured, dataclasses.replace(measured, samples=swapped)):
+        held = dataclasses.replace(result, comparison=comparison)
+        is_less = held.shown.ttft <= comparison.representative(comparison.reference).ttft
+        said.append(showing.learnt(held))
+        assert (" left of " in said[-1]) == is_less
+        assert (", over the " in said[-1]) == (not is_less)
+    assert sum(" left of " in one for one in said) == 1
+
+
 def test_the_first_toggle_to_try_is_named_with_a_stage_that_it_works_in(looked_at: Workbench) -> None:
     result, plain = looked_at.result(), Recipe.baseline()
     warm = dataclasses.replace(result, comparison=None, run=dataclasses.replace(result.shown, kind="warm"))

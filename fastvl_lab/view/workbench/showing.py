@@ -311,7 +311,8 @@ def learnt(result: Result) -> str:
         return ""
     left, stood = result.shown.ttft * 1e3, comparison.representative(comparison.reference).ttft * 1e3
     floor = sum(seconds for stage, seconds in (result.floors or {}).items() if stage != "decode") * 1e3
-    said = f"{milliseconds(left)} left of {milliseconds(stood)} that {named(comparison.reference)} takes"
+    so_far = f"{milliseconds(left)} left of" if left <= stood else f"{milliseconds(left)}, over the"
+    said = f"{so_far} {milliseconds(stood)} that {named(comparison.reference)} takes"
     said += f"; floor {milliseconds(floor)}." if floor else "."
     if before is None or BEFORE not in comparison.engines:
         return said
