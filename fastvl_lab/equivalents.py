@@ -87,7 +87,7 @@ def flags(recipe: Recipe | str, engine: str, device: torch.device | str | None =
     engine: "vllm", "sglang" or "lmdeploy". device: what a text such as "fastest" is read for, as `Recipe.parse` reads it. Raises
     `RecipeError` naming the choices.
     """
-    if engine not in RELEASES:
+    if not isinstance(engine, str) or engine not in RELEASES:
         raise RecipeError(f"flags are known of no engine {engine!r}; the choices are {', '.join(RELEASES)}")
     chosen = find_recipe(recipe, device)
     rows: list[Flag] = []

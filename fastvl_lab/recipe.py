@@ -282,7 +282,7 @@ def _target(device: Target | torch.device | str) -> Target:
     """What a recipe is for; raises `RecipeError` for a device that none is for."""
     if isinstance(device, Target):
         return device
-    with suppress(RuntimeError):  # of what torch has no device
+    with suppress(RuntimeError, TypeError):  # of what torch has no device
         device = torch.device(device)
     if not isinstance(device, torch.device) or device.type not in ("cpu", "cuda"):
         raise RecipeError(f"no fastest recipe is known for device {str(device)!r}; the choices are 'cpu' and 'cuda'")

@@ -102,6 +102,8 @@ def test_a_text_is_read_for_a_device() -> None:
 def test_an_unknown_engine_and_an_unknown_recipe_name_the_choices() -> None:
     with pytest.raises(RecipeError, match=r"no engine 'trt'; the choices are vllm, sglang, lmdeploy"):
         fl.flags("baseline", "trt")
+    with pytest.raises(RecipeError, match=r"no engine \['vllm'\]; the choices are"):
+        fl.flags("baseline", ["vllm"])  # type: ignore[arg-type]
     with pytest.raises(RecipeError, match="the choices are baseline, fastest"):
         fl.flags("quickest", "vllm")
     with pytest.raises(RecipeError, match="a recipe is given as None"):

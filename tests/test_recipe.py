@@ -133,7 +133,7 @@ def test_a_text_is_read_for_the_device_that_is_given(monkeypatch: pytest.MonkeyP
 def test_presets_hold_exact_options_only() -> None:
     for device in ("cpu", "cuda"):
         assert Recipe.fastest(device).exact
-    for device in ("mps", "nowhere"):
+    for device in ("mps", "nowhere", None):
         with pytest.raises(RecipeError, match=f"no fastest recipe is known for device '{device}'; the choices are"):
             Recipe.fastest(device)
 

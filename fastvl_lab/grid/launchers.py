@@ -159,8 +159,9 @@ def how_many(launcher: str, workers: int, cuda: bool, cells: int) -> int:
 
 def _cards() -> tuple[str, ...]:
     """The cards that this process may use, as CUDA_VISIBLE_DEVICES names them."""
-    given = os.environ.get("CUDA_VISIBLE_DEVICES", "").strip()
-    return tuple(part.strip() for part in given.split(",")) if given else tuple(map(str, range(torch.cuda.device_count())))
+    if given := os.environ.get("CUDA_VISIBLE_DEVICES", "").strip():
+        return tuple(part.strip() for part in given.split(",") if part.strip())
+    return tuple(map(str, range(torch.cuda.device_count())))
 
 
 def _no_options(launcher: str, options: Mapping[str, Any]) -> None:

@@ -254,7 +254,7 @@ def test_each_local_worker_has_its_share_of_the_cores(tmp_path: Path, plan_of: C
 
 def test_how_many_workers_there_are(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(8)))
-    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "GPU-a, GPU-b,GPU-c")
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "GPU-a, GPU-b,GPU-c,")
     assert how_many("local", 0, False, 12) == 1
     assert how_many("local", 0, True, 12) == 3
     assert how_many("local", 0, True, 2) == 2
