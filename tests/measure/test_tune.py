@@ -602,9 +602,9 @@ print(fl.tune(lab, request, 25, only=["vit.rope", "vit.norms", "cache.kv"], quie
 
 @pytest.mark.nightly
 def test_a_process_that_is_killed_at_any_moment_is_gone_on_with(tmp_path: Path) -> None:
-    """Killed up to 20 times, each a moment after it has gone on; then it ends, and leaves nothing unfinished."""
+    """Killed 20 times, each a moment after it has begun or gone on; then it ends, and leaves nothing unfinished."""
     environment = {**os.environ, "XDG_CACHE_HOME": str(tmp_path)}
-    chance, answers, began_by = random.Random(0), 0, 0
+    chance, answers, began_by, most = random.Random(0), 0, 0, 0
     unfinished = tmp_path / "fastvl_lab" / "tuned" / "unfinished"
 
     def files() -> list[Path]:
@@ -617,15 +617,18 @@ def test_a_process_that_is_killed_at_any_moment_is_gone_on_with(tmp_path: Path) 
             time.sleep(chance.uniform(0, 0.5))
             process.kill()
         if not files():  # it had ended
-            break
+            answers = began_by = 0
+            continue
         (file,) = files()
         began_by = file.stat().st_ino
         assert file.read_bytes().count(b"\n") >= answers, "what was written stays"
         answers = file.read_bytes().count(b"\n")
-    assert answers > 3
+        most = max(most, answers)
+    assert most > 3
+    had_ended = not files()
     done = subprocess.run([sys.executable, "-c", KILLED], env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
-    assert "it went on with an earlier search" in done.stdout
+    assert had_ended or "it went on with an earlier search" in done.stdout
     assert files() == []
 
 
