@@ -24,7 +24,8 @@ from fastvl_lab.measure.samples import Interval, Samples, StageSample, gains, ti
 from fastvl_lab.recipe import Recipe
 
 ROUNDS = 12  # of a race at most
-CONFIRMING = 12  # rounds in which the best meets the start
+CONFIRMING = 12  # rounds in which the best meets the start, where there is time
+KEPT = 8  # of these, for which time is kept: six give an interval, and runs of a later minute may be slower
 
 # Rounds of a race in which a recipe was not faster: after so many, none of those that are left could show it to be, since the
 # interval of at most `ROUNDS` begins at the third smallest ratio (`samples.median_interval`). One that is far behind goes at once.
@@ -466,7 +467,7 @@ class _Search:
     def _short(self) -> bool:
         """Whether what is left is needed for one more look at a recipe, and for the end, when the best meets the start."""
         a_round, a_look = (median(took) if took else 0.0 for took in (self._rounds_took, self._looks_took))
-        return self._bench.left() < 2 * CONFIRMING * a_round + a_look
+        return self._bench.left() < 2 * KEPT * a_round + a_look
 
     def _tell(self, trying: str, recipe: Recipe) -> None:
         if self._on_progress is not None:

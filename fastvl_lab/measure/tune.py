@@ -611,7 +611,7 @@ class _Bench:
         return self._lab.hold(recipes)
 
     def notes(self) -> tuple[str, ...]:
-        took = f"the first load took {self._load_took:.3g} s, and the last meeting with the start takes {2 * CONFIRMING} loads"
+        took = f"the first load took {self._load_took:.3g} s, and the last meeting with the start has up to {2 * CONFIRMING} loads"
         return (*self._watch.notes(), *([took] if self._goodput else []))
 
     def admit(self, recipe: Recipe) -> None:

@@ -235,6 +235,14 @@ def test_time_is_kept_and_what_it_was_too_short_for_is_named(seconds: float) -> 
     assert found.recipe == LEAN or found.confirmed
 
 
+def test_no_more_time_is_kept_than_the_end_needs() -> None:
+    """Time for some 40 runs is enough to find what saves a tenth, and to confirm it by an interval."""
+    found = [_run(Bench(_saves(COSTS), seconds=40, seed=seed), seed=seed) for seed in range(40)]
+    confirmed = [one for one in found if one.confirmed]
+    assert len(confirmed) >= 5
+    assert all(one.ratio is not None for one in confirmed)
+
+
 def test_a_best_that_was_lucky_does_not_outlive_the_end() -> None:
     """Its races say faster, its last meeting with the start does not: the start stays."""
 
