@@ -6,6 +6,7 @@ cuDNN keeps the plans of its attention by thread. So all labs of a device share 
 
 from __future__ import annotations
 
+import atexit
 import contextvars
 import ctypes
 import queue
@@ -14,6 +15,7 @@ import time
 import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any, Generic, TypeVar, cast
 
 import torch
@@ -31,6 +33,9 @@ _LOOK_UP = 0.1
 
 # Seconds that interrupted work has to come back to Python.
 GRACE = 10.0
+
+# Seconds for which a process that ends waits for work that nobody waits for.
+_LEAVING = 5.0
 
 
 class Job(Generic[T]):
@@ -127,7 +132,9 @@ class EngineThread:
         self._thread = threading.Thread(target=_serve, args=(self._jobs,), name=name, daemon=True)
         self._starting = threading.Lock()
         self._telling = threading.local()
-        weakref.finalize(self, self._jobs.put, None)
+        at_exit = partial(_leave, self._jobs, self._thread)
+        atexit.register(at_exit)
+        weakref.finalize(self, _let_end, self._jobs, at_exit).atexit = False
 
     @classmethod
     def of(cls, device: torch.device) -> EngineThread:
@@ -185,6 +192,18 @@ def of_caller(device: torch.device) -> torch.device:
     if device.type == "cuda" and device.index is None:
         return torch.device("cuda", torch.cuda.current_device())
     return device
+
+
+def _let_end(jobs: queue.SimpleQueue[Job[Any] | None], at_exit: Callable[[], None]) -> None:
+    jobs.put(None)
+    atexit.unregister(at_exit)
+
+
+def _leave(jobs: queue.SimpleQueue[Job[Any] | None], thread: threading.Thread) -> None:
+    """Let a thread end before the interpreter does, which would end it within a call of torch's, and the process by an abort."""
+    jobs.put(None)
+    if thread.is_alive():
+        thread.join(_LEAVING)
 
 
 def _serve(jobs: queue.SimpleQueue[Job[Any] | None]) -> None:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import contextvars
 import gc
 import signal
+import subprocess
+import sys
 import threading
 import time
 import weakref
@@ -181,3 +183,20 @@ def test_a_call_that_never_comes_back_leaves_its_thread_stuck(thread: EngineThre
     with pytest.raises(TimeLimitError, match="after its interruption") as raised:
         thread.call(lambda: time.sleep(2), limit=0.1)
     assert raised.value.stuck
+
+
+LEFT = """
+import torch
+from fastvl_lab.engine_thread import EngineThread
+
+thread = EngineThread.of(torch.device("cpu"))
+ones = torch.ones(500, 500)
+thread.submit(lambda: ([ones @ ones for _ in range(200)], print("done", flush=True)))
+thread.submit(lambda: print("and after it", flush=True))
+"""
+
+
+def test_a_process_ends_after_the_work_that_nobody_waits_for() -> None:
+    """Else the interpreter ends the thread within a product, and the process by an abort."""
+    ended = subprocess.run([sys.executable, "-c", LEFT], capture_output=True, text=True, timeout=120, check=False)
+    assert (ended.returncode, ended.stdout, ended.stderr) == (0, "done\nand after it\n", "")
