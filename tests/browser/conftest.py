@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import shutil
-import socket
 import subprocess
 import sys
 import time
@@ -19,6 +18,7 @@ from typing import Any
 
 import pytest
 from jupyter_client import BlockingKernelClient
+from ports import free_port
 
 TOKEN = "a-token-for-tests"
 
@@ -148,7 +148,7 @@ def page_of_its_own(tmp_path: Path) -> Iterator[Callable[..., str]]:
     servers = []
 
     def start(*options: str) -> str:
-        port = _free_port()
+        port = free_port()
         names = ("JUPYTER_CONFIG_DIR", "JUPYTER_DATA_DIR", "JUPYTER_RUNTIME_DIR", "IPYTHONDIR")
         environment = os.environ | {name: str(tmp_path / name.lower()) for name in names}
         with (tmp_path / "voila.log").open("w") as log:
@@ -176,7 +176,7 @@ def running_jupyterlab(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Jup
     settings.mkdir(parents=True)
     quiet = {"fetchNews": "false", "checkForUpdates": False}
     (settings / "notification.jupyterlab-settings").write_text(json.dumps(quiet))
-    lab = JupyterLab(_free_port(), home)
+    lab = JupyterLab(free_port(), home)
     options = [f"--ServerApp.port={lab.port}", f"--ServerApp.root_dir={lab.root}", f"--IdentityProvider.token={TOKEN}"]
     options += ["--LabApp.expose_app_in_browser=True", "--ServerApp.allow_root=True", "--ServerApp.ip=127.0.0.1", "--no-browser"]
     with (home / "server.log").open("w") as log:
@@ -193,13 +193,6 @@ def running_jupyterlab(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Jup
 def jupyterlab(running_jupyterlab: JupyterLab) -> Iterator[JupyterLab]:
     yield running_jupyterlab
     running_jupyterlab.clear()
-
-
-def _free_port() -> int:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port: int = free.getsockname()[1]
-        return port
 
 
 def _wait_for(url: str) -> None:

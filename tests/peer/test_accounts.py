@@ -9,7 +9,6 @@ import math
 import os
 import re
 import signal
-import socket
 import subprocess
 import time
 import urllib.request
@@ -18,6 +17,7 @@ from typing import Any
 
 import pytest
 from hypothesis import given, settings, strategies as st
+from ports import free_port
 
 from fastvl_lab import Lab, Request, Run, audit, load, view
 from fastvl_lab.account import OF_WAIT, PARTS, REST, WAIT, Account, Part
@@ -475,9 +475,7 @@ def vllm(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     program = os.environ.get("FASTVL_LAB_VLLM")
     if not program:
         pytest.skip("FASTVL_LAB_VLLM, the path of a vllm, is not set")
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    port = free_port()
     log = tmp_path_factory.mktemp("vllm") / "log"
     flags = f"--host 127.0.0.1 --port {port} --served-model-name m --dtype float32 --max-model-len 2048 --max-num-seqs 2"
     caches = "--enforce-eager --no-enable-prefix-caching --mm-processor-cache-gb 0 --skip-mm-profiling --enable-per-request-metrics"

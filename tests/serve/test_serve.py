@@ -26,6 +26,7 @@ from typing import Any
 
 import pytest
 import torch
+from ports import free_port
 
 from fastvl_lab import EndpointError, Lab, Recipe, RecipeError, Request, RequestError, Run, photo
 from fastvl_lab.errors import DeviceError, FastvlError, RequestCancelledError
@@ -823,9 +824,7 @@ SERVER = 'import runpy; runpy.run_module("fastvl_lab.serve", run_name="__main__"
 
 
 def test_a_termination_finishes_what_is_running(start_forked: Callable[..., Any], tmp_path: Path) -> None:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    port = free_port()
     (tmp_path / "server.py").write_text(SERVER)
     server = start_forked(tmp_path / "server.py", "--checkpoint", MODEL, "--port", str(port), "--warm-up", "168x140")
     _until(lambda: _healthy(port), 60)

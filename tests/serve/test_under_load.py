@@ -10,7 +10,6 @@ import json
 import os
 import random
 import signal
-import socket
 import struct
 import subprocess
 import sys
@@ -25,6 +24,7 @@ from urllib.parse import urlsplit
 
 import pytest
 from PIL import Image
+from ports import free_port
 
 from fastvl_lab import Lab, Request, photo
 
@@ -222,9 +222,7 @@ def _apart(name: str) -> Iterator[str]:
 
     On a CPU oneDNN keeps up to 1,024 products, compiled for shapes it met, which are no request's memory: here it keeps none.
     """
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    port = free_port()
     asked = ["--checkpoint", name, "--recipe", RECIPE, "--device", "cpu", "--session-len", "512", "--port", str(port)]
     kept = {"ONEDNN_PRIMITIVE_CACHE_CAPACITY": "0", "LRU_CACHE_CAPACITY": "1"}  # oneDNN's own, and torch's before it
     server = subprocess.Popen(
