@@ -220,11 +220,11 @@ def _of_status(status: int) -> str:
 def _apart(name: str) -> Iterator[str]:
     """The address of a server in a process of its own, with so few blocks that not all clients' requests find room at once.
 
-    On a CPU oneDNN keeps up to 1,024 products, compiled for shapes it met, which are no request's memory: here it keeps none.
+    On a CPU oneDNN and torch keep products that are compiled for shapes, up to a number, which are no request's memory: here none.
     """
     port = free_port()
     asked = ["--checkpoint", name, "--recipe", RECIPE, "--device", "cpu", "--session-len", "512", "--port", str(port)]
-    kept = {"ONEDNN_PRIMITIVE_CACHE_CAPACITY": "0", "LRU_CACHE_CAPACITY": "1"}  # oneDNN's own, and torch's before it
+    kept = {"ONEDNN_PRIMITIVE_CACHE_CAPACITY": "0", "LRU_CACHE_CAPACITY": "1"}  # oneDNN's and torch's
     server = subprocess.Popen(
         [sys.executable, "-m", "fastvl_lab.serve", *asked], env={**os.environ, **kept}, stderr=subprocess.DEVNULL
     )
